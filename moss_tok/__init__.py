@@ -1,0 +1,35 @@
+"""moss_tok: a causal Transformer audio codec (CAT) in JAX.
+
+Shape legend, the same letters everywhere:
+
+  B batch, C channels, S samples, T frames, P patch, D model width, N heads, H head width,
+  F feed-forward width, Q quantizers, K codebook size, V text vocabulary, L layers, R residual width
+
+  wav      [B, C, S]  float32 in [-1, 1]
+  latents  [B, T, D]  float32, 12.5 Hz in the published models
+  codes    [B, Q, T]  int32 in [0, K)
+
+The names below are imported when they are first used, so `import moss_tok` costs nothing.
+"""
+
+import importlib
+
+_WHERE = {
+    "Codec": "moss_tok.codec.inference",
+    "CodecConfig": "moss_tok.config",
+    "ComputeConfig": "moss_tok.config",
+    "Decoded": "moss_tok.codec.inference",
+    "Encoded": "moss_tok.codec.inference",
+    "decode": "moss_tok.codec.inference",
+    "encode": "moss_tok.codec.inference",
+    "load": "moss_tok.codec.pretrained",
+    "preset": "moss_tok.config",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'moss_tok' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,1 @@
+"""The codec: modules, pure functions at the edges, published weights."""

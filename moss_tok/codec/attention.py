@@ -1,0 +1,128 @@
+"""Causal sliding-window attention and rotary position embedding in fixed point.
+
+Shapes: q, k, v are [B, T, N, H]; see the legend in `moss_tok/__init__.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
+_DENSE_FRAMES = 1024
+_BLOCK_FRAMES = (64, 512)
+
+
+def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Array:
+    """Sines and cosines of the rotary phases.
+
+    The phase is (position * frequency) modulo one turn, computed in fixed point: the frequency, in
+    turns per frame, is a 64-bit fraction in two uint32 words, so the product wraps exactly and a
+    stream of days is as precise as its first second. Float32 phases err by 0.2 rad after a day.
+
+    Args:
+      positions: [..., T] integers >= 0.
+      head_dim: H.
+      max_period: Longest period in frames over 2 pi.
+
+    Returns:
+      [2, ..., T, H / 2] float32: cosines, sines.
+    """
+    exponents = np.arange(head_dim // 2, dtype=np.float64) * 2 / head_dim
+    turns = np.float64(max_period) ** -exponents / (2 * np.pi)
+    words = [int(t * 2.0**64) for t in turns]
+    high = jnp.asarray(np.array([w >> 32 for w in words], np.uint32))
+    low = np.array([w & 0xFFFFFFFF for w in words], np.uint32)
+    p = positions.astype(jnp.uint32)[..., None]
+    # Wraps modulo 2^32, that is modulo one turn. int32 centres the phase on zero.
+    phase = (p * high + _multiply_high(p, low)).astype(jnp.int32)
+    radians = phase.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+    return jnp.stack([jnp.cos(radians), jnp.sin(radians)])
+
+
+def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
+    """Upper 32 bits of the 64-bit product of uint32 values, by halves of 16 bits."""
+    a_high, a_low = a >> 16, a & 0xFFFF
+    b_high, b_low = jnp.asarray(b >> 16), jnp.asarray(b & 0xFFFF)
+    middle = a_high * b_low + (a_low * b_low >> 16)
+    carry = a_low * b_high + (middle & 0xFFFF)
+    return a_high * b_high + (middle >> 16) + (carry >> 16)
+
+
+def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotates the halves of each head of `x` [B, T, N, H] in float32; result in x's dtype."""
+    cos, sin = table[..., None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int,
+    implementation: str = "auto",
+    precision: str | None = None,
+) -> jax.Array:
+    """Attention in which frame t sees frames max(0, t - window + 1) .. t.
+
+    Args:
+      q: Queries [B, T, N, H].
+      k: Keys [B, T, N, H].
+      v: Values [B, T, N, H].
+      window: Number of keys a query sees, its own included.
+      implementation: "dense" builds [T, T] scores; "blocked" walks over blocks of queries and
+        needs memory linear in T, backward too; "auto" takes dense for short sequences.
+      precision: Matmul precision.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    num_frames = q.shape[1]
+    window = min(window, num_frames)
+    if implementation == "auto":
+        implementation = "dense" if num_frames <= _DENSE_FRAMES else "blocked"
+    if implementation == "dense":
+        t = jnp.arange(num_frames)
+        mask = (t[None] <= t[:, None]) & (t[None] > t[:, None] - window)
+        return _masked_attention(q, k, v, mask, precision)
+    return _blocked(q, k, v, window, precision)
+
+
+def _masked_attention(q, k, v, mask, precision):
+    """Softmax attention with mask [T, S]; scores and softmax in float32."""
+    scores = jnp.einsum(
+        "btnh,bsnh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, precision=precision)
+
+
+def _blocked(q, k, v, window, precision):
+    """Scans over blocks of queries; the carry holds the last window - 1 keys and values."""
+    batch, num_frames, heads, dim = q.shape
+    size = int(np.clip(window // 2, *_BLOCK_FRAMES))
+    num_blocks = -(-num_frames // size)
+    history = window - 1
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, num_blocks * size - num_frames), (0, 0), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, num_blocks, size, heads, dim), 1, 0)
+
+    i = jnp.arange(size)[:, None]
+    j = jnp.arange(history + size)[None]
+    in_window = (j >= i) & (j <= i + history)
+
+    @jax.checkpoint
+    def step(past, block):
+        index, q, k, v = block
+        k, v = (jnp.concatenate([p, x], axis=1) for p, x in zip(past, (k, v), strict=True))
+        exists = j + index * size >= history
+        out = _masked_attention(q, k, v, in_window & exists, precision)
+        return (k[:, size:], v[:, size:]), out
+
+    past = jnp.zeros((batch, history, heads, dim), k.dtype)
+    blocks = (jnp.arange(num_blocks), split(q), split(k), split(v))
+    _, out = jax.lax.scan(step, (past, past.astype(v.dtype)), blocks)
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, num_blocks * size, heads, dim)
+    return out[:, :num_frames]

@@ -1,0 +1,241 @@
+"""Checkpoints: finding, reading and writing them.
+
+A checkpoint is a directory with `config.json` and `params/` (Orbax); a training step adds `state/`.
+It is written under a temporary name and renamed when it is complete.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import linen as nn
+
+from moss_tok.codec import huggingface
+from moss_tok.codec.inference import Codec
+from moss_tok.codec.model import CodecModel
+from moss_tok.config import CodecConfig, ComputeConfig, check_choice
+
+COMPONENTS = ("all", "encoder", "decoder")
+STEPS_FOLDER = "checkpoints"
+
+
+def load(path: str | Path, component: str = "all", compute: ComputeConfig | None = None) -> Codec:
+    """Loads a codec.
+
+    Args:
+      path: A checkpoint, a training workdir (its newest step), a directory in the official Hugging
+        Face layout, or a Hub id ("OpenMOSS-Team/MOSS-Audio-Tokenizer") if huggingface_hub is
+        installed.
+      component: "encoder" or "decoder" read only that side, and the quantizer, into memory.
+      compute: How it will be computed. The default, float32 at the highest matmul precision, is
+        what makes codes repeatable.
+
+    Returns:
+      `Codec` with float32 parameters on the default device.
+
+    Raises:
+      ValueError: No such checkpoint, or a broken one.
+    """
+    check_choice("component", component, COMPONENTS)
+    compute = compute or ComputeConfig()
+    folder = find_checkpoint(path)
+    if huggingface.is_official(folder):
+        config, params = huggingface.read_official(folder, component)
+        return Codec(jax.tree.map(jnp.asarray, params), config, compute)
+    config = read_config(folder)
+    shapes = param_shapes(config)
+    if component != "all":
+        shapes = {name: shapes[name] for name in (component, "quantizer")}
+    return Codec(read_tree(folder / "params", shapes), config, compute)
+
+
+def load_config(path: str | Path) -> CodecConfig:
+    """The config of what `load(path)` would load. Raises as `load`."""
+    folder = find_checkpoint(path)
+    if huggingface.is_official(folder):
+        return huggingface.read_folder_config(folder)
+    return read_config(folder)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The directory that holds the weights `path` stands for; ValueError if there is none."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        folder = _download(str(path))
+    if not folder.is_dir():
+        raise ValueError(f"{path}: not a checkpoint directory")
+    if (folder / STEPS_FOLDER).is_dir():
+        steps = saved_steps(folder)
+        if not steps:
+            raise ValueError(f"{path}: no checkpoint was saved yet")
+        return folder / STEPS_FOLDER / step_name(steps[-1])
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{path}: no config.json, so it is no checkpoint")
+    if not (huggingface.is_official(folder) or (folder / "params").is_dir()):
+        raise ValueError(
+            f"{path}: neither params/ nor {huggingface.WEIGHTS_NAME} beside config.json"
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name}: no such checkpoint directory")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        hint = "to fetch it from the Hugging Face Hub, pip install huggingface_hub"
+        raise ValueError(f"{name}: no such checkpoint directory ({hint})") from error
+    try:
+        files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the Hub's errors share no base class
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name}: no such directory, and not on the Hub: {reason}") from error
+
+
+def step_name(step: int) -> str:
+    """Name of the folder of a saved training step."""
+    return f"{step:08d}"
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Complete training steps saved in `workdir`, ascending."""
+    folder = workdir / STEPS_FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d{8,}", p.name))
+
+
+def read_config(folder: Path) -> CodecConfig:
+    """The config of a checkpoint; ValueError names the file if it is broken."""
+    try:
+        return CodecConfig.from_json((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_shapes(config: CodecConfig) -> Any:
+    wav = jnp.zeros((1, config.num_channels, config.hop_length))
+    return jax.eval_shape(CodecModel(config).init, jax.random.key(0), wav)["params"]
+
+
+def param_shapes(config: CodecConfig) -> dict[str, Any]:
+    """ShapeDtypeStructs of all parameters of a codec."""
+    return nn.meta.unbox(_boxed_shapes(config))
+
+
+def read_tree(folder: Path, shapes: Any) -> Any:
+    """Reads the arrays of `shapes`, a tree of ShapeDtypeStructs, and nothing else.
+
+    Where a struct has a sharding, the array comes with it.
+
+    Raises:
+      ValueError: Something is missing, misshapen or corrupt.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def arguments(x):
+        sharding = x.sharding or device
+        return ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=sharding, global_shape=x.shape)
+
+    restore = ocp.args.PyTreeRestore(
+        item=shapes, restore_args=jax.tree.map(arguments, shapes), partial_restore=True
+    )
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        path = epath.Path(folder.absolute())
+        _check_shapes(folder, shapes, handler.metadata(path).tree)
+        return handler.restore(path, args=restore)
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder}: broken checkpoint: {error}") from error
+
+
+def _check_shapes(folder: Path, wanted: Any, found: Any) -> None:
+    def flat(tree):
+        return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+    found = flat(found)
+    problems = []
+    for name, want in flat(wanted).items():
+        if name not in found:
+            problems.append(f"missing {name}")
+        elif tuple(found[name].shape) != want.shape:
+            problems.append(f"{name} has shape {found[name].shape}, not {want.shape}")
+    if problems:
+        raise ValueError(f"{folder}: {len(problems)} bad parameters: {'; '.join(problems)}")
+
+
+class CheckpointHandler(ocp.AsyncCheckpointHandler):
+    """Writes `config.json` and a folder per tree; Orbax renames the whole when it is complete."""
+
+    def __init__(self):
+        # One gigabyte in flight: Orbax's default holds a second copy of all arrays.
+        self._trees = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+        self._names: tuple[str, ...] = ()
+
+    async def async_save(self, directory: epath.Path, args: "CheckpointArgs"):
+        """Starts writing; the futures end when the arrays are on disk."""
+        if jax.process_index() == 0:
+            (directory / "config.json").write_text(args.config.to_json())
+        self._names = tuple(args.trees)
+        futures = []
+        for name, tree in args.trees.items():
+            (directory / name).mkdir(exist_ok=True)
+            tree = ocp.args.PyTreeSave(tree)
+            futures += await self._trees.async_save(directory / name, args=tree) or []
+        return futures
+
+    def save(self, directory: epath.Path, args: "CheckpointArgs") -> None:
+        """Writes and waits."""
+
+        async def run():
+            for future in await self.async_save(directory, args):
+                future.result()
+
+        asyncio.run(run())
+
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+        """Not used: `read_tree` reads what it needs."""
+        raise NotImplementedError
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Merges what the processes wrote."""
+        for name in self._names:
+            self._trees.finalize(directory / name)
+
+    def close(self) -> None:
+        """Frees the handler's resources."""
+        self._trees.close()
+
+
+@ocp.args.register_with_handler(CheckpointHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class CheckpointArgs(ocp.args.CheckpointArgs):
+    """What a checkpoint is made of: a config and named trees of arrays ("params", "state")."""
+
+    config: CodecConfig
+    trees: dict[str, Any]
+
+
+def save(path: str | Path, config: CodecConfig, params: Any) -> None:
+    """Writes a checkpoint; it appears under `path` only when it is complete.
+
+    Raises:
+      ValueError: `path` exists, or its folder does not.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=CheckpointArgs(config, {"params": params}))

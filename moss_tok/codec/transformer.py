@@ -1,0 +1,146 @@
+"""A causal Transformer stage: projections around pre-norm blocks under one scan."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moss_tok.codec import attention
+from moss_tok.config import ComputeConfig, TransformerConfig
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _kernel(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> jax.Array:
+    """A float32 weight [num_in input axes, output axes], in the compute dtype."""
+    init = nn.initializers.lecun_normal(
+        in_axis=tuple(range(num_in)), out_axis=tuple(range(num_in, len(shape)))
+    )
+    init = nn.with_logical_partitioning(init, axes)
+    return module.param(name, init, shape, jnp.float32).astype(dtype)
+
+
+class Projection(nn.Module):
+    """Linear map without bias over the last axis."""
+
+    features: int
+    axes: tuple[str, str]
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, in] -> [B, T, features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = _kernel(self, "kernel", shape, self.axes, 1, self.compute.dtype)
+        x = x.astype(self.compute.dtype)
+        return jnp.einsum("bti,io->bto", x, kernel, precision=self.compute.precision)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over a causal window, with rotary positions."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    window: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """[B, T, D], rope table -> [B, T, D]."""
+        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
+        d, n, h = c.model_dim, c.num_heads, c.head_dim
+        axes = ("embed", "qkv", "heads", "head_dim")
+        qkv = _kernel(self, "qkv", (d, 3, n, h), axes, 1, dtype)
+        out = _kernel(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
+        q, k, v = jnp.einsum("btd,dcnh->cbtnh", x, qkv, precision=precision)
+        q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
+        x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
+        return jnp.einsum("btnh,nhd->btd", x, out, precision=precision)
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
+        up = _kernel(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
+        down = _kernel(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype)
+        x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
+        x = jax.nn.gelu(x, approximate=False)
+        return jnp.einsum("btf,fd->btd", x, down, precision=precision)
+
+
+class Block(nn.Module):
+    """Pre-norm block; both branches are scaled by a LayerScale vector."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    window: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: jax.Array) -> tuple[jax.Array, None]:
+        """[B, T, D] -> [B, T, D], and None as scan's output."""
+        args = (self.config, self.compute)
+        norm = functools.partial(
+            nn.LayerNorm,
+            epsilon=1e-5,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        )
+        y = norm(name="attention_norm")(x).astype(self.compute.dtype)
+        y = SelfAttention(*args, self.window, name="attention")(y, table)
+        x = x + y * self._layer_scale("attention_scale")
+        y = norm(name="mlp_norm")(x).astype(self.compute.dtype)
+        y = FeedForward(*args, name="mlp")(y)
+        return x + y * self._layer_scale("mlp_scale"), None
+
+    def _layer_scale(self, name: str) -> jax.Array:
+        init = nn.initializers.constant(self.config.layer_scale)
+        init = nn.with_logical_partitioning(init, ("norm",))
+        scale = self.param(name, init, (self.config.model_dim,), jnp.float32)
+        return scale.astype(self.compute.dtype)
+
+
+class Stage(nn.Module):
+    """Input projection, `num_layers` blocks, output projection."""
+
+    config: TransformerConfig
+    compute: ComputeConfig
+    window: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, input_dim] -> [B, T, output_dim] in the compute dtype."""
+        c = self.config
+        x = x.astype(self.compute.dtype)
+        if c.input_projection:
+            axes = ("width", "embed")
+            x = Projection(c.model_dim, axes, self.compute, name="input_projection")(x)
+        table = attention.rope_table(jnp.arange(x.shape[1]), c.head_dim, c.max_period)
+        block = Block
+        if self.compute.remat != "none":
+            policy = _REMAT_POLICIES[self.compute.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(c, self.compute, self.window, name="layers")(x, table)
+        if c.output_projection:
+            axes = ("embed", "width")
+            x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
+        return x

@@ -1,0 +1,37 @@
+"""Package metadata of moss_tok."""
+
+from pathlib import Path
+
+import setuptools
+
+CODEC = [
+    "absl-py",
+    "etils[epath]",
+    "flax>=0.12",
+    "jax>=0.10",
+    "librosa>=0.10",
+    "ml_dtypes",
+    "numpy>=1.26",
+    "orbax-checkpoint>=0.11",
+    "pystoi>=0.4.1",
+    "safetensors>=0.8",
+    "scipy",
+    "soundfile>=0.13",
+    "soxr>=0.5",
+]
+TRAIN = ["grain>=0.2.18", "matplotlib>=3.8", "optax>=0.2.5", "tqdm"]
+TESTS = ["pytest>=8", "ruff==0.17.6"]
+
+setuptools.setup(
+    name="moss_tok",
+    version="0.1.0",
+    description="A causal Transformer audio codec (CAT) in JAX: train, fine-tune, encode, decode.",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
+    install_requires=CODEC,
+    extras_require={"train": TRAIN, "tests": TRAIN + TESTS},
+    entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
+)
