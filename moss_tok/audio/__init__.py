@@ -1,0 +1,1 @@
+"""Audio on the host (files, manifests) and on the device (spectra)."""

@@ -1,0 +1,174 @@
+"""Reading and writing audio on the host: any format libsndfile knows, any rate, any channels."""
+
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+
+
+def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
+    """Reads a whole file as the model wants it: resampled, mixed down or duplicated.
+
+    Args:
+      path: wav, flac, ogg, opus or mp3.
+      sample_rate: Hz to resample to.
+      num_channels: To mix down to (mean) or duplicate to.
+
+    Returns:
+      [num_channels, S] float32.
+
+    Raises:
+      ValueError: No such file, not audio, empty, truncated, or with samples that are no numbers.
+    """
+    wav, rate = read_native(path)
+    return resample(to_channels(wav, num_channels), rate, sample_rate)
+
+
+def read_native(path: str | Path) -> tuple[np.ndarray, int]:
+    """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            wav, rate, announced = file.read(dtype="float32", always_2d=True), *_header(file)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = "truncated or corrupt" if _looks_like_audio(path) else "not audio"
+        raise ValueError(f"{path}: {reason} ({error})") from error
+    missing = _missing_wav_bytes(path)
+    if missing or wav.shape[0] < announced:
+        detail = f"{missing} bytes" if missing else f"{announced - wav.shape[0]} frames"
+        raise ValueError(f"{path}: truncated, {detail} missing")
+    if wav.size == 0:
+        raise ValueError(f"{path}: empty audio")
+    if not np.isfinite(wav).all():
+        raise ValueError(f"{path}: has samples that are not finite numbers")
+    return np.ascontiguousarray(wav.T), rate
+
+
+def read_segment(
+    path: str | Path, start_seconds: float, seconds: float, sample_rate: int
+) -> np.ndarray:
+    """Reads a part of a file, at most `seconds` long, decoding no more than that.
+
+    Returns:
+      [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, shorter at the file's end.
+
+    Raises:
+      ValueError: No such file, not audio, nothing there, or samples that are no numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            file.seek(min(int(start_seconds * file.samplerate), max(0, file.frames - 1)))
+            wav = file.read(int(np.ceil(seconds * file.samplerate)), np.float32, always_2d=True)
+            rate = file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(f"{path}: not audio, or corrupt ({error})") from error
+    if wav.size == 0 or not np.isfinite(wav).all():
+        raise ValueError(f"{path}: empty, or has samples that are not finite numbers")
+    return resample(np.ascontiguousarray(wav.T), rate, sample_rate)
+
+
+def _header(file: soundfile.SoundFile) -> tuple[int, int]:
+    # Unknown lengths (streamed files) read as the largest integer.
+    return file.samplerate, file.frames if file.frames < 2**62 else 0
+
+
+def _looks_like_audio(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head in (b"RIFF", b"fLaC", b"OggS", b"RF64") or head[:3] == b"ID3"
+
+
+def _missing_wav_bytes(path: Path) -> int:
+    """How much of the data chunk a WAV's header promises is not there; libsndfile does not say."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(12)[:4] != b"RIFF":
+            return 0
+        while len(head := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", head)
+            if name == b"data":
+                streamed = length >= 0xFFFFFFFF - 8  # written by a pipe that did not know
+                return 0 if streamed else max(0, file.tell() + length - size)
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return 0
+
+
+def to_channels(wav: np.ndarray, num_channels: int) -> np.ndarray:
+    """[C, S] to [num_channels, S]: as it is, the mean, or that duplicated."""
+    if wav.shape[0] == num_channels:
+        return wav
+    return np.repeat(wav.mean(0, keepdims=True), num_channels, axis=0)
+
+
+def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
+    """[C, S] float32 from one rate to another (Hz), with soxr at high quality."""
+    if rate_in == rate_out:
+        return wav
+    out = soxr.resample(wav.T, rate_in, rate_out, quality="HQ").T
+    return np.ascontiguousarray(out, dtype=np.float32)
+
+
+def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Writes [C, S] as 16 bit PCM in the format of the suffix, clipped to [-1, 1].
+
+    Raises:
+      ValueError: A suffix that names no audio format, or no such folder.
+    """
+    path = Path(path)
+    check_output(path)
+    kind = path.suffix[1:].upper()
+    subtype = "VORBIS" if kind == "OGG" else "PCM_16"
+    wav = np.clip(np.asarray(wav, np.float32), -1, 1).T
+    write_atomically(
+        path, lambda f: soundfile.write(f, wav, sample_rate, format=kind, subtype=subtype)
+    )
+
+
+def check_output(path: str | Path) -> None:
+    """Raises ValueError unless `write` could write `path`."""
+    path = Path(path)
+    if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
+        raise ValueError(f"{path}: the name must end in .wav, .flac or .ogg")
+    check_parent(path)
+
+
+def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> None:
+    """Calls `write_to` with a binary file that becomes `path` when it returns."""
+    path = Path(path)
+    check_parent(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            write_to(file)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_parent(path: str | Path) -> None:
+    """Raises ValueError unless the folder that `path` would be written to exists."""
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""The command line, `moss-tok`: one file per command, imported when it is called."""

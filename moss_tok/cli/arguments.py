@@ -1,0 +1,23 @@
+"""Arguments that several commands share."""
+
+import argparse
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="C",
+        help="checkpoint, training workdir, official directory or Hub id",
+    )
+
+
+def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
+    """--num-quantizers."""
+    parser.add_argument(
+        "--num-quantizers",
+        type=int,
+        metavar="N",
+        help="use the first N quantizers; fewer means a lower bitrate (default: all)",
+    )

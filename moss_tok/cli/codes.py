@@ -1,0 +1,102 @@
+"""The .npz files that `encode` writes and `decode` reads."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from moss_tok.audio import files
+from moss_tok.config import CodecConfig
+
+_KEYS = ("sample_rate", "num_samples", "num_channels", "hop_length", "codebook_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeFile:
+    """Codes of one recording.
+
+    Attributes:
+      codes: [Q, T] int16.
+      num_samples: Samples per channel of the recording at the codec's rate.
+    """
+
+    codes: np.ndarray
+    num_samples: int
+
+
+def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecConfig) -> None:
+    """Writes codes [Q, T] with what is needed to decode them."""
+    fields = {
+        "codes": np.asarray(codes).astype(np.int16),
+        "sample_rate": config.sample_rate,
+        "num_samples": num_samples,
+        "num_channels": config.num_channels,
+        "hop_length": config.hop_length,
+        "codebook_size": config.quantizer.codebook_size,
+    }
+    files.write_atomically(path, lambda file: np.savez(file, **fields))
+
+
+def read(path: str | Path, config: CodecConfig) -> CodeFile:
+    """Reads a code file and checks that `config` can decode it. Nothing is unpickled.
+
+    Raises:
+      ValueError: No npz, keys missing, or codes that do not fit the codec.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        fields = _load(path)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path}: no .npz file of codes ({error})") from error
+    if missing := [k for k in ("codes", *_KEYS) if k not in fields]:
+        raise ValueError(f"{path}: missing key {missing[0]!r}")
+    try:
+        return _check(fields, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("a single array")
+    with archive:
+        return {k: archive[k] for k in ("codes", *_KEYS) if k in archive}
+
+
+def _check(fields: dict[str, np.ndarray], config: CodecConfig) -> CodeFile:
+    numbers = {}
+    for key in _KEYS:
+        if fields[key].shape != () or not np.issubdtype(fields[key].dtype, np.integer):
+            raise ValueError(f"{key} must be one integer, got {fields[key].dtype} array")
+        numbers[key] = int(fields[key])
+    wanted = {
+        "sample_rate": config.sample_rate,
+        "num_channels": config.num_channels,
+        "hop_length": config.hop_length,
+        "codebook_size": config.quantizer.codebook_size,
+    }
+    for key, want in wanted.items():
+        if numbers[key] != want:
+            raise ValueError(f"{key} must be {want} for this checkpoint, got {numbers[key]}")
+    codes, num_samples = fields["codes"], numbers["num_samples"]
+    if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"codes must be integers [Q, T], got {codes.dtype} {list(codes.shape)}")
+    if codes.size == 0:
+        raise ValueError("no codes")
+    most = config.quantizer.num_quantizers
+    if codes.shape[0] > most:
+        raise ValueError(f"codes must have 1..{most} quantizers, got {codes.shape[0]}")
+    if codes.min() < 0 or codes.max() >= wanted["codebook_size"]:
+        raise ValueError(
+            f"codes must be 0..{wanted['codebook_size'] - 1}, got {codes.min()}..{codes.max()}"
+        )
+    if num_samples < 1 or config.num_frames(num_samples) != codes.shape[1]:
+        raise ValueError(
+            f"num_samples {num_samples} does not fit {codes.shape[1]} frames of "
+            f"{config.hop_length} samples"
+        )
+    return CodeFile(codes.astype(np.int16), num_samples)

@@ -1,0 +1,51 @@
+"""Entry point of `moss-tok`: finds the command, and turns user errors into one line."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "encode": "audio file to codes (.npz)",
+    "decode": "codes (.npz) to audio file",
+    "reconstruct": "audio file through the codec and back",
+    "convert": "official Hugging Face layout to a checkpoint, or back",
+    "info": "modules, parameters, rates and bitrates of a checkpoint or preset",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        """Prints the message and exits with code 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code: 2 for a user's error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        prog="moss-tok",
+        usage="moss-tok COMMAND ...",
+        description=f"A causal Transformer audio codec.\n\ncommands:\n{listing}",
+        epilog="moss-tok COMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    name = parser.parse_args(argv[:1]).command
+    if name not in COMMANDS:
+        parser.error(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"moss_tok.cli.{name}")
+    parser = Parser(prog=f"moss-tok {name}", description=command.__doc__, allow_abbrev=False)
+    command.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    try:
+        command.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
