@@ -1,0 +1,57 @@
+"""Short-time spectra and mel spectrograms in jnp, for losses on the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.lru_cache(maxsize=64)
+def mel_filters(sample_rate: int, window_length: int, num_mels: int) -> np.ndarray:
+    """Slaney mel filters from 0 Hz to half the sample rate, float32 [window / 2 + 1, num_mels].
+
+    Filters narrower than a bin are empty; they are left out, so fewer columns may come back.
+    """
+    import warnings
+
+    import librosa.filters  # slow to import, and only training needs it
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Empty filters")
+        filters = librosa.filters.mel(sr=sample_rate, n_fft=window_length, n_mels=num_mels).T
+    return np.ascontiguousarray(filters[:, filters.sum(0) > 0])
+
+
+def frame(wav: jax.Array, window_length: int) -> jax.Array:
+    """Centred frames a quarter of a window apart, the ends reflected.
+
+    Args:
+      wav: [B, S], S >= window_length.
+      window_length: A multiple of 4, samples.
+
+    Returns:
+      [B, 1 + S // (window_length / 4), window_length].
+    """
+    hop = window_length // 4
+    num_frames = 1 + wav.shape[-1] // hop
+    wav = jnp.pad(wav, ((0, 0), (window_length // 2, window_length // 2)), mode="reflect")
+    hops = wav[:, : (num_frames + 3) * hop].reshape(wav.shape[0], num_frames + 3, hop)
+    return jnp.concatenate([hops[:, i : i + num_frames] for i in range(4)], axis=-1)
+
+
+def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
+    """Magnitude spectra [B, S] -> [B, T, window_length / 2 + 1], periodic Hann window.
+
+    The square root is softened by 1e-6, so its gradient is finite at zero.
+    """
+    hann = np.hanning(window_length + 1)[:-1].astype(np.float32)
+    spectra = jnp.fft.rfft(frame(wav, window_length) * hann)
+    return jnp.sqrt(jnp.square(spectra.real) + jnp.square(spectra.imag) + 1e-12)
+
+
+def log_mel(wav: jax.Array, sample_rate: int, window_length: int, num_mels: int) -> jax.Array:
+    """log10 of the mel spectrogram clamped at 1e-5: [B, S] -> [B, T, num_mels]."""
+    filters = mel_filters(sample_rate, window_length, num_mels)
+    mel = jnp.einsum("btf,fm->btm", magnitude(wav, window_length), filters)
+    return jnp.log10(jnp.maximum(mel, 1e-5))

@@ -1,0 +1,1 @@
+"""Training data: grain pipelines whose every batch is a function of (seed, index)."""

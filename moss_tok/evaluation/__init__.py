@@ -1,0 +1,1 @@
+"""Reconstruction quality: the metrics of the published evaluation protocol."""

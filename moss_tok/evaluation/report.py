@@ -1,0 +1,45 @@
+"""Pictures: spectrogram pairs and training curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_tok.audio import files
+
+
+def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> None:
+    """Draws spectrograms of [C, S] signals, one under the other, titled by their keys."""
+    figure, axes = _figure(len(wavs), (9, 2.6 * len(wavs)))
+    for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
+        # 1e-5 of noise floor: digital silence has no logarithm.
+        noise = np.random.default_rng(0).normal(0, 1e-5, wav.shape[-1])
+        axis.specgram(wav.mean(0) + noise, 1024, sample_rate, noverlap=768, vmin=-130, vmax=-30,
+                      cmap="magma")  # fmt: skip
+        axis.set(title=title, ylabel="Hz")
+    axes[-1].set(xlabel="seconds")
+    _save(figure, path)
+
+
+def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the losses of metrics.jsonl rows over steps."""
+    names = [n for n in rows[-1] if n.endswith("_loss")]
+    figure, axes = _figure(len(names), (9, 2.4 * len(names)))
+    for axis, name in zip(axes, names, strict=True):
+        axis.plot([r["step"] for r in rows], [r[name] for r in rows])
+        axis.set(ylabel=name.replace("_", " "), yscale="log")
+        axis.grid(alpha=0.3)
+    axes[-1].set(xlabel="step")
+    _save(figure, path)
+
+
+def _figure(num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # slow to import; without pyplot no display is needed
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(num_rows, sharex=True, squeeze=False)[:, 0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))

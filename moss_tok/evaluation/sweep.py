@@ -1,0 +1,115 @@
+"""Quality of a codec over bitrates and domains, beside two baselines anybody can beat."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moss_tok.audio import files
+from moss_tok.audio.manifest import AudioItem
+from moss_tok.codec.inference import Codec, decode, encode
+from moss_tok.evaluation import metrics
+
+_MAX_SECONDS = 20.0
+_BUCKET_SECONDS = 2.0  # lengths are padded to multiples of this, so few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A reference recording: [C, S] float32, and its domain."""
+
+    wav: np.ndarray
+    domain: str
+    name: str
+
+
+# Metric averages: {domain: {system: {metric: mean}}}.
+Table = dict[str, dict[str, dict[str, float]]]
+
+
+def read_clips(items: Sequence[AudioItem], codec: Codec) -> list[Clip]:
+    """Reads at most 20 seconds of each item as the codec wants it."""
+    rate, channels = codec.config.sample_rate, codec.config.num_channels
+    clips = []
+    for item in items:
+        wav = files.read_segment(item.path, 0.0, _MAX_SECONDS, rate)
+        clips.append(Clip(files.to_channels(wav, channels), item.domain, item.path.stem))
+    return clips
+
+
+def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[int, np.ndarray]:
+    """Reconstructions [C, S] of one clip [C, S] from the first n quantizers, for each n."""
+    size = wav.shape[-1]
+    bucket = int(_BUCKET_SECONDS * codec.config.sample_rate)
+    padded = np.pad(wav, ((0, 0), (0, -size % bucket)))
+    encoded = encode(codec, padded[None], jnp.array([size]))
+    result = {}
+    for n in numbers:
+        wav_hat = decode(codec, encoded.codes[:, :n], encoded.lengths).wav
+        result[n] = np.clip(np.asarray(wav_hat)[0, :, :size], -1, 1)
+    return result
+
+
+def evaluate(
+    codec: Codec,
+    clips: Sequence[Clip],
+    numbers: Sequence[int],
+    progress: Callable[[int], Any] = lambda done: None,
+) -> Table:
+    """Scores silence, spectrum-shaped noise, and the codec with 1 .. Q quantizers.
+
+    Args:
+      codec: The codec.
+      clips: References.
+      numbers: Of quantizers; each is a system called "n quantizers".
+      progress: Called with the number of clips done.
+    """
+    rate = codec.config.sample_rate
+    found = collections.defaultdict(list)
+    with ThreadPoolExecutor(2) as pool:  # numpy's transforms release the interpreter
+        futures = []
+        for done, clip in enumerate(clips):
+            wavs = {"silence": np.zeros_like(clip.wav), "shaped noise": shaped_noise(clip.wav)}
+            for n, wav in reconstruct(codec, clip.wav, numbers).items():
+                wavs[f"{n} quantizers" if n > 1 else "1 quantizer"] = wav
+            for system, wav in wavs.items():
+                future = pool.submit(_score, clip, wav, rate)
+                futures.append((clip.domain, system, future))
+            progress(done + 1)
+        for domain, system, future in futures:
+            found[domain, system].append(future.result())
+    table: Table = {}
+    for (domain, system), rows in found.items():
+        means = {m: float(np.mean([r[m] for r in rows if m in r])) for m in rows[0]}
+        table.setdefault(domain, {})[system] = means
+    return table
+
+
+def _score(clip: Clip, wav: np.ndarray, rate: int) -> dict[str, float]:
+    names = ("mel_loss", "stoi") if clip.domain == "speech" else ("mel_loss",)
+    return metrics.compute(clip.wav, wav, rate, names)
+
+
+def shaped_noise(wav: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Noise [C, S] with the mean spectrum of `wav` [C, S]: its phases are drawn at random."""
+    spectrum = np.abs(np.fft.rfft(wav))
+    phases = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum.shape)
+    noise = np.fft.irfft(spectrum * np.exp(1j * phases), wav.shape[-1])
+    return np.clip(noise, -1, 1).astype(np.float32)
+
+
+def format_table(table: Table) -> str:
+    """The table as Markdown, a row per system."""
+    columns = [(d, m) for d in sorted(table) for m in next(iter(table[d].values()))]
+    lines = [
+        "| | " + " | ".join(f"{d} {m}" for d, m in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for system in next(iter(table.values())):
+        cells = [f"{table[d][system][m]:.3f}" for d, m in columns]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
