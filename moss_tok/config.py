@@ -7,6 +7,7 @@ static argument of `jax.jit`.
 import dataclasses
 import json
 import math
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,11 @@ class CodecConfig:
         most = self.quantizer.num_quantizers
         if num_quantizers is None:
             return most
-        is_int = isinstance(num_quantizers, int) and not isinstance(num_quantizers, bool)
-        if not is_int or not 1 <= num_quantizers <= most:
+        is_integer = isinstance(num_quantizers, numbers.Integral)
+        is_integer &= not isinstance(num_quantizers, bool)
+        if not is_integer or not 1 <= num_quantizers <= most:
             raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
-        return num_quantizers
+        return int(num_quantizers)
 
     def to_json(self) -> str:
         """The config as JSON text that `from_json` reads."""

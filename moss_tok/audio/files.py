@@ -99,7 +99,8 @@ def _missing_wav_bytes(path: Path) -> int:
         while len(head := file.read(8)) == 8:
             name, length = struct.unpack("<4sI", head)
             if name == b"data":
-                streamed = length >= 0xFFFFFFFF - 8  # written by a pipe that did not know
+                # What ffmpeg and sox write into a pipe, where they cannot know.
+                streamed = length >= 0xFFFFFF00 or 0x7FFFF000 <= length <= 0x7FFFFFFF
                 return 0 if streamed else max(0, file.tell() + length - size)
             file.seek(length + length % 2, os.SEEK_CUR)
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,11 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.config import CodecConfig
 
+# What numpy and zipfile raise on files that are no archives of plain arrays.
+_NPZ_ERRORS = (
+    ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _KEYS = ("sample_rate", "num_samples", "num_channels", "hop_length", "codebook_size")
 
 
@@ -49,7 +55,7 @@ def read(path: str | Path, config: CodecConfig) -> CodeFile:
         raise ValueError(f"{path}: no such file")
     try:
         fields = _load(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except _NPZ_ERRORS as error:
         raise ValueError(f"{path}: no .npz file of codes ({error})") from error
     if missing := [k for k in ("codes", *_KEYS) if k not in fields]:
         raise ValueError(f"{path}: missing key {missing[0]!r}")

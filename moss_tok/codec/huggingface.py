@@ -91,8 +91,14 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
         if key not in fields:
             raise ValueError(f"config.json: missing key {key!r}")
     channels = fields.get("number_channels", 1)
+    for key in ("sampling_rate", "downsample_rate", "number_channels"):
+        value = fields.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            _unsupported("", key, value, ["a positive integer"])
     if channels != 1 and fields.get("enable_channel_interleave") is not True:
-        _unsupported("", "enable_channel_interleave", fields.get("enable_channel_interleave"), [1])
+        _unsupported(
+            "", "enable_channel_interleave", fields.get("enable_channel_interleave"), [True]
+        )
     names = None if tensor_names is None else set(tensor_names)
     layout = _guess_layout(fields) if names is None else _layout_of(names)
     modules = [
@@ -115,6 +121,14 @@ def _unsupported(where: str, key: str, value: Any, accepted: Iterable[Any]) -> N
     raise ValueError(
         f"config.json: {where}{key} = {json.dumps(value)} is not supported; accepted: {accepted}"
     )
+
+
+def _check_keys(fields: dict[str, Any], known: set[str], where: str) -> None:
+    for key in sorted(fields.keys() - known):
+        raise ValueError(
+            f"config.json: {where}{key} = {json.dumps(fields[key])} is not supported; "
+            f"accepted keys: {', '.join(sorted(known))}"
+        )
 
 
 def _guess_layout(fields: dict[str, Any]) -> str:
@@ -151,15 +165,13 @@ def _read_modules(fields, side, layout, names, channels) -> tuple[ModuleConfig, 
 
 
 def _read_patch(module: dict[str, Any], where: str) -> PatchConfig:
-    for key in sorted(module.keys() - {"module_type", "patch_size"}):
-        _unsupported(where, key, module[key], ["no such key"])
+    _check_keys(module, {"module_type", "patch_size"}, where)
     return _build(PatchConfig, where, patch_size=module.get("patch_size"))
 
 
 def _read_transformer(module, where, rate, fields) -> TransformerConfig:
     known = {"module_type", "context_duration"} | _FIXED.keys() | _SIZES.keys() | _OPTIONAL.keys()
-    for key in sorted(module.keys() - known):
-        _unsupported(where, key, module[key], ["no such key"])
+    _check_keys(module, known, where)
     for key in _SIZES:
         if key not in module:
             raise ValueError(f"config.json: {where}{key} is missing")
@@ -205,8 +217,7 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
     if kind not in _QUANTIZER_TYPES:
         _unsupported("", "quantizer_type", kind, _QUANTIZER_TYPES)
     names = [f.name for f in dataclasses.fields(QuantizerConfig)]
-    for key in sorted(kwargs.keys() - set(names) - {"quantizer_type"}):
-        _unsupported("quantizer_kwargs.", key, kwargs[key], ["no such key"])
+    _check_keys(kwargs, {*names, "quantizer_type"}, "quantizer_kwargs.")
     for key in names:
         if key not in kwargs:
             raise ValueError(f"config.json: quantizer_kwargs.{key} is missing")

@@ -1,12 +1,14 @@
 """Checkpoints: finding, reading and writing them.
 
 A checkpoint is a directory with `config.json` and `params/` (Orbax); a training step adds `state/`.
-It is written under a temporary name and renamed when it is complete.
+It is written under a temporary name and renamed when it is complete. `files.json` lists every file
+and its size, so that a damaged copy is noticed before it is read.
 """
 
 import asyncio
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from flax import linen as nn
 from moss_tok.codec import huggingface
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
-from moss_tok.config import CodecConfig, ComputeConfig, check_choice
+from moss_tok.config import CodecConfig, ComputeConfig, check_choice, parse_json_object
 
 COMPONENTS = ("all", "encoder", "decoder")
 STEPS_FOLDER = "checkpoints"
+_FILES_NAME = "files.json"
 
 
 def load(path: str | Path, component: str = "all", compute: ComputeConfig | None = None) -> Codec:
@@ -150,13 +153,40 @@ def read_tree(folder: Path, shapes: Any) -> Any:
     restore = ocp.args.PyTreeRestore(
         item=shapes, restore_args=jax.tree.map(arguments, shapes), partial_restore=True
     )
+    _check_files(folder)
+    handler = ocp.PyTreeCheckpointHandler()
+    path = epath.Path(folder.absolute())
     try:
-        handler = ocp.PyTreeCheckpointHandler()
-        path = epath.Path(folder.absolute())
-        _check_shapes(folder, shapes, handler.metadata(path).tree)
+        found = handler.metadata(path).tree
+        _check_shapes(folder, shapes, found)
         return handler.restore(path, args=restore)
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder}: broken checkpoint: {error}") from error
+    except _BadParametersError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise anything on damaged files
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder}: broken checkpoint: {reason[:200]}") from error
+
+
+class _BadParametersError(ValueError):
+    """Parameters are missing or misshapen."""
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError if a file under `folder` is missing or cut; see `_FILES_NAME`."""
+    listing = folder.parent / _FILES_NAME
+    if not listing.exists():
+        return
+    for name, size_bytes in parse_json_object(listing.read_text()).items():
+        file = folder.parent / name
+        if folder not in file.parents:
+            continue
+        if not file.is_file():
+            raise ValueError(f"{folder.parent}: broken checkpoint: {name} is missing")
+        if file.stat().st_size != size_bytes:
+            found = file.stat().st_size
+            raise ValueError(
+                f"{folder.parent}: broken checkpoint: {name} has {found} bytes, not {size_bytes}"
+            )
 
 
 def _check_shapes(folder: Path, wanted: Any, found: Any) -> None:
@@ -171,7 +201,8 @@ def _check_shapes(folder: Path, wanted: Any, found: Any) -> None:
         elif tuple(found[name].shape) != want.shape:
             problems.append(f"{name} has shape {found[name].shape}, not {want.shape}")
     if problems:
-        raise ValueError(f"{folder}: {len(problems)} bad parameters: {'; '.join(problems)}")
+        listing = "; ".join(problems)
+        raise _BadParametersError(f"{folder}: {len(problems)} bad parameters: {listing}")
 
 
 class CheckpointHandler(ocp.AsyncCheckpointHandler):
@@ -208,9 +239,14 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError
 
     def finalize(self, directory: epath.Path) -> None:
-        """Merges what the processes wrote."""
+        """Merges what the processes wrote, and lists it."""
         for name in self._names:
             self._trees.finalize(directory / name)
+        if jax.process_index() == 0:
+            root = Path(directory)
+            files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.parent != root]
+            sizes = {str(p.relative_to(root)): p.stat().st_size for p in files}
+            (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
 
     def close(self) -> None:
         """Frees the handler's resources."""

@@ -1,0 +1,91 @@
+"""Attention against brute force, RoPE against float64, memory linear in the length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moss_tok.codec import attention
+
+
+def brute_force(q, k, v, window):
+    """Frame by frame in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for t in range(q.shape[1]):
+        seen = slice(max(0, t - window + 1), t + 1)
+        scores = np.einsum("bnh,bsnh->bns", q[:, t], k[:, seen]) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[:, t] = np.einsum("bns,bsnh->bnh", weights, v[:, seen])
+    return out
+
+
+def random_qkv(num_frames, seed=0, batch=2, heads=2, dim=8):
+    return jax.random.normal(jax.random.key(seed), (3, batch, num_frames, heads, dim))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocked"])
+@pytest.mark.parametrize(
+    ("num_frames", "window"),
+    [(1, 1), (5, 1), (7, 100), (64, 64), (200, 1), (200, 30), (333, 129), (130, 64)],
+)
+def test_agrees_with_brute_force(implementation, num_frames, window):
+    q, k, v = random_qkv(num_frames)
+    out = attention.attend(q, k, v, window, implementation, "highest")
+    np.testing.assert_allclose(out, brute_force(q, k, v, window), atol=2e-6)
+
+
+def test_gradients_agree():
+    qkv = random_qkv(200)
+
+    def loss(qkv, implementation):
+        out = attention.attend(*qkv, 70, implementation, "highest")
+        return jnp.sum(jnp.sin(out) * jnp.arange(200)[:, None, None])
+
+    dense, blocked = (jax.grad(loss)(qkv, name) for name in ("dense", "blocked"))
+    np.testing.assert_allclose(dense, blocked, atol=2e-4)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocked_needs_linear_memory(backward):
+    def temporary_bytes(num_frames):
+        def function(q, k, v):
+            return attention.attend(q, k, v, 128, "blocked").sum()
+
+        shape = jax.ShapeDtypeStruct((1, num_frames, 2, 16), jnp.float32)
+        function = jax.grad(function, argnums=(0, 1, 2)) if backward else function
+        compiled = jax.jit(function).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) <= 4.5 * temporary_bytes(2048)
+
+
+def test_window_counts_the_query_itself():
+    q, k, v = random_qkv(40, batch=1)
+    grad = jax.grad(lambda v: attention.attend(q, k, v, 10, "blocked")[0, 30].sum())(v)
+    touched = np.flatnonzero(np.abs(grad[0]).sum((1, 2)))
+    assert touched.tolist() == list(range(21, 31))
+
+
+@pytest.mark.parametrize("start", [0, 6_000, 34_560_000, 2**31 - 100])
+def test_rope_phases_are_exact_far_out(start):
+    """34,560,000 is a day at 400 Hz."""
+    positions = start + np.arange(50)
+    cos, sin = attention.rope_table(jnp.asarray(positions, jnp.uint32), 64, 10000.0)
+    frequencies = 10000.0 ** (-np.arange(32) / 32)
+    phases = positions[:, None].astype(np.longdouble) * frequencies.astype(np.longdouble)
+    tolerance = 1e-6 if start < 2**30 else 2e-5  # float64 frequencies err by 1e-16 of 2e9 radians
+    np.testing.assert_allclose(cos, np.cos(phases).astype(float), atol=tolerance)
+    np.testing.assert_allclose(sin, np.sin(phases).astype(float), atol=tolerance)
+
+
+def test_rope_depends_on_distance_alone():
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def product(a, b):
+        tables = [attention.rope_table(jnp.array([p]), 16, 100.0) for p in (a, b)]
+        rotated = [attention.apply_rope(z, t) for z, t in zip((x, y), tables, strict=True)]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert product(5, 2) == pytest.approx(product(10_000_005, 10_000_002), abs=1e-5)

@@ -1,0 +1,298 @@
+"""The command line, run in this process: what it writes, and one line for every user error."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import GOLDEN
+
+import moss_tok
+from moss_tok.cli.main import COMMANDS, main
+
+CODEC = str(GOLDEN / "v1_tiny")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a recording `in.wav` and its codes `in.npz`."""
+    monkeypatch.chdir(tmp_path)
+    wav = 0.1 * np.random.default_rng(0).standard_normal(30000)
+    soundfile.write("in.wav", wav, 24000)
+    assert main(["encode", "in.wav", "in.npz", "--checkpoint", CODEC]) == 0
+    return tmp_path
+
+
+def test_encode_writes_what_decode_needs(folder):
+    with np.load("in.npz", allow_pickle=False) as file:
+        fields = {k: file[k] for k in file}
+    assert fields.pop("codes").shape == (8, 16)
+    numbers = {k: int(v) for k, v in fields.items()}
+    assert numbers == {"sample_rate": 24000, "num_samples": 30000, "num_channels": 1,
+                       "hop_length": 1920, "codebook_size": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--num-quantizers", "3"]])
+def test_decode_is_exactly_as_long(folder, options, v1_tiny):
+    assert main(["decode", "in.npz", "out.wav", "--checkpoint", CODEC, *options]) == 0
+    wav, rate = soundfile.read("out.wav", always_2d=True)
+    assert (wav.shape, rate) == ((30000, 1), 24000)
+    codes = np.load("in.npz")["codes"][: int(options[1]) if options else 8]
+    expected = moss_tok.decode(v1_tiny, codes[None]).wav[0, 0, :30000]
+    np.testing.assert_allclose(wav[:, 0], np.clip(expected, -1, 1), atol=1e-4)
+
+
+def test_encode_num_quantizers(folder):
+    main(["encode", "in.wav", "few.npz", "--checkpoint", CODEC, "--num-quantizers", "2"])
+    np.testing.assert_array_equal(np.load("few.npz")["codes"], np.load("in.npz")["codes"][:2])
+    assert main(["decode", "few.npz", "few.wav", "--checkpoint", CODEC]) == 0
+
+
+@pytest.mark.parametrize("output", ["out.wav", "out.flac", "out.ogg"])
+def test_reconstruct(folder, capsys, output):
+    assert main(["reconstruct", "in.wav", output, "--checkpoint", CODEC]) == 0
+    assert soundfile.info(output).frames == 30000
+    assert "600 bit/s (8 quantizers), mel distance" in capsys.readouterr().out
+
+
+def test_stereo_48k_of_a_mono_file(folder):
+    nano = str(GOLDEN / "nano_tiny")
+    assert main(["reconstruct", "in.wav", "out.wav", "--checkpoint", nano]) == 0
+    info = soundfile.info("out.wav")
+    assert (info.channels, info.samplerate, info.frames) == (2, 48000, 60000)
+
+
+def test_convert_and_info(folder, capsys):
+    assert main(["convert", CODEC, "ours"]) == 0
+    assert main(["convert", "ours", "official"]) == 0
+    capsys.readouterr()
+    outputs = []
+    for checkpoint in (CODEC, "ours", "official"):
+        assert main(["info", checkpoint]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert "75 to 600 bit/s" in outputs[0] and "window 100 frames (1 s)" in outputs[0]
+
+
+@pytest.mark.parametrize(("preset", "count"), [("v1", "1,774,566,400"), ("nano", "21,969,664")])
+def test_info_of_presets(capsys, preset, count):
+    assert main(["info", preset]) == 0
+    assert count in capsys.readouterr().out
+
+
+def npz(**changes):
+    """Writes codes.npz with some fields changed; None drops one."""
+    with np.load("in.npz") as file:
+        fields = {k: file[k] for k in file} | changes
+    np.savez("codes.npz", **{k: v for k, v in fields.items() if v is not None})
+
+
+def huge_header():
+    """An npz whose array claims a terabyte."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i2", "fortran_order": False, "shape": (8, 2**36)}
+    )
+    with np.load("in.npz") as file:
+        arrays = {k: file[k] for k in file if k != "codes"}
+    np.savez("codes.npz", **arrays)
+    with zipfile.ZipFile("codes.npz", "a") as archive:
+        archive.writestr("codes.npy", header.getvalue())
+
+
+def pickled(name):
+    with open(name, "wb") as file:
+        np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+
+
+def single_array(name):
+    with open(name, "wb") as file:
+        np.save(file, CODES)
+
+
+def corrupt_zip():
+    data = bytearray(Path("in.npz").read_bytes())
+    at = data.index(b"codes.npy") + 200
+    data[at : at + 50] = bytes(50)
+    Path("codes.npz").write_bytes(data)
+
+
+CODES = np.zeros((8, 16), np.int16)
+BAD_CODES = [
+    (lambda: npz(codes=CODES + 64), "codes must be 0..63, got 64..64"),
+    (lambda: npz(codes=CODES - 1), "codes must be 0..63, got -1..-1"),
+    (lambda: npz(codes=CODES[0]), "codes must be integers [Q, T], got int16 [16]"),
+    (lambda: npz(codes=CODES.astype(float)), "codes must be integers [Q, T], got float64"),
+    (lambda: npz(codes=CODES > 0), "codes must be integers"),
+    (lambda: npz(codes=np.zeros((9, 16), int)), "codes must have 1..8 quantizers, got 9"),
+    (lambda: npz(codes=CODES[:0]), "no codes"),
+    (lambda: npz(codes=CODES[:, :0]), "no codes"),
+    (lambda: npz(codes=CODES[:, :7]), "num_samples 30000 does not fit 7 frames"),
+    (lambda: npz(num_samples=0), "num_samples 0 does not fit"),
+    (lambda: npz(num_samples=-5), "num_samples -5 does not fit"),
+    (lambda: npz(num_samples=1.5), "num_samples must be one integer"),
+    (lambda: npz(sample_rate=48000), "sample_rate must be 24000 for this checkpoint, got 48000"),
+    (lambda: npz(num_channels=2), "num_channels must be 1"),
+    (lambda: npz(codebook_size=1024), "codebook_size must be 64"),
+    (lambda: npz(hop_length=960), "hop_length must be 1920"),
+    (lambda: npz(hop_length=np.array([1920])), "hop_length must be one integer"),
+    (lambda: npz(codes=None), "missing key 'codes'"),
+    (lambda: npz(num_samples=None), "missing key 'num_samples'"),
+    (lambda: npz(codes=np.array([{"a": 1}], object)), "no .npz file of codes"),
+    (lambda: pickled("codes.npz"), "no .npz file of codes"),
+    (lambda: single_array("codes.npz"), "no .npz file of codes (a single array)"),
+    (lambda: Path("codes.npz").write_text("hello"), "no .npz file of codes"),
+    (lambda: Path("codes.npz").touch(), "no .npz file of codes"),
+    (lambda: shutil.copy("in.wav", "codes.npz"), "no .npz file of codes"),
+    (corrupt_zip, "no .npz file of codes"),
+    (huge_header, "no .npz file of codes"),
+    (lambda: None, "codes.npz: no such file"),
+]
+
+
+def run_bad(argv, folder, capsys, message):
+    """Runs a command that must fail: one line, exit code 2, no file written."""
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("write", "message"), BAD_CODES)
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_bad_codes(folder, capsys, write, message):
+    write()
+    run_bad(["decode", "codes.npz", "out.wav", "--checkpoint", CODEC], folder, capsys, message)
+
+
+def bad_checkpoint(kind):
+    shutil.rmtree("bad", ignore_errors=True)
+    if kind == "ours":
+        assert main(["convert", CODEC, "bad"]) == 0
+    else:
+        shutil.copytree(CODEC, "bad")
+
+
+def edit(change, kind="official"):
+    bad_checkpoint(kind)
+    change()
+
+
+def remove(path):
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def cut_largest(folder):
+    files = [p for p in Path(folder).rglob("*") if p.is_file()]
+    file = max(files, key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+BAD_CHECKPOINTS = [
+    (lambda: None, "bad: no such checkpoint directory"),
+    (lambda: Path("bad").touch(), "bad: not a checkpoint directory"),
+    (lambda: Path("bad").mkdir(), "bad: no config.json"),
+    (lambda: edit(lambda: remove("bad/config.json")), "bad: no config.json"),
+    (lambda: edit(lambda: Path("bad/config.json").write_text("{")), "broken JSON"),
+    (lambda: edit(lambda: Path("bad/config.json").write_bytes(b"\xff\xfe")), "config.json"),
+    (lambda: edit(lambda: Path("bad/model.safetensors").write_text("x")), "corrupt safetensors"),
+    (lambda: edit(lambda: remove("bad/config.json"), "ours"), "bad: no config.json"),
+    (lambda: edit(lambda: Path("bad/config.json").write_text("[]"), "ours"), "bad/config.json"),
+    (lambda: edit(lambda: Path("bad/config.json").write_bytes(b"\xff"), "ours"), "config.json"),
+    (lambda: edit(lambda: remove("bad/params"), "ours"), "neither params/ nor model.safetensors"),
+    (lambda: edit(lambda: remove("bad/params/d"), "ours"), "broken checkpoint"),
+    (lambda: edit(lambda: remove("bad/params/_METADATA"), "ours"), "params/_METADATA is missing"),
+    (lambda: edit(lambda: cut_largest("bad/params"), "ours"), "broken checkpoint: params/"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), BAD_CHECKPOINTS)
+@pytest.mark.parametrize("command", ["encode", "decode", "reconstruct", "convert", "info"])
+def test_bad_checkpoints(folder, capsys, write, message, command):
+    if command == "info" and ("broken ch" in message or "params/_M" in message):
+        pytest.skip("info reads no weights")
+    write()
+    argv = {
+        "encode": ["encode", "in.wav", "out.npz", "--checkpoint", "bad"],
+        "decode": ["decode", "in.npz", "out.wav", "--checkpoint", "bad"],
+        "reconstruct": ["reconstruct", "in.wav", "out.wav", "--checkpoint", "bad"],
+        "convert": ["convert", "bad", "out"],
+        "info": ["info", "bad"],
+    }[command]
+    run_bad(argv, folder, capsys, message)
+
+
+ENCODE = ["encode", "in.wav", "out.npz", "--checkpoint", CODEC]
+DECODE = ["decode", "in.npz", "out.wav", "--checkpoint", CODEC]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required"),
+        (["frob"], "unknown command 'frob'; accepted: encode"),
+        (["--frob"], "required"),
+        ([*ENCODE, "--frob"], "unrecognized arguments: --frob"),
+        (["encode"], "required"),
+        (["encode", "in.wav", "out.npz"], "--checkpoint"),
+        (["encode", "gone.wav", *ENCODE[2:]], "gone.wav: no such file"),
+        (["encode", "in.npz", *ENCODE[2:]], "in.npz: not audio"),
+        (["encode", "in.wav", "no/out.npz", *ENCODE[3:]], "no such folder: no"),
+        (["encode", "in.wav", "out.txt", *ENCODE[3:]], "the name must end in .npz"),
+        ([*ENCODE, "--num-quantizers", "0"], "num_quantizers must be 1..8, got 0"),
+        ([*ENCODE, "--num-quantizers", "-1"], "num_quantizers must be 1..8, got -1"),
+        ([*ENCODE, "--num-quantizers", "9"], "num_quantizers must be 1..8, got 9"),
+        ([*ENCODE, "--num-quantizers", "two"], "invalid int value: 'two'"),
+        ([*ENCODE, "--num-quantizers", "1.5"], "invalid int value: '1.5'"),
+        ([*DECODE, "--num-quantizers", "9"], "num_quantizers must be 1..8, got 9"),
+        (["decode", "in.npz", "no/out.wav", *DECODE[3:]], "no such folder: no"),
+        (["decode", "in.npz", "out.xyz", *DECODE[3:]], "the name must end in .wav"),
+        (["reconstruct", "in.wav", "no/out.wav", *DECODE[3:]], "no such folder: no"),
+        (["convert", CODEC, "no/out"], "no such folder"),
+        (["convert", CODEC, "."], "exists already"),
+        (["convert", CODEC, "out", "--dtype", "float16"], "invalid choice: 'float16'"),
+        (["info", "frob"], "frob: no such checkpoint directory"),
+    ],
+)
+def test_bad_arguments(folder, capsys, argv, message):
+    run_bad(argv, folder, capsys, message)
+
+
+def test_more_quantizers_than_the_file_has(folder, capsys):
+    main(["encode", "in.wav", "few.npz", "--checkpoint", CODEC, "--num-quantizers", "2"])
+    argv = ["decode", "few.npz", "out.wav", "--checkpoint", CODEC, "--num-quantizers", "3"]
+    run_bad(argv, folder, capsys, "num_quantizers must be 1..2, the file has no more")
+
+
+def test_help_lists_every_command():
+    argv = [sys.executable, "-m", "moss_tok", "--help"]
+    out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name}" in out for name in COMMANDS)
+
+
+def test_a_training_workdir_is_a_checkpoint(folder, micro):
+    from moss_tok.codec import pretrained
+
+    steps = folder / "run" / "checkpoints"
+    steps.mkdir(parents=True)
+    for step in (3, 20):
+        pretrained.save(steps / pretrained.step_name(step), micro.config, micro.params)
+    (steps / "00000030.orbax-checkpoint-tmp").mkdir()
+    assert pretrained.find_checkpoint(folder / "run").name == "00000020"
+    assert main(["info", "run"]) == 0
+    assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"

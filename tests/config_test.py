@@ -1,0 +1,108 @@
+"""Configs: published sizes, JSON there and back, errors that say what is wrong."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from conftest import micro_config
+
+import moss_tok
+from moss_tok.codec import pretrained
+from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig
+
+PUBLISHED = {
+    # name: parameters, hop_length, encoder windows
+    "v1": (1_774_566_400, 1920, (1000, 500, 250, 125)),
+    "v2": (2_123_701_248, 3840, (400, 400, 400, 400, 250, 125)),
+    "nano": (21_969_664, 3840, (1600, 1200, 800, 500)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    config = moss_tok.preset(name)
+    parameters, hop_length, windows = PUBLISHED[name]
+    shapes = jax.tree.leaves(pretrained.param_shapes(config))
+    assert sum(math.prod(x.shape) for x in shapes) == parameters
+    assert config.hop_length == hop_length
+    assert config.frame_rate == 12.5
+    assert tuple(w for w in config.windows("encoder") if w) == windows
+    assert tuple(w for w in config.windows("decoder") if w) == windows[::-1]
+
+
+def test_tiny_is_small():
+    config = moss_tok.preset("tiny")
+    shapes = jax.tree.leaves(pretrained.param_shapes(config))
+    assert 0.5e6 < sum(math.prod(x.shape) for x in shapes) < 2e6
+    assert (config.sample_rate, config.num_channels) == (24000, 1)
+    assert config.quantizer.num_quantizers == 16
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "nano", "tiny"])
+def test_json_round_trip(name):
+    config = moss_tok.preset(name)
+    assert CodecConfig.from_json(config.to_json()) == config
+    assert hash(CodecConfig.from_json(config.to_json())) == hash(config)
+
+
+def test_bitrate_and_frames():
+    config = moss_tok.preset("v1")
+    assert config.bitrate() == 4000
+    assert config.bitrate(1) == 125
+    assert [config.num_frames(n) for n in (1, 1920, 1921)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(frob=1), "unknown key 'frob'"),
+        (lambda c: c.pop("sample_rate"), "missing key 'sample_rate'"),
+        (lambda c: c.update(format="other"), "format"),
+        (lambda c: c["encoder"][0].update(type="conv"), "module type must be one of"),
+        (lambda c: c["encoder"][0].update(patch_size=0), "patch_size must be a positive number"),
+        (lambda c: c["encoder"][1].update(input_dim=7), "encoder module 1: input_dim must be 8"),
+        (lambda c: c["encoder"][1].update(num_heads=3), "model_dim must be a multiple"),
+        (lambda c: c["quantizer"].update(codebook_size="big"), "codebook_size must be a positive"),
+        (lambda c: c.update(layout="v9"), "layout must be v1 or v2"),
+        (lambda c: c.update(decoder=c["decoder"][:-1]), "the decoder must end in one sample"),
+        (lambda c: c.update(quantizer=3), "quantizer must be an object"),
+    ],
+)
+def test_broken_json_is_named(change, message):
+    fields = json.loads(micro_config().to_json())
+    change(fields)
+    with pytest.raises(ValueError, match=message):
+        CodecConfig.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_no_json(text):
+    with pytest.raises(ValueError, match="JSON"):
+        CodecConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_steps", 0),
+        ("batch_size", 7),
+        ("segment_seconds", 0.0),
+        ("learning_rate", float("nan")),
+        ("quantizer_dropout", 1.5),
+        ("beta1", 1.0),
+        ("dtype", "float16"),
+        ("remat", "some"),
+        ("workdir", ""),
+        ("reseed_every", -1),
+    ],
+)
+def test_train_config_refuses(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(TrainConfig(num_microbatches=4), **{field: value})
+
+
+def test_compute_config_refuses():
+    with pytest.raises(ValueError, match="attention must be one of auto, dense, blocked"):
+        ComputeConfig(attention="flash")

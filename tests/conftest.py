@@ -1,0 +1,67 @@
+"""Shared fixtures: eight fake CPU devices, the golden models and a tiny one of our own."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import moss_tok
+from moss_tok.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig, mirror
+from moss_tok.training.state import init_state
+
+GOLDEN = Path(__file__).parent / "golden"
+CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+
+
+@pytest.fixture(scope="session")
+def golden_dir():
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def v1_tiny():
+    return moss_tok.load(GOLDEN / "v1_tiny")
+
+
+@pytest.fixture(scope="session")
+def nano_tiny():
+    return moss_tok.load(GOLDEN / "nano_tiny")
+
+
+def micro_config(**changes) -> CodecConfig:
+    """A few thousand parameters at 8 kHz, 16 samples per frame, windows of 6 and 3 frames."""
+    encoder = (
+        PatchConfig(8),
+        TransformerConfig(8, 6, 16, 2, 2, 32, 0.006, layer_scale=0.5),
+        PatchConfig(2),
+        TransformerConfig(12, 8, 16, 2, 1, 32, 0.006, layer_scale=0.5),
+    )
+    quantizer = QuantizerConfig(8, 6, 8, 4, 16, 3)
+    config = CodecConfig(8000, 1, encoder, quantizer, mirror(encoder), "v1")
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """A codec of `micro_config` with random weights."""
+    config = micro_config()
+    state = init_state(moss_tok.config.TrainConfig(), config)
+    return moss_tok.Codec(state.params, config)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def leaves_equal(a, b) -> bool:
+    """Whether two trees hold the same values, bit for bit."""
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
+    return all(jax.tree.leaves(same))

@@ -1,0 +1,179 @@
+"""Audio files: formats, rates, channels, segments, and everything that can be wrong with them."""
+
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from moss_tok.audio import files, manifest
+
+RATE = 16000
+
+
+def tone(seconds=1.0, rate=RATE, channels=1):
+    t = np.arange(int(seconds * rate)) / rate
+    return 0.3 * np.sin(2 * np.pi * 440 * t)[:, None].repeat(channels, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.wav", {}),
+        ("a.wav", {"subtype": "FLOAT"}),
+        ("a.wav", {"subtype": "PCM_24"}),
+        ("a.wav", {"format": "RF64"}),
+        ("a.flac", {}),
+        ("a.ogg", {}),
+        ("a.ogg", {"format": "OGG", "subtype": "OPUS"}),
+        ("a.mp3", {}),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_formats(tmp_path, name, options, channels):
+    soundfile.write(tmp_path / name, tone(channels=channels), RATE, **options)
+    wav = files.read(tmp_path / name, RATE, 1)
+    assert wav.dtype == np.float32
+    assert wav.shape == (1, RATE)
+    np.testing.assert_allclose(wav[0, :15000], tone()[:15000, 0], atol=0.05)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_resampling(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", tone(rate=rate, channels=2), rate, subtype="FLOAT")
+    wav = files.read(tmp_path / "a.wav", RATE, 1)
+    assert abs(wav.shape[1] - RATE) <= 1
+    np.testing.assert_allclose(wav[0, 400:15000], tone()[400:15000, 0], atol=2e-3)
+
+
+def test_channels():
+    stereo = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    np.testing.assert_array_equal(files.to_channels(stereo, 1), [[2.0, 3.0]])
+    np.testing.assert_array_equal(files.to_channels(stereo[:1], 2), [[1.0, 2.0]] * 2)
+    assert files.to_channels(stereo, 2) is stereo
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+@pytest.mark.parametrize(("start", "seconds"), [(0.0, 0.5), (0.25, 0.5), (0.9, 0.5), (5.0, 1.0)])
+def test_segments(tmp_path, suffix, start, seconds):
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, tone(), RATE)
+    whole = files.read_native(path)[0]
+    part = files.read_segment(path, start, seconds, RATE)
+    begin = min(int(start * RATE), RATE - 1)
+    np.testing.assert_array_equal(part, whole[:, begin : begin + int(seconds * RATE)])
+
+
+def test_writing_replaces_whole_files(tmp_path):
+    path = tmp_path / "a.wav"
+    files.write(path, np.array([[2.0, -2.0, 0.5]]), RATE)
+    np.testing.assert_allclose(files.read_native(path)[0], [[1, -1, 0.5]], atol=1e-4)
+
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        files.write_atomically(path, fail)
+    assert files.read_native(path)[0].shape == (1, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+
+
+def _cut(source, share):
+    data = source.read_bytes()
+    source.write_bytes(data[: int(len(data) * share)])
+
+
+def make_bad(tmp_path, kind):
+    path = tmp_path / "bad"
+    if kind == "missing":
+        return path
+    if kind == "text":
+        path = path.with_suffix(".wav")
+        path.write_text("hello " * 100)
+    elif kind == "no bytes":
+        path.write_bytes(b"")
+    elif kind == "empty":
+        soundfile.write(path := path.with_suffix(".wav"), tone(0), RATE)
+    elif kind == "nan":
+        wav = tone()
+        wav[100] = np.nan
+        soundfile.write(path := path.with_suffix(".wav"), wav, RATE, subtype="FLOAT")
+    elif kind == "header only":
+        soundfile.write(path := path.with_suffix(".wav"), tone(), RATE)
+        path.write_bytes(path.read_bytes()[:20])
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        soundfile.write(path := path.with_suffix("." + kind.split()[1]), tone(5), RATE)
+        _cut(path, 0.6)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file"),
+        ("folder", "no such file"),
+        ("text", "not audio"),
+        ("no bytes", "not audio"),
+        ("empty", "empty audio"),
+        ("nan", "not finite"),
+        ("header only", "truncated or corrupt"),
+        ("cut wav", "truncated, .* missing"),
+        ("cut flac", "truncated"),
+        ("cut mp3", "truncated"),
+    ],
+)
+def test_bad_files(tmp_path, kind, message):
+    path = make_bad(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+        files.read(path, RATE, 1)
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024])
+def test_a_streamed_wav_is_whole(tmp_path, length):
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = struct.pack("<I", length)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert files.read(tmp_path / "a.wav", RATE, 1).shape == (1, RATE)
+
+
+def test_manifest(tmp_path):
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", tone(0.5), RATE)
+    lines = ['{"path": "0.wav", "split": "test", "domain": "speech"}', '{"path": "1.wav"}']
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    first, second = manifest.find_items(tmp_path / "m.jsonl")
+    assert (first.split, first.domain, first.duration_seconds) == ("test", "speech", 0.5)
+    assert second.domain == "audio"
+    items = manifest.find_items(tmp_path)
+    assert len(items) == 3
+    assert sorted(i.split for i in items) == ["test", "train", "train"]
+    assert items == manifest.find_items(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "m.jsonl:1: broken JSON"),
+        ('{"path": "0.wav"}\n\n', "m.jsonl:2: broken JSON"),
+        ("[]", 'm.jsonl:1: must be an object with a "path"'),
+        ('{"path": "gone.wav"}', "gone.wav: no such file"),
+        ("", "no audio files"),
+    ],
+)
+def test_broken_manifests(tmp_path, text, message):
+    soundfile.write(tmp_path / "0.wav", tone(0.5), RATE)
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        manifest.find_items(tmp_path / "m.jsonl")
+
+
+def test_no_such_source(tmp_path):
+    with pytest.raises(ValueError, match="no such folder or manifest"):
+        manifest.find_items(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no audio files"):
+        manifest.find_items(tmp_path)

@@ -1,0 +1,70 @@
+"""A file imports only from lower floors or from earlier rooms of its own package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "moss_tok"
+
+# Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
+FLOORS = [
+    ["config", "sharding", "audio.files", "audio.manifest", "audio.spectral"],
+    ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
+     "codec.huggingface", "codec.pretrained"],
+    ["convert"],
+    ["data.pipeline", "data.synthetic"],
+    ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],
+    ["training.losses", "training.state", "training.step", "training.checkpoints",
+     "training.writer", "training.loop"],
+    ["cli.arguments", "cli.codes", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
+     "cli.info", "cli.main"],
+]  # fmt: skip
+ORDER = [room for floor in FLOORS for room in floor]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name not in ("__init__.py", "__main__.py")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_floors(path):
+    here = module_name(path)
+    assert here in ORDER, f"{here} has no floor yet"
+    for name in imported(path):
+        room = name.removeprefix("moss_tok.")
+        if name.startswith("moss_tok.") and room in ORDER:
+            assert ORDER.index(room) < ORDER.index(here), f"{here} imports {room}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_never_torch_nor_tensorflow(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"torch", "tensorflow", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import moss_tok.cli.main; moss_tok.cli.main.COMMANDS", ["jax", "numpy"]),
+        ("import moss_tok; moss_tok.load, moss_tok.encode", ["grain", "optax", "librosa"]),
+    ],
+)
+def test_imports_stay_light(statement, absent):
+    code = f"{statement}; import sys; sys.exit(any(m in sys.modules for m in {absent}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,79 @@
+"""Patches, interleaving, causality and precision of the whole codec."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moss_tok
+from moss_tok.codec.model import CodecModel, deinterleave, interleave, patchify, unpatchify
+from moss_tok.config import ComputeConfig
+
+
+def test_patches_are_channel_major():
+    x = jnp.arange(12).reshape(1, 6, 2)  # frame t has channels 2t, 2t + 1
+    folded = patchify(x, 3)
+    np.testing.assert_array_equal(folded[0], [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]])
+    np.testing.assert_array_equal(unpatchify(folded, 3), x)
+
+
+def test_interleave():
+    wav = jnp.array([[[1, 2, 3], [10, 20, 30]]])
+    np.testing.assert_array_equal(interleave(wav)[0, :, 0], [1, 10, 2, 20, 3, 30])
+    np.testing.assert_array_equal(deinterleave(interleave(wav), 2), wav)
+
+
+def test_encoder_is_causal_and_windowed(micro):
+    """Latents of frame t depend on samples up to its end, and not on those long gone."""
+    wav = jax.random.normal(jax.random.key(0), (1, 1, 16 * 60))
+
+    def loss(wav):
+        latents = micro.model.apply({"params": micro.params}, wav, method="latents")
+        return jnp.sin(latents[0, 40]).sum()
+
+    touched = np.flatnonzero(jax.grad(loss)(wav)[0, 0])
+    assert touched[-1] == 41 * 16 - 1
+    assert touched[0] > 16 * 20  # windows of 6 and 3 frames cannot see further
+
+
+def test_decoder_is_causal(micro):
+    latents = jax.random.normal(jax.random.key(0), (1, 30, 8))
+
+    def loss(latents):
+        decode = micro.model.apply(
+            {"params": micro.params}, latents, method=lambda m, x: m.decoder(x)
+        )
+        return jnp.sin(decode[0, 0, 20 * 16 : 21 * 16]).sum()
+
+    touched = np.flatnonzero(jnp.abs(jax.grad(loss)(latents)[0]).sum(-1))
+    assert touched[-1] == 20
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(micro, remat):
+    wav = jax.random.normal(jax.random.key(0), (1, 1, 16 * 20))
+
+    def loss(params, compute):
+        return jnp.square(CodecModel(micro.config, compute).apply({"params": params}, wav)[0]).sum()
+
+    plain = jax.grad(loss)(micro.params, ComputeConfig())
+    again = jax.grad(loss)(micro.params, ComputeConfig(remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)
+
+
+def test_bfloat16_stays_close(v1_tiny):
+    wav = 0.1 * jax.random.normal(jax.random.key(0), (1, 1, 19200))
+    half = dataclasses.replace(v1_tiny, compute=ComputeConfig(dtype="bfloat16"))
+    latents = [c.model.apply({"params": c.params}, wav, method="latents") for c in (v1_tiny, half)]
+    assert latents[1].dtype == jnp.float32
+    error = jnp.linalg.norm(latents[1] - latents[0]) / jnp.linalg.norm(latents[0])
+    assert 0 < error < 0.02
+
+
+def test_blocked_attention_gives_the_same_codes(v1_tiny, rng):
+    wav = 0.1 * rng.standard_normal((1, 1, 72000), np.float32)
+    blocked = dataclasses.replace(v1_tiny, compute=ComputeConfig(attention="blocked"))
+    codes = [moss_tok.encode(c, wav).codes for c in (v1_tiny, blocked)]
+    np.testing.assert_array_equal(*codes)
