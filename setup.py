@@ -19,7 +19,7 @@ CODEC = [
     "soundfile>=0.13",
     "soxr>=0.5",
 ]
-TRAIN = ["grain>=0.2.18", "matplotlib>=3.8", "optax>=0.2.5", "tqdm"]
+TRAIN = ["grain>=0.2.18", "matplotlib>=3.8", "optax>=0.2.6", "tqdm"]
 TESTS = ["pytest>=8", "ruff==0.17.6"]
 
 setuptools.setup(

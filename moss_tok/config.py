@@ -506,14 +506,13 @@ def _nano() -> CodecConfig:
 
 
 def _tiny() -> CodecConfig:
+    # Few stages and wide latents: narrow ones at 12.5 Hz leave the later quantizers nothing to do.
     rows = [
-        (240, 48, 96, 2, 1, 384, 1.0),
-        (96, 64, 96, 2, 1, 384, 1.0),
-        (128, 96, 96, 2, 1, 384, 1.0),
-        (192, 192, 128, 2, 1, 512, 1.0),
+        (240, 128, 128, 2, 2, 384, 1.0),
+        (512, 256, 128, 2, 1, 512, 1.0),
     ]
-    encoder = _stack((240, 2, 2, 2), rows, "v1", layer_scale=0.1)
-    quantizer = QuantizerConfig(192, 96, 192, 16, 1024, 8)
+    encoder = _stack((240, 4, 2), rows, "v1", layer_scale=0.1)
+    quantizer = QuantizerConfig(512, 96, 512, 16, 1024, 8)
     return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
 
 

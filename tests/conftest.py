@@ -1,6 +1,7 @@
 """Shared fixtures: eight fake CPU devices, the golden models and a tiny one of our own."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -15,6 +16,10 @@ import pytest
 import moss_tok
 from moss_tok.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig, mirror
 from moss_tok.training.state import init_state
+
+# Equal programs are compiled once, also across tests that differ in flags without effect on them.
+_CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 
 GOLDEN = Path(__file__).parent / "golden"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"

@@ -15,8 +15,10 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
     for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
         # 1e-5 of noise floor: digital silence has no logarithm.
         noise = np.random.default_rng(0).normal(0, 1e-5, wav.shape[-1])
-        axis.specgram(wav.mean(0) + noise, 1024, sample_rate, noverlap=768, vmin=-130, vmax=-30,
-                      cmap="magma")  # fmt: skip
+        axis.specgram(
+            wav.mean(0) + noise, NFFT=1024, Fs=sample_rate, noverlap=768, vmin=-130, vmax=-30,
+            cmap="magma",
+        )  # fmt: skip
         axis.set(title=title, ylabel="Hz")
     axes[-1].set(xlabel="seconds")
     _save(figure, path)

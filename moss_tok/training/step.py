@@ -51,7 +51,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     counts = _COUNT_DECAY * state.code_counts + _histogram(codes, codec.quantizer.codebook_size)
     metrics = terms | {
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config)(state.step),
         "codebook_perplexity": _perplexity(counts).mean(),
     }

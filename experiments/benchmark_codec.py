@@ -1,0 +1,187 @@
+"""Times encode and decode per preset, beside the official PyTorch class on the same weights.
+
+  python experiments/benchmark_codec.py --presets=v1 --seconds=10,60 --official=DIR
+
+DIR is a checkout of github.com/OpenMOSS/MOSS-Audio-Tokenizer (which needs torch and transformers).
+Weights are random. Every measurement runs in a process of its own, the two implementations in
+turns, so the peaks of memory are their own. The ratio is ours over official: below 1 is faster.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_tok.config import PRESETS, preset
+
+
+def main() -> None:
+    """Runs all measurements and prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--presets", default="tiny,nano,v1", help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--seconds", default="10,60", help="lengths of audio")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--official", help="checkout of the official repository (presets v1, tiny)")
+    parser.add_argument("--convert", action="store_true", help="also measure conversion's memory")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(_WORKERS[args.worker](args)))
+        return
+    print("| preset | seconds | what | ours | official | ratio |\n|---|---|---|---|---|---|")
+    for name in args.presets.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            _measure_preset(name, Path(folder) / "official", args)
+
+
+def _measure_preset(name: str, weights: Path, args: argparse.Namespace) -> None:
+    from moss_tok.codec import huggingface
+
+    config = preset(name)
+    weights.mkdir()
+    huggingface.write_official(weights, config, random_params(config), "float32")
+    size_gb = sum(f.stat().st_size for f in weights.glob("*.safetensors")) / 1e9
+    workers = ["ours"] + (["official"] if args.official and config.layout == "v1" else [])
+    for seconds in args.seconds.split(","):
+        found = {w: _spawn(w, name, weights, seconds, args) for w in workers}
+        for what in found["ours"]:
+            row = [found[w][what] if w in found else math.nan for w in ("ours", "official")]
+            unit = "GB" if what == "peak memory" else "s"
+            cells = [f"{x:.2f} {unit}" for x in row]
+            print(f"| {name} | {seconds} | {what} | {cells[0]} | {cells[1]} | "
+                  f"{row[0] / row[1]:.2f} |", flush=True)  # fmt: skip
+    if args.convert:
+        for worker in ("import", "export"):
+            peak = _spawn(worker, name, weights, "0", args)["peak memory"]
+            print(f"{name}: {worker} peaks at {peak:.2f} GB, weights {size_gb:.2f} GB: "
+                  f"{peak / size_gb:.2f} times", flush=True)  # fmt: skip
+
+
+def _spawn(worker: str, name: str, weights: Path, seconds: str, args: Any) -> dict[str, float]:
+    command = [sys.executable, __file__, f"--worker={worker}", f"--presets={name}"]
+    command += [f"--seconds={seconds}", f"--repeats={args.repeats}", f"--dtype={args.dtype}"]
+    command += [f"--official={args.official}::{weights}"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def random_params(config: Any, seed: int = 0) -> dict[str, Any]:
+    """Random parameters of plausible size, numpy float32."""
+    from moss_tok.codec import pretrained
+
+    generator = np.random.default_rng(seed)
+
+    def draw(tree: Any, name: str = "") -> Any:
+        if isinstance(tree, dict):
+            return {k: draw(v, k) for k, v in tree.items()}
+        constant = {"scale": 1.0, "bias": 0.0, "gain": 1.0}
+        constant |= {"attention_scale": 0.01, "mlp_scale": 0.01}
+        if name in constant:
+            return np.full(tree.shape, constant[name], np.float32)
+        values = generator.standard_normal(tree.shape, np.float32)
+        values *= 0.03 if name != "codebooks" else 1.0
+        return values
+
+    return draw(pretrained.param_shapes(config))
+
+
+def _audio(config: Any, seconds: float) -> np.ndarray:
+    shape = (1, config.num_channels, int(seconds * config.sample_rate))
+    return 0.1 * np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def _time(function: Any, repeats: int) -> float:
+    """Median seconds of `function`, after one run that may compile."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _ours(args: argparse.Namespace) -> dict[str, float]:
+    import moss_tok
+
+    weights = args.official.split("::")[1]
+    codec = moss_tok.load(weights, compute=moss_tok.ComputeConfig(dtype=args.dtype))
+    wav = _audio(codec.config, float(args.seconds))
+    codes = moss_tok.encode(codec, wav).codes
+    return {
+        "encode": _time(
+            lambda: moss_tok.encode(codec, wav).codes.block_until_ready(), args.repeats
+        ),
+        "decode": _time(
+            lambda: moss_tok.decode(codec, codes).wav.block_until_ready(), args.repeats
+        ),
+        "peak memory": _peak_gb(),
+    }
+
+
+def _official(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    checkout, weights = args.official.split("::")
+    model = _official_class(Path(checkout)).from_pretrained(weights, dtype=torch.float32).eval()
+    wav = torch.from_numpy(_audio(preset(args.presets), float(args.seconds)))
+    with torch.no_grad():
+        codes = model.encode(wav, return_dict=True).audio_codes
+        return {
+            "encode": _time(lambda: model.encode(wav, return_dict=True), args.repeats),
+            "decode": _time(lambda: model.decode(codes, return_dict=True), args.repeats),
+            "peak memory": _peak_gb(),
+        }
+
+
+def _official_class(checkout: Path) -> Any:
+    """Imports the official modeling file as part of a package, wherever it is."""
+    for name in ("", ".configuration_moss_audio_tokenizer", ".modeling_moss_audio_tokenizer"):
+        file = checkout / (f"{name[1:]}.py" if name else "__init__.py")
+        spec = importlib.util.spec_from_file_location(
+            f"official_codec{name}",
+            file,
+            submodule_search_locations=None if name else [str(checkout)],
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        if name:
+            spec.loader.exec_module(module)
+    return module.MossAudioTokenizerModel
+
+
+def _import(args: argparse.Namespace) -> dict[str, float]:
+    from moss_tok.convert import convert
+
+    weights = Path(args.official.split("::")[1])
+    convert(weights, weights.parent / "ours")
+    return {"peak memory": _peak_gb()}
+
+
+def _export(args: argparse.Namespace) -> dict[str, float]:
+    from moss_tok.convert import convert
+
+    folder = Path(args.official.split("::")[1]).parent
+    convert(folder / "ours", folder / "exported")
+    return {"peak memory": _peak_gb()}
+
+
+_WORKERS = {"ours": _ours, "official": _official, "import": _import, "export": _export}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Metrics against the official toolkit's answers; the sweep's baselines."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from moss_tok.evaluation import metrics, sweep
+
+
+def signal(rate, channels):
+    """The signal described in golden/eval_metrics.json, through PCM_16 FLAC."""
+    t = np.arange(3 * rate) / rate
+    f0 = 120 + 30 * np.sin(2 * np.pi * 0.7 * t)
+    phase = 2 * np.pi * np.cumsum(f0) / rate
+    envelope = (0.5 * (1 + np.sin(2 * np.pi * 3 * t))) ** 2
+    reference = 0.3 * envelope * sum(np.sin(k * phase) / k for k in range(1, 21))
+    noise = np.random.RandomState(0).standard_normal(3 * rate)
+    synthesis = 0.8 * reference + 0.02 * np.sin(2 * np.pi * 1000 * t) + 0.005 * noise
+    pair = []
+    for wav in (reference, synthesis):
+        wav = np.stack([wav, 0.5 * wav[::-1]][:channels], axis=1).astype(np.float32)
+        file = io.BytesIO()
+        soundfile.write(file, np.clip(wav, -1, 1), rate, format="FLAC", subtype="PCM_16")
+        file.seek(0)
+        pair.append(soundfile.read(file, dtype="float32", always_2d=True)[0].T)
+    return pair
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (24000, 1), (48000, 2)])
+def test_official_answers(golden_dir, rate, channels):
+    golden = json.loads((golden_dir / "eval_metrics.json").read_text())[f"{rate}x{channels}"]
+    found = metrics.compute(*signal(rate, channels), rate)
+    assert found == {name: pytest.approx(golden[name], abs=1e-3) for name in found}
+    assert found.keys() == {"mel_loss", "stft", "stoi"}
+
+
+def test_equal_signals():
+    reference, _ = signal(24000, 1)
+    found = metrics.compute(reference, reference, 24000)
+    assert found == {"mel_loss": 0, "stft": 0, "stoi": pytest.approx(1)}
+
+
+def test_errors():
+    wav = np.zeros((1, 100))
+    with pytest.raises(ValueError, match="unknown metric 'snr'; accepted: mel_loss"):
+        metrics.compute(wav, wav, 24000, ("snr",))
+    with pytest.raises(ValueError, match="shape"):
+        metrics.compute(wav[0], wav[0], 24000)
+
+
+def test_short_clips_do_not_fail():
+    wav = np.full((1, 50), 0.1)
+    assert np.isfinite(metrics.compute(wav, wav, 24000, ("mel_loss", "stft"))["stft"])
+
+
+def test_shaped_noise_keeps_the_spectrum():
+    reference, _ = signal(16000, 1)
+    noise = sweep.shaped_noise(reference)
+    spectra = [np.abs(np.fft.rfft(x))[0, 1:-1] for x in (reference, noise)]
+    np.testing.assert_allclose(*spectra, rtol=0.05, atol=0.5)
+    assert metrics.compute(reference, noise, 16000, ("stoi",))["stoi"] < 0.6
+
+
+def test_sweep(micro, rng):
+    clips = [sweep.Clip(0.1 * rng.standard_normal((1, 9000), np.float32), "music", "a")] * 2
+    done = []
+    table = sweep.evaluate(micro, clips, [1, 4], done.append)
+    assert done == [1, 2]
+    systems = ["silence", "shaped noise", "1 quantizer", "4 quantizers"]
+    assert list(table["music"]) == systems
+    text = sweep.format_table(table)
+    assert text.count("\n") == 5 and "| silence | " in text
