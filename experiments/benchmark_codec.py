@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def _measure_preset(name: str, weights: Path, args: argparse.Namespace) -> None:
     huggingface.write_official(weights, config, random_params(config), "float32")
     size_gb = sum(f.stat().st_size for f in weights.glob("*.safetensors")) / 1e9
     workers = ["ours"] + (["official"] if args.official and config.layout == "v1" else [])
-    for seconds in args.seconds.split(","):
+    for seconds in filter(None, args.seconds.split(",")):
         found = {w: _spawn(w, name, weights, seconds, args) for w in workers}
         for what in found["ours"]:
             row = [found[w][what] if w in found else math.nan for w in ("ours", "official")]
@@ -113,7 +112,9 @@ def _time(function: Any, repeats: int) -> float:
 
 
 def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Peak resident memory of this process; getrusage would count what its parent had, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def _ours(args: argparse.Namespace) -> dict[str, float]:

@@ -40,7 +40,7 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
         config, params = huggingface.read_official(folder)
         if dtype != "float32":
             params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
-        pretrained.save(destination, config, params)
+        pretrained.save(destination, config, pretrained.to_device(params))
         return "checkpoint"
     codec = pretrained.load(folder)
     with _appears_when_complete(destination) as temporary:

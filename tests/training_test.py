@@ -142,7 +142,7 @@ def test_overfits_a_clip():
     wav = jnp.asarray(0.3 * np.sin(2 * np.pi * 440 * t), jnp.float32)[None, None]
     batch = {"wav": jnp.tile(wav, (4, 1, 1)), "length": jnp.full(4, 2048)}
     _, first = run(CONFIG, 1, batch=lambda i: batch)
-    _, last = run(CONFIG, 150, batch=lambda i: batch)
+    _, last = run(CONFIG, 300, batch=lambda i: batch)
     assert float(last["reconstruction_loss"]) < 0.5 * float(first["reconstruction_loss"])
 
 

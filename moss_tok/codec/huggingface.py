@@ -481,9 +481,9 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     problems += [f"unknown {name}" for name in files.keys() - table.keys()]
     params: dict[str, Any] = {}
     stacked = _stacked_rows(table.values())
-    for file in sorted(set(files.values())):
+    for file, names in _batches([n for n in table if n in files], files):
         with _open(file) as tensors:
-            for name in sorted(n for n in table if files.get(n) == file):
+            for name in names:
                 tensor, shape = table[name], tuple(tensors.get_slice(name).get_shape())
                 if shape != tensor.shape:
                     problems.append(f"{name} has shape {shape}, not {tensor.shape}")
@@ -493,6 +493,21 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     if problems:
         raise ValueError(f"{path}: {len(problems)} bad tensors: {'; '.join(sorted(problems))}")
     return config, params
+
+
+def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Groups of tensors of one file.
+
+    An open file stays mapped as far as it was read. It is opened again for each group, so that
+    the peak of memory holds the weights once.
+    """
+    for file in sorted({files[name] for name in names}):
+        here = [name for name in names if files[name] == file]
+        for start in range(0, len(here), _GROUP_SIZE):
+            yield file, here[start : start + _GROUP_SIZE]
+
+
+_GROUP_SIZE = 64
 
 
 def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:

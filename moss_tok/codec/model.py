@@ -99,6 +99,6 @@ class CodecModel(nn.Module):
         """[B, C, S] -> latents before quantizing [B, T, D]."""
         return self.encoder(wav)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes [B, q, T] -> [B, C, S]."""
-        return self.decoder(self.quantizer.decode(codes))
+    def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Codes [B, q, T] -> [B, C, S]; keep bool [B, q] leaves quantizers out per item."""
+        return self.decoder(self.quantizer.decode(codes, keep))

@@ -51,7 +51,7 @@ def load(path: str | Path, component: str = "all", compute: ComputeConfig | None
     folder = find_checkpoint(path)
     if huggingface.is_official(folder):
         config, params = huggingface.read_official(folder, component)
-        return Codec(jax.tree.map(jnp.asarray, params), config, compute)
+        return Codec(to_device(params), config, compute)
     config = read_config(folder)
     shapes = param_shapes(config)
     if component != "all":
@@ -262,8 +262,20 @@ class CheckpointArgs(ocp.args.CheckpointArgs):
     trees: dict[str, Any]
 
 
+def to_device(params: dict[str, Any]) -> dict[str, Any]:
+    """Replaces the numpy arrays of a tree by jax arrays, one by one: in place, to save memory."""
+    for name, value in params.items():
+        params[name] = to_device(value) if isinstance(value, dict) else jnp.asarray(value)
+    return params
+
+
 def save(path: str | Path, config: CodecConfig, params: Any) -> None:
     """Writes a checkpoint; it appears under `path` only when it is complete.
+
+    Args:
+      path: New directory.
+      config: The codec.
+      params: Its parameters as jax arrays; Orbax would copy numpy arrays first.
 
     Raises:
       ValueError: `path` exists, or its folder does not.

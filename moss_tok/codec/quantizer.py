@@ -156,16 +156,21 @@ class ResidualQuantizer(nn.Module):
         _, (codes, values, *rest) = jax.lax.scan(step, x, (levels, used))
         return Quantized(self._output(values.sum(0)), jnp.moveaxis(codes, 0, 1), *rest)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes [B, q, T] of the first q quantizers to quantized latents [B, T, D]."""
+    def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Codes [B, q, T] of the first q quantizers to quantized latents [B, T, D].
+
+        `keep`, bool [B, q], leaves quantizers out, so that one program decodes every prefix.
+        """
+        batch, num_quantizers, num_frames = codes.shape
+        keep = jnp.ones((batch, num_quantizers), bool) if keep is None else keep
 
         def step(total, level):
-            weights, codes = level
-            return total + _project(weights["codebook"][codes], weights, "out"), None
+            weights, codes, used = level
+            value = _project(weights["codebook"][codes], weights, "out")
+            return total + value * used[:, None, None], None
 
-        batch, num_quantizers, num_frames = codes.shape
         total = jnp.zeros((batch, num_frames, self.config.rvq_dim), jnp.float32)
-        levels = (self._levels(num_quantizers), jnp.moveaxis(codes, 1, 0))
+        levels = (self._levels(num_quantizers), jnp.moveaxis(codes, 1, 0), keep.T)
         total, _ = jax.lax.scan(step, total, levels)
         return self._output(total)
 
