@@ -10,7 +10,7 @@ import safetensors.numpy
 from conftest import leaves_equal, micro_config
 
 import moss_tok
-from moss_tok.codec import huggingface
+from moss_tok.codec import huggingface, huggingface_config
 from moss_tok.convert import convert
 
 
@@ -204,9 +204,9 @@ def test_contexts_that_differ_need_the_v2_layout(micro, tmp_path):
     encoder[1] = dataclasses.replace(first, context_seconds=0.02)
     v1 = dataclasses.replace(micro.config, encoder=tuple(encoder))
     with pytest.raises(ValueError, match="one context for all stages"):
-        huggingface.write_config(v1, "float32")
-    fields = json.loads(huggingface.write_config(micro_config(layout="v2"), "float32"))
-    again = huggingface.read_config(json.dumps(fields))
+        huggingface_config.write_config(v1, "float32")
+    fields = json.loads(huggingface_config.write_config(micro_config(layout="v2"), "float32"))
+    again = huggingface_config.read_config(json.dumps(fields))
     assert again.windows("encoder") == micro.config.windows("encoder")
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 FLOORS = [
     ["config", "sharding", "audio.files", "audio.manifest", "audio.spectral"],
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
-     "codec.huggingface", "codec.pretrained"],
+     "codec.huggingface_config", "codec.huggingface", "codec.pretrained"],
     ["convert"],
     ["data.pipeline", "data.synthetic"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],

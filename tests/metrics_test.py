@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import moss_tok
 from moss_tok.evaluation import metrics, sweep
 
 
@@ -65,11 +66,22 @@ def test_shaped_noise_keeps_the_spectrum():
 
 
 def test_sweep(micro, rng):
-    clips = [sweep.Clip(0.1 * rng.standard_normal((1, 9000), np.float32), "music", "a")] * 2
+    sizes = (9000, 100, 8000)
+    wavs = [0.1 * rng.standard_normal((1, n), np.float32) for n in sizes]
     done = []
-    table = sweep.evaluate(micro, clips, [1, 4], done.append)
-    assert done == [1, 2]
+    table = sweep.evaluate(micro, [sweep.Clip(w, "music", "a") for w in wavs], [1, 4], done.append)
+    assert done == [1, 2, 3]
     systems = ["silence", "shaped noise", "1 quantizer", "4 quantizers"]
     assert list(table["music"]) == systems
     text = sweep.format_table(table)
     assert text.count("\n") == 5 and "| silence | " in text
+
+
+@pytest.mark.parametrize("size", [100, 8000, 9001])
+def test_every_prefix_is_what_decode_gives(micro, rng, size):
+    wav = 0.1 * rng.standard_normal((1, size), np.float32)
+    found = sweep.reconstruct(micro, wav, [1, 3, 4])
+    codes = moss_tok.encode(micro, wav[None]).codes
+    for n, wav_hat in found.items():
+        expected = moss_tok.decode(micro, codes[:, :n]).wav[0, :, :size]
+        np.testing.assert_allclose(wav_hat, np.clip(expected, -1, 1), atol=1e-5)

@@ -46,8 +46,8 @@ def read_clips(items: Sequence[AudioItem], codec: Codec) -> list[Clip]:
 def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[int, np.ndarray]:
     """Reconstructions [C, S] of one clip [C, S] from the first n quantizers, for each n."""
     size = wav.shape[-1]
-    bucket = codec.config.sample_rate * 2 ** math.ceil(math.log2(size / codec.config.sample_rate))
-    padded = np.pad(wav, ((0, 0), (0, max(bucket - size, 0))))
+    doublings = max(0, math.ceil(math.log2(size / codec.config.sample_rate)))
+    padded = np.pad(wav, ((0, 0), (0, codec.config.sample_rate * 2**doublings - size)))
     codes = encode(codec, padded[None], jnp.array([size])).codes
     wavs = np.asarray(_decode_prefixes(codec, codes, jnp.array(list(numbers))))
     return {n: np.clip(x[:, :size], -1, 1) for n, x in zip(numbers, wavs, strict=True)}

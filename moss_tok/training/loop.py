@@ -12,7 +12,13 @@ import tqdm
 
 from moss_tok.audio import files, manifest
 from moss_tok.codec.inference import Codec
-from moss_tok.config import FREE_FIELDS, CodecConfig, TrainConfig, load_codec_config
+from moss_tok.config import (
+    FREE_FIELDS,
+    CodecConfig,
+    TrainConfig,
+    load_codec_config,
+    parse_json_object,
+)
 from moss_tok.data import pipeline, synthetic
 from moss_tok.evaluation import report, sweep
 from moss_tok.training import checkpoints, losses, writer
@@ -72,7 +78,11 @@ def _check_same_run(workdir: Path, config: TrainConfig) -> None:
         raise ValueError(f"workdir {workdir} is no folder")
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), dataclasses.asdict(config)
+    try:
+        before = parse_json_object(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    now = dataclasses.asdict(config)
     differences = [
         f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in now.items()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_tok.audio import files
+from moss_tok.config import parse_json_object
 
 NAME = "metrics.jsonl"
 
@@ -36,9 +37,12 @@ class MetricsWriter:
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """All complete lines of metrics.jsonl."""
     rows = []
-    for line in (workdir / NAME).read_text().splitlines():
+    for line in (workdir / NAME).read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill can leave half a line at the end
+            row = parse_json_object(line)
+        except ValueError:  # a kill can leave half a line at the end
             break
+        if not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
