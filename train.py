@@ -22,7 +22,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a bad one ends with one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:
+    except (flags.Error, OSError, ValueError) as error:
         _fail(error)
     if len(rest) > 1:
         _fail(ValueError(f"unexpected argument {rest[1]!r}; settings are given as --name=value"))

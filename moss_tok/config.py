@@ -59,6 +59,8 @@ class TransformerConfig:
     def __post_init__(self):
         names = ("input_dim", "output_dim", "model_dim", "num_heads", "num_layers", "mlp_dim")
         _check_positive(self, *names, "context_seconds", "max_period")
+        if self.max_period < 1:
+            raise ValueError(f"max_period must be at least 1, got {self.max_period}")
         if self.model_dim % (2 * self.num_heads):
             raise ValueError(
                 f"model_dim must be a multiple of 2 * num_heads = {2 * self.num_heads}, "
@@ -292,6 +294,7 @@ class TrainConfig:
     num_eval_clips: int = _flag(100, "clips of the evaluation at the end, at most; 0: none")
 
     def __post_init__(self):
+        _check_types(self)
         for name in ("num_steps", "batch_size", "num_microbatches", "log_every"):
             _check_at_least(self, name, 1)
         for name in ("checkpoint_every", "keep_checkpoints"):
@@ -312,6 +315,8 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
+        if self.segment_seconds > 600:
+            raise ValueError(f"segment_seconds must be at most 600, got {self.segment_seconds}")
         if not 0 <= self.quantizer_dropout <= 1:
             raise ValueError(f"quantizer_dropout must be 0..1, got {self.quantizer_dropout}")
         if self.batch_size % self.num_microbatches:
@@ -371,19 +376,43 @@ def parse_json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object; ValueError if it is something else."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
 
 
+# No real model or run needs more; beyond, arithmetic on sizes overflows somewhere.
+_LARGEST = {int: 2**31 - 1, float: 1e12}
+_LARGEST_COUNT = 4096  # of layers, heads, quantizers, channels
+_LARGEST_WIDTH = 2**20
+
+
+def _check_types(config: Any) -> None:
+    """Raises ValueError unless each plain field has its type and a number is finite and sane."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind not in (int, float, bool, str):
+            continue
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (kind in (int, float) and isinstance(value, bool)):
+            raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+        if kind in _LARGEST and not -_LARGEST[kind] <= value <= _LARGEST[kind]:
+            raise ValueError(f"{field.name} must be at most {_LARGEST[kind]:g}, got {value!r}")
+
+
 def _check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        kinds = (int, float) if name in ("context_seconds", "max_period") else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if isinstance(value, int):
+            most = _LARGEST_COUNT if name.startswith("num_") else _LARGEST_WIDTH
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+    _check_types(config)
 
 
 def _patch_product(modules: tuple[ModuleConfig, ...]) -> int:

@@ -1,6 +1,8 @@
 """Converts a codec between the official Hugging Face layout and ours, in either direction."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +33,9 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       ValueError: Broken source, or a destination that exists.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
+    os.fspath(destination).encode()  # TensorStore takes UTF-8 only
     folder, destination = pretrained.find_checkpoint(source), Path(destination)
-    if destination.exists():
+    if os.path.lexists(destination):
         raise ValueError(f"{destination} exists already")
     if not destination.absolute().parent.is_dir():
         raise ValueError(f"no such folder: {destination.absolute().parent}")
@@ -50,11 +53,10 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
 
 @contextmanager
 def _appears_when_complete(destination: Path) -> Iterator[Path]:
-    temporary = destination.with_name(destination.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir=destination.absolute().parent, prefix=".incomplete-"))
     try:
         yield temporary
+        temporary.chmod(0o755)
         temporary.rename(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -106,6 +106,14 @@ def huge_header():
         archive.writestr("codes.npy", header.getvalue())
 
 
+def odd_member(content):
+    """An npz whose codes.npy is no array."""
+    with np.load("in.npz") as file:
+        np.savez("codes.npz", **{k: file[k] for k in file if k != "codes"})
+    with zipfile.ZipFile("codes.npz", "a") as archive:
+        archive.writestr("codes.npy", content)
+
+
 def pickled(name):
     with open(name, "wb") as file:
         np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
@@ -152,6 +160,10 @@ BAD_CODES = [
     (lambda: shutil.copy("in.wav", "codes.npz"), "no .npz file of codes"),
     (corrupt_zip, "no .npz file of codes"),
     (huge_header, "no .npz file of codes"),
+    (lambda: odd_member(b""), "no .npz file of codes"),
+    (lambda: odd_member(b"junk" * 10), "no .npz file of codes"),
+    (lambda: odd_member(b"\x93NUMPY\x01\x00\x10\x00{'shape': (8,     "), "no .npz file of codes"),
+    (lambda: npz(num_samples=np.timedelta64(5, "s")), "num_samples must be one integer"),
     (lambda: None, "codes.npz: no such file"),
 ]
 
@@ -267,6 +279,8 @@ DECODE = ["decode", "in.npz", "out.wav", "--checkpoint", CODEC]
         (["convert", CODEC, "."], "exists already"),
         (["convert", CODEC, "out", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["info", "frob"], "frob: no such checkpoint directory"),
+        (["info", "~nouser"], "~nouser: no such checkpoint directory"),
+        ([*ENCODE, "--a\nb"], "unrecognized arguments: --a b"),
     ],
 )
 def test_bad_arguments(folder, capsys, argv, message):

@@ -68,6 +68,13 @@ def test_bitrate_and_frames():
         (lambda c: c.update(layout="v9"), "layout must be v1 or v2"),
         (lambda c: c.update(decoder=c["decoder"][:-1]), "the decoder must end in one sample"),
         (lambda c: c.update(quantizer=3), "quantizer must be an object"),
+        (lambda c: c["encoder"][1].update(layer_scale=None), "layer_scale must be of type float"),
+        (lambda c: c["encoder"][1].update(input_projection=[1]), "must be of type bool"),
+        (lambda c: c["encoder"][1].update(max_period=1e-300), "max_period must be at least 1"),
+        (lambda c: c["encoder"][1].update(model_dim=2**31), "model_dim must be at most 1048576"),
+        (lambda c: c["encoder"][1].update(num_layers=10**30), "num_layers must be at most 4096"),
+        (lambda c: c.update(official_json=[]), "official_json must be of type str"),
+        (lambda c: c.update(sample_rate=10**30), "sample_rate must be at most"),
     ],
 )
 def test_broken_json_is_named(change, message):
@@ -77,7 +84,7 @@ def test_broken_json_is_named(change, message):
         CodecConfig.from_json(json.dumps(fields))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", ""])
+@pytest.mark.parametrize("text", ["{", "[1]", "", "[" * 100_000])
 def test_no_json(text):
     with pytest.raises(ValueError, match="JSON"):
         CodecConfig.from_json(text)
@@ -96,6 +103,11 @@ def test_no_json(text):
         ("remat", "some"),
         ("workdir", ""),
         ("reseed_every", -1),
+        ("seed", 10**20),
+        ("segment_seconds", 1e300),
+        ("learning_rate", "x"),
+        ("beta1", None),
+        ("num_steps", True),
     ],
 )
 def test_train_config_refuses(field, value):

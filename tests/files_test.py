@@ -64,6 +64,47 @@ def test_segments(tmp_path, suffix, start, seconds):
     np.testing.assert_array_equal(part, whole[:, begin : begin + int(seconds * RATE)])
 
 
+@pytest.mark.parametrize("rate", [24000, 96000])
+def test_long_ogg(tmp_path, rate):
+    """Written at once, minutes of Vorbis overflow libsndfile's stack."""
+    files.write(tmp_path / "a.ogg", 0.1 * np.ones((2, 150 * rate), np.float32), rate)
+    assert soundfile.info(tmp_path / "a.ogg").frames == 150 * rate
+
+
+def test_a_single_sample(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone()[:1], 192000)
+    assert files.read(tmp_path / "a.wav", 24000, 1).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rate", "message"),
+    [
+        ("a.flac", (1, 9), 700_000, "could not be written"),
+        ("a.ogg", (1, 9), 700_000, "ogg takes sample rates"),
+        ("a.flac", (300, 9), 24000, "could not be written"),
+        ("a.wav", (9,), 24000, r"of the shape \[C, S\]"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, name, shape, rate, message):
+    with pytest.raises(ValueError, match=message):
+        files.write(tmp_path / name, np.zeros(shape), rate)
+    with pytest.raises(ValueError, match="finite"):
+        files.write(tmp_path / name, np.full((1, 9), np.nan), 24000)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["cut mp3", "noise mp3"])
+def test_the_mp3_decoder_is_quiet(tmp_path, capfd, kind):
+    if kind == "cut mp3":
+        path = make_bad(tmp_path, kind)
+    else:
+        path = tmp_path / "a.mp3"
+        path.write_bytes(b"ID3" + np.random.default_rng(0).bytes(10000))
+    with pytest.raises(ValueError, match=r"\.mp3: "):
+        files.read(path, RATE, 1)
+    assert capfd.readouterr().err == ""
+
+
 def test_writing_replaces_whole_files(tmp_path):
     path = tmp_path / "a.wav"
     files.write(path, np.array([[2.0, -2.0, 0.5]]), RATE)
@@ -162,6 +203,11 @@ def test_manifest(tmp_path):
         ('{"path": "0.wav"}\n\n', "m.jsonl:2: broken JSON"),
         ("[]", 'm.jsonl:1: must be an object with a "path"'),
         ('{"path": "gone.wav"}', "gone.wav: no such file"),
+        ('{"path": "0.wav", "domain": "../a"}', "m.jsonl:1: domain must be a short word"),
+        ('{"path": "0.wav", "split": 3}', "m.jsonl:1: split must be a short word, got 3"),
+        ('{"path": "0.wav", "duration_s": -1}', "duration_s must be a positive number, got -1"),
+        ('{"path": "0.wav", "duration_s": NaN}', "duration_s must be a positive number"),
+        ("[" * 100_000, "m.jsonl:1: broken JSON"),
         ("", "no audio files"),
     ],
 )

@@ -75,7 +75,7 @@ def module(fields, **changes):
         (lambda c: module(c, causal=False), r"causal = false is not supported; accepted: true"),
         (lambda c: module(c, frob=3), r"\[1\].frob = 3 is not .* accepted keys: causal, "),
         (lambda c: module(c, module_type="Conv"), r'module_type = "Conv" .* "Patched.*"Tr'),
-        (lambda c: module(c, layer_scale=None), "layer_scale = null is not supported"),
+        (lambda c: module(c, layer_scale=None), "layer_scale must be of type float, got None"),
         (lambda c: module(c, d_model="x"), r"encoder_kwargs\[1\]: model_dim must be a positive"),
         (lambda c: c["encoder_kwargs"][1].pop("num_heads"), r"\[1\].num_heads is missing"),
         (lambda c: c["encoder_kwargs"][0].update(stride=2), r"\[0\].stride = 2 is not supported"),
@@ -88,6 +88,8 @@ def module(fields, **changes):
         (lambda c: c.update(encoder_kwargs={}), "encoder_kwargs must be a list of modules"),
         (lambda c: c.update(sampling_rate="24k"), "sampling_rate"),
         (lambda c: c.update(downsample_rate=0), "downsample_rate"),
+        (lambda c: c.update(causal_transformer_context_duration=float("inf")), "= Infinity is not"),
+        (lambda c: module(c, num_layers=10**30), "num_layers must be at most 4096"),
     ],
 )  # fmt: skip
 def test_unsupported_configs_name_key_value_and_accepted(official, change, message):
@@ -136,6 +138,25 @@ def test_sharded_index(official, v1_tiny):
     assert leaves_equal(moss_tok.load(official).params, v1_tiny.params)
     (official / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: no such file"):
+        moss_tok.load(official)
+
+
+@pytest.mark.parametrize("value", [3, None, "", ".."])
+def test_odd_index(official, value):
+    split_into_shards(official)
+    index = {"weight_map": {"a": value}}
+    (official / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map must give|no such file|cannot be read"):
+        moss_tok.load(official)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e4m3fn"])
+def test_tensors_of_other_types(official, dtype):
+    tensors = safetensors.numpy.load_file(official / "model.safetensors")
+    name = "encoder.1.input_proj.weight"
+    tensors[name] = tensors[name].astype(dtype)
+    safetensors.numpy.save_file(tensors, official / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} has type .*, not one of F64, F32, F16, BF16"):
         moss_tok.load(official)
 
 
@@ -235,4 +256,7 @@ def test_nothing_is_left_where_a_conversion_fails(official, tmp_path):
     assert not (tmp_path / "ours").exists()
     with pytest.raises(ValueError, match="exists already"):
         convert(official, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["official"]
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="exists already"):
+        convert(official, tmp_path / "link")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "official"]

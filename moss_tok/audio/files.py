@@ -1,15 +1,18 @@
 """Reading and writing audio on the host: any format libsndfile knows, any rate, any channels."""
 
+import contextlib
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 
+_WRITE_FRAMES = 65536
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
 
@@ -37,9 +40,9 @@ def read_native(path: str | Path) -> tuple[np.ndarray, int]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with soundfile.SoundFile(path) as file:
+        with _quiet_decoder(path), soundfile.SoundFile(path) as file:
             wav, rate, announced = file.read(dtype="float32", always_2d=True), *_header(file)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         reason = "truncated or corrupt" if _looks_like_audio(path) else "not audio"
         raise ValueError(f"{path}: {reason} ({error})") from error
     missing = _missing_wav_bytes(path)
@@ -79,6 +82,31 @@ def read_segment(
     return resample(np.ascontiguousarray(wav.T), rate, sample_rate)
 
 
+_STDERR_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quiet_decoder(path: Path) -> Iterator[None]:
+    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if path.suffix.lower() != ".mp3" and (not head or head in _MAGIC):
+        yield
+        return
+    with _STDERR_LOCK:
+        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(null)
+
+
+_MAGIC = (b"RIFF", b"RIFX", b"fLaC", b"OggS", b"RF64")
+
+
 def _header(file: soundfile.SoundFile) -> tuple[int, int]:
     # Unknown lengths (streamed files) read as the largest integer.
     return file.samplerate, file.frames if file.frames < 2**62 else 0
@@ -87,20 +115,19 @@ def _header(file: soundfile.SoundFile) -> tuple[int, int]:
 def _looks_like_audio(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(4)
-    return head in (b"RIFF", b"fLaC", b"OggS", b"RF64") or head[:3] == b"ID3"
+    return head in _MAGIC or head[:3] == b"ID3" or path.suffix.lower() == ".mp3"
 
 
 def _missing_wav_bytes(path: Path) -> int:
     """How much of the data chunk a WAV's header promises is not there; libsndfile does not say."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if file.read(12)[:4] != b"RIFF":
-            return 0
-        while len(head := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", head)
+        order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
+        while order and len(head := file.read(8)) == 8:
+            name, length = struct.unpack(f"{order}4sI", head)
             if name == b"data":
                 # What ffmpeg and sox write into a pipe, where they cannot know.
-                streamed = length >= 0xFFFFFF00 or 0x7FFFF000 <= length <= 0x7FFFFFFF
+                streamed = length >= 0xFFFFFF00 or 0x7FFFF000 <= length <= 0x80000000
                 return 0 if streamed else max(0, file.tell() + length - size)
             file.seek(length + length % 2, os.SEEK_CUR)
     return 0
@@ -118,6 +145,8 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     if rate_in == rate_out:
         return wav
     out = soxr.resample(wav.T, rate_in, rate_out, quality="HQ").T
+    if out.shape[1] == 0:  # a few samples at a high rate are still a sound
+        out = wav[:, :1]
     return np.ascontiguousarray(out, dtype=np.float32)
 
 
@@ -129,12 +158,25 @@ def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
     """
     path = Path(path)
     check_output(path)
+    wav = np.asarray(wav, np.float32)
+    if wav.ndim != 2 or not np.isfinite(wav).all():
+        raise ValueError(f"{path}: audio to write must be finite and of the shape [C, S]")
     kind = path.suffix[1:].upper()
-    subtype = "VORBIS" if kind == "OGG" else "PCM_16"
-    wav = np.clip(np.asarray(wav, np.float32), -1, 1).T
-    write_atomically(
-        path, lambda f: soundfile.write(f, wav, sample_rate, format=kind, subtype=subtype)
-    )
+    if kind == "OGG" and not 1000 <= sample_rate <= 192000:
+        raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
+    options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
+    wav = np.clip(wav, -1, 1).T
+
+    def write_to(file: object) -> None:
+        try:
+            with soundfile.SoundFile(file, "w", sample_rate, wav.shape[1], **options) as out:
+                # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
+                for start in range(0, wav.shape[0], _WRITE_FRAMES):
+                    out.write(wav[start : start + _WRITE_FRAMES])
+        except (soundfile.LibsndfileError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"{path}: could not be written ({error})") from error
+
+    write_atomically(path, write_to)
 
 
 def check_output(path: str | Path) -> None:
@@ -149,7 +191,7 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
     """Calls `write_to` with a binary file that becomes `path` when it returns."""
     path = Path(path)
     check_parent(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".incomplete-")
     try:
         with os.fdopen(handle, "w+b") as file:
             write_to(file)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import soundfile
 
 from moss_tok.audio import files
 
+_NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
 
 
@@ -63,12 +65,24 @@ def _read_rows(manifest: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{manifest}:{number}: broken JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
             raise ValueError(f'{manifest}:{number}: must be an object with a "path"')
+        _check_row(row, f"{manifest}:{number}")
         rows.append(row)
     return rows
+
+
+def _check_row(row: dict, where: str) -> None:
+    for key in ("split", "domain"):
+        value = row.get(key)
+        if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
+            raise ValueError(f"{where}: {key} must be a short word, got {value!r}")
+    duration = row.get("duration_s")
+    is_number = isinstance(duration, (int, float)) and not isinstance(duration, bool)
+    if duration is not None and not (is_number and 0 < duration < 1e6):
+        raise ValueError(f"{where}: duration_s must be a positive number, got {duration!r}")
 
 
 def _held_out(paths: list[str]) -> set[str]:
@@ -81,7 +95,7 @@ def _item(root: Path, row: dict, held_out: set[str]) -> AudioItem:
     path = root / row["path"]
     default = "test" if row["path"] in held_out else "train"
     duration = row.get("duration_s")
-    if not isinstance(duration, (int, float)):
+    if duration is None:
         duration = _duration_seconds(path)
     return AudioItem(
         path, row.get("split") or default, row.get("domain") or "audio", float(duration)

@@ -162,10 +162,11 @@ def is_official(path: Path) -> bool:
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
     if (path / INDEX_NAME).exists():
-        index = parse_json_object((path / INDEX_NAME).read_text())
+        index = _read_json(path / INDEX_NAME)
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{path / INDEX_NAME}: no weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name for name in names):
+            raise ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
         files = {name: path / Path(file).name for name, file in weight_map.items()}
         for file in sorted(set(files.values())):
             found = set(_names(file))
@@ -173,6 +174,13 @@ def _tensor_files(path: Path) -> dict[str, Path]:
                 raise ValueError(f"{file}: lacks {len(gone)} tensors of the index: {gone[0]} ...")
         return files
     return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _names(file: Path) -> list[str]:
@@ -187,6 +195,8 @@ def _open(file: Path):
         raise ValueError(f"{file}: corrupt safetensors file: {error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
 
 
 def read_folder_config(path: Path) -> CodecConfig:
@@ -226,8 +236,11 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     for file, names in _batches([n for n in table if n in files], files):
         with _open(file) as tensors:
             for name in names:
-                tensor, shape = table[name], tuple(tensors.get_slice(name).get_shape())
-                if shape != tensor.shape:
+                tensor, found = table[name], tensors.get_slice(name)
+                shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                if dtype not in _DTYPES:
+                    problems.append(f"{name} has type {dtype}, not one of {', '.join(_DTYPES)}")
+                elif shape != tensor.shape:
                     problems.append(f"{name} has shape {shape}, not {tensor.shape}")
                 elif name in wanted and not problems:
                     array = tensor.to_ours(tensors.get_tensor(name).astype(np.float32))
@@ -250,6 +263,7 @@ def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, l
 
 
 _GROUP_SIZE = 64
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
@@ -289,7 +303,10 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         arrays = {t.name: _get(params, t, dtype) for t in shard}
-        safetensors.numpy.save_file(arrays, path / name, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(arrays, path / name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path / name}: could not be written: {error}") from error
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(a.nbytes for a in arrays.values())
     if len(shards) > 1:

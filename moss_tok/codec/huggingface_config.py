@@ -66,8 +66,6 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
       ValueError: A key or value that is missing, unknown inside a module, or not supported.
     """
     fields = parse_json_object(text)
-    for key in sorted(fields.keys() - _TOP_KEYS):
-        logging.warning("config.json: key %r is not known and has no effect", key)
     required = ("sampling_rate", "downsample_rate", "encoder_kwargs", "decoder_kwargs")
     for key in (*required, "quantizer_kwargs"):
         if key not in fields:
@@ -95,6 +93,8 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
         raise ValueError(f"config.json: {error}") from error
     if config.hop_length != fields["downsample_rate"]:
         _unsupported("", "downsample_rate", fields["downsample_rate"], [config.hop_length])
+    for key in sorted(fields.keys() - _TOP_KEYS):
+        logging.warning("config.json: key %r is not known and has no effect", key)
     return config
 
 
@@ -162,12 +162,11 @@ def _read_transformer(module, where, rate, fields) -> TransformerConfig:
             _unsupported(where, key, module[key], accepted)
     sizes = {ours: module[key] for key, ours in _SIZES.items()}
     sizes |= {ours: module[key] for key, ours in _OPTIONAL.items() if key in module}
-    if "layer_scale" in module and not isinstance(module["layer_scale"], (int, float)):
-        _unsupported(where, "layer_scale", module["layer_scale"], ["a number"])
     context = module.get("context_duration")
     if context is None:
         context = fields.get("causal_transformer_context_duration")
-        if not isinstance(context, (int, float)) or not context > 0:
+        is_number = isinstance(context, (int, float)) and not isinstance(context, bool)
+        if not is_number or not 0 < context < 1e6:
             _unsupported("", "causal_transformer_context_duration", context, ["a positive number"])
         context = int(rate * context) / rate  # the v1 classes round down
     return _build(TransformerConfig, where, **sizes, context_seconds=float(context))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import CodecConfig, ComputeConfig
@@ -142,6 +143,9 @@ def _check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:
 def _check_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
     if lengths is None:
         return jnp.full(x.shape[:1], x.shape[-1], jnp.int32)
+    if not isinstance(lengths, jax.Array):  # before 64 bits become 32
+        lengths = np.asarray(lengths)
+        lengths = np.clip(lengths, 0, x.shape[-1]) if lengths.dtype.kind in "iu" else lengths
     lengths = jnp.asarray(lengths)
     if lengths.shape != x.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(

@@ -8,8 +8,11 @@ and its size, so that a damaged copy is noticed before it is read.
 import asyncio
 import dataclasses
 import functools
+import glob
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,7 @@ def load_config(path: str | Path) -> CodecConfig:
 
 def find_checkpoint(path: str | Path) -> Path:
     """The directory that holds the weights `path` stands for; ValueError if there is none."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         folder = _download(str(path))
     if not folder.is_dir():
@@ -176,7 +179,11 @@ def _check_files(folder: Path) -> None:
     listing = folder.parent / _FILES_NAME
     if not listing.exists():
         return
-    for name, size_bytes in parse_json_object(listing.read_text()).items():
+    try:
+        sizes = parse_json_object(listing.read_text())
+    except ValueError as error:
+        raise ValueError(f"{listing}: {error}") from error
+    for name, size_bytes in sizes.items():
         file = folder.parent / name
         if folder not in file.parents:
             continue
@@ -281,9 +288,14 @@ def save(path: str | Path, config: CodecConfig, params: Any) -> None:
       ValueError: `path` exists, or its folder does not.
     """
     path = Path(path).absolute()
-    if path.exists():
+    if os.path.lexists(path):
         raise ValueError(f"{path} exists already")
     if not path.parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")
-    with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=CheckpointArgs(config, {"params": params}))
+    try:
+        with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=CheckpointArgs(config, {"params": params}))
+    except BaseException:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise

@@ -25,8 +25,11 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
 
 
 def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the losses of metrics.jsonl rows over steps."""
-    names = [n for n in rows[-1] if n.endswith("_loss")]
+    """Draws the losses of metrics.jsonl rows over steps; nothing where there are none."""
+    names = [n for n in (rows[-1] if rows else ()) if n.endswith("_loss")]
+    rows = [r for r in rows if all(isinstance(r.get(n), float) for n in names)]
+    if not names or not rows:
+        return
     figure, axes = _figure(len(names), (9, 2.4 * len(names)))
     for axis, name in zip(axes, names, strict=True):
         axis.plot([r["step"] for r in rows], [r[name] for r in rows])

@@ -97,18 +97,26 @@ def _find_items(
 ) -> tuple[list[manifest.AudioItem], list[manifest.AudioItem]]:
     """Training and evaluation files; creates the workdir once it is known that there are any."""
     sources = [config.train_data, config.eval_data or config.train_data]
-    found = [manifest.find_items(s) if s else None for s in sources]
+    found = [manifest.find_items(s) if s else [] for s in sources]
+    if config.train_data:
+        _check_items(config, *found)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if None in found:
-        made = manifest.find_items(
-            synthetic.write_dataset(workdir / "synthetic", codec.sample_rate)
-        )
-        found = [made if items is None else items for items in found]
+    if not all(sources):
+        source = synthetic.write_dataset(workdir / "synthetic", codec.sample_rate)
+        found = [items or manifest.find_items(source) for items in found]
     train_items = [item for item in found[0] if item.split == "train"]
-    if not train_items:
+    eval_items = [item for item in found[1] if item.split == "test"]
+    return train_items, eval_items[: config.num_eval_clips]
+
+
+def _check_items(config: TrainConfig, train_items: list[Any], eval_items: list[Any]) -> None:
+    """Finds now what would otherwise end the run, perhaps after its last step."""
+    if all(item.split != "train" for item in train_items):
         raise ValueError(f"{config.train_data}: no files of the split 'train'")
-    return train_items, [item for item in found[1] if item.split == "test"]
+    for item in [i for i in eval_items if i.split == "test"][: config.num_eval_clips]:
+        if not item.path.is_file():
+            raise ValueError(f"{item.path}: no such file")
 
 
 def _start(config: TrainConfig, codec: CodecConfig, saver: checkpoints.Checkpoints) -> TrainState:
@@ -166,7 +174,6 @@ def _finish(config: TrainConfig, codec: Codec, items: list[Any], workdir: Path) 
     """Curves, one reconstruction per domain of unseen audio, and a table over bitrates."""
     report.save_curves(workdir / "curves.png", writer.read_metrics(workdir))
     _say(f"loss curves: {workdir / 'curves.png'}")
-    items = items[: config.num_eval_clips]
     if not items:
         return
     clips = sweep.read_clips(items, codec)
