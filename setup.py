@@ -19,7 +19,16 @@ CODEC = [
     "soundfile>=0.13",
     "soxr>=0.5",
 ]
-TRAIN = ["grain>=0.2.18", "matplotlib>=3.8", "optax>=0.2.6", "tqdm"]
+TRAIN = [
+    "array_record>=0.7",
+    "grain>=0.2.18",
+    "matplotlib>=3.8",
+    "msgpack",
+    "optax>=0.2.6",
+    "tensorboardX>=2.6",
+    "tqdm",
+]
+BEAM = ["apache-beam>=2.60"]
 TESTS = ["pytest>=8", "ruff==0.17.6"]
 
 setuptools.setup(
@@ -32,6 +41,6 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
     install_requires=CODEC,
-    extras_require={"train": TRAIN, "tests": TRAIN + TESTS},
+    extras_require={"train": TRAIN, "beam": TRAIN + BEAM, "tests": TRAIN + BEAM + TESTS},
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

@@ -1,6 +1,7 @@
 """Trains a codec: python train.py --flagfile=experiments/quickstart.flags [--train_data=...]."""
 
 import dataclasses
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> None:
         config = TrainConfig(**{name: flags.FLAGS[name].value for name in names})
         from moss_tok.training import loop  # imports jax; a bad flag should not wait for it
 
-        loop.train(config)
+        if not loop.train(config):
+            sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again
     except (ValueError, OSError) as error:
         _fail(error)
 

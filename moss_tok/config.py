@@ -14,6 +14,10 @@ from typing import Any
 FORMAT = "moss_tok"
 ATTENTION = ("auto", "dense", "blocked")
 REMAT = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+STAGES = ("pretrain", "adversarial")
+TRAINABLE = ("all", "decoder")
+DOMAINS = ("speech", "music", "sound", "other")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,96 +253,230 @@ class ComputeConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("precision", self.precision, ("default", "high", "highest"))
         check_choice("attention", self.attention, ATTENTION)
         check_choice("remat", self.remat, REMAT)
 
 
-def _flag(default: Any, help_text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text})
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Multi-period and complex multi-band STFT discriminators.
+
+    Attributes:
+      channels: Width of their first layers; the published ones have 32.
+      periods: One multi-period discriminator each.
+      windows: Window lengths (samples), one spectral discriminator each.
+    """
+
+    channels: int = 32
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    windows: tuple[int, ...] = (2048, 1024, 512)
+
+    def __post_init__(self):
+        if not all(2 <= period <= 64 for period in self.periods):
+            raise ValueError(f"discriminator_periods must be 2..64, got {self.periods}")
+        if not all(64 <= w <= 8192 and w % 64 == 0 for w in self.windows):
+            raise ValueError(
+                f"discriminator_windows must be multiples of 64 up to 8192, got {self.windows}"
+            )
+
+
+def _flag(
+    default: Any,
+    help_text: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """A field with what `_check_flag` accepts; `free` ones may change when a run goes on."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
+    metadata = {"help": help_text, "bounds": bounds, "choices": choices, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _weight(default: float, help_text: str) -> Any:
+    return _flag(default, help_text, at_least=0.0)
+
+
+def _count(default: int, help_text: str, at_least: int = 0, free: bool = False) -> Any:
+    return _flag(default, help_text, at_least=at_least, free=free)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run; each field is a flag of train.py."""
+    """A training run; each field is a flag of train.py. Loss weights are the paper's."""
 
-    model: str = _flag("tiny", "preset, or a config.json of a codec")
-    train_data: str = _flag("", "folder of audio or manifest.jsonl; empty: synthetic sounds")
-    eval_data: str = _flag("", "the same for evaluation (its test split); empty: train_data's")
-    workdir: str = _flag("runs/quickstart", "everything is written here")
-    num_steps: int = _flag(1000, "steps of the whole run")
-    batch_size: int = _flag(8, "segments per step")
-    segment_seconds: float = _flag(0.96, "length of a segment, rounded down to whole frames")
-    num_microbatches: int = _flag(1, "parts a batch is split into; gradients are summed")
-    seed: int = _flag(0, "of parameters, data order, crops and quantizer dropout")
-    learning_rate: float = _flag(1e-4, "highest learning rate of AdamW")
-    codebook_learning_rate: float = _flag(1.0, "factor on the learning rate of the codebooks")
-    warmup_steps: int = _flag(1000, "steps of linear warm-up")
-    decay_steps: int = _flag(0, "step at which a cosine has taken the learning rate to 0; 0: never")
-    beta1: float = _flag(0.8, "AdamW's decay of the first moment")
-    beta2: float = _flag(0.99, "AdamW's decay of the second moment")
-    weight_decay: float = _flag(0.01, "AdamW's weight decay, on matrices only")
-    gradient_clip: float = _flag(1000.0, "largest global norm of the gradient")
-    reconstruction_weight: float = _flag(15.0, "weight of the multi-scale mel loss")
-    commitment_weight: float = _flag(0.25, "weight of the commitment loss")
-    codebook_weight: float = _flag(1.0, "weight of the codebook loss")
-    quantizer_dropout: float = _flag(1.0, "share of items that use a random number of quantizers")
-    reseed_every: int = _flag(0, "steps between re-seedings of dead codes; 0: never")
-    dtype: str = _flag("float32", "of the Transformers: float32 or bfloat16")
-    attention: str = _flag("auto", "auto, dense or blocked")
-    remat: str = _flag("none", "recomputed in the backward pass: none, dots or full")
-    log_every: int = _flag(50, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = _flag(1000, "steps between checkpoints")
-    keep_checkpoints: int = _flag(2, "how many of the newest checkpoints stay")
-    num_eval_clips: int = _flag(100, "clips of the evaluation at the end, at most; 0: none")
+    # What is trained.
+    model: str = _flag("", "preset, or a config.json of a codec; default: init_from's, or tiny")
+    init_from: str = _flag("", "checkpoint, workdir, official directory or Hub id to start from")
+    stage: str = _flag("pretrain", "adversarial adds the discriminators", choices=STAGES)
+    trainable: str = _flag("all", "decoder: encoder and quantizer stay", choices=TRAINABLE)
+    workdir: str = _flag("runs/quickstart", "everything is written here", free=True)
+    seed: int = _count(0, "of parameters, data order, crops and quantizer dropout")
+    # Data.
+    train_data: str = _flag(
+        "", "folders, manifests or *.array_record, SOURCE[:WEIGHT],...; empty: synthetic sounds"
+    )
+    eval_data: str = _flag(
+        "", "the same for evaluation (its test split); empty: train_data's", free=True
+    )
+    batch_size: int = _count(8, "segments per step", at_least=1)
+    segment_seconds: float = _flag(
+        0.96, "length of a segment, rounded down to whole frames", above=0, at_most=600
+    )
+    silence_db: float = _flag(
+        -60.0, "segments whose level (dB re full scale, RMS) is below are drawn again", at_most=0
+    )
+    augment_gain_db: float = _flag(
+        0.0, "random gain of up to that many dB up or down", at_least=0, at_most=60
+    )
+    augment_loudness_db: str = _flag(
+        "", "LOW:HIGH: segments are set to a random level (dB re full scale, RMS) in between"
+    )
+    max_failed_share: float = _flag(
+        0.1, "stop if more than this share of reads fails", at_least=0, at_most=1, free=True
+    )
+    num_workers: int = _count(0, "processes that read data; 0: threads", free=True)
+    # Optimizers.
+    num_steps: int = _count(1000, "steps of the whole run", at_least=1, free=True)
+    num_microbatches: int = _count(1, "parts a batch is split into, to save memory", at_least=1)
+    learning_rate: float = _flag(1e-4, "highest learning rate of the generator's AdamW", above=0)
+    discriminator_learning_rate: float = _flag(1e-4, "the same of the discriminators'", above=0)
+    codebook_learning_rate: float = _weight(1.0, "factor on the learning rate of the codebooks")
+    warmup_steps: int = _count(1000, "steps of linear warm-up")
+    decay_steps: int = _count(0, "step at which a cosine has taken the learning rate to 0; 0: none")
+    decay_per_step: float = _flag(
+        0.999996, "factor on the learning rate at each step after warm-up", above=0, at_most=1
+    )
+    beta1: float = _flag(0.8, "AdamW's decay of the first moment", at_least=0, below=1)
+    beta2: float = _flag(0.99, "AdamW's decay of the second moment", at_least=0, below=1)
+    weight_decay: float = _weight(0.01, "AdamW's weight decay, on matrices only")
+    gradient_clip: float = _flag(1000.0, "largest global norm of the generator's gradient", above=0)
+    discriminator_gradient_clip: float = _flag(10.0, "the same of the discriminators'", above=0)
+    ema_decay: float = _flag(
+        0.999, "of the averaged weights that are evaluated and exported; 0: no averaging",
+        at_least=0, below=1,
+    )  # fmt: skip
+    max_skipped_steps: int = _count(
+        20, "updates in a row that may be skipped for not being finite", at_least=1, free=True
+    )
+    # Losses.
+    reconstruction_weight: float = _weight(15.0, "weight of the multi-scale mel loss")
+    waveform_weight: float = _weight(0.0, "weight of the relative L1 distance of the waveforms")
+    commitment_weight: float = _weight(0.25, "weight of the commitment loss")
+    codebook_weight: float = _weight(1.0, "weight of the codebook loss")
+    adversarial_weight: float = _weight(1.0, "weight of the adversarial loss")
+    feature_matching_weight: float = _weight(2.0, "weight of the feature matching loss")
+    quantizer_dropout: float = _flag(
+        1.0, "share of items that use a random number of quantizers", at_least=0, at_most=1
+    )
+    reseed_every: int = _count(0, "steps between re-seedings of dead codes; 0: never")
+    discriminator_channels: int = _flag(
+        32, "width of the discriminators' first layers", at_least=1, at_most=512
+    )
+    discriminator_periods: str = _flag("2,3,5,7,11", "periods of the multi-period ones")
+    discriminator_windows: str = _flag("2048,1024,512", "window lengths of the spectral ones")
+    # How it is computed.
+    dtype: str = _flag("float32", "of Transformers and discriminators", choices=DTYPES)
+    attention: str = _flag("auto", "implementation of attention", choices=ATTENTION)
+    remat: str = _flag("none", "what the backward pass recomputes", choices=REMAT)
+    # What is written.
+    log_every: int = _count(50, "steps between lines of metrics.jsonl", at_least=1, free=True)
+    checkpoint_every: int = _count(1000, "steps between checkpoints", at_least=1, free=True)
+    keep_checkpoints: int = _count(
+        2, "how many of the newest checkpoints stay", at_least=1, free=True
+    )
+    keep_every: int = _count(
+        0, "checkpoints at multiples of this stay for good; 0: none", free=True
+    )
+    eval_every: int = _count(0, "steps between evaluations; 0: only at the end", free=True)
+    num_eval_clips: int = _count(100, "clips of an evaluation, at most; 0: none", free=True)
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("num_steps", "batch_size", "num_microbatches", "log_every"):
-            _check_at_least(self, name, 1)
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            _check_at_least(self, name, 1)
-        for name in ("seed", "warmup_steps", "decay_steps", "reseed_every", "num_eval_clips"):
-            _check_at_least(self, name, 0)
-        for name in ("segment_seconds", "learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("reconstruction_weight", "commitment_weight", "codebook_weight",
-                     "weight_decay", "codebook_learning_rate"):  # fmt: skip
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        if self.segment_seconds > 600:
-            raise ValueError(f"segment_seconds must be at most 600, got {self.segment_seconds}")
-        if not 0 <= self.quantizer_dropout <= 1:
-            raise ValueError(f"quantizer_dropout must be 0..1, got {self.quantizer_dropout}")
+        for field in dataclasses.fields(self):
+            _check_flag(field, getattr(self, field.name))
         if self.batch_size % self.num_microbatches:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of num_microbatches "
                 f"{self.num_microbatches}"
             )
+        if self.trainable == "decoder" and not self.init_from:
+            raise ValueError("trainable=decoder needs init_from, a codec whose decoder to train")
         if not self.workdir:
             raise ValueError("workdir must not be empty")
-        self.compute  # noqa: B018  checks dtype, attention and remat
+        self.loudness_range  # noqa: B018  checks augment_loudness_db
+        if not self.discriminators.periods + self.discriminators.windows:
+            raise ValueError(
+                "discriminator_periods and discriminator_windows must not both be empty"
+            )
 
     @property
     def compute(self) -> ComputeConfig:
         """How the codec is computed during training."""
         return ComputeConfig(self.dtype, "default", self.attention, self.remat)
 
+    @property
+    def discriminators(self) -> DiscriminatorConfig:
+        """The discriminators of the adversarial stage."""
+        lists = [
+            _integers(f"discriminator_{name}", getattr(self, f"discriminator_{name}"))
+            for name in ("periods", "windows")
+        ]
+        return DiscriminatorConfig(self.discriminator_channels, *lists)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether this stage has discriminators."""
+        return self.stage == "adversarial"
+
+    @property
+    def loudness_range(self) -> tuple[float, float] | None:
+        """`augment_loudness_db` as (low, high), or None."""
+        if not self.augment_loudness_db:
+            return None
+        try:
+            low, high = map(float, self.augment_loudness_db.split(":"))
+        except ValueError:
+            low, high = 0.0, -1.0
+        if not -100 <= low <= high <= 0:
+            raise ValueError(
+                "augment_loudness_db must be LOW:HIGH with -100 <= LOW <= HIGH <= 0, "
+                f"got {self.augment_loudness_db!r}"
+            )
+        return low, high
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _check_flag(field: dataclasses.Field, value: Any) -> None:
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+    }
+    bounds, choices = field.metadata["bounds"], field.metadata["choices"]
+    if not all(holds[name](bound) for name, bound in bounds.items()):
+        accepted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+        raise ValueError(f"{field.name} must be {accepted}, got {value!r}")
+    if choices:
+        check_choice(field.name, value, choices)
+
 
 # Fields that may change when a run goes on: they do not change what a step computes.
-FREE_FIELDS = (
-    "workdir", "num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "eval_data",
-    "num_eval_clips",
-)  # fmt: skip
+FREE_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.metadata["free"])
 
 
 def load_codec_config(model: str) -> CodecConfig:
@@ -354,16 +492,20 @@ def load_codec_config(model: str) -> CodecConfig:
         raise ValueError(
             f"model must be one of {', '.join(PRESETS)} or a config.json, got {model!r}"
         )
+    return read_codec_config(path)
+
+
+def read_codec_config(path: Path) -> CodecConfig:
+    """Reads a config.json of ours; ValueError names the file if it is broken."""
     try:
         return CodecConfig.from_json(path.read_text())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_at_least(config: Any, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
@@ -383,6 +525,14 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file with a JSON object; ValueError names the file if it holds something else."""
+    try:
+        return parse_json_object(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 # No real model or run needs more; beyond, arithmetic on sizes overflows somewhere.
 _LARGEST = {int: 2**31 - 1, float: 1e12}
 _LARGEST_COUNT = 4096  # of layers, heads, quantizers, channels
@@ -393,20 +543,21 @@ def _check_types(config: Any) -> None:
     """Raises ValueError unless each plain field has its type and a number is finite and sane."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
-        if kind not in (int, float, bool, str):
-            continue
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (kind in (int, float) and isinstance(value, bool)):
+        if kind in _LARGEST:
+            whole = isinstance(value, int) or kind is float
+            if not (is_number(value) and whole):
+                name = {int: "an integer", float: "a finite number"}[kind]
+                raise ValueError(f"{field.name} must be {name}, got {value!r}")
+            if abs(value) > _LARGEST[kind]:
+                raise ValueError(f"{field.name} must be at most {_LARGEST[kind]:g}, got {value!r}")
+        elif kind in (bool, str) and not isinstance(value, kind):
             raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
-        if kind in _LARGEST and not -_LARGEST[kind] <= value <= _LARGEST[kind]:
-            raise ValueError(f"{field.name} must be at most {_LARGEST[kind]:g}, got {value!r}")
 
 
 def _check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
+        if not (is_number(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if isinstance(value, int):
             most = _LARGEST_COUNT if name.startswith("num_") else _LARGEST_WIDTH
@@ -535,13 +686,13 @@ def _nano() -> CodecConfig:
 
 
 def _tiny() -> CodecConfig:
-    # Few stages and wide latents: narrow ones at 12.5 Hz leave the later quantizers nothing to do.
+    # 50 Hz: at 12.5 Hz a model this small has no room for phases, and so none for pitch.
     rows = [
-        (240, 128, 128, 2, 2, 384, 1.0),
-        (512, 256, 128, 2, 1, 512, 1.0),
+        (240, 160, 128, 2, 2, 384, 1.0),
+        (320, 256, 192, 3, 2, 512, 1.0),
     ]
-    encoder = _stack((240, 4, 2), rows, "v1", layer_scale=0.1)
-    quantizer = QuantizerConfig(512, 96, 512, 16, 1024, 8)
+    encoder = _stack((240, 2), rows, "v1", layer_scale=0.1)
+    quantizer = QuantizerConfig(256, 96, 256, 16, 1024, 8)
     return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
 
 

@@ -1,6 +1,5 @@
 """Converts a codec between the official Hugging Face layout and ours, in either direction."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,12 +32,8 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       ValueError: Broken source, or a destination that exists.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
-    os.fspath(destination).encode()  # TensorStore takes UTF-8 only
     folder, destination = pretrained.find_checkpoint(source), Path(destination)
-    if os.path.lexists(destination):
-        raise ValueError(f"{destination} exists already")
-    if not destination.absolute().parent.is_dir():
-        raise ValueError(f"no such folder: {destination.absolute().parent}")
+    pretrained.check_destination(destination)
     if huggingface.is_official(folder):
         config, params = huggingface.read_official(folder)
         if dtype != "float32":

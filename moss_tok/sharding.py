@@ -24,6 +24,8 @@ RULES = (
     ("rvq", None),
     ("codebook", None),
     ("code", None),
+    ("conv_in", None),
+    ("conv_out", "fsdp"),
 )
 
 

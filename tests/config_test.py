@@ -68,7 +68,7 @@ def test_bitrate_and_frames():
         (lambda c: c.update(layout="v9"), "layout must be v1 or v2"),
         (lambda c: c.update(decoder=c["decoder"][:-1]), "the decoder must end in one sample"),
         (lambda c: c.update(quantizer=3), "quantizer must be an object"),
-        (lambda c: c["encoder"][1].update(layer_scale=None), "layer_scale must be of type float"),
+        (lambda c: c["encoder"][1].update(layer_scale=None), "layer_scale must be a finite number"),
         (lambda c: c["encoder"][1].update(input_projection=[1]), "must be of type bool"),
         (lambda c: c["encoder"][1].update(max_period=1e-300), "max_period must be at least 1"),
         (lambda c: c["encoder"][1].update(model_dim=2**31), "model_dim must be at most 1048576"),

@@ -4,7 +4,12 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices; and most of the time goes into compiling, so it is told not to try hard.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 import dataclasses
 from pathlib import Path
@@ -59,6 +64,13 @@ def micro():
     config = micro_config()
     state = init_state(moss_tok.config.TrainConfig(), config)
     return moss_tok.Codec(state.params, config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """A compiled training step takes 4,600 memory maps; a process may have 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

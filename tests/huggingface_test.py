@@ -75,7 +75,7 @@ def module(fields, **changes):
         (lambda c: module(c, causal=False), r"causal = false is not supported; accepted: true"),
         (lambda c: module(c, frob=3), r"\[1\].frob = 3 is not .* accepted keys: causal, "),
         (lambda c: module(c, module_type="Conv"), r'module_type = "Conv" .* "Patched.*"Tr'),
-        (lambda c: module(c, layer_scale=None), "layer_scale must be of type float, got None"),
+        (lambda c: module(c, layer_scale=None), "layer_scale must be a finite number, got None"),
         (lambda c: module(c, d_model="x"), r"encoder_kwargs\[1\]: model_dim must be a positive"),
         (lambda c: c["encoder_kwargs"][1].pop("num_heads"), r"\[1\].num_heads is missing"),
         (lambda c: c["encoder_kwargs"][0].update(stride=2), r"\[0\].stride = 2 is not supported"),

@@ -15,12 +15,13 @@ FLOORS = [
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
      "codec.huggingface_config", "codec.huggingface", "codec.pretrained"],
     ["convert"],
-    ["data.pipeline", "data.synthetic"],
+    ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],
-    ["training.losses", "training.state", "training.step", "training.checkpoints",
+    ["training.losses", "training.discriminators", "training.state", "training.step",
+     "training.checkpoints",
      "training.writer", "training.loop"],
     ["cli.arguments", "cli.codes", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
-     "cli.info", "cli.main"],
+     "cli.info", "cli.prepare", "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]
 

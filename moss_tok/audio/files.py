@@ -1,6 +1,8 @@
 """Reading and writing audio on the host: any format libsndfile knows, any rate, any channels."""
 
 import contextlib
+import dataclasses
+import io
 import os
 import struct
 import tempfile
@@ -14,6 +16,17 @@ import soxr
 
 _WRITE_FRAMES = 65536
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioBytes:
+    """An audio file in memory; `name` is what errors call it."""
+
+    data: bytes = dataclasses.field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
@@ -37,27 +50,22 @@ def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
 def read_native(path: str | Path) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with _quiet_decoder(path), soundfile.SoundFile(path) as file:
-            wav, rate, announced = file.read(dtype="float32", always_2d=True), *_header(file)
-    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
-        reason = "truncated or corrupt" if _looks_like_audio(path) else "not audio"
-        raise ValueError(f"{path}: {reason} ({error})") from error
+    with _open(path) as file:
+        wav, rate, announced = (
+            file.read(dtype="float32", always_2d=True),
+            file.samplerate,
+            file.frames,
+        )
     missing = _missing_wav_bytes(path)
-    if missing or wav.shape[0] < announced:
+    # Unknown lengths (streamed files) read as the largest integer.
+    if missing or wav.shape[0] < announced < 2**62:
         detail = f"{missing} bytes" if missing else f"{announced - wav.shape[0]} frames"
         raise ValueError(f"{path}: truncated, {detail} missing")
-    if wav.size == 0:
-        raise ValueError(f"{path}: empty audio")
-    if not np.isfinite(wav).all():
-        raise ValueError(f"{path}: has samples that are not finite numbers")
-    return np.ascontiguousarray(wav.T), rate
+    return _checked(path, wav), rate
 
 
 def read_segment(
-    path: str | Path, start_seconds: float, seconds: float, sample_rate: int
+    source: str | Path | AudioBytes, start_seconds: float, seconds: float, sample_rate: int
 ) -> np.ndarray:
     """Reads a part of a file, at most `seconds` long, decoding no more than that.
 
@@ -67,55 +75,80 @@ def read_segment(
     Raises:
       ValueError: No such file, not audio, nothing there, or samples that are no numbers.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            file.seek(min(int(start_seconds * file.samplerate), max(0, file.frames - 1)))
-            wav = file.read(int(np.ceil(seconds * file.samplerate)), np.float32, always_2d=True)
-            rate = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"{path}: not audio, or corrupt ({error})") from error
-    if wav.size == 0 or not np.isfinite(wav).all():
-        raise ValueError(f"{path}: empty, or has samples that are not finite numbers")
-    return resample(np.ascontiguousarray(wav.T), rate, sample_rate)
+    with _open(source) as file:
+        rate = file.samplerate
+        file.seek(min(int(start_seconds * rate), max(0, file.frames - 1)))
+        wav = file.read(int(np.ceil(seconds * rate)), np.float32, always_2d=True)
+    wav = resample(_checked(source, wav), rate, sample_rate)
+    return wav[:, : int(np.ceil(seconds * sample_rate))]
 
 
-_STDERR_LOCK = threading.Lock()
+def duration_seconds(source: str | Path | AudioBytes) -> float:
+    """Length of a file by its header. Raises ValueError where it is no audio."""
+    with _open(source) as file:
+        return file.frames / file.samplerate
+
+
+def _checked(source: object, wav: np.ndarray) -> np.ndarray:
+    """[S, C] as read to [C, S]; ValueError where there is nothing, or no numbers."""
+    if wav.size == 0:
+        raise ValueError(f"{source}: empty audio")
+    if not np.isfinite(wav).all():
+        raise ValueError(f"{source}: has samples that are not finite numbers")
+    return np.ascontiguousarray(wav.T)
 
 
 @contextlib.contextmanager
-def _quiet_decoder(path: Path) -> Iterator[None]:
-    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if path.suffix.lower() != ".mp3" and (not head or head in _MAGIC):
-        yield
-        return
-    with _STDERR_LOCK:
-        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            os.close(null)
+def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
+    """Opens audio; whatever goes wrong until it is closed is a ValueError that names it."""
+    if isinstance(source, AudioBytes):
+        head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
+    else:
+        source = target = Path(source)
+        if not source.is_file():
+            raise ValueError(f"{source}: no such file")
+        with open(source, "rb") as file:
+            head, suffix = file.read(4), source.suffix
+    known = head in _MAGIC
+    mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
+    try:
+        with contextlib.nullcontext() if known or not head else _QUIET_DECODER:
+            with soundfile.SoundFile(target) as file:
+                yield file
+    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
+        reason = "truncated or corrupt" if known or mp3 else "not audio"
+        raise ValueError(f"{source}: {reason} ({error})") from error
 
 
 _MAGIC = (b"RIFF", b"RIFX", b"fLaC", b"OggS", b"RF64")
 
 
-def _header(file: soundfile.SoundFile) -> tuple[int, int]:
-    # Unknown lengths (streamed files) read as the largest integer.
-    return file.samplerate, file.frames if file.frames < 2**62 else 0
+class _QuietDecoder:
+    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error.
+
+    Threads may be inside together: the first one in redirects, the last one out restores.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._saved = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                os.close(null)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                os.dup2(self._saved, 2)
+                os.close(self._saved)
 
 
-def _looks_like_audio(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(4)
-    return head in _MAGIC or head[:3] == b"ID3" or path.suffix.lower() == ".mp3"
+_QUIET_DECODER = _QuietDecoder()
 
 
 def _missing_wav_bytes(path: Path) -> int:

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-
-import soundfile
+from typing import Any
 
 from moss_tok.audio import files
+from moss_tok.config import is_number
 
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
@@ -16,44 +17,52 @@ _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
 
 @dataclasses.dataclass(frozen=True)
 class AudioItem:
-    """One audio file.
+    """One recording.
 
     Attributes:
-      path: The file.
+      path: An audio file, or an ArrayRecord shard.
       split: "train", "test" or any other name.
       domain: "speech", "music", "sound" or any other name; "audio" where unknown.
       duration_seconds: Length.
+      record: Its number in the shard; None for an audio file.
+      metadata: What else its line of the manifest says (`transcript`, `speaker`, ...).
     """
 
     path: Path
     split: str
     domain: str
     duration_seconds: float
+    record: int | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def find_items(source: str | Path) -> list[AudioItem]:
     """Lists the audio of a folder (recursively) or of a manifest.jsonl.
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
-    `domain` and `duration_s`. Where no split is given, a fixed twentieth of the files, chosen by a
-    hash of their names, is "test" and the rest "train".
+    `domain`, `duration_s`, and `record` for a record of a shard. Where no split is given, a fixed
+    twentieth of the files, chosen by a hash of their names, is "test" and the rest "train".
 
     Raises:
       ValueError: No such source, a broken line, or no audio in it.
     """
     source = Path(source)
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in files.SUFFIXES)
-        rows = [{"path": str(p.relative_to(source))} for p in paths]
-        root = source
-    elif source.is_file():
-        rows, root = _read_rows(source), source.parent
-    else:
+        return list_files(source, source.rglob("*"))
+    if not source.is_file():
         raise ValueError(f"{source}: no such folder or manifest")
+    rows = _read_rows(source)
     if not rows:
-        raise ValueError(f"{source}: no audio files ({', '.join(files.SUFFIXES)})")
-    held_out = _held_out([r["path"] for r in rows])
-    return [_item(root, row, held_out) for row in rows]
+        raise ValueError(f"{source}: no lines")
+    return _items(source.parent, rows)
+
+
+def list_files(root: Path, paths: Sequence[Path]) -> list[AudioItem]:
+    """Those of `paths`, under `root`, that are audio. ValueError where none is."""
+    paths = sorted(p for p in paths if p.suffix.lower() in files.SUFFIXES)
+    if not paths:
+        raise ValueError(f"{root}: no audio files ({', '.join(files.SUFFIXES)})")
+    return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 
 def _read_rows(manifest: Path) -> list[dict]:
@@ -79,10 +88,14 @@ def _check_row(row: dict, where: str) -> None:
         value = row.get(key)
         if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
             raise ValueError(f"{where}: {key} must be a short word, got {value!r}")
-    duration = row.get("duration_s")
-    is_number = isinstance(duration, (int, float)) and not isinstance(duration, bool)
-    if duration is not None and not (is_number and 0 < duration < 1e6):
+    duration, record = row.get("duration_s"), row.get("record")
+    if duration is not None and not (is_number(duration) and 0 < duration < 1e6):
         raise ValueError(f"{where}: duration_s must be a positive number, got {duration!r}")
+    if record is not None:
+        if isinstance(record, bool) or not isinstance(record, int) or record < 0:
+            raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
+        if duration is None:
+            raise ValueError(f"{where}: a record needs duration_s")
 
 
 def _held_out(paths: list[str]) -> set[str]:
@@ -91,21 +104,25 @@ def _held_out(paths: list[str]) -> set[str]:
     return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
 
 
+def _items(root: Path, rows: list[dict]) -> list[AudioItem]:
+    held_out = _held_out([r["path"] for r in rows])
+    return [_item(root, row, held_out) for row in rows]
+
+
 def _item(root: Path, row: dict, held_out: set[str]) -> AudioItem:
+    row = dict(row)
     path = root / row["path"]
-    default = "test" if row["path"] in held_out else "train"
-    duration = row.get("duration_s")
-    if duration is None:
-        duration = _duration_seconds(path)
-    return AudioItem(
-        path, row.get("split") or default, row.get("domain") or "audio", float(duration)
-    )
+    default = "test" if row.pop("path") in held_out else "train"
+    split, domain = row.pop("split", None) or default, row.pop("domain", None) or "audio"
+    duration, record = row.pop("duration_s", None), row.pop("record", None)
+    return AudioItem(path, split, domain, _seconds(path, duration), record, row)
 
 
-def _duration_seconds(path: Path) -> float:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+def _seconds(path: Path, duration: float | None) -> float:
+    """What the manifest says; else what the file says, 0 if it cannot be read."""
+    if duration is not None:
+        return float(duration)
     try:
-        return soundfile.info(path).duration
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: not audio ({error})") from error
+        return files.duration_seconds(path)
+    except ValueError:
+        return 0.0

@@ -40,13 +40,15 @@ def frame(wav: jax.Array, window_length: int) -> jax.Array:
     return jnp.concatenate([hops[:, i : i + num_frames] for i in range(4)], axis=-1)
 
 
-def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
-    """Magnitude spectra [B, S] -> [B, T, window_length / 2 + 1], periodic Hann window.
-
-    The square root is softened by 1e-6, so its gradient is finite at zero.
-    """
+def stft(wav: jax.Array, window_length: int) -> jax.Array:
+    """Complex spectra [B, S] -> [B, T, window_length / 2 + 1], periodic Hann window."""
     hann = np.hanning(window_length + 1)[:-1].astype(np.float32)
-    spectra = jnp.fft.rfft(frame(wav, window_length) * hann)
+    return jnp.fft.rfft(frame(wav, window_length) * hann)
+
+
+def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
+    """Magnitudes of `stft`; the root is softened by 1e-6, so its gradient is finite at zero."""
+    spectra = stft(wav, window_length)
     return jnp.sqrt(jnp.square(spectra.real) + jnp.square(spectra.imag) + 1e-12)
 
 

@@ -3,18 +3,14 @@
 import argparse
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint."""
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint and --num-quantizers."""
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="C",
         help="checkpoint, training workdir, official directory or Hub id",
     )
-
-
-def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
-    """--num-quantizers."""
     parser.add_argument(
         "--num-quantizers",
         type=int,

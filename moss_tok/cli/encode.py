@@ -9,8 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("input", metavar="IN", help="wav, flac, ogg or mp3; any rate, any channels")
     parser.add_argument("output", metavar="OUT.npz", help="codes int16 [Q, T] and how to decode")
-    arguments.add_checkpoint(parser)
-    arguments.add_num_quantizers(parser)
+    arguments.add_codec(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ COMMANDS = {
     "decode": "codes (.npz) to audio file",
     "reconstruct": "audio file through the codec and back",
     "convert": "official Hugging Face layout to a checkpoint, or back",
+    "prepare": "folder or manifest into ArrayRecord shards for training",
     "info": "modules, parameters, rates and bitrates of a checkpoint or preset",
 }
 

@@ -9,8 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("input", metavar="IN", help="wav, flac, ogg or mp3; any rate, any channels")
     parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg")
-    arguments.add_checkpoint(parser)
-    arguments.add_num_quantizers(parser)
+    arguments.add_codec(parser)
 
 
 def run(args: argparse.Namespace) -> None:

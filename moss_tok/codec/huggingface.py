@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from moss_tok.codec.huggingface_config import read_config, write_config
-from moss_tok.config import CodecConfig, QuantizerConfig, TransformerConfig, parse_json_object
+from moss_tok.config import CodecConfig, QuantizerConfig, TransformerConfig, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -162,7 +162,7 @@ def is_official(path: Path) -> bool:
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
     if (path / INDEX_NAME).exists():
-        index = _read_json(path / INDEX_NAME)
+        index = read_json_object(path / INDEX_NAME)
         weight_map = index.get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name for name in names):
@@ -174,13 +174,6 @@ def _tensor_files(path: Path) -> dict[str, Path]:
                 raise ValueError(f"{file}: lacks {len(gone)} tensors of the index: {gone[0]} ...")
         return files
     return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return parse_json_object(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _names(file: Path) -> list[str]:
@@ -199,14 +192,10 @@ def _open(file: Path):
         raise ValueError(f"{file}: cannot be read: {error}") from error
 
 
-def read_folder_config(path: Path) -> CodecConfig:
-    """The config of an official directory."""
-    return _read_folder_config(path, _tensor_files(path))
-
-
-def _read_folder_config(path: Path, files: Iterable[str]) -> CodecConfig:
+def read_folder_config(path: Path, files: Iterable[str] | None = None) -> CodecConfig:
+    """The config of an official directory, whose tensors are called `files`."""
     try:
-        return read_config((path / "config.json").read_text(), files)
+        return read_config((path / "config.json").read_text(), files or _tensor_files(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path / 'config.json'}: no text file") from error
 
@@ -226,7 +215,7 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
       ValueError: Anything missing, unknown, misshapen or corrupt; tensors are named, all of them.
     """
     files = _tensor_files(path)
-    config = _read_folder_config(path, files)
+    config = read_folder_config(path, files)
     table = {t.name: t for t in tensor_table(config)}
     wanted = {t.name for t in tensor_table(config, component)}
     problems = [f"missing {name}" for name in table.keys() - files.keys()]

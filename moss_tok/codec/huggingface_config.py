@@ -16,6 +16,7 @@ from moss_tok.config import (
     PatchConfig,
     QuantizerConfig,
     TransformerConfig,
+    is_number,
     parse_json_object,
 )
 
@@ -165,8 +166,7 @@ def _read_transformer(module, where, rate, fields) -> TransformerConfig:
     context = module.get("context_duration")
     if context is None:
         context = fields.get("causal_transformer_context_duration")
-        is_number = isinstance(context, (int, float)) and not isinstance(context, bool)
-        if not is_number or not 0 < context < 1e6:
+        if not is_number(context) or not 0 < context < 1e6:
             _unsupported("", "causal_transformer_context_duration", context, ["a positive number"])
         context = int(rate * context) / rate  # the v1 classes round down
     return _build(TransformerConfig, where, **sizes, context_seconds=float(context))

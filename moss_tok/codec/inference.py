@@ -109,7 +109,7 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int) -> Encoded:
     wav = jnp.pad(wav, ((0, 0), (0, 0), (0, -wav.shape[-1] % hop_length)))
     variables = {"params": codec.params}
     codes = codec.model.apply(variables, wav, num_quantizers, method="encode").codes
-    lengths = -(-lengths // hop_length)
+    lengths = codec.config.num_frames(lengths)
     return Encoded(jnp.where(_valid(codes.shape[-1], lengths)[:, None], codes, 0), lengths)
 
 

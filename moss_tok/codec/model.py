@@ -33,42 +33,24 @@ def deinterleave(stream: jax.Array, num_channels: int) -> jax.Array:
     return stream.reshape(stream.shape[0], -1, num_channels).swapaxes(1, 2)
 
 
-class Encoder(nn.Module):
-    """Audio to latents."""
+class Side(nn.Module):
+    """The modules of one side in order: the encoder folds patches, the decoder unfolds them."""
 
     config: CodecConfig
     compute: ComputeConfig
+    side: str
 
     @nn.compact
-    def __call__(self, wav: jax.Array) -> jax.Array:
-        """[B, C, S], S a multiple of hop_length -> latents [B, T, D] float32."""
-        x = interleave(wav)
-        windows = self.config.windows("encoder")
-        for i, (module, window) in enumerate(zip(self.config.encoder, windows, strict=True)):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Frames [B, T, D] of the stream to latents, or back; float32."""
+        fold = patchify if self.side == "encoder" else unpatchify
+        modules, windows = getattr(self.config, self.side), self.config.windows(self.side)
+        for i, (module, window) in enumerate(zip(modules, windows, strict=True)):
             if isinstance(module, PatchConfig):
-                x = patchify(x, module.patch_size)
+                x = fold(x, module.patch_size)
             else:
                 x = Stage(module, self.compute, window, name=f"stage_{i}")(x)
         return x.astype(jnp.float32)
-
-
-class Decoder(nn.Module):
-    """Quantized latents to audio."""
-
-    config: CodecConfig
-    compute: ComputeConfig
-
-    @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, C, T * hop_length] float32."""
-        x = latents
-        windows = self.config.windows("decoder")
-        for i, (module, window) in enumerate(zip(self.config.decoder, windows, strict=True)):
-            if isinstance(module, PatchConfig):
-                x = unpatchify(x, module.patch_size)
-            else:
-                x = Stage(module, self.compute, window, name=f"stage_{i}")(x)
-        return deinterleave(x.astype(jnp.float32), self.config.num_channels)
 
 
 class CodecModel(nn.Module):
@@ -79,26 +61,29 @@ class CodecModel(nn.Module):
 
     def setup(self) -> None:
         """Declares the parameters."""
-        self.encoder = Encoder(self.config, self.compute)
+        self.encoder = Side(self.config, self.compute, "encoder")
         self.quantizer = ResidualQuantizer(self.config.quantizer)
-        self.decoder = Decoder(self.config, self.compute)
+        self.decoder = Side(self.config, self.compute, "decoder")
 
     def __call__(
         self, wav: jax.Array, keep: jax.Array | None = None
     ) -> tuple[jax.Array, Quantized]:
         """Reconstructs [B, C, S]; keep bool [B, Q] masks quantizers per item (training)."""
         num_quantizers = self.config.quantizer.num_quantizers
-        quantized = self.quantizer(self.encoder(wav), num_quantizers, keep)
-        return self.decoder(quantized.latents), quantized
+        quantized = self.quantizer(self.latents(wav), num_quantizers, keep)
+        return self._audio(quantized.latents), quantized
 
     def encode(self, wav: jax.Array, num_quantizers: int) -> Quantized:
         """[B, C, S] -> `Quantized`."""
-        return self.quantizer(self.encoder(wav), num_quantizers)
+        return self.quantizer(self.latents(wav), num_quantizers)
 
     def latents(self, wav: jax.Array) -> jax.Array:
-        """[B, C, S] -> latents before quantizing [B, T, D]."""
-        return self.encoder(wav)
+        """[B, C, S], S a multiple of hop_length -> latents before quantizing [B, T, D]."""
+        return self.encoder(interleave(wav))
 
     def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Codes [B, q, T] -> [B, C, S]; keep bool [B, q] leaves quantizers out per item."""
-        return self.decoder(self.quantizer.decode(codes, keep))
+        return self._audio(self.quantizer.decode(codes, keep))
+
+    def _audio(self, latents: jax.Array) -> jax.Array:
+        return deinterleave(self.decoder(latents), self.config.num_channels)

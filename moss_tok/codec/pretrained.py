@@ -25,7 +25,13 @@ from flax import linen as nn
 from moss_tok.codec import huggingface
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
-from moss_tok.config import CodecConfig, ComputeConfig, check_choice, parse_json_object
+from moss_tok.config import (
+    CodecConfig,
+    ComputeConfig,
+    check_choice,
+    read_codec_config,
+    read_json_object,
+)
 
 COMPONENTS = ("all", "encoder", "decoder")
 STEPS_FOLDER = "checkpoints"
@@ -55,7 +61,7 @@ def load(path: str | Path, component: str = "all", compute: ComputeConfig | None
     if huggingface.is_official(folder):
         config, params = huggingface.read_official(folder, component)
         return Codec(to_device(params), config, compute)
-    config = read_config(folder)
+    config = read_codec_config(folder / "config.json")
     shapes = param_shapes(config)
     if component != "all":
         shapes = {name: shapes[name] for name in (component, "quantizer")}
@@ -67,7 +73,7 @@ def load_config(path: str | Path) -> CodecConfig:
     folder = find_checkpoint(path)
     if huggingface.is_official(folder):
         return huggingface.read_folder_config(folder)
-    return read_config(folder)
+    return read_codec_config(folder / "config.json")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -118,14 +124,6 @@ def saved_steps(workdir: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d{8,}", p.name))
-
-
-def read_config(folder: Path) -> CodecConfig:
-    """The config of a checkpoint; ValueError names the file if it is broken."""
-    try:
-        return CodecConfig.from_json((folder / "config.json").read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,11 +177,7 @@ def _check_files(folder: Path) -> None:
     listing = folder.parent / _FILES_NAME
     if not listing.exists():
         return
-    try:
-        sizes = parse_json_object(listing.read_text())
-    except ValueError as error:
-        raise ValueError(f"{listing}: {error}") from error
-    for name, size_bytes in sizes.items():
+    for name, size_bytes in read_json_object(listing).items():
         file = folder.parent / name
         if folder not in file.parents:
             continue
@@ -276,6 +270,15 @@ def to_device(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+def check_destination(path: Path) -> None:
+    """Raises ValueError unless `path` can become a new directory."""
+    os.fspath(path).encode()  # TensorStore takes UTF-8 only
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no such folder: {path.absolute().parent}")
+
+
 def save(path: str | Path, config: CodecConfig, params: Any) -> None:
     """Writes a checkpoint; it appears under `path` only when it is complete.
 
@@ -288,10 +291,7 @@ def save(path: str | Path, config: CodecConfig, params: Any) -> None:
       ValueError: `path` exists, or its folder does not.
     """
     path = Path(path).absolute()
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already")
-    if not path.parent.is_dir():
-        raise ValueError(f"no such folder: {path.parent}")
+    check_destination(path)
     try:
         with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
             checkpointer.save(path, args=CheckpointArgs(config, {"params": params}))

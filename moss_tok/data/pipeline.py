@@ -1,87 +1,158 @@
 """The training pipeline: batch number i is a pure function of the seed and i.
 
 So the data position is one integer, the number of batches consumed, and a resumed run sees what an
-undisturbed one would have, under any number of threads.
+undisturbed one would have, under any number of threads, workers or processes. Nothing after the
+shuffle filters: what cannot be read or is silent is replaced by draws that follow from its index.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import SupportsIndex
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.audio.manifest import AudioItem
+from moss_tok.config import DOMAINS, TrainConfig
+from moss_tok.data.sources import Mixture, Source
+
+_TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
+
+Batch = dict[str, np.ndarray]
 
 
-class SegmentSource:
-    """Random access to (item, segment): each item counts once per started segment of its length."""
+class Segment(grain.transforms.RandomMap):
+    """Turns an index into a random segment of that item, reading only what it needs."""
 
-    def __init__(self, items: Sequence[AudioItem], segment_seconds: float):
-        counts = [max(1, int(item.duration_seconds // segment_seconds)) for item in items]
-        self._items = list(items)
-        self._owners = np.repeat(np.arange(len(items)), counts)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def __getitem__(self, index: SupportsIndex) -> AudioItem:
-        return self._items[self._owners[index]]
-
-    def __repr__(self) -> str:
-        return f"SegmentSource(items={len(self._items)}, segments={len(self)})"
-
-
-class RandomCrop(grain.transforms.RandomMap):
-    """Cuts a random segment out of a file, reading only what it needs."""
-
-    def __init__(self, num_samples: int, sample_rate: int, num_channels: int):
+    def __init__(self, config: TrainConfig, sources: tuple[Source, ...], number: int,
+                 num_samples: int, sample_rate: int, num_channels: int):  # fmt: skip
+        self._config = config
+        self._number = number
+        self._source = sources[number]
         self._num_samples = num_samples
         self._sample_rate = sample_rate
         self._num_channels = num_channels
 
-    def random_map(self, element: AudioItem, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns `wav` [C, S] float32, zero-padded, and `length`, its valid samples."""
-        seconds = self._num_samples / self._sample_rate
-        start = rng.uniform(0, max(0.0, element.duration_seconds - seconds))
-        wav = files.read_segment(element.path, start, seconds, self._sample_rate)
-        wav = files.to_channels(wav, self._num_channels)[:, : self._num_samples]
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _end_with_parent()
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Batch:
+        """An item of a batch, see `batches`."""
+        index, wav, domain = int(element), None, "other"
+        failed = np.full((_TRIES, 2), -1, np.int64)
+        for attempt in range(_TRIES):
+            try:
+                wav, domain = self._read(index, rng)
+            except ValueError:
+                failed[attempt] = self._number, index
+            else:
+                if _level_db(wav) >= self._config.silence_db:
+                    break
+            index = int(rng.integers(len(self._source)))
+        if wav is None:
+            wav = np.zeros((self._num_channels, 0), np.float32)
+        wav = self._augment(wav, rng)
         padding = self._num_samples - wav.shape[-1]
-        length = np.int32(wav.shape[-1])
-        return {"wav": np.pad(wav, ((0, 0), (0, padding))), "length": length}
+        return {
+            "wav": np.pad(wav, ((0, 0), (0, padding))),
+            "length": np.int32(wav.shape[-1]),
+            "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
+            "failed": failed,
+        }
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        recording = self._source[index]
+        seconds = self._num_samples / self._sample_rate
+        start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
+        wav = files.read_segment(recording.audio, start, seconds, self._sample_rate)
+        wav = files.to_channels(wav, self._num_channels)[:, : self._num_samples]
+        return wav, recording.domain
+
+    def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Sets the level, as far as the peak stays within full scale."""
+        gain_db, loudness = self._config.augment_gain_db, self._config.loudness_range
+        if not (gain_db or loudness) or not wav.any():
+            return wav
+        change = rng.uniform(-gain_db, gain_db)
+        if loudness:
+            change += rng.uniform(*loudness) - _level_db(wav)
+        return wav * np.float32(min(10 ** (change / 20), max(1.0, 1 / np.abs(wav).max())))
+
+
+def _level_db(wav: np.ndarray) -> float:
+    """RMS level in dB re full scale."""
+    return float(10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20))
+
+
+def _end_with_parent() -> None:
+    """In a worker process, ends it when its parent is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None or getattr(_end_with_parent, "watching", False):
+        return
+    _end_with_parent.watching = True
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches(
-    items: Sequence[AudioItem],
+    config: TrainConfig,
+    mixture: Mixture,
     *,
-    batch_size: int,
     num_samples: int,
     sample_rate: int,
     num_channels: int,
-    seed: int,
     start: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
     """Endless batches from number `start` on.
 
     Args:
-      items: What to draw from; longer files are drawn more often.
-      batch_size: B.
+      config: The run: batch_size, seed, augmentation, num_workers.
+      mixture: What to draw from; within a source of files, longer ones are drawn more often.
       num_samples: S, samples per segment and channel.
       sample_rate: Hz.
       num_channels: C.
-      seed: Of order and crops.
       start: Batches already consumed.
+      process_index: Which slice of each batch to make, of
+      process_count: slices.
 
     Returns:
-      Iterator over {"wav": float32 [B, C, S], "length": int32 [B]}.
+      Iterator over {"wav": float32 [B, C, S], zero past "length": int32 [B]; "domain": int32 [B],
+      indices into DOMAINS; "position": int32 [B], places in the global batch; "failed": [B, 8, 2],
+      (source, index) of what could not be read on the way to each item, -1 where nothing}. It has
+      `close()`.
     """
-    dataset = (
-        grain.MapDataset.source(SegmentSource(items, num_samples / sample_rate))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(RandomCrop(num_samples, sample_rate, num_channels))
-        .batch(batch_size)
-    )
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(dataset[start:].to_iter_dataset(options))
+    parts = []
+    for number, source in enumerate(mixture.sources):
+        segment = Segment(config, mixture.sources, number, num_samples, sample_rate, num_channels)
+        indices = grain.MapDataset.range(len(source)).seed(config.seed + number)
+        parts.append(indices.shuffle().repeat().random_map(segment))
+    dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
+
+    def place(index: int, item: Batch) -> Batch:
+        return item | {"position": np.int32(index % config.batch_size)}
+
+    dataset = dataset.map_with_index(place)[process_index::process_count]
+    dataset = dataset.batch(config.batch_size // process_count)[start:]
+    if not config.num_workers:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        return iter(dataset.to_iter_dataset(options))
+    _mark_flags_as_parsed()
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
+    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain's workers take over absl's flags, which nobody parses outside train.py."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

@@ -9,8 +9,12 @@ import numpy as np
 from moss_tok.audio import files
 
 
-def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> None:
-    """Draws spectrograms of [C, S] signals, one under the other, titled by their keys."""
+def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> np.ndarray:
+    """Draws spectrograms of [C, S] signals, one under the other, titled by their keys.
+
+    Returns:
+      The picture as [height, width, 3] uint8.
+    """
     figure, axes = _figure(len(wavs), (9, 2.6 * len(wavs)))
     for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
         # 1e-5 of noise floor: digital silence has no logarithm.
@@ -22,27 +26,38 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
         axis.set(title=title, ylabel="Hz")
     axes[-1].set(xlabel="seconds")
     _save(figure, path)
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the losses of metrics.jsonl rows over steps; nothing where there are none."""
-    names = [n for n in (rows[-1] if rows else ()) if n.endswith("_loss")]
-    rows = [r for r in rows if all(isinstance(r.get(n), float) for n in names)]
+    """Draws the losses, norms and codebook health of metrics.jsonl rows; nothing without rows."""
+    names = [
+        n for n in (rows[-1] if rows else ()) if n.endswith(("loss", "_norm")) and "/" not in n
+    ]
+    names += [n for n in ("codebook_perplexity", "dead_codes") if rows and n in rows[-1]]
+    rows = [r for r in rows if all(isinstance(r.get(n), (float, list)) for n in names)]
     if not names or not rows:
         return
-    figure, axes = _figure(len(names), (9, 2.4 * len(names)))
+    figure, axes = _figure(len(names), (9, 2.0 * len(names)))
+    steps = [r["step"] for r in rows]
     for axis, name in zip(axes, names, strict=True):
-        axis.plot([r["step"] for r in rows], [r[name] for r in rows])
-        axis.set(ylabel=name.replace("_", " "), yscale="log")
+        values = np.asarray([r[name] for r in rows])
+        axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
+        axis.set(ylabel=name.replace("_", " "))
+        if name.endswith(("loss", "_norm")) and (values > 0).all():
+            axis.set(yscale="log")
         axis.grid(alpha=0.3)
     axes[-1].set(xlabel="step")
     _save(figure, path)
 
 
 def _figure(num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # slow to import; without pyplot no display is needed
+    # Slow to import; without pyplot no display is needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(num_rows, sharex=True, squeeze=False)[:, 0]
 
 

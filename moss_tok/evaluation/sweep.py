@@ -14,6 +14,8 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec.inference import Codec, encode
+from moss_tok.config import CodecConfig
+from moss_tok.data import sources
 from moss_tok.evaluation import metrics
 
 _MAX_SECONDS = 20.0
@@ -26,21 +28,59 @@ class Clip:
 
     wav: np.ndarray
     domain: str
-    name: str
 
 
 # Metric averages: {domain: {system: {metric: mean}}}.
 Table = dict[str, dict[str, dict[str, float]]]
 
 
-def read_clips(items: Sequence[AudioItem], codec: Codec) -> list[Clip]:
-    """Reads at most 20 seconds of each item as the codec wants it."""
+def read_clips(
+    items: Sequence[AudioItem], codec: Codec, say: Callable[[str], Any] = print
+) -> list[Clip]:
+    """Reads at most 20 seconds of each item as the codec wants it; `say` is told of bad ones.
+
+    Raises:
+      ValueError: None can be read.
+    """
     rate, channels = codec.config.sample_rate, codec.config.num_channels
     clips = []
     for item in items:
-        wav = files.read_segment(item.path, 0.0, _MAX_SECONDS, rate)
-        clips.append(Clip(files.to_channels(wav, channels), item.domain, item.path.stem))
+        try:
+            recording = sources.open_item(item)
+            wav = files.read_segment(recording.audio, 0.0, _MAX_SECONDS, rate)
+        except ValueError as error:
+            say(f"warning: {error}; not evaluated")
+        else:
+            clips.append(Clip(files.to_channels(wav, channels), recording.domain))
+    if not clips:
+        raise ValueError("none of the evaluation recordings can be read")
     return clips
+
+
+def bitrates(config: CodecConfig) -> list[int]:
+    """Numbers of quantizers to evaluate: powers of two, and all."""
+    most = config.quantizer.num_quantizers
+    return [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
+
+
+def samples(codec: Codec, clips: Sequence[Clip]) -> dict[str, dict[str, np.ndarray]]:
+    """The longest clip of each domain, and its reconstructions at up to three bitrates."""
+    longest: dict[str, Clip] = {}
+    for clip in clips:
+        if clip.domain not in longest or clip.wav.size > longest[clip.domain].wav.size:
+            longest[clip.domain] = clip
+    numbers = bitrates(codec.config)
+    chosen = sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}, reverse=True)
+    found = {}
+    for domain, clip in sorted(longest.items()):
+        wavs = reconstruct(codec, clip.wav, chosen)
+        found[domain] = {"input": clip.wav} | {system_name(n): wavs[n] for n in chosen}
+    return found
+
+
+def system_name(num_quantizers: int) -> str:
+    """What tables call the codec with that many quantizers."""
+    return f"{num_quantizers} quantizer{'s' if num_quantizers > 1 else ''}"
 
 
 def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[int, np.ndarray]:
@@ -68,7 +108,7 @@ def evaluate(
     codec: Codec,
     clips: Sequence[Clip],
     numbers: Sequence[int],
-    progress: Callable[[int], Any] = lambda done: None,
+    progress: Callable[[], Any] = lambda: None,
 ) -> Table:
     """Scores silence, spectrum-shaped noise, and the codec with 1 .. Q quantizers.
 
@@ -78,20 +118,20 @@ def evaluate(
       codec: The codec.
       clips: References.
       numbers: Of quantizers; each is a system called "n quantizers".
-      progress: Called with the number of clips done.
+      progress: Called after each clip.
     """
     rate = codec.config.sample_rate
     found = collections.defaultdict(list)
     with ThreadPoolExecutor(2) as pool:  # numpy's transforms release the interpreter
         futures = []
-        for done, clip in enumerate(clips):
+        for clip in clips:
             wavs = {"silence": np.zeros_like(clip.wav), "shaped noise": shaped_noise(clip.wav)}
             for n, wav in reconstruct(codec, clip.wav, numbers).items():
-                wavs[f"{n} quantizers" if n > 1 else "1 quantizer"] = wav
+                wavs[system_name(n)] = wav
             for system, wav in wavs.items():
                 future = pool.submit(_score, clip, wav, rate)
                 futures.append((clip.domain, system, future))
-            progress(done + 1)
+            progress()
         for domain, system, future in futures:
             found[domain, system].append(future.result())
     table: Table = {}
@@ -104,7 +144,9 @@ def evaluate(
 
 def _score(clip: Clip, wav: np.ndarray, rate: int) -> dict[str, float]:
     long_enough = clip.wav.shape[-1] >= _MIN_STOI_SECONDS * rate
-    names = ("mel_loss", "stoi") if clip.domain == "speech" and long_enough else ("mel_loss",)
+    names = ("mel_loss", "stft")
+    if clip.domain == "speech" and long_enough:
+        names += ("stoi",)
     return metrics.compute(clip.wav, wav, rate, names)
 
 

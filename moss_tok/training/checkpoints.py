@@ -1,16 +1,21 @@
-"""Saving and restoring the train state, each step a checkpoint that `moss_tok.load` reads."""
+"""Saving and restoring the train state, each step a checkpoint that `moss_tok.load` reads.
+
+Beside config.json, a step holds `params/` (the averaged weights, if there is an average),
+`discriminators/` in the adversarial stage, and `state/`: everything else that a step changes.
+"""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from moss_tok.codec import pretrained
-from moss_tok.config import CodecConfig
-from moss_tok.training.state import TrainState
+from moss_tok.config import CodecConfig, TrainConfig
+from moss_tok.training.state import TrainState, init_discriminators
+
+_DISCRIMINATORS = "discriminators"
 
 
 class Checkpoints:
@@ -19,64 +24,121 @@ class Checkpoints:
     Saving goes on in the background; leaving the context waits for it.
     """
 
-    def __init__(self, workdir: Path, codec: CodecConfig, keep: int):
-        self._workdir = workdir.absolute()
+    def __init__(self, workdir: Path, codec: CodecConfig, config: TrainConfig):
+        self._folder = workdir.absolute() / pretrained.STEPS_FOLDER
         self._codec = codec
-        self._keep = keep
+        self._keep, self._keep_every = config.keep_checkpoints, config.keep_every
         # The handler writes into the folder at once, so it has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(pretrained.CheckpointHandler(), async_options=options)
+        for left in self._folder.glob("*.orbax-checkpoint-tmp*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._saver.wait_until_finished()
-        self._remove_old()
+        self.wait()
         self._saver.close()
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises ValueError if it failed."""
+        try:
+            self._saver.wait_until_finished()
+        except Exception as error:  # what the file system makes Orbax and TensorStore raise
+            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self._folder}: the checkpoint could not be written ({reason}); "
+                f"earlier ones are intact: {self._names()}"
+            ) from error
+        self._remove_old()
 
     def save(self, state: TrainState) -> None:
         """Starts saving `state`; it may be donated as soon as this returns."""
-        self._saver.wait_until_finished()
-        self._remove_old()
-        folder = self._workdir / pretrained.STEPS_FOLDER
-        folder.mkdir(exist_ok=True)
-        trees = {"params": state.params, "state": _flat(state)}
-        self._saver.save(
-            folder / pretrained.step_name(int(state.step)),
-            args=pretrained.CheckpointArgs(self._codec, trees),
-        )
+        self.wait()
+        self._folder.mkdir(exist_ok=True)
+        folder = self._folder / pretrained.step_name(int(state.step))
+        trees = {"params": state.best_params, "state": _flat(_rest(state))}
+        if state.discriminators is not None:
+            trees[_DISCRIMINATORS] = state.discriminators
+        try:
+            self._saver.save(folder, args=pretrained.CheckpointArgs(self._codec, trees))
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: the checkpoint could not be written ({error.strerror}); "
+                f"earlier ones are intact: {self._names()}"
+            ) from error
 
-    def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
-        steps = pretrained.saved_steps(self._workdir)
-        return steps[-1] if steps else None
+    def restore_latest(self, like: TrainState, say: Any) -> TrainState | None:
+        """The newest step that can be read; broken ones are set aside, and `say` is told.
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads a step; `like` gives structure and shapes (arrays or ShapeDtypeStructs).
+        Args:
+          like: Structure and shapes, a tree of ShapeDtypeStructs.
+          say: Takes a line of text.
+
+        Returns:
+          The state, or None if nothing was saved.
 
         Raises:
-          ValueError: It is broken, or of another model.
+          ValueError: Steps were saved, and none can be read.
         """
-        folder = self._workdir / pretrained.STEPS_FOLDER / pretrained.step_name(step)
-        shapes = jax.eval_shape(lambda: like) if _concrete(like) else like
-        params = pretrained.read_tree(folder / "params", shapes.params)
-        flat = pretrained.read_tree(folder / "state", _flat(shapes))
-        rest = shapes.replace(params={})
-        leaves = [flat[name] for name in _flat(shapes)]
-        return jax.tree.unflatten(jax.tree.structure(rest), leaves).replace(params=params)
+        steps = pretrained.saved_steps(self._folder.parent)
+        for step in reversed(steps):
+            folder = self._folder / pretrained.step_name(step)
+            try:
+                return _restore(folder, like)
+            except ValueError as error:
+                if step == steps[0]:
+                    raise
+                say(f"warning: {error}; going back to the checkpoint before it")
+                folder.rename(_free_name(folder))
+        return None
+
+    def _names(self) -> str:
+        steps = pretrained.saved_steps(self._folder.parent)
+        return ", ".join(map(pretrained.step_name, steps)) or "none yet"
 
     def _remove_old(self) -> None:
-        for step in pretrained.saved_steps(self._workdir)[: -self._keep]:
-            folder = self._workdir / pretrained.STEPS_FOLDER / pretrained.step_name(step)
-            shutil.rmtree(folder, ignore_errors=True)
+        for step in pretrained.saved_steps(self._folder.parent)[: -self._keep]:
+            if not (self._keep_every and step % self._keep_every == 0):
+                shutil.rmtree(self._folder / pretrained.step_name(step), ignore_errors=True)
+
+
+def load_discriminators(path: str, config: TrainConfig, codec: CodecConfig) -> Any | None:
+    """The discriminators of a checkpoint or workdir, or None if it has none."""
+    folder = pretrained.find_checkpoint(path) / _DISCRIMINATORS
+    if not folder.is_dir():
+        return None
+    return pretrained.read_tree(folder, jax.eval_shape(lambda: init_discriminators(config, codec)))
+
+
+def _restore(folder: Path, like: TrainState) -> TrainState:
+    best = pretrained.read_tree(folder / "params", like.best_params)
+    discriminators = like.discriminators
+    if discriminators is not None:
+        discriminators = pretrained.read_tree(folder / _DISCRIMINATORS, discriminators)
+    shapes = _rest(like)
+    flat = pretrained.read_tree(folder / "state", _flat(shapes))
+    leaves = [flat[name] for name in _flat(shapes)]
+    state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    state = state.replace(discriminators=discriminators)
+    return state.replace(params=best) if like.ema is None else state.replace(ema=best)
+
+
+def _rest(state: TrainState) -> TrainState:
+    """The state without what has trees of its own."""
+    state = state.replace(discriminators=None)
+    return state.replace(params=None) if state.ema is None else state.replace(ema=None)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
-    """Everything but the parameters by name: optax's nested tuples do not survive a file format."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.replace(params={}))
+    """Leaves by name: optax's nested tuples do not survive a file format."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _concrete(state: TrainState) -> bool:
-    return isinstance(state.step, (jax.Array, np.ndarray))
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}.broken{i or ''}") for i in range(1000))
+    return next(name for name in names if not name.exists())

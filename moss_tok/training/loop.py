@@ -1,63 +1,98 @@
 """The training run, in the order in which things happen."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
-from moss_tok.audio import files, manifest
+from moss_tok.audio import files
+from moss_tok.audio.manifest import AudioItem
+from moss_tok.codec import pretrained
 from moss_tok.codec.inference import Codec
 from moss_tok.config import (
     FREE_FIELDS,
     CodecConfig,
     TrainConfig,
     load_codec_config,
-    parse_json_object,
+    read_json_object,
 )
-from moss_tok.data import pipeline, synthetic
-from moss_tok.evaluation import report, sweep
+from moss_tok.data import pipeline, sources, synthetic
+from moss_tok.evaluation import sweep
 from moss_tok.training import checkpoints, losses, writer
-from moss_tok.training.state import TrainState, init_state
+from moss_tok.training.state import TrainState, init_state, zero_totals
 from moss_tok.training.step import train_step
 
 _CONFIG_NAME = "train_config.json"
+_MIN_READS = 100  # before the share of failed ones means anything
 
 
-def train(config: TrainConfig) -> None:
-    """Runs or resumes training in `config.workdir`, then evaluates and reconstructs unseen audio.
+def train(config: TrainConfig) -> bool:
+    """Runs or resumes training in `config.workdir`, evaluating and saving on the way.
+
+    Returns:
+      Whether num_steps was reached; False where SIGTERM ended the run after a checkpoint.
 
     Raises:
-      ValueError: A wrong setting or bad data, before anything is written; or a workdir of a run
-        with other settings.
+      ValueError: A wrong setting or bad data, before anything is written; a workdir of a run with
+        other settings; too many unreadable files, updates that are not finite, a full disk.
     """
-    codec = load_codec_config(config.model)
+    codec = _codec_config(config)
     num_samples = _segment_samples(config, codec)
     workdir = Path(config.workdir)
     _check_same_run(workdir, config)
-    train_items, eval_items = _find_items(config, codec)
+    mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate)
     _write_text(workdir / _CONFIG_NAME, json.dumps(dataclasses.asdict(config), indent=2))
-    counts = f"{len(train_items)} training and {len(eval_items)} evaluation files"
+    counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
-    with checkpoints.Checkpoints(workdir, codec, config.keep_checkpoints) as saver:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopSignal())
+        saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config))
         state = _start(config, codec, saver)
         start = int(state.step)
+        log = stack.enter_context(writer.MetricsWriter(workdir, start))
         batches = pipeline.batches(
-            train_items,
-            batch_size=config.batch_size,
+            config,
+            mixture,
             num_samples=num_samples,
             sample_rate=codec.sample_rate,
             num_channels=codec.num_channels,
-            seed=config.seed,
             start=start,
         )
-        with writer.MetricsWriter(workdir, start) as log:
-            state = _run(config, codec, state, batches, saver, log)
-    _finish(config, Codec(state.params, codec, config.compute), eval_items, workdir)
+        stack.callback(batches.close)
+        run = Run(config, codec, mixture, eval_items, saver, log, stop)
+        state = run.steps(state, batches)
+        saver.wait()
+        if int(state.step) < config.num_steps:
+            _say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
+            return False
+        run.evaluate(state)
+    return True
+
+
+def _codec_config(config: TrainConfig) -> CodecConfig:
+    """The codec of the newest checkpoint, of `init_from`, or of `model`."""
+    if pretrained.saved_steps(Path(config.workdir)):
+        return pretrained.load_config(config.workdir)
+    if not config.init_from:
+        return load_codec_config(config.model or "tiny")
+    codec = pretrained.load_config(config.init_from)
+    if config.model:
+        wanted = load_codec_config(config.model)
+        blank = {"official_json": "", "layout": ""}
+        if {**vars(codec), **blank} != {**vars(wanted), **blank}:
+            raise ValueError(
+                f"init_from {config.init_from} holds another model than {config.model}"
+            )
+    return codec
 
 
 def _segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
@@ -78,136 +113,223 @@ def _check_same_run(workdir: Path, config: TrainConfig) -> None:
         raise ValueError(f"workdir {workdir} is no folder")
     if not path.exists():
         return
-    try:
-        before = parse_json_object(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    now = dataclasses.asdict(config)
+    before = read_json_object(path)
     differences = [
         f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in now.items()
+        for name, value in dataclasses.asdict(config).items()
         if name not in FREE_FIELDS and before.get(name) != value
     ]
     if differences:
         raise ValueError(f"workdir {workdir} holds another run: {'; '.join(differences)}")
 
 
-def _find_items(
-    config: TrainConfig, codec: CodecConfig
-) -> tuple[list[manifest.AudioItem], list[manifest.AudioItem]]:
-    """Training and evaluation files; creates the workdir once it is known that there are any."""
-    sources = [config.train_data, config.eval_data or config.train_data]
-    found = [manifest.find_items(s) if s else [] for s in sources]
-    if config.train_data:
-        _check_items(config, *found)
+def _find_data(
+    config: TrainConfig, codec: CodecConfig, segment_seconds: float
+) -> tuple[sources.Mixture, list[AudioItem]]:
+    """What to train on and to evaluate; creates the workdir once it is known that both exist."""
     workdir = Path(config.workdir)
+
+    def find(train_data: str, eval_data: str) -> tuple[Any, Any]:
+        mixture = sources.training_mixture(train_data, segment_seconds) if train_data else None
+        if not eval_data:
+            return mixture, None
+        items = sources.evaluation_items(eval_data, config.num_eval_clips)
+        for item in items:
+            if not item.path.is_file():
+                raise ValueError(f"{item.path}: no such file")
+        return mixture, items
+
+    mixture, items = find(config.train_data, config.eval_data or config.train_data)
     workdir.mkdir(parents=True, exist_ok=True)
-    if not all(sources):
-        source = synthetic.write_dataset(workdir / "synthetic", codec.sample_rate)
-        found = [items or manifest.find_items(source) for items in found]
-    train_items = [item for item in found[0] if item.split == "train"]
-    eval_items = [item for item in found[1] if item.split == "test"]
-    return train_items, eval_items[: config.num_eval_clips]
-
-
-def _check_items(config: TrainConfig, train_items: list[Any], eval_items: list[Any]) -> None:
-    """Finds now what would otherwise end the run, perhaps after its last step."""
-    if all(item.split != "train" for item in train_items):
-        raise ValueError(f"{config.train_data}: no files of the split 'train'")
-    for item in [i for i in eval_items if i.split == "test"][: config.num_eval_clips]:
-        if not item.path.is_file():
-            raise ValueError(f"{item.path}: no such file")
+    if mixture is None:
+        made = str(synthetic.write_dataset(workdir / "synthetic", codec.sample_rate))
+        mixture, made_items = find(made, made)
+        items = made_items if items is None else items
+    return mixture, items
 
 
 def _start(config: TrainConfig, codec: CodecConfig, saver: checkpoints.Checkpoints) -> TrainState:
-    step = saver.latest_step()
-    if step is None:
-        return jax.jit(init_state, static_argnums=(0, 1))(config, codec)
-    _say(f"going on from step {step}")
+    """The newest checkpoint's state; else a fresh one, from `init_from` if that is set."""
     like = jax.eval_shape(lambda: init_state(config, codec))
-    return saver.restore(step, like)
+    state = saver.restore_latest(like, _say)
+    if state is not None:
+        _say(f"going on from step {int(state.step)}")
+        return state
+    params = discriminators = None
+    if config.init_from:
+        params = pretrained.load(config.init_from).params
+        if config.adversarial:
+            discriminators = checkpoints.load_discriminators(config.init_from, config, codec)
+        found = "generator and discriminators" if discriminators is not None else "generator"
+        _say(f"starting from the {found} of {config.init_from}")
+    return jax.jit(init_state, static_argnums=(0, 1))(config, codec, params, discriminators)
 
 
-def _run(config, codec, state, batches, saver, log) -> TrainState:
-    """Steps until num_steps; logs and saves on the way."""
-    start, terminal = int(state.step), sys.stderr.isatty()
-    began, since = time.perf_counter(), start
-    bar = tqdm.tqdm(
-        total=config.num_steps, initial=start, disable=not terminal, unit="step", desc="training"
-    )
-    for step in range(start + 1, config.num_steps + 1):
-        state, metrics = train_step(config, codec, state, next(batches))
-        bar.update()
-        if step % config.log_every == 0 or step == config.num_steps:
-            values = {name: float(value) for name, value in metrics.items()}
-            seconds = time.perf_counter() - began
-            values |= _rates(config, step - since, seconds)
-            log.write(step, values)
-            bar.set_postfix(loss=f"{values['loss']:.2f}")
-            if not terminal:
-                _say(_line(step, config.num_steps, values))
-            began, since = time.perf_counter(), step
-        if step % config.checkpoint_every == 0 or step == config.num_steps:
-            saver.save(state)
-    bar.close()
-    return state
+class _StopSignal:
+    """Whether SIGTERM came; a context manager. Outside the main thread it never does."""
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> "_StopSignal":
+        def receive(number, frame):
+            del number, frame
+            self.received = True
+
+        with contextlib.suppress(ValueError):  # not in the main thread
+            self._before = signal.signal(signal.SIGTERM, receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGTERM, self._before)
 
 
-def _rates(config: TrainConfig, steps: int, seconds: float) -> dict[str, float]:
-    rate = steps / seconds
-    audio = rate * config.batch_size * config.segment_seconds
-    return {"steps_per_second": rate, "audio_seconds_per_second": audio}
+@dataclasses.dataclass
+class Run:
+    """The loop over steps and what it needs."""
+
+    config: TrainConfig
+    codec: CodecConfig
+    mixture: sources.Mixture
+    eval_items: list[AudioItem]
+    saver: checkpoints.Checkpoints
+    log: writer.MetricsWriter
+    stop: _StopSignal
+
+    def __post_init__(self):
+        self._bad_files: set[tuple[int, int]] = set()
+        self._began = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def steps(self, state: TrainState, batches: Iterator[pipeline.Batch]) -> TrainState:
+        """Steps until num_steps or SIGTERM; logs, evaluates and saves on the way."""
+        config, start = self.config, int(state.step)
+        self._began, self._since = time.perf_counter(), start
+        self._bar = tqdm.tqdm(
+            total=config.num_steps, initial=start, disable=not self._terminal, unit="step",
+            desc="training",
+        )  # fmt: skip
+        metrics = None
+        batch = self._put(batches) if start < config.num_steps else None
+        for step in range(start + 1, config.num_steps + 1):
+            before = metrics
+            state, metrics = train_step(config, self.codec, state, batch)
+            last = step == config.num_steps or self.stop.received
+            if not last:
+                batch = self._put(batches)  # while the step runs
+            if before is not None:
+                self._check_finite(step - 1, before)
+            self._bar.update()
+            if step % config.log_every == 0 or step == config.num_steps:
+                state = self._log_line(step, state)
+            if last or step % config.checkpoint_every == 0:
+                self._check_finite(step, metrics)
+                self.saver.save(state)
+            if config.eval_every and step % config.eval_every == 0 and not last:
+                self.evaluate(state)
+            if last:
+                break
+        self._bar.close()
+        return state
+
+    def _put(self, batches: Iterator[pipeline.Batch]) -> dict[str, jax.Array]:
+        """The next batch on its way to the device; files that could not be read are named."""
+        batch = next(batches)
+        failed = batch.pop("failed")
+        for number, index in failed[failed[..., 0] >= 0]:
+            if (number, index) not in self._bad_files:
+                self._bad_files.add((number, index))
+                _say(f"warning: {_why(self.mixture.sources[number], int(index))}; replaced")
+        return jax.device_put(batch | {"failed_reads": np.sum(failed[..., 0] >= 0, -1, np.int32)})
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Ends the run where the last updates were all skipped. Raises ValueError."""
+        if int(metrics["skipped_in_row"]) < self.config.max_skipped_steps:
+            return
+        terms = [name for name, value in metrics.items() if not np.isfinite(value)]
+        raise ValueError(
+            f"step {step}: {', '.join(terms)} not finite; {self.config.max_skipped_steps} updates "
+            "in a row had to be skipped; the last checkpoint is untouched"
+        )
+
+    def _log_line(self, step: int, state: TrainState) -> TrainState:
+        """Writes the means since the last line; returns the state with new totals."""
+        values = writer.summarize(self.config, state)
+        self._check_reads(step, values["failed_reads"])
+        seconds, steps = time.perf_counter() - self._began, step - self._since
+        audio = steps * self.config.batch_size * _segment_samples(self.config, self.codec)
+        values["steps_per_second"] = steps / seconds
+        values["audio_seconds_per_second"] = audio / self.codec.sample_rate / seconds
+        self.log.write(step, values)
+        self._bar.set_postfix(loss=f"{values['loss']:.2f}")
+        if not self._terminal:
+            _say(_line(step, self.config.num_steps, values))
+        self._began, self._since = time.perf_counter(), step
+        return state.replace(totals=zero_totals(self.config))
+
+    def _check_reads(self, step: int, failed: int) -> None:
+        reads = step * self.config.batch_size
+        if reads >= _MIN_READS and failed > self.config.max_failed_share * reads:
+            raise ValueError(
+                f"{failed} of {reads} reads failed, more than max_failed_share "
+                f"{self.config.max_failed_share:g}; the files are named above"
+            )
+
+    def evaluate(self, state: TrainState) -> None:
+        """Draws the curves, scores the evaluation recordings, and shows some; SIGTERM ends it."""
+        began, step = time.perf_counter(), int(state.step)
+        _say(f"loss curves: {self.log.save_curves()}")
+        if self.eval_items:
+            codec = Codec(state.best_params, self.codec)
+            clips = sweep.read_clips(self.eval_items, codec, _say)
+            self.log.write_samples(step, sweep.samples(codec, clips), self.codec.sample_rate)
+            _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
+            with contextlib.suppress(_StoppedError):
+                self._score(step, codec, clips)
+        self._began += time.perf_counter() - began  # rates are of training alone
+
+    def _score(self, step: int, codec: Codec, clips: list[sweep.Clip]) -> None:
+        with tqdm.tqdm(
+            total=len(clips), disable=not self._terminal, unit="clip", desc="evaluating"
+        ) as bar:
+
+            def progress() -> None:
+                bar.update()
+                if self.stop.received:
+                    raise _StoppedError
+
+            table = sweep.evaluate(codec, clips, sweep.bitrates(codec.config), progress)
+        self.log.write_evaluation(step, table)
+        text = sweep.format_table(table)
+        _write_text(Path(self.config.workdir) / "evaluation.md", f"Step {step}\n\n{text}")
+        note = "mel_loss, stft: lower is better; stoi: higher"
+        _say(f"step {step}, unseen audio, {len(clips)} clips ({note}):\n{text}")
 
 
-def _line(step: int, num_steps: int, values: dict[str, float]) -> str:
+class _StoppedError(Exception):
+    """SIGTERM came during an evaluation."""
+
+
+def _why(source: sources.Source, index: int) -> str:
+    """What is wrong with a recording that could not be read."""
+    try:
+        recording = source[index]
+        files.read_segment(recording.audio, 0.0, recording.duration_seconds, 16000)
+    except ValueError as error:
+        return str(error)
+    return f"{source.name(index)}: could not be read"
+
+
+def _line(step: int, num_steps: int, values: dict[str, Any]) -> str:
     left = (num_steps - step) / values["steps_per_second"]
+    terms = [n for n in values if n.endswith("_loss") and "/" not in n]
     return (
         f"step {step}/{num_steps} loss {values['loss']:.3f} "
-        f"reconstruction {values['reconstruction_loss']:.3f} "
-        f"commitment {values['commitment_loss']:.3f} "
-        f"perplexity {values['codebook_perplexity']:.0f} "
+        + " ".join(f"{n.removesuffix('_loss')} {values[n]:.3f}" for n in terms)
+        + f" perplexity {np.mean(values['codebook_perplexity']):.0f} "
         f"{values['audio_seconds_per_second']:.0f} s of audio per s, {left / 60:.1f} min left"
     )
-
-
-def _finish(config: TrainConfig, codec: Codec, items: list[Any], workdir: Path) -> None:
-    """Curves, one reconstruction per domain of unseen audio, and a table over bitrates."""
-    report.save_curves(workdir / "curves.png", writer.read_metrics(workdir))
-    _say(f"loss curves: {workdir / 'curves.png'}")
-    if not items:
-        return
-    clips = sweep.read_clips(items, codec)
-    _save_samples(codec, clips, workdir)
-    most = codec.config.quantizer.num_quantizers
-    numbers = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
-    terminal = sys.stderr.isatty()
-    with tqdm.tqdm(total=len(clips), disable=not terminal, unit="clip", desc="evaluating") as bar:
-        table = sweep.evaluate(codec, clips, numbers, lambda done: bar.update())
-    text = sweep.format_table(table)
-    for name, content in (
-        ("evaluation.json", json.dumps(table, indent=2)),
-        ("evaluation.md", text),
-    ):
-        data = (content + "\n").encode()
-        files.write_atomically(workdir / name, lambda file, data=data: file.write(data))
-    _say(f"unseen audio, {len(clips)} clips (mel_loss: lower is better; stoi: higher):\n{text}")
-
-
-def _save_samples(codec: Codec, clips: list[sweep.Clip], workdir: Path) -> None:
-    folder, rate = workdir / "samples", codec.config.sample_rate
-    folder.mkdir(exist_ok=True)
-    most = codec.config.quantizer.num_quantizers
-    longest = {}
-    for clip in clips:
-        if clip.domain not in longest or clip.wav.size > longest[clip.domain].wav.size:
-            longest[clip.domain] = clip
-    for domain, clip in sorted(longest.items()):
-        wav_hat = sweep.reconstruct(codec, clip.wav, [most])[most]
-        for kind, wav in (("input", clip.wav), ("output", wav_hat)):
-            files.write(folder / f"{domain}_{kind}.wav", wav, rate)
-        picture = folder / f"{domain}.png"
-        report.save_spectrograms(picture, {"input": clip.wav, "output": wav_hat}, rate)
-        _say(f"listen: {folder}/{domain}_input.wav, {domain}_output.wav; see {picture}")
 
 
 def _write_text(path: Path, text: str) -> None:

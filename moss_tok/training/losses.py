@@ -39,6 +39,16 @@ def reconstruction_loss(
     return total
 
 
+def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:
+    """L1 distance of the valid samples over the mean absolute reference: [B, C, S] -> [B].
+
+    Not in the paper: a small model on little data needs it to keep phases, and with them pitch.
+    """
+    valid = jnp.arange(wav.shape[-1]) < lengths[:, None]
+    distance, size = (masked_mean(jnp.abs(x).mean(1), valid) for x in (wav - wav_hat, wav))
+    return distance / (size + 1e-3)
+
+
 def frame_mask(lengths: jax.Array, num_samples: int, window_length: int) -> jax.Array:
     """Which frames of `spectral.frame` see no padding: bool [B, T]; all where nothing is padded."""
     ends = jnp.arange(1 + num_samples // (window_length // 4)) * (window_length // 4)
@@ -70,3 +80,45 @@ def quantizer_losses(
         per_level = masked_mean(getattr(quantized, name), valid[None])  # [Q, B]
         losses[name] = (per_level.T * keep).sum(-1)
     return losses
+
+
+Features = list[list[jax.Array]]  # per discriminator the outputs of its layers [B, ..., F]
+
+
+def discriminator_loss(real: Features, fake: Features) -> jax.Array:
+    """Least squares: judgements go to 1 on recordings, to 0 on reconstructions; [B]."""
+    losses = [
+        item_mean(jnp.square(1 - f32(r[-1]))) + item_mean(jnp.square(f32(f[-1])))
+        for r, f in zip(real, fake, strict=True)
+    ]
+    return sum(losses) / len(losses)
+
+
+def adversarial_loss(fake: Features) -> jax.Array:
+    """Least squares: the generator wants to be judged 1; mean over discriminators, [B]."""
+    return sum(item_mean(jnp.square(1 - f32(f[-1]))) for f in fake) / len(fake)
+
+
+def feature_matching_loss(real: Features, fake: Features) -> jax.Array:
+    """L1 distance of inner features over the mean absolute real feature; mean over layers, [B].
+
+    Source: EnCodec, equation 2 of its section 3.4.
+    """
+    distances = []
+    for r, f in zip(real, fake, strict=True):
+        layers = [
+            item_mean(jnp.abs(f32(x) - f32(y))) / (item_mean(jnp.abs(f32(x))) + 1e-6)
+            for x, y in zip(r[:-1], f[:-1], strict=True)
+        ]
+        distances.append(sum(layers) / len(layers))
+    return sum(distances) / len(distances)
+
+
+def f32(x: jax.Array) -> jax.Array:
+    """`x` in float32."""
+    return x.astype(jnp.float32)
+
+
+def item_mean(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the first: [B, ...] -> [B]."""
+    return x.mean(tuple(range(1, x.ndim)))

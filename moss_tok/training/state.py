@@ -5,11 +5,35 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import scipy.fft
 from flax import linen as nn
 
 from moss_tok.codec.model import CodecModel
-from moss_tok.config import CodecConfig, TrainConfig
+from moss_tok.config import DOMAINS, CodecConfig, ModuleConfig, TrainConfig, TransformerConfig
+from moss_tok.training.discriminators import Discriminators
+
+# What the generator's loss is made of, in each stage; and what else is logged.
+PRETRAIN_TERMS = ("reconstruction_loss", "commitment_loss", "codebook_loss")
+ADVERSARIAL_TERMS = ("adversarial_loss", "feature_matching_loss", "discriminator_loss")
+
+
+@flax.struct.dataclass
+class Totals:
+    """Sums over the steps since the last logged one, so that a logged value is their mean.
+
+    Attributes:
+      steps: float32, steps summed up; skipped ones are not.
+      metrics: Name -> sum of the values of a step.
+      domain_items: [len(DOMAINS)], items of each domain.
+      domain_terms: Name -> [len(DOMAINS)], sums over the items of each domain.
+    """
+
+    steps: jax.Array
+    metrics: dict[str, jax.Array]
+    domain_items: jax.Array
+    domain_terms: dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -19,42 +43,76 @@ class TrainState:
     Attributes:
       step: int32 scalar; also the data position: batches consumed.
       params: Of the codec, float32.
-      opt_state: Of the optimizer.
+      ema: Moving average of `params`; None if there is none.
+      opt_state: Of the generator's optimizer.
+      discriminators: Their parameters, float32; None in pretraining.
+      discriminator_opt_state: Of their optimizer; None in pretraining.
       code_counts: [Q, K] float32, how often each code was used lately.
+      totals: For the next line of the log.
+      skipped: int32, updates that were not finite.
+      skipped_in_row: int32, how many of them came last without one that was.
+      failed_reads: int32, files that could not be read.
     """
 
     step: jax.Array
     params: Any
+    ema: Any
     opt_state: Any
+    discriminators: Any
+    discriminator_opt_state: Any
     code_counts: jax.Array
+    totals: Totals
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    failed_reads: jax.Array
+
+    @property
+    def best_params(self) -> Any:
+        """What is evaluated and exported: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine down to 0 at `decay_steps`."""
-    peak, warmup, decay = config.learning_rate, config.warmup_steps, config.decay_steps
-    rise = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup) - 1)
-    if not decay:
-        return rise
-    fall = optax.cosine_decay_schedule(peak, max(1, decay - warmup))
+def term_names(config: TrainConfig) -> tuple[str, ...]:
+    """Names of the loss terms of the stage."""
+    waveform = ("waveform_loss",) if config.waveform_weight else ()
+    return PRETRAIN_TERMS + waveform + (ADVERSARIAL_TERMS if config.adversarial else ())
+
+
+def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then exponential decay, or a cosine down to 0 at `decay_steps`."""
+    warmup, decay = max(1, config.warmup_steps), config.decay_steps
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    if decay:
+        fall = optax.cosine_decay_schedule(peak, max(1, decay - warmup))
+    else:
+        fall = optax.exponential_decay(peak, 1, config.decay_per_step)
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def generator_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with clipping by global norm; the codebooks may have a learning rate of their own."""
+    peak = config.learning_rate
+    groups = {
+        "codebooks": _adamw(config, config.codebook_learning_rate * peak),
+        "network": _adamw(config, peak),
+    }
+    clip = optax.clip_by_global_norm(config.gradient_clip)
+    return optax.chain(clip, optax.partition(groups, _group))
 
-    def adamw(factor: float) -> optax.GradientTransformation:
-        schedule = learning_rate(config)
-        return optax.adamw(
-            lambda step: factor * schedule(step),
-            config.beta1,
-            config.beta2,
-            weight_decay=config.weight_decay,
-            mask=_is_matrix,
-        )
 
-    groups = {"codebooks": adamw(config.codebook_learning_rate), "network": adamw(1.0)}
-    return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip), optax.partition(groups, _group)
+def discriminator_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The same for the discriminators."""
+    clip = optax.clip_by_global_norm(config.discriminator_gradient_clip)
+    return optax.chain(clip, _adamw(config, config.discriminator_learning_rate))
+
+
+def _adamw(config: TrainConfig, peak: float) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate(config, peak),
+        config.beta1,
+        config.beta2,
+        weight_decay=config.weight_decay,
+        mask=_is_matrix,
     )
 
 
@@ -70,42 +128,143 @@ def _group(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(name, params)
 
 
-def init_state(config: TrainConfig, codec: CodecConfig) -> TrainState:
-    """A fresh state; a pure function of the configs."""
-    model = CodecModel(codec, config.compute)
-    wav = jnp.zeros((1, codec.num_channels, codec.hop_length))
+def trainable(config: TrainConfig, params: Any) -> Any:
+    """The part of the codec's parameters that this run trains."""
+    return {"decoder": params["decoder"]} if config.trainable == "decoder" else params
+
+
+def init_state(
+    config: TrainConfig, codec: CodecConfig, params: Any = None, discriminators: Any = None
+) -> TrainState:
+    """A fresh state, a pure function of the configs and of parameters to start from."""
     key = jax.random.key(config.seed)
-    params = nn.meta.unbox(model.init(key, wav)["params"])
-    params = params | {"quantizer": _paired(params["quantizer"], jax.random.fold_in(key, 1))}
+    params = _init_params(config, codec, key) if params is None else params
+    discriminator_opt_state = None
+    if not config.adversarial:
+        discriminators = None
+    elif discriminators is None:
+        discriminators = init_discriminators(config, codec)
+    if config.adversarial:
+        discriminator_opt_state = discriminator_optimizer(config).init(discriminators)
     quantizer = codec.quantizer
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer(config).init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+        opt_state=generator_optimizer(config).init(trainable(config, params)),
+        discriminators=discriminators,
+        discriminator_opt_state=discriminator_opt_state,
         code_counts=jnp.zeros((quantizer.num_quantizers, quantizer.codebook_size)),
+        totals=zero_totals(config),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+        failed_reads=jnp.zeros((), jnp.int32),
     )
+
+
+def zero_totals(config: TrainConfig) -> Totals:
+    """Totals of no steps."""
+    names = term_names(config)
+    norms = ("gradient_norm", "discriminator_gradient_norm")[: 1 + config.adversarial]
+    # Each its own array: they are donated.
+    metrics = {name: jnp.zeros(()) for name in ("loss", *names, *norms)}
+    domain_terms = {name: jnp.zeros(len(DOMAINS)) for name in ("loss", *names)}
+    return Totals(jnp.zeros(()), metrics, jnp.zeros(len(DOMAINS)), domain_terms)
+
+
+def init_discriminators(config: TrainConfig, codec: CodecConfig) -> Any:
+    """Fresh parameters of the discriminators."""
+    model = Discriminators(config.discriminators, config.dtype)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    return nn.meta.unbox(model.init(key, jnp.zeros((1, codec.num_channels, 4096)))["params"])
+
+
+def _init_params(config: TrainConfig, codec: CodecConfig, key: jax.Array) -> Any:
+    wav = jnp.zeros((1, codec.num_channels, codec.hop_length))
+    params = nn.meta.unbox(CodecModel(codec, config.compute).init(key, wav)["params"])
+    for side in ("encoder", "decoder"):
+        params[side] = _low_pass(getattr(codec, side), params[side], side)
+    return params | {"quantizer": _paired(params["quantizer"], jax.random.fold_in(key, 1))}
+
+
+# Brings speech (RMS about 0.05) to the size of what the first blocks add to it.
+_INPUT_GAIN = 2.0
+
+
+def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:
+    """Makes the projections of a side those of a linear codec that keeps low frequencies.
+
+    The first projection is the DCT of a patch, the others keep what comes first, and the decoder's
+    are their transposes: what the blocks then learn is added to a waveform that is right already.
+    From random projections a small model does not find even the principal components within
+    hours; its audio is noise of the right colour, without pitch (experiments/README.md).
+    """
+    stages = dict(stages)
+    for i, module in enumerate(modules):
+        if not isinstance(module, TransformerConfig):
+            continue
+        sizes = {
+            "input_projection": (module.input_dim, module.model_dim),
+            "output_projection": (module.model_dim, module.output_dim),
+        }
+        kernels = {name: np.eye(*size) for name, size in sizes.items()}
+        if side == "encoder" and i == 1:
+            kernels["input_projection"] = _INPUT_GAIN * _dct(*sizes["input_projection"])
+        if side == "decoder" and i == len(modules) - 2:
+            kernels["output_projection"] = _dct(*sizes["output_projection"][::-1]).T / _INPUT_GAIN
+        for name, kernel in kernels.items():
+            if name in stages[f"stage_{i}"]:
+                kernel = {"kernel": jnp.asarray(kernel, jnp.float32)}
+                stages[f"stage_{i}"] = stages[f"stage_{i}"] | {name: kernel}
+    return stages
+
+
+def _dct(num_samples: int, num_coefficients: int) -> np.ndarray:
+    """Orthonormal DCT-II [samples, coefficients], cut or padded with zeros."""
+    kernel = np.zeros((num_samples, num_coefficients))
+    kept = min(kernel.shape)
+    kernel[:, :kept] = scipy.fft.dct(np.eye(num_samples), norm="ortho")[:, :kept]
+    return kernel
 
 
 def _paired(quantizer: dict[str, Any], key: jax.Array) -> dict[str, Any]:
     """Makes every projection orthonormal and the one that undoes it its transpose.
 
     With unrelated projections a code's value does not resemble the residual it stands for, and the
-    losses grow instead of falling. Codebooks start small for the same reason.
+    losses grow instead of falling; so they do with large codebooks. The outer projections keep the
+    first of the latents' dimensions, see `_low_pass`; those of the quantizers are random.
+
+    The last of a quantizer's dimensions starts as the constant 1 in residuals and codes. Codes are
+    chosen by angle, which says nothing of a residual's size: quiet frames would get codes of any
+    size. Among vectors that end in the same 1, the nearest in angle is the nearest in distance.
     """
     quantizer = quantizer | {"codebooks": 0.1 * quantizer["codebooks"]}
-    for down, up in (("input_projection", "output_projection"),
-                     ("in_projections", "out_projections")):  # fmt: skip
-        if down not in quantizer:
-            continue
-        shape = quantizer[down]["direction"].shape
-        *lead, rows, columns = shape
-        random = jax.random.normal(key, (*lead, max(rows, columns), min(rows, columns)))
-        direction = jnp.linalg.qr(random)[0]
-        direction = direction if rows >= columns else direction.swapaxes(-1, -2)
-        pairs = [(down, direction)]
-        if up in quantizer and quantizer[up]["direction"].shape == (*lead, columns, rows):
-            pairs.append((up, direction.swapaxes(-1, -2)))
-        for name, direction in pairs:
-            gain = jnp.linalg.norm(direction, axis=-2)
-            quantizer[name] = quantizer[name] | {"direction": direction, "gain": gain}
+    if "input_projection" in quantizer:
+        kernel = jnp.eye(*quantizer["input_projection"]["direction"].shape)
+        quantizer = _set_pair(quantizer, ("input_projection", "output_projection"), kernel)
+    if "in_projections" in quantizer:
+        num_quantizers, rows, columns = quantizer["in_projections"]["direction"].shape
+        tall = (num_quantizers, max(rows, columns), min(rows, columns))
+        kernel = jnp.linalg.qr(jax.random.normal(key, tall))[0]
+        kernel = kernel if rows >= columns else kernel.swapaxes(-1, -2)
+        kernel = kernel.at[..., -1].set(0)
+        quantizer = _set_pair(quantizer, ("in_projections", "out_projections"), kernel)
+        bias = quantizer["in_projections"]["bias"].at[..., -1].set(1)
+        quantizer["in_projections"] = quantizer["in_projections"] | {"bias": bias}
+        quantizer["codebooks"] = quantizer["codebooks"].at[..., -1].set(1)
     return quantizer
+
+
+def _set_pair(quantizer: dict[str, Any], names: tuple[str, str], kernel: jax.Array) -> Any:
+    """Sets a projection to `kernel` and, where the shapes allow, the second to its transpose."""
+    quantizer = dict(quantizer)
+    for name, value in zip(names, (kernel, kernel.swapaxes(-1, -2)), strict=True):
+        if name in quantizer and quantizer[name]["direction"].shape == value.shape:
+            quantizer[name] = quantizer[name] | _weight_norm(value, quantizer[name]["direction"])
+    return quantizer
+
+
+def _weight_norm(kernel: jax.Array, random: jax.Array) -> dict[str, jax.Array]:
+    """Directions and gains of a kernel; a column of zeros keeps its random direction."""
+    gain = jnp.linalg.norm(kernel, axis=-2)
+    return {"direction": jnp.where(gain[..., None, :] > 0, kernel, random), "gain": gain}

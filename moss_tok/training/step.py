@@ -1,6 +1,7 @@
-"""One training step as one jitted, donated function."""
+"""One training step as one jitted, donated function: discriminators first, then the generator."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,125 +9,280 @@ import jax.numpy as jnp
 import optax
 
 from moss_tok.codec.model import CodecModel
-from moss_tok.codec.quantizer import Quantized
-from moss_tok.config import CodecConfig, TrainConfig
+from moss_tok.config import DOMAINS, CodecConfig, TrainConfig
 from moss_tok.training import losses
-from moss_tok.training.state import TrainState, learning_rate, optimizer
+from moss_tok.training.discriminators import Discriminators
+from moss_tok.training.state import (
+    Totals,
+    TrainState,
+    discriminator_optimizer,
+    generator_optimizer,
+    trainable,
+)
 
 _COUNT_DECAY = 0.98  # code_counts remember about 50 steps
-_DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
+DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
+
+Batch = dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(
-    config: TrainConfig, codec: CodecConfig, state: TrainState, batch: dict[str, jax.Array]
+    config: TrainConfig, codec: CodecConfig, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates `state` on a batch.
+    """Updates `state` on a batch; an update that would not be finite is skipped and counted.
 
     Args:
       config: The run.
       codec: The model.
       state: Donated.
-      batch: "wav" [B, C, S], S whole frames, and "length" [B] valid samples.
+      batch: "wav" [B, C, S], S whole frames; "length" [B] valid samples; "domain" [B] indices into
+        DOMAINS; "position" [B] places in the global batch; "failed_reads" [B] files that could not
+        be read on the way to each item.
 
     Returns:
-      The next state, and scalars: each loss, gradient_norm, learning_rate, codebook_perplexity.
+      The next state, and scalars: the loss, its terms, gradient norms, and skipped_in_row.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    key, dropout_key, reseed_key = jax.random.split(key, 3)
-    keep = _quantizer_dropout(config, codec, dropout_key, batch["length"].shape[0])
-    parts = jax.tree.map(
-        lambda x: x.reshape(config.num_microbatches, -1, *x.shape[1:]), (batch, keep)
+    keep_key, reseed_key = jax.random.split(key)
+    batch = batch | {"keep": _quantizer_dropout(config, codec, keep_key, batch["position"])}
+    parts = _split(batch, config.num_microbatches)
+    changed, terms, norms = {}, {}, {}
+
+    def generate(params):
+        params = state.params | params
+        return _map_parts(functools.partial(_generate, config, codec, params), parts)
+
+    params = trainable(config, state.params)
+    generated, pullback, coded = jax.vjp(generate, params, has_aux=True)
+    if config.adversarial:
+        gradient, terms["discriminator_loss"] = _discriminator_gradient(
+            config, state.discriminators, parts, generated["wav_hat"]
+        )
+        norms["discriminator_gradient_norm"] = optax.tree.norm(gradient)
+        changed["discriminators"], changed["discriminator_opt_state"] = _update(
+            discriminator_optimizer(config),
+            gradient,
+            state.discriminator_opt_state,
+            state.discriminators,
+        )
+    gradient, generator_terms = _generator_gradient(
+        config, codec, changed.get("discriminators"), parts, generated
     )
-    grad = jax.value_and_grad(functools.partial(_loss, config, codec), has_aux=True)
+    terms |= generator_terms
+    (gradient,) = pullback(gradient)
+    norms["gradient_norm"] = optax.tree.norm(gradient)
+    params, changed["opt_state"] = _update(
+        generator_optimizer(config), gradient, state.opt_state, params
+    )
+    changed["params"] = state.params | params
+    changed |= _averaged(config, state, changed["params"])
+    changed |= _tracked_codes(config, codec, state, changed, parts, coded, reseed_key)
+    metrics = {name: x.mean() for name, x in terms.items()} | norms
+    changed["totals"] = _add_totals(state.totals, metrics, terms, parts["domain"])
+    return _guarded(state, changed, metrics, batch)
+
+
+def _split(batch: Batch, num_parts: int) -> Batch:
+    """[B, ...] to [num_parts, B / num_parts, ...], each part spread over the whole batch."""
+
+    def split(x):
+        return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _map_parts(function: Callable[[Batch], Any], parts: Batch) -> Any:
+    """Applies `function` to each microbatch.
+
+    Several are computed one after the other, and again in the backward pass, so that only one's
+    activations are held.
+    """
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        result = function(jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda x: x[None], result)
+    return jax.lax.map(jax.checkpoint(function), parts)
+
+
+def _generate(config: TrainConfig, codec: CodecConfig, params: Any, part: Batch) -> tuple[Any, Any]:
+    """What the losses see (wav_hat, quantizer losses per item), and codes and projected vectors."""
+    model = CodecModel(codec, config.compute)
+    wav_hat, quantized = model.apply({"params": params}, part["wav"], part["keep"])
+    outputs = {"wav_hat": wav_hat}
+    outputs |= losses.quantizer_losses(quantized, part["keep"], part["length"], codec.hop_length)
+    return outputs, (quantized.codes, quantized.projected)
+
+
+def _judge(config: TrainConfig, params: Any, wav: jax.Array, part: Batch) -> losses.Features:
+    """Features of a microbatch of audio [B, C, S], which is zeroed in its padding."""
+    valid = jnp.arange(wav.shape[-1]) < part["length"][:, None, None]
+    model = Discriminators(config.discriminators, config.dtype)
+    return model.apply({"params": params}, jnp.where(valid, wav, 0))
+
+
+def _discriminator_gradient(
+    config: TrainConfig, params: Any, parts: Batch, wav_hat: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Mean gradient over all microbatches, and the loss of each item [M, B]."""
+
+    def loss(params, part, wav_hat):
+        judge = functools.partial(_judge, config, params)
+        per_item = losses.discriminator_loss(judge(part["wav"], part), judge(wav_hat, part))
+        return per_item.mean() / config.num_microbatches, per_item
 
     def accumulate(total, part):
-        (_, (terms, quantized)), gradient = grad(state.params, *part)
-        return jax.tree.map(jnp.add, total, (gradient, terms)), quantized
+        gradient, per_item = jax.grad(loss, has_aux=True)(params, *part)
+        return jax.tree.map(jnp.add, total, gradient), per_item
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(_TERMS, jnp.zeros(()))
-    totals, (codes, projected) = jax.lax.scan(accumulate, zeros, parts)
-    gradient, terms = jax.tree.map(lambda x: x / config.num_microbatches, totals)
-    updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    counts = _COUNT_DECAY * state.code_counts + _histogram(codes, codec.quantizer.codebook_size)
-    metrics = terms | {
-        "gradient_norm": optax.tree.norm(gradient),
-        "learning_rate": learning_rate(config)(state.step),
-        "codebook_perplexity": _perplexity(counts).mean(),
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
+
+
+def _generator_gradient(
+    config: TrainConfig, codec: CodecConfig, discriminators: Any, parts: Batch, generated: Batch
+) -> tuple[Batch, dict[str, jax.Array]]:
+    """Gradient of the generator's loss in what it generated, and each term per item [M, B]."""
+
+    def loss(generated, part):
+        wav, wav_hat = part["wav"], generated["wav_hat"]
+        terms = {name: x for name, x in generated.items() if name.endswith("_loss")}
+        terms["reconstruction_loss"] = losses.reconstruction_loss(
+            wav, wav_hat, part["length"], codec.sample_rate
+        )
+        if config.waveform_weight:
+            terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, part["length"])
+        if config.adversarial:
+            real, fake = (_judge(config, discriminators, x, part) for x in (wav, wav_hat))
+            terms["adversarial_loss"] = losses.adversarial_loss(fake)
+            terms["feature_matching_loss"] = losses.feature_matching_loss(real, fake)
+        total = sum(getattr(config, n.replace("_loss", "_weight")) * x for n, x in terms.items())
+        return total.mean() / config.num_microbatches, terms | {"loss": total}
+
+    gradient = jax.grad(loss, has_aux=True)
+    return jax.lax.map(lambda x: gradient(*x), (generated, parts))
+
+
+def _update(
+    optimizer: optax.GradientTransformation, gradient: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _averaged(config: TrainConfig, state: TrainState, params: Any) -> dict[str, Any]:
+    if state.ema is None:
+        return {}
+    # Shorter at first, or the average would hold on to the random start.
+    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    return {"ema": jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)}
+
+
+def _add_totals(
+    totals: Totals, metrics: dict[str, jax.Array], terms: dict[str, jax.Array], domain: jax.Array
+) -> Totals:
+    member = jax.nn.one_hot(domain, len(DOMAINS))  # [M, B, domains]
+    sums = {name: jnp.einsum("mb,mbd->d", x, member) for name, x in terms.items()}
+    added = Totals(jnp.ones(()), metrics, member.sum((0, 1)), sums)
+    return jax.tree.map(jnp.add, totals, added)
+
+
+def _guarded(
+    state: TrainState, changed: dict[str, Any], metrics: dict[str, jax.Array], batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes the changes over if everything is finite; else only counts."""
+    finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+    changed = {
+        name: jax.tree.map(functools.partial(jnp.where, finite), new, getattr(state, name))
+        for name, new in changed.items()
     }
-    if config.reseed_every:
-        due = state.step % config.reseed_every == 0
-        codebooks, counts = jax.lax.cond(
-            due, _reseed, lambda *x: x[:2], params["quantizer"]["codebooks"], counts, projected,
-            reseed_key,
-        )  # fmt: skip
-        params = params | {"quantizer": params["quantizer"] | {"codebooks": codebooks}}
-    return TrainState(state.step + 1, params, opt_state, counts), metrics
-
-
-_TERMS = ("loss", "reconstruction_loss", "commitment_loss", "codebook_loss")
-
-
-def _loss(config: TrainConfig, codec: CodecConfig, params: Any, batch, keep) -> tuple[Any, Any]:
-    """The generator's loss; also its terms, and (codes [B, Q, T], projected [Q, B, T, c])."""
-    wav, lengths = batch["wav"], batch["length"]
-    model = CodecModel(codec, config.compute)
-    wav_hat, quantized = model.apply({"params": params}, wav, keep)
-    reconstruction = losses.reconstruction_loss(wav, wav_hat, lengths, codec.sample_rate)
-    terms = {"reconstruction_loss": reconstruction}
-    terms |= losses.quantizer_losses(quantized, keep, lengths, codec.hop_length)
-    terms = {name: x.mean() for name, x in terms.items()}
-    terms["loss"] = (
-        config.reconstruction_weight * terms["reconstruction_loss"]
-        + config.commitment_weight * terms["commitment_loss"]
-        + config.codebook_weight * terms["codebook_loss"]
+    skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+    state = state.replace(
+        **changed,
+        step=state.step + 1,
+        skipped=state.skipped + ~finite,
+        skipped_in_row=skipped_in_row,
+        failed_reads=state.failed_reads + batch["failed_reads"].sum(),
     )
-    return terms["loss"], (terms, _detached(quantized))
-
-
-def _detached(quantized: Quantized) -> tuple[jax.Array, jax.Array]:
-    return quantized.codes, jax.lax.stop_gradient(quantized.projected)
+    return state, metrics | {"skipped_in_row": skipped_in_row}
 
 
 def _quantizer_dropout(
-    config: TrainConfig, codec: CodecConfig, key: jax.Array, batch_size: int
+    config: TrainConfig, codec: CodecConfig, key: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Which quantizers each item uses: all, or with quantizer_dropout the first 1..Q; [B, Q]."""
+    """Which quantizers each item uses: all, or with quantizer_dropout the first 1..Q; [B, Q].
+
+    An item's draw depends on its place in the global batch alone, not on how that is split.
+    """
     most = codec.quantizer.num_quantizers
-    number_key, share_key = jax.random.split(key)
-    number = jax.random.randint(number_key, (batch_size,), 1, most + 1)
-    drop = jax.random.uniform(share_key, (batch_size,)) < config.quantizer_dropout
-    return jnp.arange(most) < jnp.where(drop, number, most)[:, None]
+
+    def draw(position):
+        number_key, share_key = jax.random.split(jax.random.fold_in(key, position))
+        number = jax.random.randint(number_key, (), 1, most + 1)
+        drop = jax.random.uniform(share_key) < config.quantizer_dropout
+        return jnp.arange(most) < jnp.where(drop, number, most)
+
+    return jax.vmap(draw)(positions)
 
 
-def _histogram(codes: jax.Array, codebook_size: int) -> jax.Array:
-    """Codes [M, B, Q, T] of M microbatches to counts [Q, K]."""
-    codes = jnp.moveaxis(codes, 2, 0).reshape(codes.shape[2], -1)
+def _tracked_codes(
+    config: TrainConfig,
+    codec: CodecConfig,
+    state: TrainState,
+    changed: dict[str, Any],
+    parts: Batch,
+    coded: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+) -> dict[str, Any]:
+    """The counts of codes; every `reseed_every` steps also parameters whose dead codes moved."""
+    codes, projected = coded
+    num_frames = codec.num_frames(parts["length"])
+    valid = jnp.arange(codes.shape[-1]) < num_frames[..., None]  # [M, B, T]
+    used = parts["keep"][..., None] & valid[:, :, None]  # [M, B, Q, T]
+    added = _histogram(codes, used, codec.quantizer.codebook_size)
+    counts = _COUNT_DECAY * state.code_counts + added
+    if not config.reseed_every or config.trainable == "decoder":
+        return {"code_counts": counts}
+    trees = {name: changed[name] for name in ("params", "ema") if name in changed}
+    books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
+    projected = jnp.moveaxis(projected, 1, 0)  # [Q, M, B, T, c]
+    projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
+    due = state.step % config.reseed_every == 0
+    books, counts = jax.lax.cond(
+        due, _reseed, lambda *x: x[:2], books, counts, projected, valid.reshape(-1), key
+    )
+    for name, tree in trees.items():
+        trees[name] = tree | {"quantizer": tree["quantizer"] | {"codebooks": books[name]}}
+    return trees | {"code_counts": counts}
+
+
+def _histogram(codes: jax.Array, used: jax.Array, codebook_size: int) -> jax.Array:
+    """Codes [M, B, Q, T], counted where `used`, to counts [Q, K]."""
+    codes, used = (jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1) for x in (codes, used))
     count = functools.partial(jnp.bincount, length=codebook_size)
-    return jax.vmap(count)(codes).astype(jnp.float32)
-
-
-def _perplexity(counts: jax.Array) -> jax.Array:
-    share = counts / counts.sum(-1, keepdims=True)
-    return jnp.exp(-jnp.sum(share * jnp.log(share + 1e-20), -1))
+    return jax.vmap(lambda c, u: count(c, weights=u))(codes, used.astype(jnp.float32))
 
 
 def _reseed(
-    codebooks: jax.Array, counts: jax.Array, projected: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    books: dict[str, jax.Array],
+    counts: jax.Array,
+    projected: jax.Array,
+    valid: jax.Array,
+    key: jax.Array,
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """Moves codes that are hardly used onto vectors of this batch.
 
     Args:
-      codebooks: [Q, K, c].
+      books: Codebooks [Q, K, c], all to be changed alike.
       counts: [Q, K].
-      projected: What was quantized, [M, Q, B, T, c].
+      projected: What was quantized, [Q, N, c].
+      valid: bool [N], vectors that are no padding.
       key: For the choice.
     """
-    projected = jnp.moveaxis(projected, 0, 1)
-    projected = projected.reshape(codebooks.shape[0], -1, codebooks.shape[-1])
-    chosen = jax.random.randint(key, codebooks.shape[:2], 0, projected.shape[1])
+    order = jnp.argsort(~valid)  # valid ones first
+    draw = jax.random.uniform(key, counts.shape) * valid.sum()
+    chosen = order[draw.astype(jnp.int32)]
     fresh = jnp.take_along_axis(projected, chosen[..., None], axis=1)
-    expected = counts.sum(-1, keepdims=True) / codebooks.shape[1]
-    dead = counts < _DEAD_SHARE * expected
-    return jnp.where(dead[..., None], fresh, codebooks), jnp.where(dead, expected, counts)
+    expected = counts.sum(-1, keepdims=True) / counts.shape[1]
+    dead = counts < DEAD_SHARE * expected
+    books = jax.tree.map(lambda book: jnp.where(dead[..., None], fresh, book), books)
+    return books, jnp.where(dead, expected, counts)

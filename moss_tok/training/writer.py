@@ -1,43 +1,127 @@
-"""metrics.jsonl: one JSON object per logged step, each step once."""
+"""What a run leaves to look at: metrics.jsonl, evaluation.jsonl, TensorBoard, curves.
+
+Each step has one line: those after the step that a run goes on from are cut, and written again.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from moss_tok.audio import files
-from moss_tok.config import parse_json_object
+import numpy as np
+import tensorboardX
 
-NAME = "metrics.jsonl"
+from moss_tok.audio import files
+from moss_tok.config import DOMAINS, TrainConfig, parse_json_object
+from moss_tok.evaluation import report
+from moss_tok.training.state import TrainState, learning_rate
+from moss_tok.training.step import DEAD_SHARE
+
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.jsonl"
+_USED = 0.36  # what one use 50 steps ago has decayed to
+
+
+def summarize(config: TrainConfig, state: TrainState) -> dict[str, Any]:
+    """A line of metrics.jsonl: means since the last line, per domain too, and codebook health.
+
+    `codebook_perplexity` and `codebook_usage` (share of codes used lately) have a value per
+    quantizer. Values of domains that did not occur are left out.
+    """
+    totals, counts = state.totals, np.asarray(state.code_counts)
+    steps = max(float(totals.steps), 1.0)
+    values: dict[str, Any] = {name: float(x) / steps for name, x in totals.metrics.items()}
+    for number, domain in enumerate(DOMAINS):
+        items = float(totals.domain_items[number])
+        for name, sums in totals.domain_terms.items() if items else ():
+            values[f"{domain}/{name}"] = float(sums[number]) / items
+    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
+    perplexity = np.exp(-np.sum(share * np.log(share + 1e-20), -1))
+    values |= {
+        "learning_rate": float(learning_rate(config, config.learning_rate)(int(state.step) - 1)),
+        "codebook_perplexity": [round(float(x), 2) for x in perplexity],
+        "codebook_usage": [round(float(x), 4) for x in (counts > _USED).mean(-1)],
+        "dead_codes": float((share * counts.shape[1] < DEAD_SHARE).mean()),
+        "skipped_updates": int(state.skipped),
+        "failed_reads": int(state.failed_reads),
+    }
+    return values
 
 
 class MetricsWriter:
-    """Appends lines to WORKDIR/metrics.jsonl; a context manager."""
+    """Appends to the files of a workdir; a context manager."""
 
     def __init__(self, workdir: Path, step: int):
-        """Opens the file and cuts the lines after `step`, which will be computed again."""
-        path = workdir / NAME
-        if path.exists():
-            kept = [r for r in read_metrics(workdir) if r["step"] <= step]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            files.write_atomically(path, lambda file: file.write(text.encode()))
-        self._file = open(path, "a")
+        """Opens the files and cuts what they have after `step`."""
+        self._workdir = workdir
+        self._files = {name: _open(workdir / name, step) for name in (METRICS, EVALUATION)}
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True
+        )
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
+        self._board.close()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line; `step` is the number of steps done."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes a line of metrics.jsonl; `step` is the number of steps done."""
+        self._write(METRICS, step, values)
+        for name, value in values.items():
+            if isinstance(value, list):
+                self._board.add_histogram(name, np.asarray(value), step)
+                for i, x in enumerate(value):
+                    self._board.add_scalar(f"{name}/{i:02d}", x, step)
+            else:
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def write_evaluation(self, step: int, table: dict[str, dict[str, dict[str, float]]]) -> None:
+        """Writes metric averages {domain: {system: {metric: mean}}} as a line of its own file."""
+        self._write(EVALUATION, step, {"table": table})
+        for domain, systems in table.items():
+            for system, metrics in systems.items():
+                for metric, value in metrics.items():
+                    self._board.add_scalar(f"evaluation_{domain}_{metric}/{system}", value, step)
+
+    def write_samples(
+        self, step: int, samples: dict[str, dict[str, np.ndarray]], sample_rate: int
+    ) -> None:
+        """Writes [C, S] audio {domain: {name: wav}} and its spectrograms, the latest as files."""
+        folder = self._workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        for domain, wavs in samples.items():
+            for name, wav in wavs.items():
+                files.write(folder / f"{domain}_{name.replace(' ', '_')}.wav", wav, sample_rate)
+                mono = wav.mean(0)
+                self._board.add_audio(f"{domain}/{name}", mono, step, sample_rate)
+            picture = report.save_spectrograms(folder / f"{domain}.png", wavs, sample_rate)
+            self._board.add_image(f"spectrograms/{domain}", picture, step, dataformats="HWC")
+
+    def save_curves(self) -> Path:
+        """Draws curves.png from metrics.jsonl."""
+        path = self._workdir / "curves.png"
+        report.save_curves(path, read_rows(self._workdir / METRICS))
+        return path
+
+    def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps({"step": step} | values) + "\n")
+        self._files[name].flush()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """All complete lines of metrics.jsonl."""
+def _open(path: Path, step: int) -> Any:
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        files.write_atomically(path, lambda file: file.write(text.encode()))
+    return open(path, "a")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a file of this module."""
     rows = []
-    for line in (workdir / NAME).read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = parse_json_object(line)
         except ValueError:  # a kill can leave half a line at the end

@@ -1,0 +1,314 @@
+"""Prepares audio for training: a folder or manifest into balanced ArrayRecord shards.
+
+Which recording goes into which shard follows from the list of recordings alone, and a shard appears
+when it is complete. So an interrupted preparation goes on where it stopped, and any number of
+processes or machines (`run_beam`) can share the work.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import heapq
+import io
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from moss_tok.audio import files, manifest
+from moss_tok.audio.manifest import AudioItem
+from moss_tok.config import read_json_object
+from moss_tok.data import records
+
+_PARTS = "parts"  # a listing per finished shard
+_SILENCE_DB = -60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How recordings are prepared.
+
+    Attributes:
+      sample_rate: Hz to resample to; 0: each file's own.
+      num_shards: Per split; 0: one per `shard_hours`.
+      shard_hours: Audio per shard where num_shards is 0.
+      min_seconds: Shorter recordings are rejected.
+      max_seconds: Longer ones without a transcript are cut into equal parts.
+    """
+
+    sample_rate: int = 0
+    num_shards: int = 0
+    shard_hours: float = 2.0
+    min_seconds: float = 0.1
+    max_seconds: float = 60.0
+
+    def __post_init__(self):
+        if self.sample_rate and not 1000 <= self.sample_rate <= 384000:
+            raise ValueError(f"sample_rate must be 1000..384000 Hz, got {self.sample_rate}")
+        if not 0 <= self.num_shards <= 99999:
+            raise ValueError(f"num_shards must be 1..99999, got {self.num_shards}")
+        for name in ("shard_hours", "max_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"min_seconds must be 0..max_seconds {self.max_seconds:g}, got {self.min_seconds}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard to be written: its file name, and its recordings (path, split, domain, metadata)."""
+
+    name: str
+    items: tuple[AudioItem, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One record: FLAC bytes and what goes into the manifest."""
+
+    audio: bytes
+    metadata: dict[str, Any]
+
+
+def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
+    """The records of one recording; the function that every way of running calls.
+
+    A FLAC file that needs no change keeps its bytes.
+
+    Raises:
+      ValueError: It cannot be read, is too short or silent: the reason, after the file's name.
+    """
+    wav, rate = files.read_native(item.path)
+    seconds = wav.shape[-1] / rate
+    if seconds < settings.min_seconds:
+        raise ValueError(f"{item.path}: shorter than {settings.min_seconds:g} s")
+    if 10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20) < _SILENCE_DB:
+        raise ValueError(f"{item.path}: silent")
+    name = str(item.metadata.get("id", item.path.stem))
+    metadata = item.metadata | {"domain": item.domain, "split": item.split}
+    cut = seconds > settings.max_seconds and not item.metadata.get("transcript")
+    resampled = settings.sample_rate not in (0, rate)
+    subtype = soundfile.info(item.path).subtype
+    if not (cut or resampled) and item.path.suffix.lower() == ".flac":
+        return [_record(item.path.read_bytes(), name, seconds, metadata)]
+    if resampled:
+        wav, rate = files.resample(wav, rate, settings.sample_rate), settings.sample_rate
+    parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
+    found = []
+    for number, part in enumerate(parts):
+        data = _flac(part, rate, deep=subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE"))
+        part_name = f"{name}_{number:04d}" if cut else name
+        found.append(_record(data, part_name, part.shape[-1] / rate, metadata))
+    return found
+
+
+def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -> Record:
+    return Record(audio, metadata | {"id": name, "duration_s": round(seconds, 6)})
+
+
+def _flac(wav: np.ndarray, rate: int, deep: bool) -> bytes:
+    buffer = io.BytesIO()
+    subtype = "PCM_24" if deep else "PCM_16"
+    try:
+        soundfile.write(buffer, np.clip(wav, -1, 1).T, rate, format="FLAC", subtype=subtype)
+    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
+        raise ValueError(f"no FLAC of {wav.shape[0]} channels at {rate} Hz ({error})") from error
+    return buffer.getvalue()
+
+
+def plan(items: list[AudioItem], settings: Settings) -> list[Shard]:
+    """Spreads the recordings of each split over shards of about the same length.
+
+    In an order drawn by hash, so that a shard is a random sample, each goes into the shard that has
+    least so far.
+    """
+    shards = []
+    for split in sorted({item.split for item in items}):
+        members = sorted((i for i in items if i.split == split), key=_hash)
+        hours = sum(i.duration_seconds for i in members) / 3600
+        count = settings.num_shards or max(1, round(hours / settings.shard_hours))
+        count = min(count, len(members))
+        bins: list[list[AudioItem]] = [[] for _ in range(count)]
+        heap = [(0.0, n) for n in range(count)]
+        for item in members:
+            seconds, n = heap[0]
+            bins[n].append(item)
+            heapq.heapreplace(heap, (seconds + max(item.duration_seconds, 0.01), n))
+        for n, bin_ in enumerate(bins):
+            name = f"{split}-{n:05d}-of-{count:05d}{records.SUFFIX}"
+            shards.append(Shard(name, tuple(bin_)))
+    return shards
+
+
+def _hash(item: AudioItem) -> bytes:
+    return hashlib.sha256(str(item.path).encode()).digest()
+
+
+def write_shard(
+    folder: Path, shard: Shard, settings: Settings, progress: Callable[[], Any] = lambda: None
+) -> None:
+    """Writes one shard and its listing, unless both are there.
+
+    The listing has a line per record (as in the manifest) and per rejected file; the shard is
+    renamed last, so where it exists it is complete.
+    """
+    path, listing = folder / shard.name, folder / _PARTS / f"{shard.name}.jsonl"
+    if path.exists() and listing.exists():
+        for _ in shard.items:
+            progress()
+        return
+    rows, temporary = [], path.with_name(f".incomplete-{shard.name}")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    count = 0
+    try:
+        for item in shard.items:
+            try:
+                found = prepare_file(item, settings)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{item.path}: ")
+                rows.append({"rejected": str(item.path), "reason": reason})
+            else:
+                for record in found:
+                    writer.write(records.pack(record.audio, record.metadata))
+                    rows.append({"path": shard.name, "record": count} | record.metadata)
+                    count += 1
+            progress()
+        writer.close()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        files.write_atomically(listing, lambda file: file.write(text.encode()))
+        if count:
+            temporary.rename(path)
+        else:
+            temporary.unlink()
+            path.touch()
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def begin(source: str | Path, destination: str | Path, settings: Settings) -> list[Shard]:
+    """Plans the work and creates the folder, or goes on with one of the same plan.
+
+    Raises:
+      ValueError: No such source, or a destination that holds something else.
+    """
+    destination = Path(destination)
+    items = manifest.find_items(source)
+    if any(item.record is not None for item in items):
+        raise ValueError(f"{source}: is prepared already, its lines are records of shards")
+    shards = plan(items, settings)
+    described = [[s.name, [(str(i.path), i.split, i.domain, i.metadata) for i in s.items]]
+                 for s in shards]  # fmt: skip
+    text = json.dumps([dataclasses.asdict(settings), described], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    state = destination / "prepare.json"
+    if state.exists():
+        if read_json_object(state).get("plan") != digest:
+            raise ValueError(f"{destination}: holds a preparation of other files or settings")
+    elif destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"{destination}: exists and is not empty")
+    (destination / _PARTS).mkdir(parents=True, exist_ok=True)
+    files.write_atomically(state, lambda file: file.write(json.dumps({"plan": digest}).encode()))
+    return shards
+
+
+def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
+    """Writes manifest.jsonl, rejected.jsonl and summary.json; returns the summary.
+
+    Raises:
+      ValueError: Everything was rejected.
+    """
+    destination = Path(destination)
+    rows, rejected = [], []
+    for shard in shards:
+        listing = destination / _PARTS / f"{shard.name}.jsonl"
+        for row in map(json.loads, listing.read_text().splitlines()):
+            (rejected if "rejected" in row else rows).append(row)
+    hours: dict[str, float] = collections.defaultdict(float)
+    for row in rows:
+        hours[row["domain"]] += row["duration_s"] / 3600
+    reasons = collections.Counter(row["reason"].split(" (")[0] for row in rejected)
+    summary = {
+        "hours": {domain: round(h, 4) for domain, h in sorted(hours.items())},
+        "records": len(rows),
+        "shards": sum((destination / s.name).stat().st_size > 0 for s in shards),
+        "rejected": dict(reasons.most_common()),
+    }
+    for name, lines in (("manifest.jsonl", rows), ("rejected.jsonl", rejected)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        files.write_atomically(destination / name, lambda f, text=text: f.write(text.encode()))
+    text = json.dumps(summary, indent=2) + "\n"
+    files.write_atomically(destination / "summary.json", lambda file: file.write(text.encode()))
+    if not rows:
+        raise ValueError(
+            f"all {len(rejected)} files were rejected, see {destination}/rejected.jsonl"
+        )
+    for shard in shards:
+        if (destination / shard.name).stat().st_size == 0:
+            (destination / shard.name).unlink()
+    return summary
+
+
+def run_local(
+    folder: Path, shards: list[Shard], settings: Settings, num_workers: int
+) -> Iterator[None]:
+    """Writes the shards in `num_workers` processes; yields once per recording."""
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("q", 0)
+    seen = 0
+    with context.Pool(num_workers, _start_worker, (done,)) as pool:
+        arguments = [(folder, shard, settings) for shard in shards]
+        results = [pool.apply_async(_work, a) for a in arguments]
+        while True:
+            finished = all(r.ready() for r in results)
+            count = done.value
+            yield from [None] * (count - seen)
+            seen = count
+            if finished:
+                break
+            results[-1].wait(0.1)
+        for result in results:
+            result.get()
+
+
+def _start_worker(done: Any) -> None:
+    global _DONE
+    _DONE = done
+
+
+def _work(folder: Path, shard: Shard, settings: Settings) -> None:
+    def progress():
+        with _DONE.get_lock():
+            _DONE.value += 1
+
+    write_shard(folder, shard, settings, progress)
+
+
+def run_beam(
+    folder: Path, shards: list[Shard], settings: Settings, runner: str, flags: list[str]
+) -> None:
+    """Writes the shards in an Apache Beam pipeline: `runner` and any further Beam `flags`.
+
+    `folder` must be one that all workers see.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise ValueError("Beam is not installed: pip install 'moss_tok[beam]'") from error
+    options = PipelineOptions([f"--runner={runner}", *flags])
+    with beam.Pipeline(options=options) as pipeline:
+        _ = (
+            pipeline
+            | "shards" >> beam.Create(shards)
+            | "spread" >> beam.Reshuffle()
+            | "write" >> beam.Map(lambda shard: write_shard(folder, shard, settings))
+        )

@@ -1,0 +1,71 @@
+"""ArrayRecord shards of audio: each record is a msgpack map of an encoded file and its metadata.
+
+The keys are `audio` (the bytes of a FLAC file, or of any other format libsndfile knows) and
+`metadata` (a map with `id`, `domain`, `duration_s`, and `transcript` and more where known).
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from grain.sources import ArrayRecordDataSource
+
+from moss_tok.audio.files import AudioBytes
+
+SUFFIX = ".array_record"
+
+
+def pack(audio: bytes, metadata: dict[str, Any]) -> bytes:
+    """One record."""
+    return msgpack.packb({"audio": audio, "metadata": metadata})
+
+
+def unpack(record: bytes, name: str) -> tuple[AudioBytes, dict[str, Any]]:
+    """Audio and metadata of a record; ValueError calls a bad one `name`."""
+    try:
+        fields = msgpack.unpackb(record)
+        audio, metadata = fields["audio"], fields["metadata"]
+    except Exception as error:  # msgpack's errors share no base class
+        raise ValueError(f"{name}: no record of audio and metadata ({error})") from error
+    if not isinstance(audio, bytes) or not isinstance(metadata, dict):
+        raise ValueError(f"{name}: no record of audio and metadata")
+    return AudioBytes(audio, name), metadata
+
+
+class Shards:
+    """Random access to the records of several shards; picklable."""
+
+    def __init__(self, paths: Sequence[Path]):
+        """Opens the shards. Raises ValueError where one is missing or broken."""
+        self.paths = list(paths)
+        for path in self.paths:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
+        try:
+            self._source = ArrayRecordDataSource([str(p) for p in self.paths])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({error})") from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        """What errors call a record."""
+        where = self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
+        return f"{where}[{index}]"
+
+    def read(self, index: int) -> tuple[AudioBytes, dict[str, Any]]:
+        """Audio and metadata of a record. Raises ValueError where it is broken."""
+        try:
+            record = self._source[index]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{self.name(index)}: broken record ({error})") from error
+        return unpack(record, self.name(index))
+
+
+@functools.lru_cache(maxsize=256)
+def shard(path: Path) -> Shards:
+    """One shard, kept open."""
+    return Shards([path])

@@ -1,0 +1,383 @@
+"""Batches as functions of their number, sources and mixtures, bad files, shards, prepare."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from moss_tok.audio import manifest
+from moss_tok.cli import main as cli
+from moss_tok.config import TrainConfig
+from moss_tok.data import pipeline, prepare, records, sources, synthetic
+
+ROOT = Path(__file__).parents[1]
+RATE = 8000
+SECONDS = 0.256
+CONFIG = TrainConfig(batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder with manifest: six clips, one shorter than a segment, two for testing."""
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+def make_clips(folder, lengths=(1.0, 0.7, 0.1, 2.0, 0.6, 0.6)):
+    generator, rows = np.random.default_rng(0), []
+    for i, seconds in enumerate(lengths):
+        wav = 0.1 * generator.standard_normal(int(seconds * RATE))
+        soundfile.write(folder / f"{i}.flac", wav, RATE)
+        split, domain = ("test", "speech") if i > 3 else ("train", "music")
+        rows.append({"path": f"{i}.flac", "split": split, "domain": domain, "transcript": f"T{i}"})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def batches(source, config=CONFIG, **options):
+    mixture = sources.training_mixture(str(source), SECONDS)
+    sizes = {"num_samples": 2048, "sample_rate": RATE, "num_channels": 1}
+    return pipeline.batches(config, mixture, **sizes | options)
+
+
+def equal(a, b):
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_a_batch_is_a_function_of_its_number(clips):
+    stream = batches(clips / "manifest.jsonl")
+    seen = [next(stream) for _ in range(12)]
+    for start in (0, 1, 7, 11):
+        assert equal(seen[start], next(batches(clips / "manifest.jsonl", start=start)))
+    other = next(batches(clips / "manifest.jsonl", dataclasses.replace(CONFIG, seed=1)))
+    assert not np.array_equal(other["wav"], seen[0]["wav"])
+    lengths = np.concatenate([b["length"] for b in seen])
+    assert set(lengths) == {800, 2048}
+    short = next(b["wav"][i] for b in seen for i in range(3) if b["length"][i] == 800)
+    np.testing.assert_array_equal(short[:, 800:], 0)
+    assert {pipeline.DOMAINS[d] for b in seen for d in b["domain"]} == {"music"}
+
+
+def test_processes_share_a_batch(clips):
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    whole = batches(clips, config)
+    parts = [batches(clips, config, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(3):
+        expected, found = next(whole), [next(p) for p in parts]
+        joined = {k: np.concatenate([f[k] for f in found]) for k in expected}
+        order = np.argsort(joined["position"])
+        assert equal(expected, {k: v[order] for k, v in joined.items()})
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(clips, num_workers):
+    expected = batches(clips)
+    found = batches(clips, dataclasses.replace(CONFIG, num_workers=num_workers))
+    for _ in range(5):
+        assert equal(next(expected), next(found))
+    found.close()
+
+
+def test_longer_files_are_drawn_more_often(clips):
+    items = manifest.find_items(clips / "manifest.jsonl")[:4]
+    source = sources.FileSource(items, SECONDS)
+    names = [source.name(i) for i in range(len(source))]
+    assert [names.count(str(item.path)) for item in items] == [3, 2, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", [("a", None)]),
+        ("a.jsonl:0.6,b/*.array_record:0.4", [("a.jsonl", 0.6), ("b/*.array_record", 0.4)]),
+        ("gs://bucket/x,gs://bucket/y", [("gs://bucket/x", None), ("gs://bucket/y", None)]),
+        ("gs://bucket/x:2, C:/y:1e-1", [("gs://bucket/x", 2.0), ("C:/y", 0.1)]),
+    ],
+)
+def test_sources_and_weights(text, expected):
+    assert sources.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,,b", "empty source in 'a,,b'"),
+        (":0.5", "empty source"),
+        ("a:0", "a:0: the weight must be positive, got 0"),
+        ("a:nan", "must be positive, got nan"),
+        ("a:1,b", "give all sources a weight or none"),
+    ],
+)
+def test_bad_sources_and_weights(text, message):
+    with pytest.raises(ValueError, match=message):
+        sources.parse(text)
+
+
+def test_a_mixture_follows_its_weights(clips, tmp_path):
+    other = make_clips(tmp_path, [1.0] * 4)
+    text = (other / "manifest.jsonl").read_text().replace("music", "sound")
+    (other / "manifest.jsonl").write_text(text)
+    both = f"{clips}/manifest.jsonl:1,{other}/manifest.jsonl:3"
+    stream = batches(both, dataclasses.replace(CONFIG, batch_size=40))
+    domains = next(stream)["domain"]
+    assert (domains == pipeline.DOMAINS.index("sound")).sum() == 30
+    by_size = sources.training_mixture(both.replace(":1", "").replace(":3", ""), SECONDS)
+    assert by_size.weights == (13.0, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("gone", "gone: no such folder or manifest"),
+        ("gone*.array_record", "no such files"),
+        ("gone.array_record", "gone.array_record: no such file"),
+        ("bad.array_record", "no ArrayRecord files"),
+        ("tests.jsonl", "no files of the split 'train'"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.array_record").write_bytes(b"nothing" * 1000)
+    Path("tests.jsonl").write_text('{"path": "a.wav", "split": "test", "duration_s": 1}\n')
+    with pytest.raises(ValueError, match=message):
+        sources.training_mixture(source, SECONDS)
+
+
+# ----------------------------------------------------------------------- bad files, silence, levels
+
+
+def test_bad_files_are_replaced(clips, tmp_path):
+    """A corrupt, an empty and a missing file among good ones: each replaced by the same draws."""
+    make_clips(tmp_path)
+    (tmp_path / "0.flac").write_bytes(b"fLaC" + b"\0" * 500)
+    (tmp_path / "1.flac").write_bytes(b"")
+    (tmp_path / "2.flac").unlink()
+    config = dataclasses.replace(CONFIG, batch_size=16)
+    stream = batches(tmp_path / "manifest.jsonl", config)
+    seen = [next(stream) for _ in range(4)]
+    assert all((b["length"] == 2048).all() and np.abs(b["wav"]).max() > 0.1 for b in seen)
+    mixture = sources.training_mixture(str(tmp_path / "manifest.jsonl"), SECONDS)
+    failed = np.concatenate([b["failed"].reshape(-1, 2) for b in seen])
+    names = {mixture.sources[n].name(i) for n, i in failed if n >= 0}
+    assert {Path(n).name for n in names} == {"0.flac", "1.flac", "2.flac"}
+    assert equal(seen[2], next(batches(tmp_path / "manifest.jsonl", config, start=2)))
+
+
+def test_nothing_readable_gives_padding(tmp_path):
+    make_clips(tmp_path)
+    for path in tmp_path.glob("*.flac"):
+        path.write_bytes(b"")
+    batch = next(batches(tmp_path / "manifest.jsonl"))
+    assert (batch["length"] == 0).all() and (batch["wav"] == 0).all()
+    assert (batch["failed"] >= 0).all()
+
+
+def test_silence_is_drawn_again(tmp_path):
+    make_clips(tmp_path, [1.0] * 4)
+    for name in ("0.flac", "1.flac"):
+        soundfile.write(tmp_path / name, np.zeros(RATE), RATE)
+    source, config = tmp_path / "manifest.jsonl", dataclasses.replace(CONFIG, batch_size=32)
+    assert (np.abs(next(batches(source, config))["wav"]).max((1, 2)) > 0).all()
+    off = dataclasses.replace(config, silence_db=-1e6)
+    assert (np.abs(next(batches(source, off))["wav"]).max((1, 2)) == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "low", "high"),
+    [
+        ({}, -21, -19),
+        ({"augment_gain_db": 6.0}, -27, -13),
+        ({"augment_loudness_db": "-40:-30"}, -40.1, -29.9),
+    ],
+)
+def test_levels(clips, changes, low, high):
+    config = dataclasses.replace(CONFIG, batch_size=32, **changes)
+    batch = next(batches(clips, config))
+    whole = batch["length"] == 2048
+    levels = [pipeline._level_db(w) for w in batch["wav"][whole]]
+    assert low < min(levels) and max(levels) < high
+    assert np.abs(batch["wav"]).max() <= 1
+    assert np.ptp(levels) > 0.5 * (high - low) or not changes
+
+
+# ----------------------------------------------------------------------------------------- prepare
+
+
+def run_prepare(*argv):
+    return cli.main(["prepare", *map(str, argv)])
+
+
+def manifest_rows(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_prepare_writes_what_training_reads(clips, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_prepare(clips / "manifest.jsonl", out, "--num-shards", 2, "--num-workers", 2) == 0
+    printed = capsys.readouterr().out
+    assert "6 records in 4 shards" in printed and "music" in printed and "0.00 h" in printed
+    assert len(list(out.glob("train-*-of-00002.array_record"))) == 2
+    rows = manifest_rows(out)
+    assert {r["transcript"] for r in rows} == {f"T{i}" for i in range(6)}
+    for row in rows:
+        audio, metadata = records.shard(out / row["path"]).read(row["record"])
+        assert metadata["id"] == row["id"] == row["transcript"][1]
+        assert audio.data == (clips / f"{row['id']}.flac").read_bytes()
+    for source in (out, out / "manifest.jsonl", out / "*.array_record", f"{out}:1"):
+        batch = next(batches(source))
+        assert batch["wav"].shape == (3, 1, 2048) and (batch["failed"] == -1).all()
+        assert set(batch["domain"]) == {pipeline.DOMAINS.index("music")}
+        items = sources.evaluation_items(str(source), 5)
+        assert len(items) == 2 and sources.open_item(items[0]).domain == "speech"
+
+
+def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
+    settings = prepare.Settings(num_shards=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        shards = prepare.begin(clips / "manifest.jsonl", folder, settings)
+        assert len(shards) == 4
+    for shard in shards:
+        prepare.write_shard(whole, shard, settings)
+    prepare.write_shard(parts, shards[0], settings)
+    before = (parts / shards[0].name).stat().st_mtime_ns
+    real, calls = prepare.prepare_file, []
+
+    def broken(item, settings):
+        calls.append(item)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(item, settings)
+
+    monkeypatch.setattr(prepare, "prepare_file", broken)
+    with pytest.raises(KeyboardInterrupt):
+        for shard in shards:
+            prepare.write_shard(parts, shard, settings)
+    monkeypatch.undo()
+    assert not [p for p in parts.iterdir() if p.name.startswith(".incomplete")]
+    assert run_prepare(clips / "manifest.jsonl", parts, "--num-shards", 2) == 0
+    assert (parts / shards[0].name).stat().st_mtime_ns == before
+    prepare.finish(whole, shards)
+    for shard in shards:
+        a, b = (records.Shards([folder / shard.name]) for folder in (whole, parts))
+        assert [a.read(i) for i in range(len(a))] == [
+            (dataclasses.replace(audio, name=a.name(i)), metadata)
+            for i, (audio, metadata) in enumerate(b.read(i) for i in range(len(b)))
+        ]
+    assert manifest_rows(whole) == manifest_rows(parts)
+
+
+def test_prepare_rejects_with_reasons(tmp_path, capsys):
+    folder = make_clips(tmp_path, [1.0] * 6)
+    (folder / "0.flac").write_bytes(b"not audio at all")
+    soundfile.write(folder / "1.flac", np.zeros(RATE), RATE)
+    soundfile.write(folder / "2.flac", np.full(100, 0.5), RATE)
+    assert run_prepare(folder / "manifest.jsonl", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    for reason in ("not audio", "silent", "shorter than 0.1 s"):
+        assert f"rejected: 1 files, {reason}" in printed
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    names = {Path(json.loads(line)["rejected"]).name for line in lines}
+    assert names == {"0.flac", "1.flac", "2.flac"}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["records"] == 3 and sum(summary["rejected"].values()) == 3
+
+
+def test_prepare_cuts_and_resamples(tmp_path):
+    wav = 0.1 * np.random.default_rng(0).standard_normal((2 * RATE, 2))
+    soundfile.write(tmp_path / "a.wav", wav, RATE, subtype="PCM_24")
+    settings = prepare.Settings(sample_rate=16000, max_seconds=0.9)
+    item = manifest.AudioItem(tmp_path / "a.wav", "train", "sound", 2.0)
+    found = prepare.prepare_file(item, settings)
+    assert [r.metadata["id"] for r in found] == ["a_0000", "a_0001", "a_0002"]
+    sizes = [records.unpack(records.pack(r.audio, r.metadata), "x")[0] for r in found]
+    read = [soundfile.read(__import__("io").BytesIO(a.data)) for a in sizes]
+    assert sum(len(x) for x, _ in read) == 32000 and {rate for _, rate in read} == {16000}
+    spoken = dataclasses.replace(item, metadata={"transcript": "kept whole"})
+    assert len(prepare.prepare_file(spoken, settings)) == 1
+
+
+def test_shards_are_balanced():
+    generator = np.random.default_rng(0)
+    items = [
+        manifest.AudioItem(Path(f"{i}.wav"), "train", "sound", float(s))
+        for i, s in enumerate(generator.uniform(1, 20, 1000))
+    ]
+    shards = prepare.plan(items, prepare.Settings(shard_hours=0.5))
+    hours = [sum(i.duration_seconds for i in s.items) / 3600 for s in shards]
+    assert len(shards) == 6 and np.ptp(hours) < 0.01
+    assert sum(len(s.items) for s in shards) == 1000
+
+
+def test_prepare_as_a_beam_pipeline(clips, tmp_path, capsys):
+    pytest.importorskip("apache_beam")
+    argv = (clips / "manifest.jsonl", tmp_path / "beam", "--num-shards", 2)
+    code = (
+        f"from moss_tok.cli import main; raise SystemExit(main.main(['prepare', "
+        f"{str(argv[0])!r}, {str(argv[1])!r}, '--num-shards', '2', '--runner', 'DirectRunner', "
+        "'--beam-flags=--direct_num_workers=2']))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+    assert run_prepare(argv[0], tmp_path / "local", *argv[2:]) == 0
+    assert manifest_rows(tmp_path / "beam") == manifest_rows(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["gone", "OUT"], "gone: no such folder or manifest"),
+        (["IN", "FULL"], "exists and is not empty"),
+        (["IN", "OUT", "--sample-rate", "5"], "sample_rate must be 1000..384000 Hz, got 5"),
+        (["IN", "OUT", "--shard-hours", "0"], "shard_hours must be positive, got 0"),
+        (["IN", "OUT", "--min-seconds", "99"], "min_seconds must be 0..max_seconds 60"),
+        (["IN", "OUT", "--num-workers", "0"], "num_workers must be at least 1, got 0"),
+        (["IN", "OUT", "--beam-flags=--project=x"], "is for Beam: give --runner too"),
+        (["IN", "OUT", "--max-second", "9"], "--max-second"),
+    ],
+)
+def test_prepare_refuses_in_one_line(clips, tmp_path, capsys, argv, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("keep me")
+    names = {"IN": clips, "OUT": tmp_path / "out", "FULL": tmp_path / "full"}
+    try:
+        code = run_prepare(*[names.get(a, a) for a in argv])
+    except SystemExit as error:
+        code = error.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_of_other_files_is_refused(clips, tmp_path, capsys):
+    assert run_prepare(clips / "manifest.jsonl", tmp_path / "out") == 0
+    assert run_prepare(clips / "manifest.jsonl", tmp_path / "out", "--num-shards", 3) == 2
+    assert "holds a preparation of other files or settings" in capsys.readouterr().err
+
+
+def test_broken_records_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"x\[3\]: no record of audio and metadata"):
+        records.unpack(b"\xc1", "x[3]")
+    with pytest.raises(ValueError, match="no record"):
+        records.unpack(records.pack("text", {}), "x")
+
+
+# --------------------------------------------------------------------------------------- synthetic
+
+
+def test_synthetic_sounds(tmp_path):
+    path = synthetic.write_dataset(tmp_path / "a", RATE, num_clips=40)
+    items = manifest.find_items(path)
+    assert {i.split for i in items} == {"train", "test"}
+    assert {i.domain for i in items} == {"speech", "music", "sound"}
+    for item in items:
+        wav = soundfile.read(item.path)[0]
+        assert np.isfinite(wav).all() and 0.05 < np.abs(wav).max() <= 0.61
+    before = path.stat().st_mtime_ns
+    assert synthetic.write_dataset(tmp_path / "a", RATE).stat().st_mtime_ns == before
+    again = synthetic.write_dataset(tmp_path / "b", RATE, num_clips=40)
+    names = [i.path.name for i in items]
+    assert all((tmp_path / "a" / n).read_bytes() == (again.parent / n).read_bytes() for n in names)

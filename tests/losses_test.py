@@ -1,0 +1,173 @@
+"""Losses against straightforward numpy versions, and the discriminators."""
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+import pytest
+
+from moss_tok.audio import spectral
+from moss_tok.codec.quantizer import Quantized
+from moss_tok.config import DiscriminatorConfig
+from moss_tok.training import discriminators, losses
+
+
+def numpy_mel_loss(wav, wav_hat, rate):
+    """The seven-scale mel loss of [S] signals through librosa."""
+    total = 0.0
+    for window, mels in losses.MEL_SCALES:
+        logs = []
+        for x in (wav, wav_hat):
+            spectrum = np.abs(
+                librosa.stft(x, n_fft=window, hop_length=window // 4, pad_mode="reflect")
+            )
+            matrix = librosa.filters.mel(sr=rate, n_fft=window, n_mels=mels)
+            matrix = matrix[matrix.sum(1) > 0]
+            logs.append(np.log10(np.maximum(matrix @ spectrum, 1e-5)))
+        total += np.abs(logs[0] - logs[1]).mean()
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+def test_mel_loss_agrees_with_librosa(rng):
+    wav, wav_hat = 0.1 * rng.standard_normal((2, 3, 1, 9600)).astype(np.float32)
+    found = losses.reconstruction_loss(wav, wav_hat, jnp.full(3, 9600), 24000)
+    expected = [numpy_mel_loss(a[0], b[0], 24000) for a, b in zip(wav, wav_hat, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_mel_loss_of_padded_items(rng):
+    """Frames that touch padding weigh nothing: neither its content nor wav_hat's matters there."""
+    wav, wav_hat = 0.1 * rng.standard_normal((2, 1, 1, 9600)).astype(np.float32)
+    lengths = jnp.array([6000])
+
+    def loss(x, y):
+        return losses.reconstruction_loss(jnp.asarray(x), y, lengths, 24000)[0]
+
+    spoiled = wav.copy()
+    spoiled[..., 6000:] = 0.7
+    assert loss(wav, wav_hat) == loss(spoiled, wav_hat)
+    gradient = jax.grad(loss, argnums=1)(wav, jnp.asarray(wav_hat))
+    np.testing.assert_array_equal(gradient[..., 6000:], 0)
+    assert np.abs(gradient[..., :6000]).max() > 0
+
+
+def test_waveform_loss(rng):
+    wav, wav_hat = rng.standard_normal((2, 2, 1, 500)).astype(np.float32)
+    found = losses.waveform_loss(wav, wav_hat, jnp.array([500, 300]))
+    for item, length in enumerate((500, 300)):
+        x, y = wav[item, 0, :length], wav_hat[item, 0, :length]
+        expected = np.abs(x - y).mean() / (np.abs(x).mean() + 1e-3)
+        assert found[item] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_finite_at_silence():
+    silence = jnp.zeros((1, 1, 4096))
+    gradient = jax.grad(
+        lambda y: losses.reconstruction_loss(silence + 0.1, y, jnp.array([4096]), 24000)[0]
+    )(silence)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("window", [32, 128, 256, 2048])
+def test_magnitudes(rng, window):
+    wav = rng.standard_normal((1, 5000)).astype(np.float32)
+    expected = librosa.stft(wav[0], n_fft=window, hop_length=window // 4, pad_mode="reflect")
+    found = spectral.magnitude(jnp.asarray(wav), window)[0].T
+    np.testing.assert_allclose(found, np.abs(expected), atol=1e-3)
+
+
+def test_quantizer_losses_follow_dropout_and_lengths(rng):
+    per_frame = rng.random((4, 2, 5)).astype(np.float32)  # [Q, B, T]
+    quantized = Quantized(None, jnp.zeros((2, 4, 5), int), per_frame, 2 * per_frame, None)
+    keep = jnp.array([[True, True, False, False], [True] * 4])
+    found = losses.quantizer_losses(quantized, keep, jnp.array([33, 80]), 16)
+    expected = [per_frame[:2, 0, :3].mean(-1).sum(), per_frame[:, 1].mean(-1).sum()]
+    np.testing.assert_allclose(found["commitment_loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(found["codebook_loss"], 2 * np.array(expected), rtol=1e-6)
+
+
+def random_features(rng, offset=0.0):
+    """Three discriminators of 2, 3 and 4 layers on 2 items."""
+    return [
+        [jnp.asarray(offset + rng.standard_normal((2, 3 + k, 5)), jnp.float32) for k in range(n)]
+        for n in (2, 3, 4)
+    ]
+
+
+def test_adversarial_losses(rng):
+    real, fake = random_features(rng), random_features(rng, 0.3)
+    judged = [(np.asarray(r[-1]), np.asarray(f[-1])) for r, f in zip(real, fake, strict=True)]
+    for item in range(2):
+        expected = np.mean([((1 - r[item]) ** 2).mean() + (f[item] ** 2).mean() for r, f in judged])
+        assert losses.discriminator_loss(real, fake)[item] == pytest.approx(expected, rel=1e-5)
+        expected = np.mean([((1 - f[item]) ** 2).mean() for _, f in judged])
+        assert losses.adversarial_loss(fake)[item] == pytest.approx(expected, rel=1e-5)
+
+
+def test_feature_matching_loss(rng):
+    real, fake = random_features(rng), random_features(rng, 0.3)
+    for item in range(2):
+        expected = []
+        for r, f in zip(real, fake, strict=True):
+            pairs = [(np.asarray(x)[item], np.asarray(y)[item]) for x, y in zip(r, f, strict=True)]
+            ratios = [np.abs(x - y).mean() / np.abs(x).mean() for x, y in pairs[:-1]]
+            expected.append(np.mean(ratios))
+        found = losses.feature_matching_loss(real, fake)[item]
+        assert found == pytest.approx(np.mean(expected), rel=1e-4)
+    assert (losses.feature_matching_loss(real, real) == 0).all()
+
+
+def test_losses_are_float32_whatever_the_features(rng):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_features(rng))
+    for loss in (losses.discriminator_loss(half, half), losses.feature_matching_loss(half, half)):
+        assert loss.dtype == jnp.float32
+
+
+@pytest.fixture(scope="module")
+def judges():
+    model = discriminators.Discriminators(DiscriminatorConfig(2, (2, 11), (2048, 512)))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1, 4096)))
+    return lambda wav: model.apply(params, wav)
+
+
+@pytest.mark.parametrize("num_samples", [2048, 5003])
+def test_discriminators_take_any_length(judges, rng, num_samples):
+    wav = jnp.asarray(0.1 * rng.standard_normal((2, 1, num_samples)), jnp.float32)
+    features = judges(wav)
+    assert all(np.isfinite(layer).all() and layer.shape[0] == 2 for f in features for layer in f)
+    assert [len(f) for f in features] == [6, 6, 26, 26]
+    swapped = judges(wav[::-1])  # an item's features do not depend on the others
+    for f, g in zip(features, swapped, strict=True):
+        np.testing.assert_allclose(f[-1][0], g[-1][1], atol=1e-5)
+
+
+def test_period_discriminator_folds_the_signal(rng):
+    """Samples `period` apart are neighbours; the phases do not see each other."""
+    model = discriminators.PeriodDiscriminator(3, 2, "float32")
+    wav = jnp.asarray(rng.standard_normal((1, 1, 3000)), jnp.float32)
+    params = model.init(jax.random.key(0), wav)
+    gradient = jax.grad(lambda x: model.apply(params, x)[-1][0, 1].sum())(wav)
+    touched = np.flatnonzero(np.asarray(gradient[0, 0]))
+    assert set(touched % 3) == {1}
+
+
+def test_convolution_is_that_of_scipy(rng):
+    scipy_signal = pytest.importorskip("scipy.signal")
+    model = discriminators.WeightNormConv(1, (3, 9), (1, 2), "float32")
+    x = rng.standard_normal((1, 6, 20, 2)).astype(np.float32)
+    variables = jax.tree.map(
+        lambda p: p.unbox() if hasattr(p, "unbox") else p,
+        model.init(jax.random.key(0), x),
+        is_leaf=lambda p: hasattr(p, "unbox"),
+    )
+    p = variables["params"]
+    kernel = p["direction"] / np.linalg.norm(p["direction"]) * p["gain"]
+    full = sum(
+        scipy_signal.correlate2d(
+            np.pad(x[0, ..., c], ((1, 1), (4, 4))), kernel[:, :, c, 0], "valid"
+        )
+        for c in range(2)
+    )
+    found = model.apply(variables, x)[0, ..., 0]
+    np.testing.assert_allclose(found, full[:, ::2] + p["bias"], atol=1e-5)
