@@ -1,0 +1,136 @@
+"""What each part of the recipe for small models gives: short runs without it, side by side.
+
+    python experiments/ablate_tiny.py --train_data=corpus/manifest.jsonl --out=runs/ablation
+
+Each variant is the quickstart for fewer steps with one thing changed, in a process of its own;
+finished ones are not run again.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FLAGS = Path(__file__).with_name("quickstart.flags")
+
+# Name -> further flags, and what is undone in the code.
+VARIANTS = {
+    "all of it": ([], ""),
+    "random projections": ([], "low_pass"),
+    "codes that see no sizes": ([], "sizes"),
+    "no waveform loss": (["--waveform_weight=0"], ""),
+    "neither of the three": (["--waveform_weight=0"], "low_pass,sizes"),
+    "12.5 Hz instead of 50": (["--model=12hz.json"], ""),
+    "no re-seeding": (["--reseed_every=0"], ""),
+    "commitment weight 0.25": (["--commitment_weight=0.25"], ""),
+    "dropout on all items": (["--quantizer_dropout=1"], ""),
+    "no dropout": (["--quantizer_dropout=0"], ""),
+    "no average": (["--ema_decay=0"], ""),
+    "no decay of the learning rate": (["--decay_steps=0"], ""),
+}
+
+
+def undo(names: list[str]) -> None:
+    """Takes parts of the initialisation out of `moss_tok.training.state`."""
+    from moss_tok.training import state
+
+    if "low_pass" in names:
+        state._low_pass = lambda modules, stages, side: stages
+    if "sizes" in names:
+        paired = state._paired
+
+        def without_sizes(quantizer, key):
+            done = paired(quantizer, key)
+            kept = ("codebooks", "in_projections", "out_projections")
+            return done | {name: quantizer[name] for name in kept}
+
+        state._paired = without_sizes
+
+
+def run_variant(argv: list[str], undone: str, result: Path) -> None:
+    """Trains, and writes the evaluation and the artefacts to `result`."""
+    from absl import flags
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import train  # defines the flags
+    from moss_tok.config import TrainConfig
+
+    undo(undone.split(","))
+    flags.FLAGS(["train.py", f"--flagfile={FLAGS}", *argv])
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: flags.FLAGS[name].value for name in names})
+    train.main([])
+    import artefacts
+
+    import moss_tok
+
+    codec = moss_tok.load(config.workdir)
+    lines = (Path(config.workdir) / "evaluation.jsonl").read_text().splitlines()
+    most = codec.config.quantizer.num_quantizers
+    found = {
+        "table": json.loads(lines[-1])["table"],
+        "artefacts": artefacts.measure(codec, config.train_data, [most]),
+    }
+    result.write_text(json.dumps(found))
+
+
+def write_12hz(path: Path) -> None:
+    """The config of a model with 12.5 frames per second, of about the same size."""
+    from moss_tok import config as configs
+
+    rows = [(240, 128, 128, 2, 2, 384, 1.0), (512, 256, 192, 3, 2, 512, 1.0)]
+    encoder = configs._stack((240, 4, 2), rows, "v1", layer_scale=0.1)
+    quantizer = configs.QuantizerConfig(512, 96, 512, 16, 1024, 8)
+    codec = configs.CodecConfig(24000, 1, encoder, quantizer, configs.mirror(encoder), "v1")
+    path.write_text(codec.to_json())
+
+
+def row(name: str, found: dict) -> str:
+    """A line of the table."""
+    table, cells = found["table"], []
+    for domain in ("speech", "music", "sound"):
+        few, all_ = (table[domain][s]["mel_loss"] for s in ("1 quantizer", "16 quantizers"))
+        cells.append(f"{few:.2f} {all_:.2f}")
+    few, all_ = (table["speech"][s]["stoi"] for s in ("1 quantizer", "16 quantizers"))
+    figures = found["artefacts"]["16 quantizers"]
+    combs = [v for k, v in figures.items() if k.startswith("comb") and "largest" not in k]
+    cells += [f"{few:.2f} {all_:.2f}", f"{figures['pitch']:.1f}", f"{max(combs):.1f}"]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train_data", required=True)
+    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--num_steps", type=int, default=1200)
+    parser.add_argument("--variant", default="", help="used by the script itself")
+    args, rest = parser.parse_known_args()
+    out = Path(args.out).absolute()
+    if args.variant:
+        undone = VARIANTS[args.variant][1]
+        run_variant(rest, undone, out / args.variant.replace(" ", "_") / "result.json")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_12hz(out / "12hz.json")
+    print("| | mel speech, 1 and 16 quantizers | music | sound | STOI | pitch dB | comb dB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (flags, _) in VARIANTS.items():
+        workdir = out / name.replace(" ", "_")
+        result = workdir / "result.json"
+        if not result.exists():
+            argv = [
+                f"--workdir={workdir}", f"--num_steps={args.num_steps}",
+                f"--decay_steps={args.num_steps}", f"--train_data={args.train_data}", *flags,
+            ]  # fmt: skip
+            command = [sys.executable, __file__, f"--train_data={args.train_data}",
+                       f"--out={out}", f"--variant={name}", *argv]  # fmt: skip
+            with open(out / f"{workdir.name}.log", "w") as log:
+                subprocess.run(command, check=True, cwd=out, stdout=log, stderr=log)
+        print(row(name, json.loads(result.read_text())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Two faults that mel distances do not show: a comb at the frame rates, and missing pitch.
+
+    python experiments/artefacts.py --checkpoint=runs/quickstart --data=corpus/manifest.jsonl
+
+comb: long-term power of speech at multiples of a rate, 2 to 8 kHz, over the power between them, in
+dB (mean and largest); 0 in recordings. pitch: in voiced frames of the recording, level at multiples
+of its pitch over the level halfway between them, in dB; 24 in recordings, 0 in noise.
+"""
+
+import argparse
+
+import librosa
+import numpy as np
+
+import moss_tok
+from moss_tok.config import PatchConfig
+from moss_tok.data import sources
+from moss_tok.evaluation import sweep
+
+_MIN_SECONDS = 2.0  # shorter clips say nothing of long-term spectra
+
+
+def comb(wavs: list[np.ndarray], sample_rate: int, rate: float) -> tuple[float, float]:
+    """Mean and largest excess (dB) at multiples of `rate` (Hz) in the mean spectrum of [S]."""
+    size = 1 << int(np.ceil(np.log2(0.6 * sample_rate)))
+    window, power = np.hanning(size), np.zeros(size // 2 + 1)
+    for wav in wavs:
+        for start in range(0, wav.size - size + 1, size // 2):
+            power += np.abs(np.fft.rfft(wav[start : start + size] * window)) ** 2
+    frequencies = np.arange(power.size) * sample_rate / size
+    excess = []
+    for line in np.arange(np.ceil(2000 / rate) * rate, min(8000, 0.45 * sample_rate), rate):
+        distance = np.abs(frequencies - line)
+        near, far = distance <= min(4, rate / 8), (distance >= rate / 4) & (distance <= rate / 2)
+        excess.append(10 * np.log10(power[near].mean() / power[far].mean()))
+    return float(np.mean(excess)), float(np.max(excess))
+
+
+def pitch_of(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Pitch (Hz) of [S] every 512 samples, NaN where it is not voiced."""
+    pitch, voiced, confidence = librosa.pyin(
+        wav.astype(float), fmin=70, fmax=400, sr=sample_rate, frame_length=2048, hop_length=512
+    )
+    return np.where(voiced & (confidence > 0.5), pitch, np.nan)
+
+
+def pitch_contrast(pitches: list[np.ndarray], wavs: list[np.ndarray], sample_rate: int) -> float:
+    """Mean level (dB) at harmonics 2 to 8 over that halfway to the next, where there is pitch."""
+    found = []
+    for pitch, wav in zip(pitches, wavs, strict=True):
+        spectrum = np.abs(librosa.stft(wav, n_fft=4096, win_length=2048, hop_length=512))
+        level = 20 * np.log10(spectrum + 1e-4)
+        for t in np.flatnonzero(np.isfinite(pitch)):
+            k = np.array([2, 3, 4, 5, 6, 8])
+            bins = pitch[t] * 4096 / sample_rate
+            on, off = (level[np.round(x * bins).astype(int), t] for x in (k, k + 0.5))
+            found.append(np.mean(on) - np.mean(off))
+    return float(np.mean(found))
+
+
+def measure(codec: moss_tok.Codec, data: str, numbers: list[int]) -> dict[str, dict[str, float]]:
+    """System -> figures, for the speech of the test split of `data`."""
+    rate = codec.config.sample_rate
+    items = [i for i in sources.evaluation_items(data, 10**6) if i.domain == "speech"]
+    items = [i for i in items if i.duration_seconds >= _MIN_SECONDS]
+    wavs: dict[str, list[np.ndarray]] = {}
+    for clip in sweep.read_clips(items, codec):
+        wavs.setdefault("recording", []).append(clip.wav.mean(0))
+        for n, wav in sweep.reconstruct(codec, clip.wav, numbers).items():
+            wavs.setdefault(sweep.system_name(n), []).append(wav.mean(0))
+    pitches = [pitch_of(wav, rate) for wav in wavs["recording"]]
+    rates, found = _patch_rates(codec), {}
+    for system, signals in wavs.items():
+        figures = {"pitch": pitch_contrast(pitches, signals, rate)}
+        for r in rates:
+            figures[f"comb {r:g} Hz"], figures[f"comb {r:g} Hz, largest"] = comb(signals, rate, r)
+        found[system] = figures
+    return found
+
+
+def _patch_rates(codec: moss_tok.Codec) -> list[float]:
+    rates = codec.config.stage_rates("encoder")
+    modules = codec.config.encoder
+    return [r for m, r in zip(modules, rates, strict=True) if isinstance(m, PatchConfig)]
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", required=True)
+    args = parser.parse_args()
+    codec = moss_tok.load(args.checkpoint)
+    found = measure(codec, args.data, [1, codec.config.quantizer.num_quantizers])
+    columns = list(next(iter(found.values())))
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for system, figures in found.items():
+        print(f"| {system} | " + " | ".join(f"{figures[c]:.1f}" for c in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

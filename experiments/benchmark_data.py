@@ -1,0 +1,83 @@
+"""Seconds of audio per second that one core makes of FLAC files at 44.1 kHz, as training batches.
+
+    python experiments/benchmark_data.py [--train_data=SOURCE]
+
+Without a source it writes stereo FLAC files of noise and tones into a temporary folder, and reads
+them as files and as ArrayRecord shards.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from moss_tok.config import TrainConfig, preset
+from moss_tok.data import pipeline, prepare, sources
+
+
+def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> None:
+    """Stereo FLAC files at 44.1 kHz."""
+    rng, t = np.random.default_rng(0), np.arange(int(seconds * 44100)) / 44100
+    folder.mkdir()
+    for i in range(num_files):
+        tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * t)[:, None]
+        wav = 0.2 * tone + 0.05 * rng.standard_normal((t.size, 2))
+        soundfile.write(folder / f"{i}.flac", wav, 44100)
+
+
+def audio_per_second(source: str, config: TrainConfig, measured_seconds: float) -> float:
+    """Seconds of audio in batches over seconds passed."""
+    codec = preset(config.model)
+    num_samples = int(config.segment_seconds * codec.frame_rate) * codec.hop_length
+    mixture = sources.training_mixture(source, config.segment_seconds)
+    batches = pipeline.batches(
+        config, mixture, num_samples=num_samples, sample_rate=codec.sample_rate,
+        num_channels=codec.num_channels,
+    )  # fmt: skip
+    for _ in range(10):  # more than is read ahead
+        next(batches)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < measured_seconds:
+        next(batches)
+        count += 1
+    seconds = time.perf_counter() - began
+    return count * config.batch_size * num_samples / codec.sample_rate / seconds
+
+
+def main() -> None:
+    """Prints a line per source."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train_data", default="")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--segment_seconds", type=float, default=2.0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--measured_seconds", type=float, default=20.0)
+    args = parser.parse_args()
+    config = dataclasses.replace(
+        TrainConfig(), model=args.model, segment_seconds=args.segment_seconds,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        found = [args.train_data]
+        if not args.train_data:
+            write_files(Path(folder) / "flac")
+            settings = prepare.Settings()
+            out = Path(folder) / "shards"
+            shards = prepare.begin(Path(folder) / "flac", out, settings)
+            for shard in shards:
+                prepare.write_shard(out, shard, settings)
+            found = [f"{folder}/flac", f"{folder}/shards"]
+        for source in found:
+            rate = audio_per_second(source, config, args.measured_seconds)
+            print(f"{Path(source).name}: {rate:.0f} s of audio per second on one core, "
+                  f"{rate / 3600:.2f} hours", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
