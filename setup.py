@@ -29,7 +29,7 @@ TRAIN = [
     "tqdm",
 ]
 BEAM = ["apache-beam>=2.60"]
-TESTS = ["pytest>=8", "ruff==0.17.6"]
+TESTS = ["pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
 setuptools.setup(
     name="moss_tok",

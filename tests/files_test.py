@@ -1,5 +1,6 @@
 """Audio files: formats, rates, channels, segments, and everything that can be wrong with them."""
 
+import json
 import struct
 
 import numpy as np
@@ -202,13 +203,14 @@ def test_manifest(tmp_path):
         ("{", "m.jsonl:1: broken JSON"),
         ('{"path": "0.wav"}\n\n', "m.jsonl:2: broken JSON"),
         ("[]", 'm.jsonl:1: must be an object with a "path"'),
-        ('{"path": "gone.wav"}', "gone.wav: no such file"),
+        ('{"path": "0.wav", "record": 1}', "m.jsonl:1: a record needs duration_s"),
+        ('{"path": "0.wav", "record": -1}', "record must be an integer of at least 0, got -1"),
         ('{"path": "0.wav", "domain": "../a"}', "m.jsonl:1: domain must be a short word"),
         ('{"path": "0.wav", "split": 3}', "m.jsonl:1: split must be a short word, got 3"),
         ('{"path": "0.wav", "duration_s": -1}', "duration_s must be a positive number, got -1"),
         ('{"path": "0.wav", "duration_s": NaN}', "duration_s must be a positive number"),
         ("[" * 100_000, "m.jsonl:1: broken JSON"),
-        ("", "no audio files"),
+        ("", "m.jsonl: no lines"),
     ],
 )
 def test_broken_manifests(tmp_path, text, message):
@@ -216,6 +218,16 @@ def test_broken_manifests(tmp_path, text, message):
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         manifest.find_items(tmp_path / "m.jsonl")
+
+
+def test_files_that_cannot_be_read_are_listed_all_the_same(tmp_path):
+    """Whether they can be replaced is for the reader to say."""
+    soundfile.write(tmp_path / "0.wav", tone(0.5), RATE)
+    rows = [{"path": "0.wav", "speaker": "A"}, {"path": "gone.wav"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    items = manifest.find_items(tmp_path / "m.jsonl")
+    assert [i.duration_seconds for i in items] == [0.5, 0.0]
+    assert items[0].metadata == {"speaker": "A"}
 
 
 def test_no_such_source(tmp_path):

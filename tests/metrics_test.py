@@ -69,8 +69,10 @@ def test_sweep(micro, rng):
     sizes = (9000, 100, 8000)
     wavs = [0.1 * rng.standard_normal((1, n), np.float32) for n in sizes]
     done = []
-    table = sweep.evaluate(micro, [sweep.Clip(w, "music", "a") for w in wavs], [1, 4], done.append)
-    assert done == [1, 2, 3]
+    table = sweep.evaluate(
+        micro, [sweep.Clip(w, "music") for w in wavs], [1, 4], lambda: done.append(1)
+    )
+    assert len(done) == 3
     systems = ["silence", "shaped noise", "1 quantizer", "4 quantizers"]
     assert list(table["music"]) == systems
     text = sweep.format_table(table)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import micro_config
 
 from moss_tok.codec.quantizer import ResidualQuantizer, nearest_codes
 
@@ -95,7 +94,4 @@ def test_losses_train_the_right_side(micro, rng):
     np.testing.assert_array_equal(to_latents, 0)
     to_books, to_latents = jax.grad(loss, argnums=(0, 1))(params, latents, "commitment_loss")
     assert np.abs(to_latents).sum() > 0
-
-
-def test_micro_config_is_what_the_tests_assume():
-    assert micro_config().quantizer.num_quantizers == 4
+    np.testing.assert_array_equal(to_books["codebooks"], 0)

@@ -8,15 +8,19 @@ import numpy as np
 
 from moss_tok.audio import files
 
+_PICTURE_SECONDS = 4.0  # longer, and pitch cannot be seen
+
 
 def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> np.ndarray:
-    """Draws spectrograms of [C, S] signals, one under the other, titled by their keys.
+    """Draws spectrograms of the middle 4 s of [C, S] signals, one under the other, with titles.
 
     Returns:
       The picture as [height, width, 3] uint8.
     """
     figure, axes = _figure(len(wavs), (9, 2.6 * len(wavs)))
     for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
+        middle, half = wav.shape[-1] // 2, int(_PICTURE_SECONDS / 2 * sample_rate)
+        wav = wav[:, max(0, middle - half) : middle + half]
         # 1e-5 of noise floor: digital silence has no logarithm.
         noise = np.random.default_rng(0).normal(0, 1e-5, wav.shape[-1])
         axis.specgram(

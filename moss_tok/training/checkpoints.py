@@ -63,6 +63,7 @@ class Checkpoints:
         trees = {"params": state.best_params, "state": _flat(_rest(state))}
         if state.discriminators is not None:
             trees[_DISCRIMINATORS] = state.discriminators
+        self._check_space(trees)
         try:
             self._saver.save(folder, args=pretrained.CheckpointArgs(self._codec, trees))
         except OSError as error:
@@ -95,6 +96,16 @@ class Checkpoints:
                 say(f"warning: {error}; going back to the checkpoint before it")
                 folder.rename(_free_name(folder))
         return None
+
+    def _check_space(self, trees: dict[str, Any]) -> None:
+        """Raises ValueError where the disk is too full: before writing half, not after."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self._folder).free
+        if free < 1.1 * needed:
+            raise ValueError(
+                f"{self._folder}: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB "
+                f"are free; earlier ones are intact: {self._names()}"
+            )
 
     def _names(self) -> str:
         steps = pretrained.saved_steps(self._folder.parent)
