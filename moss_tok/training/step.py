@@ -135,7 +135,7 @@ def _discriminator_gradient(
         return jax.tree.map(jnp.add, total, gradient), per_item
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
+    return _scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
 
 
 def _generator_gradient(
@@ -159,7 +159,18 @@ def _generator_gradient(
         return total.mean() / config.num_microbatches, terms | {"loss": total}
 
     gradient = jax.grad(loss, has_aux=True)
-    return jax.lax.map(lambda x: gradient(*x), (generated, parts))
+    return _scan(lambda _, x: (None, gradient(*x)), None, (generated, parts))[1]
+
+
+def _scan(function: Callable[[Any, Any], Any], carry: Any, parts: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` over microbatches; a single one without a loop.
+
+    XLA on CPUs runs the convolutions of a loop's body on one core by its slowest path.
+    """
+    if jax.tree.leaves(parts)[0].shape[0] > 1:
+        return jax.lax.scan(function, carry, parts)
+    carry, result = function(carry, jax.tree.map(lambda x: x[0], parts))
+    return carry, jax.tree.map(lambda x: x[None], result)
 
 
 def _update(
