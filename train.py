@@ -13,6 +13,12 @@ _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEF
 for _field in dataclasses.fields(TrainConfig):
     _DEFINE[_field.type](_field.name, _field.default, _field.metadata["help"])
 
+flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where there are several")
+flags.DEFINE_integer("num_processes", 1, "how many processes train together")
+flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
+
+_CONNECTION = ("coordinator_address", "num_processes", "process_id")
+
 
 def _fail(error: Exception) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -37,8 +43,10 @@ def main(argv: list[str]) -> None:
     try:
         names = [field.name for field in dataclasses.fields(TrainConfig)]
         config = TrainConfig(**{name: flags.FLAGS[name].value for name in names})
-        from moss_tok.training import loop  # imports jax; a bad flag should not wait for it
+        from moss_tok import sharding  # imports jax; a bad flag should not wait for it
+        from moss_tok.training import loop
 
+        sharding.connect(*(flags.FLAGS[name].value for name in _CONNECTION))
         if not loop.train(config):
             sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again
     except (ValueError, OSError) as error:

@@ -43,6 +43,7 @@ def seconds_per_step(config: TrainConfig, codec, num_samples: int, num_steps: in
         "domain": jnp.zeros(shape[:1], jnp.int32),
         "position": jnp.arange(shape[0]),
         "failed_reads": jnp.zeros(shape[:1], jnp.int32),
+        "stop": jnp.zeros(shape[:1], bool),
     }
     state = jax.jit(init_state, static_argnums=(0, 1))(config, codec)
     times = []

@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16")
 STAGES = ("pretrain", "adversarial")
 TRAINABLE = ("all", "decoder")
 DOMAINS = ("speech", "music", "sound", "other")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,6 +384,10 @@ class TrainConfig:
     discriminator_periods: str = _flag("2,3,5,7,11", "periods of the multi-period ones")
     discriminator_windows: str = _flag("2048,1024,512", "window lengths of the spectral ones")
     # How it is computed.
+    mesh: str = _flag(
+        "data:-1", "devices along data, fsdp and tensor, as in data:4,fsdp:8; -1: the rest",
+        free=True,
+    )  # fmt: skip
     dtype: str = _flag("float32", "of Transformers and discriminators", choices=DTYPES)
     attention: str = _flag("auto", "implementation of attention", choices=ATTENTION)
     remat: str = _flag("none", "what the backward pass recomputes", choices=REMAT)
@@ -412,6 +417,7 @@ class TrainConfig:
         if not self.workdir:
             raise ValueError("workdir must not be empty")
         self.loudness_range  # noqa: B018  checks augment_loudness_db
+        parse_mesh(self.mesh)
         if not self.discriminators.periods + self.discriminators.windows:
             raise ValueError(
                 "discriminator_periods and discriminator_windows must not both be empty"
@@ -451,6 +457,27 @@ class TrainConfig:
                 f"got {self.augment_loudness_db!r}"
             )
         return low, high
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of the axes in `text`, "data:4,fsdp:8": 1 for those not named, -1 for the rest.
+
+    Raises:
+      ValueError: Another name or form, a size that is neither positive nor -1, or -1 twice.
+    """
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition(":")
+        known = name in MESH_AXES and name not in sizes
+        if not known or not (size == "-1" or size.isdecimal() and int(size) > 0):
+            raise ValueError(
+                f"mesh must be {','.join(f'{axis}:N' for axis in MESH_AXES)} or some of them, "
+                f"N positive or -1 for the rest, got {text!r}"
+            )
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh must have one -1 at most, got {text!r}")
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:

@@ -1,14 +1,21 @@
-"""Logical axis names of parameters and the one table that maps them onto the mesh.
+"""The mesh, and the one table that maps logical axis names of parameters onto it.
 
 The mesh has the axes ("data", "fsdp", "tensor"). Batches are split over data and fsdp, parameters
 over fsdp and tensor. Every logical name used in the model must be in RULES: Flax silently
 replicates an axis whose name has no rule (tests/sharding_test.py checks).
 """
 
-import jax
-from flax import linen as nn
+import math
+from collections.abc import Sequence
+from typing import Any
 
-MESH_AXES = ("data", "fsdp", "tensor")
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moss_tok.config import MESH_AXES, parse_mesh
 
 RULES = (
     ("batch", ("data", "fsdp")),
@@ -28,18 +35,151 @@ RULES = (
     ("conv_out", "fsdp"),
 )
 
+# Parameters below this number of elements may be replicated.
+LARGE = 2**20
 
-def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None):
-    """A mesh of `shape` (data, fsdp, tensor).
+
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `text`, see `config.parse_mesh`.
 
     Its axes are Auto: `jax.make_mesh` defaults to Explicit, where Linen's constraints turn into
     assertions.
+
+    Args:
+      text: Sizes of the axes; without a -1 it may be a part of the devices, in one process.
+      devices: Default: all, of all processes.
+
+    Raises:
+      ValueError: The sizes do not fit the number of devices.
     """
+    sizes = parse_mesh(text)
+    devices = jax.devices() if devices is None else list(devices)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    count = math.prod(shape)
+    partial = jax.process_count() == 1 and -1 not in sizes.values()
+    if not 0 < count <= len(devices) or (count != len(devices) and not partial):
+        raise ValueError(f"mesh {text!r} does not fit {len(devices)} devices")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
 
 
-def param_shardings(variables, mesh):
-    """NamedShardings for `variables`, a tree whose leaves carry logical names (boxed)."""
-    specs = nn.get_partition_spec(variables)
-    return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The first axis split over data and fsdp."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+
+
+def check_batch_size(mesh: jax.sharding.Mesh, batch_size: int) -> None:
+    """Raises ValueError unless the batch can be split over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
+        )
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
+    """The rows of a global batch that this process's devices hold, and so has to feed."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges = [range(*rows.indices(batch_size)) for (rows,) in slices]
+    return range(min(r.start for r in ranges), max(r.stop for r in ranges))
+
+
+def global_batch(mesh: jax.sharding.Mesh, batch_size: int, batch: Any) -> Any:
+    """Arrays of all processes from the rows that each of them holds."""
+    sharding = batch_sharding(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(put, batch)
+
+
+def whole(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process has whole onto a mesh."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def on_one_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Copies arrays on a mesh whole onto the first device of each process."""
+    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def connect(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    """Makes this one of several processes that train together, before jax is used.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0; empty: a process on its own.
+      num_processes: How many there are.
+      process_id: Which one this is, 0..num_processes - 1.
+
+    Raises:
+      ValueError: A number out of range, or one without an address.
+    """
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id must be 0..{num_processes - 1}, got {process_id}")
+    if coordinator_address:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif num_processes > 1:
+        raise ValueError(f"num_processes {num_processes} needs coordinator_address")
+
+
+def is_main_process() -> bool:
+    """Whether this process writes logs and listings."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes; `name` differs from barrier to barrier."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether `yes` holds in all processes."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
+def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+    """NamedShardings for a tree of parameters whose leaves carry logical names (boxed).
+
+    An axis that the mesh does not divide stays whole.
+
+    Raises:
+      ValueError: A large parameter would be whole on every device of a mesh that shards them.
+    """
+    sharded = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+    def sharding(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
+        shape = box.value.shape
+        axes = nn.logical_to_mesh_axes(box.names, RULES)
+        spec = [
+            a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)
+        ]
+        split = math.prod(mesh.shape[axis] for axis in spec if axis)
+        if sharded and split == 1 and math.prod(shape) >= LARGE:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated on every "
+                f"device, its axes are {box.names}; choose fsdp and tensor that divide one of them"
+            )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.LogicallyPartitioned)
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)

@@ -1,16 +1,22 @@
 """Every logical axis has a rule, and parameters land on the mesh as the rules say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
+from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.config import DiscriminatorConfig
+from moss_tok.training import state as states
 from moss_tok.training.discriminators import Discriminators
+from moss_tok.training.step import sharded_train_step
 
 
 def boxed_discriminators():
@@ -23,7 +29,7 @@ def test_every_logical_name_has_a_rule(name):
     if name == "discriminators":
         boxed = boxed_discriminators()
     else:
-        boxed = pretrained._boxed_shapes(moss_tok.preset(name))
+        boxed = pretrained.boxed_shapes(moss_tok.preset(name))
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
     names = {axis for box in boxes for axis in box.names if axis is not None}
@@ -33,8 +39,8 @@ def test_every_logical_name_has_a_rule(name):
 
 
 def test_a_mesh_gives_the_same_codes(micro, rng):
-    mesh = sharding.make_mesh((2, 2, 2))
-    boxed = pretrained._boxed_shapes(micro.config)
+    mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+    boxed = pretrained.boxed_shapes(micro.config)
     shardings = sharding.param_shardings(boxed, mesh)
     params = jax.tree.map(jax.device_put, micro.params, shardings)
     kernel = params["encoder"]["stage_1"]["layers"]["mlp"]["up"]
@@ -45,3 +51,62 @@ def test_a_mesh_gives_the_same_codes(micro, rng):
     with jax.set_mesh(mesh):
         codes = moss_tok.encode(codec, jax.device_put(wav, batch)).codes
     np.testing.assert_array_equal(codes, moss_tok.encode(micro, wav).codes)
+
+
+@pytest.mark.parametrize("base", [CONFIG, ADVERSARIAL], ids=lambda c: c.stage)
+def test_meshes_train_alike(base):
+    """Losses of 5 steps and the first gradients, which are what the first moments hold."""
+    config = dataclasses.replace(base, batch_size=8, num_microbatches=2)
+
+    def train(text):
+        mesh = sharding.make_mesh(text)
+        shardings = jax.tree.map(lambda x: x.sharding, states.state_shapes(config, CODEC, mesh))
+        init = jax.jit(states.init_state, static_argnums=(0, 1), out_shardings=shardings)
+        state, step = init(config, CODEC), sharded_train_step(config, CODEC, mesh)
+        rows, moments = [], None
+        for seed in range(5):
+            batch = jax.tree.map(np.asarray, random_batch(seed, 8))
+            state, metrics = step(state, sharding.global_batch(mesh, 8, batch))
+            rows.append({k: float(v) for k, v in metrics.items()})
+            opt_states = (state.opt_state, state.discriminator_opt_state)
+            moments = jax.device_get(opt_states) if moments is None else moments
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        return rows, optax.tree.get_all_with_path(moments, "mu")
+
+    rows, moments = train("data:1")
+    meshes = ["data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2"]
+    for text in meshes[base.adversarial :]:  # each is compiled
+        found, found_moments = train(text)
+        for expected, row in zip(rows, found, strict=True):
+            for name in (name for name in expected if name.endswith("loss")):
+                assert row[name] == pytest.approx(expected[name], rel=1e-4), (text, name)
+        for (_, expected), (_, got) in zip(moments, found_moments, strict=True):
+            difference = optax.tree.norm(optax.tree.sub(got, expected))
+            assert difference <= 1e-5 * optax.tree.norm(expected), text
+
+
+def test_moments_are_split_like_their_parameters():
+    mesh = sharding.make_mesh("fsdp:4,tensor:2")
+    shapes = states.state_shapes(ADVERSARIAL, CODEC, mesh)
+    found = jax.tree_util.tree_leaves_with_path(shapes)
+    kernels = [x.sharding.spec for path, x in found if path[-1] == jax.tree_util.DictKey("up")]
+    # Two stages on each side; parameters, average, two moments.
+    assert kernels == [jax.sharding.PartitionSpec(None, "fsdp", "tensor")] * 4 * 4
+    widths = {x.shape[-1] for path, x in found if "period_3" in jax.tree_util.keystr(path)}
+    assert len(widths) > 2
+
+
+def test_a_large_parameter_must_not_be_replicated(monkeypatch):
+    monkeypatch.setattr(sharding, "LARGE", 500)
+    boxed = pretrained.boxed_shapes(CODEC)
+    sharding.param_shardings(boxed, sharding.make_mesh("data:8"))
+    sharding.param_shardings(boxed, sharding.make_mesh("fsdp:8"))
+    with pytest.raises(ValueError, match=r"mlp\.(up|down) .*would be replicated"):
+        sharding.param_shardings(boxed, sharding.make_mesh("fsdp:7"))
+
+
+def test_rows_of_a_process_and_batches_that_do_not_fit():
+    mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+    assert sharding.local_rows(mesh, 12) == range(12)
+    with pytest.raises(ValueError, match="batch_size 6 must be a multiple of 4"):
+        sharding.check_batch_size(mesh, 6)

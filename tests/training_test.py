@@ -18,7 +18,12 @@ from moss_tok.training import step as steps
 
 RATE = 8000
 CONFIG = TrainConfig(
-    learning_rate=3e-3, warmup_steps=2, batch_size=4, segment_seconds=0.256, reseed_every=5
+    learning_rate=3e-3,
+    warmup_steps=2,
+    batch_size=4,
+    segment_seconds=0.256,
+    reseed_every=5,
+    mesh="data:1",
 )
 ADVERSARIAL = dataclasses.replace(
     CONFIG,
@@ -44,6 +49,7 @@ def make_batch(wav, length=2048):
         "domain": jnp.arange(batch_size) % 4,
         "position": jnp.arange(batch_size),
         "failed_reads": jnp.zeros(batch_size, jnp.int32),
+        "stop": jnp.zeros(batch_size, bool),
     }
 
 

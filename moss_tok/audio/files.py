@@ -51,11 +51,8 @@ def read_native(path: str | Path) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
     path = Path(path)
     with _open(path) as file:
-        wav, rate, announced = (
-            file.read(dtype="float32", always_2d=True),
-            file.samplerate,
-            file.frames,
-        )
+        wav = file.read(dtype="float32", always_2d=True)
+        rate, announced = file.samplerate, file.frames
     missing = _missing_wav_bytes(path)
     # Unknown lengths (streamed files) read as the largest integer.
     if missing or wav.shape[0] < announced < 2**62:
@@ -87,6 +84,11 @@ def duration_seconds(source: str | Path | AudioBytes) -> float:
     """Length of a file by its header. Raises ValueError where it is no audio."""
     with _open(source) as file:
         return file.frames / file.samplerate
+
+
+def level_db(wav: np.ndarray) -> float:
+    """RMS level of audio in dB re full scale, -200 for digital silence."""
+    return float(10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20))
 
 
 def _checked(source: object, wav: np.ndarray) -> np.ndarray:
@@ -233,6 +235,11 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file that appears when it is complete."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_parent(path: str | Path) -> None:

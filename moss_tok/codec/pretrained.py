@@ -127,14 +127,15 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _boxed_shapes(config: CodecConfig) -> Any:
+def boxed_shapes(config: CodecConfig) -> Any:
+    """`param_shapes` in boxes that carry logical axis names."""
     wav = jnp.zeros((1, config.num_channels, config.hop_length))
     return jax.eval_shape(CodecModel(config).init, jax.random.key(0), wav)["params"]
 
 
 def param_shapes(config: CodecConfig) -> dict[str, Any]:
     """ShapeDtypeStructs of all parameters of a codec."""
-    return nn.meta.unbox(_boxed_shapes(config))
+    return nn.meta.unbox(boxed_shapes(config))
 
 
 def read_tree(folder: Path, shapes: Any) -> Any:

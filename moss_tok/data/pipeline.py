@@ -48,7 +48,7 @@ class Segment(grain.transforms.RandomMap):
             except ValueError:
                 failed[attempt] = self._number, index
             else:
-                if _level_db(wav) >= self._config.silence_db:
+                if files.level_db(wav) >= self._config.silence_db:
                     break
             index = int(rng.integers(len(self._source)))
         if wav is None:
@@ -77,13 +77,24 @@ class Segment(grain.transforms.RandomMap):
             return wav
         change = rng.uniform(-gain_db, gain_db)
         if loudness:
-            change += rng.uniform(*loudness) - _level_db(wav)
+            change += rng.uniform(*loudness) - files.level_db(wav)
         return wav * np.float32(min(10 ** (change / 20), max(1.0, 1 / np.abs(wav).max())))
 
 
-def _level_db(wav: np.ndarray) -> float:
-    """RMS level in dB re full scale."""
-    return float(10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20))
+class _Rows:
+    """The items of some rows of each batch, as a source."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: range):
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, row = divmod(index, len(self._rows))
+        return self._dataset[batch * self._batch_size + self._rows[row]]
 
 
 def _end_with_parent() -> None:
@@ -108,8 +119,7 @@ def batches(
     sample_rate: int,
     num_channels: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: range | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from number `start` on.
 
@@ -120,8 +130,7 @@ def batches(
       sample_rate: Hz.
       num_channels: C.
       start: Batches already consumed.
-      process_index: Which slice of each batch to make, of
-      process_count: slices.
+      rows: Which rows of each batch to make; default: all.
 
     Returns:
       Iterator over {"wav": float32 [B, C, S], zero past "length": int32 [B]; "domain": int32 [B],
@@ -139,8 +148,10 @@ def batches(
     def place(index: int, item: Batch) -> Batch:
         return item | {"position": np.int32(index % config.batch_size)}
 
-    dataset = dataset.map_with_index(place)[process_index::process_count]
-    dataset = dataset.batch(config.batch_size // process_count)[start:]
+    dataset = dataset.map_with_index(place)
+    if rows is not None and len(rows) < config.batch_size:
+        dataset = grain.MapDataset.source(_Rows(dataset, config.batch_size, rows))
+    dataset = dataset.batch(len(rows or range(config.batch_size)))[start:]
     if not config.num_workers:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         return iter(dataset.to_iter_dataset(options))

@@ -90,7 +90,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     seconds = wav.shape[-1] / rate
     if seconds < settings.min_seconds:
         raise ValueError(f"{item.path}: shorter than {settings.min_seconds:g} s")
-    if 10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20) < _SILENCE_DB:
+    if files.level_db(wav) < _SILENCE_DB:
         raise ValueError(f"{item.path}: silent")
     name = str(item.metadata.get("id", item.path.stem))
     metadata = item.metadata | {"domain": item.domain, "split": item.split}
@@ -183,7 +183,7 @@ def write_shard(
             progress()
         writer.close()
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.write_atomically(listing, lambda file: file.write(text.encode()))
+        files.write_text(listing, text)
         if count:
             temporary.rename(path)
         else:
@@ -216,7 +216,7 @@ def begin(source: str | Path, destination: str | Path, settings: Settings) -> li
     elif destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination}: exists and is not empty")
     (destination / _PARTS).mkdir(parents=True, exist_ok=True)
-    files.write_atomically(state, lambda file: file.write(json.dumps({"plan": digest}).encode()))
+    files.write_text(state, json.dumps({"plan": digest}))
     return shards
 
 
@@ -244,9 +244,8 @@ def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
     }
     for name, lines in (("manifest.jsonl", rows), ("rejected.jsonl", rejected)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        files.write_atomically(destination / name, lambda f, text=text: f.write(text.encode()))
-    text = json.dumps(summary, indent=2) + "\n"
-    files.write_atomically(destination / "summary.json", lambda file: file.write(text.encode()))
+        files.write_text(destination / name, text)
+    files.write_text(destination / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not rows:
         raise ValueError(
             f"all {len(rejected)} files were rejected, see {destination}/rejected.jsonl"

@@ -43,7 +43,7 @@ def write_dataset(folder: Path, sample_rate: int, num_clips: int = 240, seed: in
         split = "test" if i // len(kinds) % 10 == 9 else "train"
         rows.append({"path": name, "split": split, "domain": domain, "duration_s": _SECONDS})
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    files.write_atomically(manifest, lambda file: file.write(text.encode()))
+    files.write_text(manifest, text)
     return manifest
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.config import CodecConfig, TrainConfig
-from moss_tok.training.state import TrainState, init_discriminators
+from moss_tok.training.state import TrainState
 
 _DISCRIMINATORS = "discriminators"
 
@@ -31,23 +32,27 @@ class Checkpoints:
         # The handler writes into the folder at once, so it has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(pretrained.CheckpointHandler(), async_options=options)
-        for left in self._folder.glob("*.orbax-checkpoint-tmp*"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        self._remove_unfinished()  # of a run that was killed
+        sharding.barrier("checkpoints")
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.wait()
-        self._saver.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            self.wait()
+        except ValueError:
+            if kind is None:  # else the first error is the one to show
+                raise
+        finally:
+            self._saver.close()
 
     def wait(self) -> None:
         """Waits for the save under way. Raises ValueError if it failed."""
         try:
             self._saver.wait_until_finished()
         except Exception as error:  # what the file system makes Orbax and TensorStore raise
-            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._remove_unfinished()
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self._folder}: the checkpoint could not be written ({reason}); "
@@ -76,7 +81,7 @@ class Checkpoints:
         """The newest step that can be read; broken ones are set aside, and `say` is told.
 
         Args:
-          like: Structure and shapes, a tree of ShapeDtypeStructs.
+          like: Structure, shapes and shardings, a tree of ShapeDtypeStructs.
           say: Takes a line of text.
 
         Returns:
@@ -88,14 +93,24 @@ class Checkpoints:
         steps = pretrained.saved_steps(self._folder.parent)
         for step in reversed(steps):
             folder = self._folder / pretrained.step_name(step)
+            state, error = None, "another process cannot read it"
             try:
-                return _restore(folder, like)
-            except ValueError as error:
-                if step == steps[0]:
-                    raise
-                say(f"warning: {error}; going back to the checkpoint before it")
+                state = _restore(folder, like)
+            except ValueError as reason:
+                error = reason
+            if sharding.all_agree(state is not None):
+                return state
+            if step == steps[0]:
+                raise ValueError(error)
+            say(f"warning: {error}; going back to the checkpoint before it")
+            if sharding.is_main_process():
                 folder.rename(_free_name(folder))
         return None
+
+    def _remove_unfinished(self) -> None:
+        if sharding.is_main_process():
+            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _check_space(self, trees: dict[str, Any]) -> None:
         """Raises ValueError where the disk is too full: before writing half, not after."""
@@ -112,17 +127,19 @@ class Checkpoints:
         return ", ".join(map(pretrained.step_name, steps)) or "none yet"
 
     def _remove_old(self) -> None:
+        if not sharding.is_main_process():
+            return
         for step in pretrained.saved_steps(self._folder.parent)[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
                 shutil.rmtree(self._folder / pretrained.step_name(step), ignore_errors=True)
 
 
-def load_discriminators(path: str, config: TrainConfig, codec: CodecConfig) -> Any | None:
-    """The discriminators of a checkpoint or workdir, or None if it has none."""
+def load_discriminators(path: str, shapes: Any) -> Any | None:
+    """The discriminators of a checkpoint or workdir, of `shapes`, or None if it has none."""
     folder = pretrained.find_checkpoint(path) / _DISCRIMINATORS
     if not folder.is_dir():
         return None
-    return pretrained.read_tree(folder, jax.eval_shape(lambda: init_discriminators(config, codec)))
+    return pretrained.read_tree(folder, shapes)
 
 
 def _restore(folder: Path, like: TrainState) -> TrainState:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
+from moss_tok import sharding
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
@@ -28,8 +29,8 @@ from moss_tok.config import (
 from moss_tok.data import pipeline, sources, synthetic
 from moss_tok.evaluation import sweep
 from moss_tok.training import checkpoints, losses, writer
-from moss_tok.training.state import TrainState, init_state, zero_totals
-from moss_tok.training.step import train_step
+from moss_tok.training.state import TrainState, init_state, state_shapes, zero_totals
+from moss_tok.training.step import sharded_train_step
 
 _CONFIG_NAME = "train_config.json"
 _MIN_READS = 100  # before the share of failed ones means anything
@@ -47,18 +48,22 @@ def train(config: TrainConfig) -> bool:
     """
     codec = _codec_config(config)
     num_samples = _segment_samples(config, codec)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(mesh, config.batch_size)
     workdir = Path(config.workdir)
     _check_same_run(workdir, config)
     mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate)
-    _write_text(workdir / _CONFIG_NAME, json.dumps(dataclasses.asdict(config), indent=2))
+    _write_config(workdir, config)
     counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
         saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config))
-        state = _start(config, codec, saver)
+        state = _start(config, codec, mesh, saver)
         start = int(state.step)
-        log = stack.enter_context(writer.MetricsWriter(workdir, start))
+        log = None
+        if sharding.is_main_process():
+            log = stack.enter_context(writer.MetricsWriter(workdir, start))
         batches = pipeline.batches(
             config,
             mixture,
@@ -66,15 +71,17 @@ def train(config: TrainConfig) -> bool:
             sample_rate=codec.sample_rate,
             num_channels=codec.num_channels,
             start=start,
+            rows=sharding.local_rows(mesh, config.batch_size),
         )
         stack.callback(batches.close)
-        run = Run(config, codec, mixture, eval_items, saver, log, stop)
+        run = Run(config, codec, mesh, mixture, eval_items, saver, log, stop)
         state = run.steps(state, batches)
         saver.wait()
         if int(state.step) < config.num_steps:
             _say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
             return False
         run.evaluate(state)
+        sharding.barrier("end")
     return True
 
 
@@ -142,27 +149,47 @@ def _find_data(
     mixture, items = find(config.train_data, config.eval_data or config.train_data)
     workdir.mkdir(parents=True, exist_ok=True)
     if mixture is None:
-        made = str(synthetic.write_dataset(workdir / "synthetic", codec.sample_rate))
+        made = str(workdir / "synthetic" / "manifest.jsonl")
+        if sharding.is_main_process():
+            made = str(synthetic.write_dataset(workdir / "synthetic", codec.sample_rate))
+        sharding.barrier("synthetic data")
         mixture, made_items = find(made, made)
         items = made_items if items is None else items
     return mixture, items
 
 
-def _start(config: TrainConfig, codec: CodecConfig, saver: checkpoints.Checkpoints) -> TrainState:
+def _write_config(workdir: Path, config: TrainConfig) -> None:
+    """Writes the settings; ValueError if some process does not see what the first one wrote."""
+    path, text = workdir / _CONFIG_NAME, json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    if sharding.is_main_process():
+        files.write_text(path, text)
+    sharding.barrier("settings")
+    if not sharding.all_agree(path.exists() and path.read_text() == text):
+        raise ValueError(f"workdir {workdir}: must be a folder that all processes share")
+
+
+def _start(
+    config: TrainConfig,
+    codec: CodecConfig,
+    mesh: jax.sharding.Mesh,
+    saver: checkpoints.Checkpoints,
+) -> TrainState:
     """The newest checkpoint's state; else a fresh one, from `init_from` if that is set."""
-    like = jax.eval_shape(lambda: init_state(config, codec))
+    like = state_shapes(config, codec, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
     state = saver.restore_latest(like, _say)
     if state is not None:
         _say(f"going on from step {int(state.step)}")
         return state
     params = discriminators = None
     if config.init_from:
-        params = pretrained.load(config.init_from).params
+        params = sharding.whole(pretrained.load(config.init_from).params, shardings.params)
         if config.adversarial:
-            discriminators = checkpoints.load_discriminators(config.init_from, config, codec)
+            discriminators = checkpoints.load_discriminators(config.init_from, like.discriminators)
         found = "generator and discriminators" if discriminators is not None else "generator"
         _say(f"starting from the {found} of {config.init_from}")
-    return jax.jit(init_state, static_argnums=(0, 1))(config, codec, params, discriminators)
+    init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)
+    return init(config, codec, params, discriminators)
 
 
 class _StopSignal:
@@ -191,40 +218,49 @@ class Run:
 
     config: TrainConfig
     codec: CodecConfig
+    mesh: jax.sharding.Mesh
     mixture: sources.Mixture
     eval_items: list[AudioItem]
     saver: checkpoints.Checkpoints
-    log: writer.MetricsWriter
+    log: writer.MetricsWriter | None  # in the process that logs
     stop: _StopSignal
 
     def __post_init__(self):
         self._bad_files: set[tuple[int, int]] = set()
-        self._began = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and sharding.is_main_process()
+        self._bar = self._progress(0, "training", "step")
+        self._began, self._since = time.perf_counter(), 0  # of the rates in the next line
+        whole = sharding.replicated(self.mesh)
+        self._zero_totals = jax.jit(lambda: zero_totals(self.config), out_shardings=whole)
+
+    def _progress(self, total: int, name: str, unit: str) -> tqdm.tqdm:
+        return tqdm.tqdm(total=total, desc=name, unit=unit, disable=not self._terminal)
 
     def steps(self, state: TrainState, batches: Iterator[pipeline.Batch]) -> TrainState:
-        """Steps until num_steps or SIGTERM; logs, evaluates and saves on the way."""
+        """Steps until num_steps or SIGTERM; logs, evaluates and saves on the way.
+
+        A SIGTERM to any process travels with its next batch, so all of them see it in the metrics
+        of the same step; the step after that is the last, the third one at most from the signal.
+        """
         config, start = self.config, int(state.step)
+        train_step = sharded_train_step(config, self.codec, self.mesh)
         self._began, self._since = time.perf_counter(), start
-        self._bar = tqdm.tqdm(
-            total=config.num_steps, initial=start, disable=not self._terminal, unit="step",
-            desc="training",
-        )  # fmt: skip
+        self._bar.reset(config.num_steps)
+        self._bar.update(start)
         metrics = None
         batch = self._put(batches) if start < config.num_steps else None
         for step in range(start + 1, config.num_steps + 1):
             before = metrics
-            state, metrics = train_step(config, self.codec, state, batch)
-            last = step == config.num_steps or self.stop.received
+            state, metrics = train_step(state, batch | self._stop_flags())
+            stopped = before is not None and self._check(step - 1, before)
+            last = step == config.num_steps or stopped
             if not last:
                 batch = self._put(batches)  # while the step runs
-            if before is not None:
-                self._check_finite(step - 1, before)
             self._bar.update()
             if step % config.log_every == 0 or step == config.num_steps:
                 state = self._log_line(step, state)
             if last or step % config.checkpoint_every == 0:
-                self._check_finite(step, metrics)
+                self._check(step, metrics)
                 self.saver.save(state)
             if config.eval_every and step % config.eval_every == 0 and not last:
                 self.evaluate(state)
@@ -234,19 +270,25 @@ class Run:
         return state
 
     def _put(self, batches: Iterator[pipeline.Batch]) -> dict[str, jax.Array]:
-        """The next batch on its way to the device; files that could not be read are named."""
+        """The next batch on its way to the devices; files that could not be read are named."""
         batch = next(batches)
         failed = batch.pop("failed")
         for number, index in failed[failed[..., 0] >= 0]:
             if (number, index) not in self._bad_files:
                 self._bad_files.add((number, index))
-                _say(f"warning: {_why(self.mixture.sources[number], int(index))}; replaced")
-        return jax.device_put(batch | {"failed_reads": np.sum(failed[..., 0] >= 0, -1, np.int32)})
+                _warn(f"{_why(self.mixture.sources[number], int(index))}; replaced")
+        batch["failed_reads"] = np.sum(failed[..., 0] >= 0, -1, np.int32)
+        return sharding.global_batch(self.mesh, self.config.batch_size, batch)
 
-    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Ends the run where the last updates were all skipped. Raises ValueError."""
+    def _stop_flags(self) -> dict[str, jax.Array]:
+        batch_size = self.config.batch_size
+        flags = np.full(len(sharding.local_rows(self.mesh, batch_size)), self.stop.received)
+        return sharding.global_batch(self.mesh, batch_size, {"stop": flags})
+
+    def _check(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Whether to stop; ValueError where the last updates were all skipped."""
         if int(metrics["skipped_in_row"]) < self.config.max_skipped_steps:
-            return
+            return bool(metrics["stop"])
         terms = [name for name, value in metrics.items() if not np.isfinite(value)]
         raise ValueError(
             f"step {step}: {', '.join(terms)} not finite; {self.config.max_skipped_steps} updates "
@@ -261,12 +303,13 @@ class Run:
         audio = steps * self.config.batch_size * _segment_samples(self.config, self.codec)
         values["steps_per_second"] = steps / seconds
         values["audio_seconds_per_second"] = audio / self.codec.sample_rate / seconds
-        self.log.write(step, values)
+        if self.log is not None:
+            self.log.write(step, values)
         self._bar.set_postfix(loss=f"{values['loss']:.2f}")
         if not self._terminal:
             _say(_line(step, self.config.num_steps, values))
         self._began, self._since = time.perf_counter(), step
-        return state.replace(totals=zero_totals(self.config))
+        return state.replace(totals=self._zero_totals())
 
     def _check_reads(self, step: int, failed: int) -> None:
         reads = step * self.config.batch_size
@@ -277,22 +320,28 @@ class Run:
             )
 
     def evaluate(self, state: TrainState) -> None:
-        """Draws the curves, scores the evaluation recordings, and shows some; SIGTERM ends it."""
+        """Draws the curves, scores the evaluation recordings, and shows some; SIGTERM ends it.
+
+        The first process does it, on one device; the others wait for it in their next step.
+        """
         began, step = time.perf_counter(), int(state.step)
-        _say(f"loss curves: {self.log.save_curves()}")
-        if self.eval_items:
-            codec = Codec(state.best_params, self.codec)
-            clips = sweep.read_clips(self.eval_items, codec, _say)
-            self.log.write_samples(step, sweep.samples(codec, clips), self.codec.sample_rate)
-            _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
-            with contextlib.suppress(_StoppedError):
-                self._score(step, codec, clips)
+        params = sharding.on_one_device(state.best_params, self.mesh)
+        if self.log is not None:
+            self._show(step, Codec(params, self.codec))
         self._began += time.perf_counter() - began  # rates are of training alone
 
+    def _show(self, step: int, codec: Codec) -> None:
+        _say(f"loss curves: {self.log.save_curves()}")
+        if not self.eval_items:
+            return
+        clips = sweep.read_clips(self.eval_items, codec, _say)
+        self.log.write_samples(step, sweep.samples(codec, clips), self.codec.sample_rate)
+        _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
+        with contextlib.suppress(_StoppedError):
+            self._score(step, codec, clips)
+
     def _score(self, step: int, codec: Codec, clips: list[sweep.Clip]) -> None:
-        with tqdm.tqdm(
-            total=len(clips), disable=not self._terminal, unit="clip", desc="evaluating"
-        ) as bar:
+        with self._progress(len(clips), "evaluating", "clip") as bar:
 
             def progress() -> None:
                 bar.update()
@@ -302,7 +351,7 @@ class Run:
             table = sweep.evaluate(codec, clips, sweep.bitrates(codec.config), progress)
         self.log.write_evaluation(step, table)
         text = sweep.format_table(table)
-        _write_text(Path(self.config.workdir) / "evaluation.md", f"Step {step}\n\n{text}")
+        files.write_text(Path(self.config.workdir) / "evaluation.md", f"Step {step}\n\n{text}\n")
         note = "mel_loss, stft: lower is better; stoi: higher"
         _say(f"step {step}, unseen audio, {len(clips)} clips ({note}):\n{text}")
 
@@ -332,10 +381,16 @@ def _line(step: int, num_steps: int, values: dict[str, Any]) -> str:
     )
 
 
-def _write_text(path: Path, text: str) -> None:
-    files.write_atomically(path, lambda file: file.write((text + "\n").encode()))
-
-
 def _say(text: str) -> None:
+    if sharding.is_main_process():
+        _print(text)
+
+
+def _warn(text: str) -> None:
+    """Also of what only this process knows."""
+    _print(f"warning: {text}")
+
+
+def _print(text: str) -> None:
     tqdm.tqdm.write(text)
     sys.stdout.flush()

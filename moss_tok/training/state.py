@@ -10,6 +10,8 @@ import optax
 import scipy.fft
 from flax import linen as nn
 
+from moss_tok import sharding
+from moss_tok.codec import pretrained
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import DOMAINS, CodecConfig, ModuleConfig, TrainConfig, TransformerConfig
 from moss_tok.training.discriminators import Discriminators
@@ -172,11 +174,42 @@ def zero_totals(config: TrainConfig) -> Totals:
     return Totals(jnp.zeros(()), metrics, jnp.zeros(len(DOMAINS)), domain_terms)
 
 
+def state_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """ShapeDtypeStructs of the state of a run, with their shardings on `mesh`.
+
+    What belongs to a parameter (moments, averages) is split like it, the rest is replicated.
+
+    Raises:
+      ValueError: A large parameter would be replicated, see `sharding.param_shardings`.
+    """
+    boxed = pretrained.boxed_shapes(codec)
+    if config.adversarial:
+        boxed = boxed | jax.eval_shape(lambda: _boxed_discriminators(config, codec))
+    shardings = sharding.param_shardings(boxed, mesh)
+    known = {
+        tuple(key.key for key in path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+
+    def add_sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(getattr(key, "key", None) for key in path)
+        tails = (names[start:] for start in range(len(names)))
+        found = next((known[tail] for tail in tails if tail in known), sharding.replicated(mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found)
+
+    shapes = jax.eval_shape(lambda: init_state(config, codec))
+    return jax.tree_util.tree_map_with_path(add_sharding, shapes)
+
+
 def init_discriminators(config: TrainConfig, codec: CodecConfig) -> Any:
     """Fresh parameters of the discriminators."""
+    return nn.meta.unbox(_boxed_discriminators(config, codec))
+
+
+def _boxed_discriminators(config: TrainConfig, codec: CodecConfig) -> Any:
     model = Discriminators(config.discriminators, config.dtype)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    return nn.meta.unbox(model.init(key, jnp.zeros((1, codec.num_channels, 4096)))["params"])
+    return model.init(key, jnp.zeros((1, codec.num_channels, 4096)))["params"]
 
 
 def _init_params(config: TrainConfig, codec: CodecConfig, key: jax.Array) -> Any:

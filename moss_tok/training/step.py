@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moss_tok import sharding
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import DOMAINS, CodecConfig, TrainConfig
 from moss_tok.training import losses
@@ -17,10 +18,12 @@ from moss_tok.training.state import (
     TrainState,
     discriminator_optimizer,
     generator_optimizer,
+    state_shapes,
     trainable,
 )
 
-_COUNT_DECAY = 0.98  # code_counts remember about 50 steps
+_COUNTED_STEPS = 50  # what code_counts remember
+_COUNT_DECAY = 1 - 1 / _COUNTED_STEPS
 DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
 
 Batch = dict[str, jax.Array]
@@ -38,10 +41,11 @@ def train_step(
       state: Donated.
       batch: "wav" [B, C, S], S whole frames; "length" [B] valid samples; "domain" [B] indices into
         DOMAINS; "position" [B] places in the global batch; "failed_reads" [B] files that could not
-        be read on the way to each item.
+        be read on the way to each item; "stop" [B] bool, see below.
 
     Returns:
-      The next state, and scalars: the loss, its terms, gradient norms, and skipped_in_row.
+      The next state, and scalars: the loss, its terms, gradient norms, skipped_in_row, and whether
+      any item of the batch said "stop": so all processes learn of it at the same step.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     keep_key, reseed_key = jax.random.split(key)
@@ -81,6 +85,17 @@ def train_step(
     metrics = {name: x.mean() for name, x in terms.items()} | norms
     changed["totals"] = _add_totals(state.totals, metrics, terms, parts["domain"])
     return _guarded(state, changed, metrics, batch)
+
+
+def sharded_train_step(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
+    """`train_step` on a mesh: jitted, (state, batch) -> (state, metrics), the state donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(config, codec, mesh))
+    return jax.jit(
+        functools.partial(train_step, config, codec),
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
 
 
 def _split(batch: Batch, num_parts: int) -> Batch:
@@ -214,7 +229,7 @@ def _guarded(
         skipped_in_row=skipped_in_row,
         failed_reads=state.failed_reads + batch["failed_reads"].sum(),
     )
-    return state, metrics | {"skipped_in_row": skipped_in_row}
+    return state, metrics | {"skipped_in_row": skipped_in_row, "stop": batch["stop"].any()}
 
 
 def _quantizer_dropout(
@@ -257,7 +272,9 @@ def _tracked_codes(
     books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
     projected = jnp.moveaxis(projected, 1, 0)  # [Q, M, B, T, c]
     projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
-    due = state.step % config.reseed_every == 0
+    # Trained codebooks are left alone until the counts mean something.
+    first = _COUNTED_STEPS if config.init_from else 0
+    due = (state.step % config.reseed_every == 0) & (state.step >= first)
     books, counts = jax.lax.cond(
         due, _reseed, lambda *x: x[:2], books, counts, projected, valid.reshape(-1), key
     )

@@ -114,7 +114,7 @@ def _open(path: Path, step: int) -> Any:
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        files.write_atomically(path, lambda file: file.write(text.encode()))
+        files.write_text(path, text)
     return open(path, "a")
 
 
