@@ -23,6 +23,7 @@ VARIANTS = {
     "no waveform loss": (["--waveform_weight=0"], ""),
     "neither of the three": (["--waveform_weight=0"], "low_pass,sizes"),
     "12.5 Hz instead of 50": (["--model=12hz.json"], ""),
+    "latents half as wide": (["--model=narrow.json"], ""),
     "no re-seeding": (["--reseed_every=0"], ""),
     "commitment weight 0.25": (["--commitment_weight=0.25"], ""),
     "dropout on all items": (["--quantizer_dropout=1"], ""),
@@ -76,15 +77,22 @@ def run_variant(argv: list[str], undone: str, result: Path) -> None:
     result.write_text(json.dumps(found))
 
 
-def write_12hz(path: Path) -> None:
-    """The config of a model with 12.5 frames per second, of about the same size."""
+def write_models(folder: Path) -> None:
+    """12hz.json, with 12.5 frames per second, and narrow.json; of about the size of tiny."""
     from moss_tok import config as configs
 
-    rows = [(240, 128, 128, 2, 2, 384, 1.0), (512, 256, 192, 3, 2, 512, 1.0)]
-    encoder = configs._stack((240, 4, 2), rows, "v1", layer_scale=0.1)
-    quantizer = configs.QuantizerConfig(512, 96, 512, 16, 1024, 8)
-    codec = configs.CodecConfig(24000, 1, encoder, quantizer, configs.mirror(encoder), "v1")
-    path.write_text(codec.to_json())
+    def write(name, patches, widths, latent, rvq_dim):
+        rows = [
+            (240, widths[0], 128, 2, 2, 384, 1.0),
+            (widths[0] * patches[1], widths[1], 192, 3, 2, 512, 1.0),
+        ]
+        encoder = configs._stack(patches, rows, "v1", layer_scale=0.1)
+        quantizer = configs.QuantizerConfig(latent, rvq_dim, latent, 16, 1024, 8)
+        codec = configs.CodecConfig(24000, 1, encoder, quantizer, configs.mirror(encoder), "v1")
+        (folder / name).write_text(codec.to_json())
+
+    write("12hz.json", (240, 4, 2), (128, 256), 512, 96)
+    write("narrow.json", (240, 2), (80, 128), 128, 48)
 
 
 def row(name: str, found: dict) -> str:
@@ -105,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train_data", required=True)
     parser.add_argument("--out", default="runs/ablation")
-    parser.add_argument("--num_steps", type=int, default=1200)
+    parser.add_argument("--num_steps", type=int, default=800)
     parser.add_argument("--variant", default="", help="used by the script itself")
     args, rest = parser.parse_known_args()
     out = Path(args.out).absolute()
@@ -114,7 +122,7 @@ def main() -> None:
         run_variant(rest, undone, out / args.variant.replace(" ", "_") / "result.json")
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_12hz(out / "12hz.json")
+    write_models(out)
     print("| | mel speech, 1 and 16 quantizers | music | sound | STOI | pitch dB | comb dB |")
     print("|---|---|---|---|---|---|---|")
     for name, (flags, _) in VARIANTS.items():

@@ -148,15 +148,19 @@ def training_mixture(text: str, segment_seconds: float) -> Mixture:
 
 def evaluation_items(text: str, most: int) -> list[AudioItem]:
     """Up to `most` recordings, evenly spread, of the sources' test splits; weights are ignored."""
-    found: list[AudioItem] = []
+    parts: list[Sequence[AudioItem] | Path] = []
     for name, _ in parse(text):
         shards, items = _find(name, "test")
-        for path in shards:
-            numbers = range(len(records.shard(path)))
-            items += [AudioItem(path, "test", "audio", 0.0, n) for n in numbers]
-        found += items
-    chosen = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
-    return [found[i] for i in chosen]
+        parts += [*shards, items]
+    lengths = [len(records.shard(p)) if isinstance(p, Path) else len(p) for p in parts]
+    ends, total = np.cumsum(lengths), sum(lengths)
+    chosen = []
+    for place in np.linspace(0, total - 1, min(most, total)).round().astype(int):
+        n = int(np.searchsorted(ends, place, side="right"))
+        part, number = parts[n], int(place - ends[n] + lengths[n])
+        shard = isinstance(part, Path)
+        chosen.append(AudioItem(part, "test", "audio", 0.0, number) if shard else part[number])
+    return chosen
 
 
 def _find(name: str, split: str) -> tuple[list[Path], list[AudioItem]]:

@@ -4,6 +4,9 @@ Source: the Descript Audio Codec, whose layers the paper takes over: multi-perio
 complex multi-band STFT. Each returns the outputs of all of its layers, the last one the judgement.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -61,8 +64,13 @@ class WeightNormConv(nn.Module):
         return x + bias.astype(self.dtype)
 
 
-def _leaky_relu(x: jax.Array) -> jax.Array:
-    return jax.nn.leaky_relu(x, 0.1)
+def _layers(x: jax.Array, layers: Iterable[tuple[int, Any, Any]], dtype: str) -> list[jax.Array]:
+    """Outputs of convolutions (width, kernel, strides), a leaky ReLU after each."""
+    features = []
+    for width, kernel, strides in layers:
+        x = jax.nn.leaky_relu(WeightNormConv(width, kernel, strides, dtype)(x), 0.1)
+        features.append(x)
+    return features
 
 
 class PeriodDiscriminator(nn.Module):
@@ -80,12 +88,10 @@ class PeriodDiscriminator(nn.Module):
         x = wav.reshape(batch, num_channels, -1, self.period)
         # A period's phases are independent: they go into the batch of a 1-D convolution.
         x = jnp.moveaxis(x, (3, 1), (1, 3)).reshape(batch * self.period, -1, num_channels)
-        features = []
-        for width, stride in zip(_PERIOD_WIDTHS, _PERIOD_STRIDES, strict=True):
-            x = WeightNormConv(width * self.channels, (5,), (stride,), self.dtype)(x)
-            x = _leaky_relu(x)
-            features.append(x)
-        features.append(WeightNormConv(1, (3,), (1,), self.dtype)(x))
+        rows = zip(_PERIOD_WIDTHS, _PERIOD_STRIDES, strict=True)
+        layers = [(width * self.channels, (5,), (stride,)) for width, stride in rows]
+        features = _layers(x, layers, self.dtype)
+        features.append(WeightNormConv(1, (3,), (1,), self.dtype)(features[-1]))
         return [f.reshape(batch, self.period, *f.shape[1:]) for f in features]
 
 
@@ -108,11 +114,10 @@ class SpectrumDiscriminator(nn.Module):
         features, bands = [], []
         for low, high in zip(BANDS[:-1], BANDS[1:], strict=True):
             band = x[:, :, int(low * num_bins) : int(high * num_bins)]
-            for kernel, stride in zip(_BAND_KERNELS, _BAND_STRIDES, strict=True):
-                band = WeightNormConv(self.channels, kernel, (1, stride), self.dtype)(band)
-                band = _leaky_relu(band)
-                features.append(band)
-            bands.append(band)
+            rows = zip(_BAND_KERNELS, _BAND_STRIDES, strict=True)
+            layers = [(self.channels, kernel, (1, stride)) for kernel, stride in rows]
+            features += _layers(band, layers, self.dtype)
+            bands.append(features[-1])
         joined = jnp.concatenate(bands, axis=2)
         return [*features, WeightNormConv(1, (3, 3), (1, 1), self.dtype)(joined)]
 

@@ -141,6 +141,8 @@ def _find_data(
         if not eval_data:
             return mixture, None
         items = sources.evaluation_items(eval_data, config.num_eval_clips)
+        if config.eval_data and config.num_eval_clips and not items:
+            raise ValueError(f"eval_data {eval_data}: no files of the split 'test'")
         for item in items:
             if not item.path.is_file():
                 raise ValueError(f"{item.path}: no such file")
