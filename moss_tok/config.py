@@ -369,6 +369,10 @@ class TrainConfig:
     )
     # Losses.
     reconstruction_weight: float = _weight(15.0, "weight of the multi-scale mel loss")
+    mel_floor_db: float = _flag(
+        -200.0, "white noise of that level (dB re full scale, RMS) is silence to the mel loss",
+        at_most=0,
+    )  # fmt: skip
     waveform_weight: float = _weight(0.0, "weight of the relative L1 distance of the waveforms")
     commitment_weight: float = _weight(0.25, "weight of the commitment loss")
     codebook_weight: float = _weight(1.0, "weight of the codebook loss")

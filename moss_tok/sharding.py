@@ -112,9 +112,15 @@ def whole(tree: Any, shardings: Any) -> Any:
 
 
 def on_one_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Copies arrays on a mesh whole onto the first device of each process."""
-    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    """Arrays on a mesh, whole on the first device of each process."""
+    if mesh.size == 1:
+        return tree
+    tree = jax.jit(_same, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def connect(coordinator_address: str, num_processes: int, process_id: int) -> None:

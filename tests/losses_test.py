@@ -12,7 +12,7 @@ from moss_tok.config import DiscriminatorConfig
 from moss_tok.training import discriminators, losses
 
 
-def numpy_mel_loss(wav, wav_hat, rate):
+def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5):
     """The seven-scale mel loss of [S] signals through librosa."""
     total = 0.0
     for window, mels in losses.MEL_SCALES:
@@ -23,7 +23,7 @@ def numpy_mel_loss(wav, wav_hat, rate):
             )
             matrix = librosa.filters.mel(sr=rate, n_fft=window, n_mels=mels)
             matrix = matrix[matrix.sum(1) > 0]
-            logs.append(np.log10(np.maximum(matrix @ spectrum, 1e-5)))
+            logs.append(np.log10(np.maximum(matrix @ spectrum, floor(window))))
         total += np.abs(logs[0] - logs[1]).mean()
     return total
 
@@ -34,6 +34,22 @@ def test_mel_loss_agrees_with_librosa(rng):
     found = losses.reconstruction_loss(wav, wav_hat, jnp.full(3, 9600), 24000)
     expected = [numpy_mel_loss(a[0], b[0], 24000) for a, b in zip(wav, wav_hat, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+def test_mel_loss_with_a_floor(rng):
+    """The floor is what noise of that level gives, at every window where that is above 1e-5."""
+    wav, wav_hat = 0.02 * rng.standard_normal((2, 1, 1, 24000)).astype(np.float32)
+    wav[..., 12000:] *= 1e-3
+    noise = 10 ** (-50 / 20) * rng.standard_normal((1, 24000)).astype(np.float32)
+    floors = {}
+    for window, mels in losses.MEL_SCALES:
+        floors[window] = 10 ** float(spectral.log_mel(0 * noise, 24000, window, mels, -50).min())
+        mean = np.mean(10 ** spectral.log_mel(noise, 24000, window, mels))
+        assert floors[window] == pytest.approx(max(1e-5, mean), rel=0.25)
+    found = losses.reconstruction_loss(wav, wav_hat, jnp.full(1, 24000), 24000, -50)
+    expected = numpy_mel_loss(wav[0, 0], wav_hat[0, 0], 24000, floors.get)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4)
 
 
 def test_mel_loss_of_padded_items(rng):

@@ -1,6 +1,7 @@
 """Short-time spectra and mel spectrograms in jnp, for losses on the device."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,20 @@ def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
     return jnp.sqrt(jnp.square(spectra.real) + jnp.square(spectra.imag) + 1e-12)
 
 
-def log_mel(wav: jax.Array, sample_rate: int, window_length: int, num_mels: int) -> jax.Array:
-    """log10 of the mel spectrogram clamped at 1e-5: [B, S] -> [B, T, num_mels]."""
+def log_mel(
+    wav: jax.Array,
+    sample_rate: int,
+    window_length: int,
+    num_mels: int,
+    floor_db: float = -math.inf,
+) -> jax.Array:
+    """log10 of the mel spectrogram: [B, S] -> [B, T, num_mels].
+
+    It is clamped at 1e-5, or at what white noise of `floor_db` (RMS re full scale) gives if that is
+    more. The same clamp at all windows would be -54 dB of noise at 32 samples and -108 at 2048.
+    """
     filters = mel_filters(sample_rate, window_length, num_mels)
     mel = jnp.einsum("btf,fm->btm", magnitude(wav, window_length), filters)
-    return jnp.log10(jnp.maximum(mel, 1e-5))
+    # Of a Hann window, and of filters with an area of 1 Hz.
+    noise = 10 ** (floor_db / 20) * math.sqrt(0.375 * window_length) * window_length / sample_rate
+    return jnp.log10(jnp.maximum(mel, max(1e-5, noise)))

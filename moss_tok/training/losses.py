@@ -1,5 +1,7 @@
 """Training losses. All are float32, and frames that touch padding weigh nothing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,11 @@ MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (
 
 
 def reconstruction_loss(
-    wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array, sample_rate: int
+    wav: jax.Array,
+    wav_hat: jax.Array,
+    lengths: jax.Array,
+    sample_rate: int,
+    floor_db: float = -math.inf,
 ) -> jax.Array:
     """Multi-scale mel distance: the L1 distance of log10 mel spectrograms, summed over 7 scales.
 
@@ -20,6 +26,7 @@ def reconstruction_loss(
       wav_hat: [B, C, S] reconstruction.
       lengths: [B] valid samples. A frame that reaches past them weighs nothing.
       sample_rate: Hz.
+      floor_db: What is silent, see `spectral.log_mel`; not in the paper.
 
     Returns:
       [B]: per item the mean over valid frames, summed over scales.
@@ -29,7 +36,9 @@ def reconstruction_loss(
     for window_length, num_mels in MEL_SCALES:
         # Not in one batch: the reference needs no gradient.
         reference, synthesis = (
-            spectral.log_mel(x.reshape(-1, num_samples), sample_rate, window_length, num_mels)
+            spectral.log_mel(
+                x.reshape(-1, num_samples), sample_rate, window_length, num_mels, floor_db
+            )
             for x in (wav, wav_hat)
         )
         distance = jnp.abs(reference - synthesis).mean(-1)

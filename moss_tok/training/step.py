@@ -162,7 +162,7 @@ def _generator_gradient(
         wav, wav_hat = part["wav"], generated["wav_hat"]
         terms = {name: x for name, x in generated.items() if name.endswith("_loss")}
         terms["reconstruction_loss"] = losses.reconstruction_loss(
-            wav, wav_hat, part["length"], codec.sample_rate
+            wav, wav_hat, part["length"], codec.sample_rate, config.mel_floor_db
         )
         if config.waveform_weight:
             terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, part["length"])
