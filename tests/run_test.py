@@ -80,11 +80,11 @@ def as_flags(config):
     return [f"--{k}={v}" for k, v in pairs if v != getattr(default, k)]
 
 
-def start(config, *flags, num_devices=0, **options):
-    """train.py in a process group of its own; num_devices 0: as without a test."""
-    fake = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}") if num_devices else ""
+def start(config, *flags, num_devices=1, **options):
+    """train.py in a process group of its own."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": fake}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *as_flags(config), *flags],
         env=os.environ | cache,
