@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 FLAGS = Path(__file__).with_name("quickstart.flags")
 
 # Name -> further flags, and what is undone in the code.
@@ -20,8 +24,10 @@ VARIANTS = {
     "all of it": ([], ""),
     "random projections": ([], "low_pass"),
     "codes that see no sizes": ([], "sizes"),
+    "quantizers' dimensions drawn": ([], "dealt"),
+    "mel bands down to 1e-5": (["--mel_floor_db=-200"], ""),
     "no waveform loss": (["--waveform_weight=0"], ""),
-    "neither of the three": (["--waveform_weight=0"], "low_pass,sizes"),
+    "none of the five": (["--waveform_weight=0", "--mel_floor_db=-200"], "low_pass,sizes,dealt"),
     "12.5 Hz instead of 50": (["--model=12hz.json"], ""),
     "latents half as wide": (["--model=narrow.json"], ""),
     "no re-seeding": (["--reseed_every=0"], ""),
@@ -42,12 +48,23 @@ def undo(names: list[str]) -> None:
     if "sizes" in names:
         paired = state._paired
 
-        def without_sizes(quantizer, key):
-            done = paired(quantizer, key)
-            kept = ("codebooks", "in_projections", "out_projections")
-            return done | {name: quantizer[name] for name in kept}
+        def without_sizes(quantizer):
+            done = paired(quantizer)
+            projections = done["in_projections"] | {"bias": quantizer["in_projections"]["bias"]}
+            codebooks = 0.1 * quantizer["codebooks"]
+            return done | {"in_projections": projections, "codebooks": codebooks}
 
         state._paired = without_sizes
+    if "dealt" in names:
+        state._seen_first = random_kernels
+
+
+def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
+    """Orthonormal kernels of random directions, the last column left zero."""
+    shape = (num_quantizers, rvq_dim, codebook_dim)
+    kernels = np.linalg.qr(np.random.default_rng(0).standard_normal(shape))[0]
+    kernels[..., -1] = 0
+    return jnp.asarray(kernels, jnp.float32)
 
 
 def run_variant(argv: list[str], undone: str, result: Path) -> None:

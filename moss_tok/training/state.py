@@ -217,7 +217,7 @@ def _init_params(config: TrainConfig, codec: CodecConfig, key: jax.Array) -> Any
     params = nn.meta.unbox(CodecModel(codec, config.compute).init(key, wav)["params"])
     for side in ("encoder", "decoder"):
         params[side] = _low_pass(getattr(codec, side), params[side], side)
-    return params | {"quantizer": _paired(params["quantizer"], jax.random.fold_in(key, 1))}
+    return params | {"quantizer": _paired(params["quantizer"])}
 
 
 # Brings speech (RMS about 0.05) to the size of what the first blocks add to it.
@@ -260,12 +260,12 @@ def _dct(num_samples: int, num_coefficients: int) -> np.ndarray:
     return kernel
 
 
-def _paired(quantizer: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+def _paired(quantizer: dict[str, Any]) -> dict[str, Any]:
     """Makes every projection orthonormal and the one that undoes it its transpose.
 
     With unrelated projections a code's value does not resemble the residual it stands for, and the
     losses grow instead of falling; so they do with large codebooks. The outer projections keep the
-    first of the latents' dimensions, see `_low_pass`; those of the quantizers are random.
+    first of the latents' dimensions, see `_low_pass`; for the quantizers' see `_seen_first`.
 
     The last of a quantizer's dimensions starts as the constant 1 in residuals and codes. Codes are
     chosen by angle, which says nothing of a residual's size: quiet frames would get codes of any
@@ -276,16 +276,30 @@ def _paired(quantizer: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         kernel = jnp.eye(*quantizer["input_projection"]["direction"].shape)
         quantizer = _set_pair(quantizer, ("input_projection", "output_projection"), kernel)
     if "in_projections" in quantizer:
-        num_quantizers, rows, columns = quantizer["in_projections"]["direction"].shape
-        tall = (num_quantizers, max(rows, columns), min(rows, columns))
-        kernel = jnp.linalg.qr(jax.random.normal(key, tall))[0]
-        kernel = kernel if rows >= columns else kernel.swapaxes(-1, -2)
-        kernel = kernel.at[..., -1].set(0)
+        kernel = _seen_first(*quantizer["in_projections"]["direction"].shape)
         quantizer = _set_pair(quantizer, ("in_projections", "out_projections"), kernel)
         bias = quantizer["in_projections"]["bias"].at[..., -1].set(1)
         quantizer["in_projections"] = quantizer["in_projections"] | {"bias": bias}
         quantizer["codebooks"] = quantizer["codebooks"].at[..., -1].set(1)
     return quantizer
+
+
+def _seen_first(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
+    """Kernels [Q, rvq_dim, codebook_dim] that pick dimensions; the last column is left zero.
+
+    A quarter of the quantizers at a time share a block of dimensions, dealt out like cards: first
+    one block, then the next, and the same two again for what is left of them. With directions
+    drawn at random, each quantizer sees a random tenth of the residual's energy, and the last ones
+    hardly anything that the ones before had not seen.
+    """
+    seen = codebook_dim - 1
+    group = max(1, num_quantizers // 4)
+    kernel = np.zeros((num_quantizers, rvq_dim, codebook_dim), np.float32)
+    for n in range(num_quantizers):
+        block = n // group % 2
+        for column in range(seen):
+            kernel[n, (block * group * seen + column * group + n % group) % rvq_dim, column] = 1
+    return jnp.asarray(kernel)
 
 
 def _set_pair(quantizer: dict[str, Any], names: tuple[str, str], kernel: jax.Array) -> Any:
