@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_test import clips, config, finished, rows_without_timing, start, wait_for  # noqa: F401
+from run_test import clips, rows_without_timing, start, wait_for  # noqa: F401
+from training_test import CODEC, CONFIG
 
 import moss_tok
 from moss_tok.codec import pretrained
@@ -23,8 +24,8 @@ def start_two(*configs):
         probe.bind(("127.0.0.1", 0))
         address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
     return [
-        start(config, address, "--num_processes=2", f"--process_id={n}", num_devices=2)  # noqa: F811
-        for n, config in enumerate(configs)  # noqa: F811
+        start(config, address, "--num_processes=2", f"--process_id={n}", num_devices=2)
+        for n, config in enumerate(configs)
     ]
 
 
@@ -35,32 +36,40 @@ def finish(processes, code=0):
 
 
 @pytest.fixture
-def pretrain(config):  # noqa: F811
-    """The first stage, which compiles faster."""
-    return dataclasses.replace(config, stage="pretrain", mesh=MESH)
+def pretrain(clips, tmp_path):  # noqa: F811
+    """A short run of the first stage, which compiles faster."""
+    (tmp_path / "micro.json").write_text(CODEC.to_json())
+    return dataclasses.replace(
+        CONFIG,
+        model=str(tmp_path / "micro.json"),
+        train_data=str(clips / "manifest.jsonl"),
+        workdir=str(tmp_path / "run"),
+        log_every=1,
+        num_eval_clips=1,
+    )
 
 
 def test_two_processes_give_what_one_gives(pretrain, tmp_path):
-    """Also when one goes on from what the two saved, and the other way round."""
-    config = dataclasses.replace(pretrain, num_steps=6, checkpoint_every=3)  # noqa: F811
-    loop.train(config)
-    two = dataclasses.replace(config, workdir=str(tmp_path / "two"), num_steps=3)
+    """They go on from what one process saved, and one from what they saved."""
+    loop.train(dataclasses.replace(pretrain, num_steps=5))
+    parts = dataclasses.replace(pretrain, workdir=str(tmp_path / "parts"))
+    loop.train(dataclasses.replace(parts, num_steps=2))
+    two = dataclasses.replace(parts, num_steps=4, mesh=MESH, num_workers=1)
     outputs = finish(start_two(two, two))
-    assert "step 3/3" in outputs[0] and "step 3/3" not in outputs[1]
-    loop.train(dataclasses.replace(two, num_steps=4, mesh="data:1"))
-    outputs = finish(start_two(*[dataclasses.replace(two, num_steps=6, num_workers=1)] * 2))
-    assert "going on from step 4" in outputs[0]
-    for a, b in zip(*map(rows_without_timing, (config.workdir, two.workdir)), strict=True):
+    assert "going on from step 2" in outputs[0]
+    assert "step 4/4" in outputs[0] and "step 4/4" not in outputs[1]
+    loop.train(dataclasses.replace(parts, num_steps=5))
+    for a, b in zip(*map(rows_without_timing, (pretrain.workdir, parts.workdir)), strict=True):
         assert a["step"] == b["step"]
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-6, err_msg=name)
-    a, b = (moss_tok.load(c.workdir).params for c in (config, two))
+    a, b = (moss_tok.load(c.workdir).params for c in (pretrain, parts))
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-3)
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(pretrain):
-    config = dataclasses.replace(pretrain, num_steps=100000, checkpoint_every=100000)  # noqa: F811
+    config = dataclasses.replace(pretrain, mesh=MESH, num_steps=100000, checkpoint_every=100000)
     processes = start_two(config, config)
     metrics = Path(config.workdir) / writer.METRICS
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, processes[0])
@@ -71,7 +80,10 @@ def test_a_signal_to_one_process_stops_all_at_one_step(pretrain):
 
 
 def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):
-    own = [dataclasses.replace(pretrain, workdir=str(tmp_path / f"own{n}")) for n in range(2)]
+    own = [
+        dataclasses.replace(pretrain, mesh=MESH, workdir=str(tmp_path / f"own{n}"))
+        for n in range(2)
+    ]
     processes = start_two(*own)
     for output in finish(processes, code=2):
         assert "must be a folder that all processes share" in output.strip().split("\n")[-1]
@@ -86,8 +98,8 @@ def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):
         (["--mesh=rows:2"], "mesh must be data:N,fsdp:N,tensor:N"),
     ],
 )
-def test_bad_flags(config, flags, message):  # noqa: F811
-    output, _ = (process := start(dataclasses.replace(config, mesh="data:1"), *flags)).communicate()
+def test_bad_flags(pretrain, flags, message):
+    output, _ = (process := start(pretrain, *flags)).communicate()
     assert process.returncode == 2
     assert output.startswith("error: ") and message in output and output.count("\n") == 1
-    assert not Path(config.workdir).exists()
+    assert not Path(pretrain.workdir).exists()

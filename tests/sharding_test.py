@@ -74,7 +74,7 @@ def test_meshes_train_alike(base):
         return rows, optax.tree.get_all_with_path(moments, "mu")
 
     rows, moments = train("data:1")
-    for text in ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")[base.adversarial :]:
+    for text in ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")[2 * base.adversarial :]:
         found, found_moments = train(text)
         for expected, row in zip(rows, found, strict=True):
             for name in (name for name in expected if name.endswith("loss")):
