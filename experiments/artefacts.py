@@ -4,18 +4,25 @@
 
 comb: long-term power of speech at multiples of a rate, 2 to 8 kHz, over the power between them, in
 dB (mean and largest); 0 in recordings. pitch: in voiced frames of the recording, level at multiples
-of its pitch over the level halfway between them, in dB; 24 in recordings, 0 in noise.
+of its pitch over the level halfway between them, in dB; 24 in recordings, 0 in noise. pesq: wide
+band, where that package is installed.
 """
 
 import argparse
 
 import librosa
 import numpy as np
+import soxr
 
 import moss_tok
 from moss_tok.config import PatchConfig
 from moss_tok.data import sources
 from moss_tok.evaluation import sweep
+
+try:
+    import pesq
+except ImportError:
+    pesq = None
 
 _MIN_SECONDS = 2.0  # shorter clips say nothing of long-term spectra
 
@@ -58,6 +65,12 @@ def pitch_contrast(pitches: list[np.ndarray], wavs: list[np.ndarray], sample_rat
     return float(np.mean(found))
 
 
+def mean_pesq(references: list[np.ndarray], wavs: list[np.ndarray], sample_rate: int) -> float:
+    """Mean wide-band PESQ of [S] signals."""
+    at_16k = [[soxr.resample(x, sample_rate, 16000) for x in xs] for xs in (references, wavs)]
+    return float(np.mean([pesq.pesq(16000, x, y, "wb") for x, y in zip(*at_16k, strict=True)]))
+
+
 def measure(codec: moss_tok.Codec, data: str, numbers: list[int]) -> dict[str, dict[str, float]]:
     """System -> figures, for the speech of the test split of `data`."""
     rate = codec.config.sample_rate
@@ -74,6 +87,8 @@ def measure(codec: moss_tok.Codec, data: str, numbers: list[int]) -> dict[str, d
         figures = {"pitch": pitch_contrast(pitches, signals, rate)}
         for r in rates:
             figures[f"comb {r:g} Hz"], figures[f"comb {r:g} Hz, largest"] = comb(signals, rate, r)
+        if pesq:
+            figures["pesq"] = mean_pesq(wavs["recording"], signals, rate)
         found[system] = figures
     return found
 
@@ -95,7 +110,11 @@ def main() -> None:
     columns = list(next(iter(found.values())))
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for system, figures in found.items():
-        print(f"| {system} | " + " | ".join(f"{figures[c]:.1f}" for c in columns) + " |")
+        print(
+            f"| {system} | "
+            + " | ".join(f"{figures[c]:.{2 if c == 'pesq' else 1}f}" for c in columns)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

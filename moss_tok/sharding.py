@@ -59,7 +59,8 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
     count = math.prod(shape)
     partial = jax.process_count() == 1 and -1 not in sizes.values()
     if not 0 < count <= len(devices) or (count != len(devices) and not partial):
-        raise ValueError(f"mesh {text!r} does not fit {len(devices)} devices")
+        rest = "a multiple of " if -1 in sizes.values() else ""
+        raise ValueError(f"mesh {text!r} needs {rest}{fixed} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
 

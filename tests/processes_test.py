@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_test import clips, rows_without_timing, start, wait_for  # noqa: F401
-from training_test import CODEC, CONFIG
+from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
+from training_test import CONFIG
 
 import moss_tok
 from moss_tok.codec import pretrained
@@ -38,15 +38,7 @@ def finish(processes, code=0):
 @pytest.fixture
 def pretrain(clips, tmp_path):  # noqa: F811
     """A short run of the first stage, which compiles faster."""
-    (tmp_path / "micro.json").write_text(CODEC.to_json())
-    return dataclasses.replace(
-        CONFIG,
-        model=str(tmp_path / "micro.json"),
-        train_data=str(clips / "manifest.jsonl"),
-        workdir=str(tmp_path / "run"),
-        log_every=1,
-        num_eval_clips=1,
-    )
+    return small_run(CONFIG, clips, tmp_path, num_eval_clips=1)
 
 
 def test_two_processes_give_what_one_gives(pretrain, tmp_path):
@@ -94,7 +86,10 @@ def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):
     [
         (["--num_processes=2"], "num_processes 2 needs coordinator_address"),
         (["--num_processes=2", "--process_id=2"], "process_id must be 0..1, got 2"),
-        (["--mesh=data:3,tensor:-1"], "mesh 'data:3,tensor:-1' does not fit"),
+        (
+            ["--mesh=data:3,tensor:-1"],
+            "mesh 'data:3,tensor:-1' needs a multiple of 3 devices, there are 1",
+        ),
         (["--mesh=rows:2"], "mesh must be data:N,fsdp:N,tensor:N"),
     ],
 )

@@ -36,21 +36,25 @@ def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("clips"), [1.0, 0.7, 0.1, 2.0, 0.6, 1.2])
 
 
+def small_run(config, clips, folder, **changes):
+    """`config` on the codec and clips of the tests, with a workdir that is not there yet."""
+    (folder / "micro.json").write_text(CODEC.to_json())
+    return dataclasses.replace(
+        config,
+        model=str(folder / "micro.json"),
+        train_data=str(clips / "manifest.jsonl"),
+        workdir=str(folder / "run"),
+        log_every=1,
+        **changes,
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(clips, tmp_path_factory):
     """A run of 4 steps of the second stage with an evaluation every 2, and its config."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "micro.json").write_text(CODEC.to_json())
-    config = dataclasses.replace(
-        ADVERSARIAL,
-        model=str(folder / "micro.json"),
-        train_data=str(clips / "manifest.jsonl"),
-        workdir=str(folder / "run"),
-        num_steps=4,
-        log_every=1,
-        checkpoint_every=2,
-        eval_every=2,
-        num_eval_clips=2,
+    config = small_run(
+        ADVERSARIAL, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2, num_eval_clips=2
     )
     assert loop.train(config)
     return config

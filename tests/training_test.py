@@ -236,6 +236,20 @@ def test_fresh_quantizer_knows_sizes():
     np.testing.assert_array_equal(quantizer["in_projections"]["gain"][..., -1], 0)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(16, 96, 8), (32, 512, 8), (4, 6, 3), (32, 16, 8), (3, 4, 8), (1, 5, 1)]
+)
+def test_fresh_quantizers_share_out_the_dimensions(sizes):
+    """Each sees different ones; those of a group see no dimension twice where there are enough."""
+    kernels = np.asarray(states._seen_first(*sizes))
+    num_quantizers, rvq_dim, codebook_dim = sizes
+    seen = min(codebook_dim - 1, rvq_dim)
+    assert (kernels.sum((1, 2)) == seen).all() and kernels.sum(2).max() <= 1
+    group = kernels[: max(1, num_quantizers // 4)]
+    if seen * len(group) <= rvq_dim:
+        assert group.sum((0, 2)).max() <= 1
+
+
 def test_bfloat16_is_close_to_float32():
     """Compute in half precision; parameters, losses and spectra stay in float32."""
     half = dataclasses.replace(ADVERSARIAL, dtype="bfloat16", remat="dots")

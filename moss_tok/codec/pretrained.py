@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
 
+from moss_tok import sharding
 from moss_tok.codec import huggingface
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
@@ -217,7 +218,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, args: "CheckpointArgs"):
         """Starts writing; the futures end when the arrays are on disk."""
-        if jax.process_index() == 0:
+        if sharding.is_main_process():
             (directory / "config.json").write_text(args.config.to_json())
         self._names = tuple(args.trees)
         futures = []
@@ -244,7 +245,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         """Merges what the processes wrote, and lists it."""
         for name in self._names:
             self._trees.finalize(directory / name)
-        if jax.process_index() == 0:
+        if sharding.is_main_process():
             root = Path(directory)
             files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.parent != root]
             sizes = {str(p.relative_to(root)): p.stat().st_size for p in files}

@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> bool:
     num_samples = _segment_samples(config, codec)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
+    shapes = state_shapes(config, codec, mesh)
     workdir = Path(config.workdir)
     _check_same_run(workdir, config)
     mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate)
@@ -59,7 +60,7 @@ def train(config: TrainConfig) -> bool:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
         saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config))
-        state = _start(config, codec, mesh, saver)
+        state = _start(config, codec, shapes, saver)
         start = int(state.step)
         log = None
         if sharding.is_main_process():
@@ -74,7 +75,7 @@ def train(config: TrainConfig) -> bool:
             rows=sharding.local_rows(mesh, config.batch_size),
         )
         stack.callback(batches.close)
-        run = Run(config, codec, mesh, mixture, eval_items, saver, log, stop)
+        run = Run(config, codec, shapes, mixture, eval_items, saver, log, stop)
         state = run.steps(state, batches)
         saver.wait()
         if int(state.step) < config.num_steps:
@@ -173,13 +174,12 @@ def _write_config(workdir: Path, config: TrainConfig) -> None:
 def _start(
     config: TrainConfig,
     codec: CodecConfig,
-    mesh: jax.sharding.Mesh,
+    shapes: TrainState,
     saver: checkpoints.Checkpoints,
 ) -> TrainState:
     """The newest checkpoint's state; else a fresh one, from `init_from` if that is set."""
-    like = state_shapes(config, codec, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    state = saver.restore_latest(like, _say)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    state = saver.restore_latest(shapes, _say)
     if state is not None:
         _say(f"going on from step {int(state.step)}")
         return state
@@ -187,7 +187,9 @@ def _start(
     if config.init_from:
         params = sharding.whole(pretrained.load(config.init_from).params, shardings.params)
         if config.adversarial:
-            discriminators = checkpoints.load_discriminators(config.init_from, like.discriminators)
+            discriminators = checkpoints.load_discriminators(
+                config.init_from, shapes.discriminators
+            )
         found = "generator and discriminators" if discriminators is not None else "generator"
         _say(f"starting from the {found} of {config.init_from}")
     init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)
@@ -220,7 +222,7 @@ class Run:
 
     config: TrainConfig
     codec: CodecConfig
-    mesh: jax.sharding.Mesh
+    shapes: TrainState  # with shardings
     mixture: sources.Mixture
     eval_items: list[AudioItem]
     saver: checkpoints.Checkpoints
@@ -229,10 +231,12 @@ class Run:
 
     def __post_init__(self):
         self._bad_files: set[tuple[int, int]] = set()
+        self._mesh = self.shapes.step.sharding.mesh
+        self._num_rows = len(sharding.local_rows(self._mesh, self.config.batch_size))
         self._terminal = sys.stderr.isatty() and sharding.is_main_process()
         self._bar = self._progress(0, "training", "step")
         self._began, self._since = time.perf_counter(), 0  # of the rates in the next line
-        whole = sharding.replicated(self.mesh)
+        whole = sharding.replicated(self._mesh)
         self._zero_totals = jax.jit(lambda: zero_totals(self.config), out_shardings=whole)
 
     def _progress(self, total: int, name: str, unit: str) -> tqdm.tqdm:
@@ -245,7 +249,7 @@ class Run:
         of the same step; the step after that is the last, the third one at most from the signal.
         """
         config, start = self.config, int(state.step)
-        train_step = sharded_train_step(config, self.codec, self.mesh)
+        train_step = sharded_train_step(config, self.codec, self.shapes)
         self._began, self._since = time.perf_counter(), start
         self._bar.reset(config.num_steps)
         self._bar.update(start)
@@ -278,14 +282,14 @@ class Run:
         for number, index in failed[failed[..., 0] >= 0]:
             if (number, index) not in self._bad_files:
                 self._bad_files.add((number, index))
-                _warn(f"{_why(self.mixture.sources[number], int(index))}; replaced")
+                why = _why(self.mixture.sources[number], int(index))
+                _say(f"warning: {why}; replaced", everywhere=True)
         batch["failed_reads"] = np.sum(failed[..., 0] >= 0, -1, np.int32)
-        return sharding.global_batch(self.mesh, self.config.batch_size, batch)
+        return sharding.global_batch(self._mesh, self.config.batch_size, batch)
 
     def _stop_flags(self) -> dict[str, jax.Array]:
-        batch_size = self.config.batch_size
-        flags = np.full(len(sharding.local_rows(self.mesh, batch_size)), self.stop.received)
-        return sharding.global_batch(self.mesh, batch_size, {"stop": flags})
+        flags = {"stop": np.full(self._num_rows, self.stop.received)}
+        return sharding.global_batch(self._mesh, self.config.batch_size, flags)
 
     def _check(self, step: int, metrics: dict[str, jax.Array]) -> bool:
         """Whether to stop; ValueError where the last updates were all skipped."""
@@ -327,7 +331,7 @@ class Run:
         The first process does it, on one device; the others wait for it in their next step.
         """
         began, step = time.perf_counter(), int(state.step)
-        params = sharding.on_one_device(state.best_params, self.mesh)
+        params = sharding.on_one_device(state.best_params, self._mesh)
         if self.log is not None:
             self._show(step, Codec(params, self.codec))
         self._began += time.perf_counter() - began  # rates are of training alone
@@ -383,16 +387,8 @@ def _line(step: int, num_steps: int, values: dict[str, Any]) -> str:
     )
 
 
-def _say(text: str) -> None:
-    if sharding.is_main_process():
-        _print(text)
-
-
-def _warn(text: str) -> None:
-    """Also of what only this process knows."""
-    _print(f"warning: {text}")
-
-
-def _print(text: str) -> None:
-    tqdm.tqdm.write(text)
-    sys.stdout.flush()
+def _say(text: str, everywhere: bool = False) -> None:
+    """Prints a line in the main process; `everywhere`: what only this one may know."""
+    if everywhere or sharding.is_main_process():
+        tqdm.tqdm.write(text)
+        sys.stdout.flush()

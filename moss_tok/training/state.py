@@ -292,13 +292,14 @@ def _seen_first(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Arr
     drawn at random, each quantizer sees a random tenth of the residual's energy, and the last ones
     hardly anything that the ones before had not seen.
     """
-    seen = codebook_dim - 1
+    seen = min(codebook_dim - 1, rvq_dim)
     group = max(1, num_quantizers // 4)
+    stride = min(group, rvq_dim // max(1, seen))  # where they are few, blocks overlap
+    columns = np.arange(seen)
     kernel = np.zeros((num_quantizers, rvq_dim, codebook_dim), np.float32)
     for n in range(num_quantizers):
-        block = n // group % 2
-        for column in range(seen):
-            kernel[n, (block * group * seen + column * group + n % group) % rvq_dim, column] = 1
+        start = n // group % 2 * group * seen + n % group
+        kernel[n, (start + columns * stride) % rvq_dim, columns] = 1
     return jnp.asarray(kernel)
 
 

@@ -18,7 +18,6 @@ from moss_tok.training.state import (
     TrainState,
     discriminator_optimizer,
     generator_optimizer,
-    state_shapes,
     trainable,
 )
 
@@ -87,9 +86,14 @@ def train_step(
     return _guarded(state, changed, metrics, batch)
 
 
-def sharded_train_step(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
-    """`train_step` on a mesh: jitted, (state, batch) -> (state, metrics), the state donated."""
-    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(config, codec, mesh))
+def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainState) -> Any:
+    """`train_step` on the mesh of `shapes` (`state_shapes`): jitted, the state donated.
+
+    Returns:
+      Function (state, batch) -> (state, metrics).
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    mesh = shapes.step.sharding.mesh
     return jax.jit(
         functools.partial(train_step, config, codec),
         donate_argnums=0,
