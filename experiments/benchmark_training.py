@@ -14,10 +14,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from moss_tok.config import TrainConfig, preset
+from moss_tok import sharding
+from moss_tok.config import CodecConfig, TrainConfig, preset
 from moss_tok.training import flops
 from moss_tok.training.state import init_state
-from moss_tok.training.step import train_step
+from moss_tok.training.step import batch_shapes, segment_samples, train_step
 
 
 def peak_flops(dtype: str, size: int) -> float:
@@ -33,18 +34,12 @@ def peak_flops(dtype: str, size: int) -> float:
     return 2 * size**3 / best
 
 
-def seconds_per_step(config: TrainConfig, codec, num_samples: int, num_steps: int) -> float:
+def seconds_per_step(config: TrainConfig, codec: CodecConfig, num_steps: int) -> float:
     """Median of `num_steps` steps after two."""
-    key = jax.random.key(0)
-    shape = (config.batch_size, codec.num_channels, num_samples)
-    batch = {
-        "wav": 0.1 * jax.random.normal(key, shape),
-        "length": jnp.full(shape[:1], num_samples),
-        "domain": jnp.zeros(shape[:1], jnp.int32),
-        "position": jnp.arange(shape[0]),
-        "failed_reads": jnp.zeros(shape[:1], jnp.int32),
-        "stop": jnp.zeros(shape[:1], bool),
-    }
+    shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
+    batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    batch["wav"] += 0.1 * jax.random.normal(jax.random.key(0), batch["wav"].shape)
+    batch["length"] += batch["wav"].shape[-1]
     state = jax.jit(init_state, static_argnums=(0, 1))(config, codec)
     times = []
     for _ in range(num_steps + 2):
@@ -76,14 +71,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in args.presets.split(","):
         codec = preset(name)
-        num_samples = int(args.seconds * codec.frame_rate + 1e-6) * codec.hop_length
         for stage in args.stages.split(","):
             config = dataclasses.replace(
                 TrainConfig(), stage=stage, batch_size=args.batch_size, dtype=args.dtype,
                 num_microbatches=args.num_microbatches, remat=args.remat,
                 discriminator_channels=args.discriminator_channels,
+                segment_seconds=args.seconds,
             )  # fmt: skip
-            step = seconds_per_step(config, codec, num_samples, args.num_steps)
+            num_samples = segment_samples(config, codec)
+            step = seconds_per_step(config, codec, args.num_steps)
             work = flops.step_flops(config, codec, num_samples)
             audio = args.batch_size * num_samples / codec.sample_rate / step
             print(

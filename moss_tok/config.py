@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "moss_tok"
-ATTENTION = ("auto", "dense", "blocked")
+ATTENTION = ("auto", "dense", "blocked", "splash")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 STAGES = ("pretrain", "adversarial")

@@ -25,7 +25,7 @@ def random_qkv(num_frames, seed=0, batch=2, heads=2, dim=8):
     return jax.random.normal(jax.random.key(seed), (3, batch, num_frames, heads, dim))
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blocked"])
+@pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
 @pytest.mark.parametrize(
     ("num_frames", "window"),
     [(1, 1), (5, 1), (7, 100), (64, 64), (200, 1), (200, 30), (333, 129), (130, 64)],
@@ -36,15 +36,16 @@ def test_agrees_with_brute_force(implementation, num_frames, window):
     np.testing.assert_allclose(out, brute_force(q, k, v, window), atol=2e-6)
 
 
-def test_gradients_agree():
+@pytest.mark.parametrize("implementation", ["blocked", "splash"])
+def test_gradients_agree(implementation):
     qkv = random_qkv(200)
 
     def loss(qkv, implementation):
         out = attention.attend(*qkv, 70, implementation, "highest")
         return jnp.sum(jnp.sin(out) * jnp.arange(200)[:, None, None])
 
-    dense, blocked = (jax.grad(loss)(qkv, name) for name in ("dense", "blocked"))
-    np.testing.assert_allclose(dense, blocked, atol=2e-4)
+    dense, other = (jax.grad(loss)(qkv, name) for name in ("dense", implementation))
+    np.testing.assert_allclose(dense, other, atol=2e-4)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -17,9 +17,9 @@ FLOORS = [
     ["convert"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],
-    ["training.losses", "training.discriminators", "training.flops", "training.state",
-     "training.step", "training.checkpoints",
-     "training.writer", "training.loop"],
+    ["training.flags", "training.losses", "training.discriminators", "training.flops",
+     "training.state", "training.step", "training.checkpoints", "training.writer",
+     "training.loop"],
     ["cli.arguments", "cli.codes", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
      "cli.info", "cli.prepare", "cli.main"],
 ]  # fmt: skip

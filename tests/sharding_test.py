@@ -13,7 +13,7 @@ from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
-from moss_tok.config import DiscriminatorConfig
+from moss_tok.config import ComputeConfig, DiscriminatorConfig
 from moss_tok.training import state as states
 from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.step import sharded_train_step
@@ -38,7 +38,8 @@ def test_every_logical_name_has_a_rule(name):
         assert len(box.names) == box.value.ndim
 
 
-def test_a_mesh_gives_the_same_codes(micro, rng):
+@pytest.mark.parametrize("attention", ["auto", "splash"])
+def test_a_mesh_gives_the_same_codes(micro, rng, attention):
     mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
     boxed = pretrained.boxed_shapes(micro.config)
     shardings = sharding.param_shardings(boxed, mesh)
@@ -47,7 +48,7 @@ def test_a_mesh_gives_the_same_codes(micro, rng):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
     wav = 0.1 * rng.standard_normal((4, 1, 999), np.float32)
-    codec = micro.replace(params=params)
+    codec = micro.replace(params=params, compute=ComputeConfig(attention=attention))
     with jax.set_mesh(mesh):
         codes = moss_tok.encode(codec, jax.device_put(wav, batch)).codes
     np.testing.assert_array_equal(codes, moss_tok.encode(micro, wav).codes)

@@ -11,6 +11,7 @@ import pytest
 from conftest import leaves_equal, micro_config
 
 import moss_tok
+from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.config import TrainConfig, mirror, preset
 from moss_tok.training import state as states
@@ -270,10 +271,7 @@ def test_flag_files_trace(name):
     kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{key: kinds[key](value) for key, value in lines})
     codec = preset(config.model or "v1")
-    samples = int(config.segment_seconds * codec.frame_rate) * codec.hop_length
-    batch = make_batch(np.zeros((config.batch_size, codec.num_channels, 1)))
-    shape = (config.batch_size, codec.num_channels, samples)
-    batch["wav"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = steps.batch_shapes(config, codec, sharding.make_mesh("data:1"))
     state = jax.eval_shape(lambda: states.init_state(config, codec))
     after, metrics = jax.eval_shape(
         lambda s, b: steps.train_step(config, codec, s, b), state, batch

@@ -3,13 +3,18 @@
 Shapes: q, k, v are [B, T, N, H]; see the legend in `moss_tok/__init__.py`.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 _BLOCK_FRAMES = (64, 512)
+_LANES = 128  # the splash kernel's blocks are multiples of this
 
 
 def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Array:
@@ -71,7 +76,8 @@ def attend(
       v: Values [B, T, N, H].
       window: Number of keys a query sees, its own included.
       implementation: "dense" builds [T, T] scores; "blocked" walks over blocks of queries and
-        needs memory linear in T, backward too; "auto" takes dense for short sequences.
+        needs memory linear in T, backward too; "splash" is a TPU kernel that skips what the
+        window hides (on CPUs it is interpreted, which is slow); "auto": see `choose`.
       precision: Matmul precision.
 
     Returns:
@@ -80,12 +86,29 @@ def attend(
     num_frames = q.shape[1]
     window = min(window, num_frames)
     if implementation == "auto":
-        implementation = "dense" if num_frames <= _DENSE_FRAMES else "blocked"
+        implementation = choose(num_frames)
     if implementation == "dense":
         t = jnp.arange(num_frames)
         mask = (t[None] <= t[:, None]) & (t[None] > t[:, None] - window)
         return _masked_attention(q, k, v, mask, precision)
-    return _blocked(q, k, v, window, precision)
+    attention = {"blocked": _blocked, "splash": _splash}[implementation]
+    return attention(q, k, v, window, precision)
+
+
+def choose(num_frames: int) -> str:
+    """The implementation of "auto": splash on TPUs, elsewhere dense for short sequences.
+
+    The devices are those of the mesh that is set (`jax.set_mesh`), else jax's default ones.
+    """
+    if _on_tpu():
+        return "splash"
+    return "dense" if num_frames <= _DENSE_FRAMES else "blocked"
+
+
+def _on_tpu() -> bool:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = device.device_kind if device is not None else jax.default_backend()
+    return kind.lower().startswith("tpu")
 
 
 def _masked_attention(q, k, v, mask, precision):
@@ -126,3 +149,51 @@ def _blocked(q, k, v, window, precision):
     _, out = jax.lax.scan(step, (past, past.astype(v.dtype)), blocks)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, num_blocks * size, heads, dim)
     return out[:, :num_frames]
+
+
+def _splash(q, k, v, window, precision):
+    """The TPU kernel, on each device of the mesh for its items and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kernel = functools.partial(_splash_kernel, window=window, precision=precision)
+    if mesh.empty:
+        return kernel(q, k, v)
+    batch, heads = _split(mesh, ("data", "fsdp"), q.shape[0]), _split(mesh, ("tensor",), q.shape[2])
+    spec = PartitionSpec(batch, None, heads, None)
+    # Without the check of varying axes: Pallas kernels do not tell theirs.
+    kernel = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return kernel(q, k, v)
+
+
+def _split(mesh, names, size):
+    """Those axes of the mesh, if they divide `size`; else None: not split."""
+    names = tuple(name for name in names if name in mesh.shape)
+    return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
+
+
+def _splash_kernel(q, k, v, *, window, precision):
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, for TPUs only
+
+    num_frames, heads = q.shape[1:3]
+    block = splash_block(num_frames, window)
+    padding = -num_frames % block
+
+    def heads_first(x):  # padded at the end, where no query of ours looks
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    size = num_frames + padding
+    mask = splash_attention.LocalMask((size, size), (window - 1, 0), offset=0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention.BlockSizes(**{f"block_{n}": block for n in names}),
+        interpret=not _on_tpu(),
+    )
+    with jax.default_matmul_precision(precision or "default"):
+        out = jax.vmap(kernel)(*map(heads_first, (q * q.shape[-1] ** -0.5, k, v)))
+    return out.swapaxes(1, 2)[:, :num_frames]
+
+
+def splash_block(num_frames: int, window: int) -> int:
+    """Frames in a block of the splash kernel: large ones are faster, small ones hide less."""
+    wanted = int(np.clip(window // 2, _LANES, 4 * _LANES))
+    return min(-(-wanted // _LANES), -(-num_frames // _LANES)) * _LANES

@@ -28,9 +28,9 @@ from moss_tok.config import (
 )
 from moss_tok.data import pipeline, sources, synthetic
 from moss_tok.evaluation import sweep
-from moss_tok.training import checkpoints, losses, writer
+from moss_tok.training import checkpoints, writer
 from moss_tok.training.state import TrainState, init_state, state_shapes, zero_totals
-from moss_tok.training.step import sharded_train_step
+from moss_tok.training.step import segment_samples, sharded_train_step
 
 _CONFIG_NAME = "train_config.json"
 _MIN_READS = 100  # before the share of failed ones means anything
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> bool:
         other settings; too many unreadable files, updates that are not finite, a full disk.
     """
     codec = _codec_config(config)
-    num_samples = _segment_samples(config, codec)
+    num_samples = segment_samples(config, codec)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
     shapes = state_shapes(config, codec, mesh)
@@ -101,17 +101,6 @@ def _codec_config(config: TrainConfig) -> CodecConfig:
                 f"init_from {config.init_from} holds another model than {config.model}"
             )
     return codec
-
-
-def _segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
-    frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
-    longest = max(window for window, _ in losses.MEL_SCALES)
-    if frames * codec.hop_length < longest:
-        raise ValueError(
-            f"segment_seconds must be at least {longest / codec.sample_rate:.3f} for the longest "
-            f"mel window, got {config.segment_seconds}"
-        )
-    return frames * codec.hop_length
 
 
 def _check_same_run(workdir: Path, config: TrainConfig) -> None:
@@ -306,7 +295,7 @@ class Run:
         values = writer.summarize(self.config, state)
         self._check_reads(step, values["failed_reads"])
         seconds, steps = time.perf_counter() - self._began, step - self._since
-        audio = steps * self.config.batch_size * _segment_samples(self.config, self.codec)
+        audio = steps * self.config.batch_size * segment_samples(self.config, self.codec)
         values["steps_per_second"] = steps / seconds
         values["audio_seconds_per_second"] = audio / self.codec.sample_rate / seconds
         if self.log is not None:

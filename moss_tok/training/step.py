@@ -94,12 +94,42 @@ def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainSta
     """
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     mesh = shapes.step.sharding.mesh
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask for it
+            return train_step(config, codec, state, batch)
+
     return jax.jit(
-        functools.partial(train_step, config, codec),
+        step,
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
+
+
+def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
+    """S of a batch: `segment_seconds` in whole frames; ValueError if no mel window fits in."""
+    frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
+    longest = max(window for window, _ in losses.MEL_SCALES)
+    if frames * codec.hop_length < longest:
+        raise ValueError(
+            f"segment_seconds must be at least {longest / codec.sample_rate:.3f} for the longest "
+            f"mel window, got {config.segment_seconds}"
+        )
+    return frames * codec.hop_length
+
+
+def batch_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> Batch:
+    """ShapeDtypeStructs of a batch, with their sharding on `mesh`."""
+    wav = (codec.num_channels, segment_samples(config, codec))
+    integer = ((), jnp.int32)
+    kinds = {"wav": (wav, jnp.float32), "stop": ((), jnp.bool_)}
+    kinds |= dict.fromkeys(("length", "domain", "position", "failed_reads"), integer)
+    rows = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
+        for name, (shape, dtype) in kinds.items()
+    }
 
 
 def _split(batch: Batch, num_parts: int) -> Batch:

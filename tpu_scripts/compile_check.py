@@ -1,0 +1,280 @@
+r"""Compiles a run for a TPU slice, on a machine without one: does it fit, what does it cost?
+
+    python tpu_scripts/compile_check.py --topology=v5e:2x2 \
+        --flagfile=experiments/nano_pretrain.flags
+
+Needs libtpu (`pip install 'jax[tpu]'`). Every flag of train.py is taken. Exit code 1: does not fit.
+See tpu_scripts/README.md for what the estimate is made of.
+"""
+
+import os
+
+# Before jax: compile for TPUs, look for none.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # or libtpu complains
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import collections
+import dataclasses
+import re
+import sys
+import time
+from typing import Any
+
+import hlo
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import linen as nn
+from jax.experimental import topologies
+
+import moss_tok
+from moss_tok import sharding
+from moss_tok.codec import attention, pretrained
+from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig, check_choice, load_codec_config
+from moss_tok.training import flags as train_flags
+from moss_tok.training import flops, state, step
+
+FUNCTIONS = ("train_step", "encode", "decode")
+PRECISIONS = {
+    "highest": ComputeConfig(),
+    "high": ComputeConfig(precision="high"),
+    "bfloat16": ComputeConfig(dtype="bfloat16", precision="default"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip.
+
+    Attributes:
+      flops: FLOP/s in bfloat16.
+      hbm_bytes: Size of the main memory.
+      hbm_rate: Its bandwidth, bytes/s.
+      link_rate: Bytes/s along one axis of the torus, both directions.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_rate: float
+    link_rate: float
+
+
+# cloud.google.com/tpu/docs; interchip bandwidth over the axes of the torus (3, or 2 for e).
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9 / 3),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9 / 2),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9 / 3),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9 / 2),
+}
+
+
+def get_mesh(topology: str, text: str) -> jax.sharding.Mesh:
+    """The mesh of `text` over the chips of a slice such as v5p:4x4x4."""
+    check_choice("topology", topology.partition(":")[0], tuple(CHIPS))
+    # Without the name a v4 chip counts as two devices.
+    names = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **names)
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"topology {topology!r}: {error}") from error
+    return sharding.make_mesh(text, described.devices)
+
+
+def lower(
+    function: str, config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh, precision: str
+) -> jax.stages.Lowered:
+    """The train step of a run, or encode or decode of a batch like its batches."""
+    batch = step.batch_shapes(config, codec, mesh)
+    if function == "train_step":
+        shapes = state.state_shapes(config, codec, mesh)
+        return step.sharded_train_step(config, codec, shapes).lower(shapes, batch)
+    ready = moss_tok.Codec(_params(codec, mesh), codec, PRECISIONS[precision])
+    argument = batch["wav"]
+    if function == "decode":
+        frames = codec.num_frames(argument.shape[-1])
+        shape = (config.batch_size, codec.quantizer.num_quantizers, frames)
+        argument = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=argument.sharding)
+
+    def apply(ready, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return getattr(moss_tok, function)(ready, x)
+
+    out = sharding.batch_sharding(mesh)
+    return jax.jit(apply, out_shardings=out).lower(ready, argument)
+
+
+def _params(codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
+    boxed = pretrained.boxed_shapes(codec)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+
+
+def kernel_costs(
+    kernels: dict[str, float],
+    config: TrainConfig,
+    codec: CodecConfig,
+    mesh: jax.sharding.Mesh,
+    items: int,
+) -> hlo.Costs:
+    """FLOPs and bytes of the attention kernels, whose insides the HLO does not show.
+
+    Blocks that the window hides in part count in full; keys and values are read for every block of
+    queries that sees them.
+    """
+    total = hlo.Costs()
+    passes = 1 if config.dtype == "bfloat16" else 6
+    for name, times in kernels.items():
+        side, number = re.search(r"(encoder|decoder)/stage_(\d+)", name).groups()
+        module = getattr(codec, side)[int(number)]
+        window = codec.windows(side)[int(number)]
+        rate = codec.stage_rates(side)[int(number)]
+        frames = round(rate * step.segment_samples(config, codec) / codec.sample_rate)
+        size = attention.splash_block(frames, min(window, frames))
+        blocks = -(-frames // size)
+        seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
+        heads = items * module.num_heads / mesh.shape["tensor"]
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[re.search(r"fwd|dq|dkv", name)[0]]
+        item_size = 2 if config.dtype == "bfloat16" else 4
+        block_bytes = size * max(module.head_dim, 128) * item_size
+        total.flops += times * heads * seen * products * 2 * passes * size * size * module.head_dim
+        total.hbm_bytes += times * heads * block_bytes * (2 * seen + (products + 1) * blocks)
+    return total
+
+
+def report(
+    function: str,
+    config: TrainConfig,
+    codec: CodecConfig,
+    mesh: jax.sharding.Mesh,
+    chip: Chip,
+    precision: str,
+) -> bool:
+    """Compiles a function, prints what it costs, and returns whether it fits."""
+    began = time.perf_counter()
+    compiled = lower(function, config, codec, mesh, precision).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    fits = peak <= chip.hbm_bytes
+    costs = hlo.analyse(compiled.as_text())
+    items = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if function == "train_step":
+        items //= config.num_microbatches
+        useful = flops.step_flops(config, codec, step.segment_samples(config, codec))
+    else:
+        config = dataclasses.replace(config, dtype=PRECISIONS[precision].dtype)
+        sides = flops.codec_flops(codec, step.segment_samples(config, codec))
+        parts = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
+        useful = config.batch_size * sum(sides[part] for part in parts)
+    costs.add(kernel_costs(costs.kernels, config, codec, mesh, items))
+    estimate = Estimate(chip, mesh.size, costs, useful)
+    print(f"{function}, compiled in {seconds:.0f} s")
+    print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
+          f"{_giga(memory.temp_size_in_bytes)}, peak {_giga(peak)} of {_giga(chip.hbm_bytes)} GB"
+          f"{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
+    estimate.show()
+    return fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Time of one run of a program, from what it computes and moves at published rates."""
+
+    chip: Chip
+    num_chips: int
+    costs: hlo.Costs
+    useful_flops: float  # of all chips
+
+    @property
+    def compute(self) -> float:
+        """Seconds of arithmetic."""
+        return self.costs.flops / self.chip.flops
+
+    @property
+    def memory(self) -> float:
+        """Seconds of traffic with the main memory."""
+        return self.costs.hbm_bytes / self.chip.hbm_rate
+
+    @property
+    def links(self) -> float:
+        """Seconds of transfers that nothing hides."""
+        waiting = sum(c.num_bytes for c in self.costs.collectives if not c.is_async)
+        return waiting / self.chip.link_rate
+
+    @property
+    def step(self) -> float:
+        """Seconds in all."""
+        return max(self.compute, self.memory) + self.links
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the chips' arithmetic that useful FLOPs take."""
+        return self.useful_flops / self.num_chips / self.step / self.chip.flops
+
+    @property
+    def binds(self) -> str:
+        """The largest term."""
+        terms = {"arithmetic": self.compute, "memory": self.memory, "links": self.links}
+        return max(terms, key=terms.get)
+
+    def show(self) -> None:
+        """Prints the terms."""
+        c, chip = self.costs, self.chip
+        groups: dict[Any, list[hlo.Collective]] = collections.defaultdict(list)
+        for x in c.collectives:
+            groups[x.opcode, "asynchronous" if x.is_async else "waited for"].append(x)
+        for (opcode, kind), xs in sorted(groups.items()):
+            count, size = sum(x.times for x in xs), sum(x.num_bytes for x in xs)
+            print(f"  {opcode:<16} {count:.0f} x, {_giga(size)} GB over a chip's links, {kind}")
+        rows = {
+            "arithmetic": f"{c.flops / 1e12:.1f} TFLOP / {chip.flops / 1e12:.0f} TFLOP/s = "
+            f"{self.compute:.3f} s",
+            "memory": f"{_giga(c.hbm_bytes)} GB / {_giga(chip.hbm_rate)} GB/s = "
+            f"{self.memory:.3f} s",
+            "estimated time": f"max(arithmetic, memory) + links not hidden {self.links:.3f} s = "
+            f"{self.step:.3f} s; {self.binds} binds",
+            "utilisation": f"{self.useful_flops / 1e12:.0f} useful TFLOP / {self.num_chips} / "
+            f"({self.step:.3f} s x {chip.flops / 1e12:.0f} TFLOP/s) = {self.utilisation:.0%}, "
+            "an estimate",
+        }
+        for name, text in rows.items():
+            print(f"  {name:<16} {text}", flush=True)
+
+
+def _giga(x: float) -> str:
+    return f"{x / 1e9:.3g}" if x < 1e11 else f"{x / 1e9:.0f}"
+
+
+def main() -> None:
+    """Checks the functions that the flags name."""
+    topology, precision = flags.FLAGS.topology, flags.FLAGS.precision
+    functions = flags.FLAGS.functions.split(",")
+    for function in functions:
+        check_choice("functions", function, FUNCTIONS)
+    check_choice("precision", precision, tuple(PRECISIONS))
+    config = train_flags.config()
+    codec = load_codec_config(config.model or "tiny")
+    mesh = get_mesh(topology, config.mesh)
+    sharding.check_batch_size(mesh, config.batch_size)
+    count = sum(x.size for x in jax.tree.leaves(_params(codec, mesh)))
+    axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
+    print(f"{topology}: {mesh.size} chips, mesh {axes}; {config.model}, {count / 1e6:.1f} M "
+          f"parameters; {config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
+    chip = CHIPS[topology.partition(":")[0]]
+    if not all([report(f, config, codec, mesh, chip, precision) for f in functions]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    train_flags.define()
+    flags.DEFINE_string("topology", "v5p:2x2x1", "kind and shape of the slice")
+    flags.DEFINE_string("functions", ",".join(FUNCTIONS), "what is compiled")
+    flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
+    train_flags.run(main)

@@ -1,0 +1,412 @@
+"""What a compiled TPU program does, read from its optimised HLO: FLOPs, bytes, collectives.
+
+`compiled.cost_analysis()` counts a loop's body once; here it counts as often as it runs.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BYTES = {"pred": 1, "token": 0}  # otherwise the digits of the name say it
+_PASSES = {"highest": 6, "high": 3}  # bfloat16 products per float32 product
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_NO_TRAFFIC = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
+    "replica-id", "iota", "opt-barrier", "domain",
+}  # fmt: skip
+_ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Type of an array: its dimensions and its layout."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it is in the chip's main memory, rather than on the core."""
+        return "S(" not in self.layout
+
+    @property
+    def num_bytes(self) -> float:
+        """Size in memory, padded to whole tiles."""
+        dims = list(self.dims)
+        order, _, tiles = self.layout.partition(":")
+        tile = re.match(r"T\(([0-9,]+)\)", tiles)
+        if tile and order and dims:
+            sizes = [int(t) for t in tile[1].split(",")]
+            minor_first = [int(d) for d in order.split(",")]
+            for size, axis in zip(reversed(sizes), minor_first, strict=False):
+                dims[axis] = -(-dims[axis] // size) * size
+        return math.prod(dims) * self.item_size
+
+    @property
+    def item_size(self) -> float:
+        """Bytes per element."""
+        if self.dtype in _BYTES:
+            return _BYTES[self.dtype]
+        return int(re.search(r"\d+", self.dtype)[0]) / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    arrays: tuple[Array, ...]  # of the result, flat
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self, key: str) -> str | None:
+        """Name of the computation that an attribute names."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of transfer between chips, and how often it runs in a step."""
+
+    opcode: str
+    source: str  # the operation in the Python program
+    num_bytes: float  # over each chip's links, all runs together
+    group_size: int
+    times: float
+    is_async: bool
+
+
+@dataclasses.dataclass
+class Costs:
+    """What one chip does in one run of the program.
+
+    flops: products times passes: a float32 product at HIGHEST is six bfloat16 products.
+    hbm_bytes: read from and written to main memory.
+    kernels: Pallas kernels by name, and how often they run; their FLOPs are not in the HLO.
+    """
+
+    flops: float = 0
+    hbm_bytes: float = 0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "Costs", times: float = 1) -> None:
+        """Adds another program that runs `times` times."""
+        self.flops += times * other.flops
+        self.hbm_bytes += times * other.hbm_bytes
+        self.collectives += [
+            dataclasses.replace(c, num_bytes=times * c.num_bytes, times=times * c.times)
+            for c in other.collectives
+        ]
+        for name, count in other.kernels.items():
+            self.kernels[name] = self.kernels.get(name, 0) + times * count
+
+
+def analyse(text: str) -> Costs:
+    """Costs of one run of an optimised module.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Raises:
+      ValueError: A loop whose number of turns the text does not say, or a line of unknown form.
+    """
+    return _Module(text).costs
+
+
+class _Module:
+    def __init__(self, text: str):
+        self._computations: dict[str, Computation] = {}
+        self._done: dict[str, Costs] = {}
+        entry = None
+        for name, is_entry, lines in _blocks(text):
+            found = [i for i in map(_instruction, lines) if i]
+            self._computations[name] = {i.name: i for i in found}
+            entry = name if is_entry else entry
+        if entry is None:
+            raise ValueError("the HLO text has no ENTRY computation")
+        self.costs = self._run(entry)
+
+    def _run(self, name: str) -> Costs:
+        """Costs of a computation whose instructions are executed one by one."""
+        if name not in self._done:
+            total = Costs()
+            for instruction in self._computations[name].values():
+                self._execute(total, self._computations[name], instruction)
+            self._done[name] = total
+        return self._done[name]
+
+    def _execute(self, total: Costs, computation: Computation, i: Instruction) -> None:
+        if i.opcode == "while":
+            body, condition = i.called("body"), i.called("condition")
+            turns = self._turns(i, condition)
+            total.add(self._run(body), turns)
+            return
+        if i.opcode == "conditional":
+            branches = [self._run(b) for b in self._branches(i)]
+            total.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)))
+            return
+        if i.opcode == "call":
+            total.add(self._run(i.called("to_apply")))
+            return
+        if i.opcode in _NO_TRAFFIC or i.opcode.endswith(("-done", "-update")):
+            return
+        kind = i.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            total.collectives.append(_collective(computation, i, kind, kind != i.opcode))
+        elif i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
+            kernel = re.search(r"kernel_name\W+([\w.\-]+)", i.attributes)
+            name = kernel[1] if kernel else i.name
+            total.kernels[name] = total.kernels.get(name, 0) + 1
+        elif i.opcode in ("fusion", "async-start"):
+            inner = self._computations[i.called("calls")]
+            total.flops += self._flops(inner)
+            for c in self._inner_collectives(inner):
+                total.collectives.append(c)
+        else:
+            total.flops += _flops(computation, i)
+        total.hbm_bytes += self._traffic(computation, i)
+
+    def _branches(self, i: Instruction) -> list[str]:
+        listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+        if listed:
+            return [b.strip().lstrip("%") for b in listed[1].split(",")]
+        return [i.called("true_computation"), i.called("false_computation")]
+
+    def _turns(self, loop: Instruction, condition: str) -> int:
+        """Turns of a loop that counts from 0 to a constant."""
+        known = re.search(r"known_trip_count\D+(\d+)", loop.attributes)
+        if known:
+            return int(known[1])
+        limits = set()
+        for i in self._reachable(condition):
+            if i.opcode == "constant" and i.arrays[0].dims == ():
+                limits.add(int(i.operands[0]))
+        if len(limits) != 1:
+            raise ValueError(f"loop {loop.name}: {len(limits)} candidates for its turns: {limits}")
+        return limits.pop()
+
+    def _reachable(self, name: str) -> Iterator[Instruction]:
+        for i in self._computations[name].values():
+            yield i
+            called = i.called("calls")
+            if called:
+                yield from self._reachable(called)
+
+    def _flops(self, computation: Computation) -> float:
+        total = 0.0
+        for i in computation.values():
+            total += _flops(computation, i)
+            if i.opcode in ("fusion", "call"):
+                total += self._flops(self._computations[i.called("calls") or i.called("to_apply")])
+        return total
+
+    def _inner_collectives(self, computation: Computation) -> Iterator[Collective]:
+        """Those that a fusion overlaps with its arithmetic."""
+        for i in computation.values():
+            kind = i.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                yield _collective(computation, i, kind, True)
+            elif i.opcode == "fusion":
+                yield from self._inner_collectives(self._computations[i.called("calls")])
+
+    def _traffic(self, computation: Computation, i: Instruction) -> float:
+        """Bytes between main memory and the core."""
+        if i.opcode.endswith("-start"):
+            if i.opcode in ("copy-start", "slice-start", "async-start"):
+                moved = i.arrays[1] if len(i.arrays) > 1 else i.arrays[0]
+                return moved.num_bytes * (1 + all(a.in_hbm for a in i.arrays[:2]))
+            return 0.0
+        if i.opcode == "custom-call" and "tpu_custom_call" not in i.attributes:
+            return 0.0  # views and allocations
+        operands = [computation[name] for name in i.operands if name in computation]
+        inner = self._computations[i.called("calls")] if i.opcode == "fusion" else None
+        read, written = 0.0, sum(a.num_bytes for a in i.arrays if a.in_hbm)
+        for number, operand in enumerate(operands):
+            size = sum(a.num_bytes for a in operand.arrays if a.in_hbm)
+            if size and inner:
+                size = min(size, self._read_by_fusion(inner, number, size))
+            elif i.opcode in ("dynamic-slice", "slice", "gather") and number == 0:
+                size = min(size, i.arrays[0].num_bytes)
+            elif i.opcode == "dynamic-update-slice" and number == 0:
+                size = 0.0
+            read += size
+        if i.opcode == "dynamic-update-slice":
+            written = operands[1].arrays[0].num_bytes
+        elif inner:
+            written = self._written_by_fusion(inner, written)
+        return read + written
+
+    def _read_by_fusion(self, inner: Computation, number: int, size: float) -> float:
+        """What a fusion reads of a parameter: slices, where it only takes slices of it."""
+        parameter = next(
+            i for i in inner.values() if i.opcode == "parameter" and i.operands == (str(number),)
+        )
+        names, read = {parameter.name}, 0.0
+        for i in inner.values():  # in order of use
+            if not names & set(i.operands):
+                continue
+            if i.opcode == "bitcast":
+                names.add(i.name)
+            elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] in names:
+                read += i.arrays[0].num_bytes
+            elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
+                pass  # updated in place
+            elif i.opcode == "fusion":
+                nested = self._computations[i.called("calls")]
+                for n, operand in enumerate(i.operands):
+                    if operand in names:
+                        read += self._read_by_fusion(nested, n, size)
+            else:
+                return size
+        return read
+
+    def _written_by_fusion(self, inner: Computation, written: float) -> float:
+        """What a fusion writes: of results that are updated in place only the update."""
+        for i in inner.values():
+            if i.opcode == "dynamic-update-slice" and i.arrays[0].in_hbm:
+                update = inner[i.operands[1]].arrays[0]
+                whole = i.arrays[0].num_bytes
+                if whole <= written:
+                    written -= whole - update.num_bytes
+        return max(written, 0.0)
+
+
+def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """Name, whether it is the entry, and lines of each computation."""
+    name, is_entry, lines = None, False, []
+    for line in text.splitlines():
+        if name is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head:
+                name, is_entry, lines = head[2], bool(head[1]), []
+        elif line.startswith("}"):
+            yield name, is_entry, lines
+            name = None
+        else:
+            lines.append(line)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    line = re.sub(r"/\*.*?\*/", "", line[head.end() :])
+    end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
+    opened = line.index("(", end)
+    closed = _closing(line, opened)
+    arrays = tuple(
+        Array(dtype, tuple(int(d) for d in dims.split(",") if d), layout or "")
+        for dtype, dims, layout in _ARRAY.findall(line[:end])
+    )
+    inside = line[opened + 1 : closed]
+    opcode = line[end:opened].strip()
+    if opcode in ("constant", "parameter"):
+        operands = (inside,)
+    else:
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(head[2], arrays, opcode, operands, line[closed + 1 :], bool(head[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for n in range(start, len(text)):
+        depth += (text[n] == "(") - (text[n] == ")")
+        if depth == 0:
+            return n
+    raise ValueError(f"unbalanced parentheses: {text[:100]}")
+
+
+def _flops(computation: Computation, i: Instruction) -> float:
+    """Multiplications and additions of a product, times its passes; 0 for everything else."""
+    if i.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = (computation[name].arrays[0] for name in i.operands)
+    precision = re.search(r"operand_precision=\{(\w+)", i.attributes)
+    passes = _PASSES.get(precision[1], 1) if precision and left.dtype == "f32" else 1
+    if i.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", i.attributes)[1]
+        contracted = math.prod(left.dims[int(a)] for a in axes.split(",") if a)
+        return 2.0 * passes * contracted * math.prod(i.arrays[0].dims)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    lhs, rhs, out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    window = dict(item.split("=") for item in window[1].split()) if window else {}
+    products = 1
+    for n in range(len(lhs) - 2):
+        axis = str(n)
+        taps = _taps(window, n, left.dims[lhs.index(axis)], i.arrays[0].dims[out.index(axis)])
+        products *= taps
+    products *= i.arrays[0].dims[out.index("b")] * i.arrays[0].dims[out.index("f")]
+    return 2.0 * passes * products * right.dims[rhs.index("i")]
+
+
+def _taps(window: dict[str, str], n: int, size: int, outputs: int) -> int:
+    """Pairs of output position and kernel tap that meet an element of the input."""
+
+    def number(key, default):
+        return window[key].split("x")[n] if key in window else default
+
+    kernel, stride = int(number("size", 1)), int(number("stride", 1))
+    low = int(number("pad", "0_0").split("_")[0])
+    base, dilation = int(number("lhs_dilate", 1)), int(number("rhs_dilate", 1))
+    count = 0
+    for tap in range(kernel):
+        start = tap * dilation - low  # where it is for the first output
+        # Outputs o with start + o * stride = base * x, 0 <= x < size.
+        first = max(0, -(start // stride)) if start < 0 else 0
+        last = min(outputs - 1, (base * (size - 1) - start) // stride)
+        if base == 1:
+            count += max(0, last - first + 1)
+        else:
+            period = base // math.gcd(base, stride)
+            hits = [o for o in range(first, min(first + period, last + 1))
+                    if (start + o * stride) % base == 0]  # fmt: skip
+            count += sum((last - o) // period + 1 for o in hits)
+    return count
+
+
+def _collective(computation: Computation, i: Instruction, kind: str, is_async: bool) -> Collective:
+    size = _group_size(i.attributes)
+    operands = [a for name in i.operands for a in computation[name].arrays]
+    data = sum(math.prod(a.dims) * a.item_size for a in operands)  # one chip's share
+    share = (size - 1) / size
+    moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
+    source = re.search(r'op_name="([^"]*)"', i.attributes)
+    return Collective(
+        kind, source[1] if source else i.name, data * moved.get(kind, share), size, 1, is_async
+    )
+
+
+def _group_size(attributes: str) -> int:
+    """Chips that take part in one transfer."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([0-9,]*)\}", attributes)
+    if listed:
+        return len(listed[1].split(","))
+    if "source_target_pairs" in attributes:
+        return 2
+    raise ValueError(f"a collective without groups: {attributes[:200]}")
