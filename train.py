@@ -11,6 +11,7 @@ train_flags.define()
 flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where there are several")
 flags.DEFINE_integer("num_processes", 1, "how many processes train together")
 flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
+flags.DEFINE_string("compilation_cache_dir", "", "compiled programs are kept here for the next run")
 
 _CONNECTION = ("coordinator_address", "num_processes", "process_id")
 
@@ -18,9 +19,13 @@ _CONNECTION = ("coordinator_address", "num_processes", "process_id")
 def main() -> None:
     """Builds the config from the flags and trains."""
     config = train_flags.config()
-    from moss_tok import sharding  # imports jax; a bad flag should not wait for it
+    import jax  # takes a second; a bad flag should not wait for it
+
+    from moss_tok import sharding
     from moss_tok.training import loop
 
+    if flags.FLAGS.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache_dir)
     sharding.connect(*(flags.FLAGS[name].value for name in _CONNECTION))
     if not loop.train(config):
         sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again

@@ -7,7 +7,6 @@ finished ones are not run again.
 """
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -69,21 +68,18 @@ def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.
 
 def run_variant(argv: list[str], undone: str, result: Path) -> None:
     """Trains, and writes the evaluation and the artefacts to `result`."""
+    import artefacts
     from absl import flags
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import train  # defines the flags
-    from moss_tok.config import TrainConfig
+    import moss_tok
+    from moss_tok.training import flags as train_flags
+    from moss_tok.training import loop
 
     undo(undone.split(","))
+    train_flags.define()
     flags.FLAGS(["train.py", f"--flagfile={FLAGS}", *argv])
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: flags.FLAGS[name].value for name in names})
-    train.main([])
-    import artefacts
-
-    import moss_tok
-
+    config = train_flags.config()
+    loop.train(config)
     codec = moss_tok.load(config.workdir)
     lines = (Path(config.workdir) / "evaluation.jsonl").read_text().splitlines()
     most = codec.config.quantizer.num_quantizers
@@ -130,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train_data", required=True)
     parser.add_argument("--out", default="runs/ablation")
-    parser.add_argument("--num_steps", type=int, default=800)
+    parser.add_argument("--num_steps", type=int, default=500)
     parser.add_argument("--variant", default="", help="used by the script itself")
     args, rest = parser.parse_known_args()
     out = Path(args.out).absolute()

@@ -406,6 +406,9 @@ class TrainConfig:
     )
     eval_every: int = _count(0, "steps between evaluations; 0: only at the end", free=True)
     num_eval_clips: int = _count(100, "clips of an evaluation, at most; 0: none", free=True)
+    profile_steps: str = _flag(
+        "", "FIRST:LAST: steps of which a jax.profiler trace goes into the workdir", free=True
+    )
 
     def __post_init__(self):
         _check_types(self)
@@ -421,6 +424,7 @@ class TrainConfig:
         if not self.workdir:
             raise ValueError("workdir must not be empty")
         self.loudness_range  # noqa: B018  checks augment_loudness_db
+        self.profile_range  # noqa: B018  checks profile_steps
         parse_mesh(self.mesh)
         if not self.discriminators.periods + self.discriminators.windows:
             raise ValueError(
@@ -461,6 +465,22 @@ class TrainConfig:
                 f"got {self.augment_loudness_db!r}"
             )
         return low, high
+
+    @property
+    def profile_range(self) -> range:
+        """The steps of `profile_steps`."""
+        if not self.profile_steps:
+            return range(0)
+        try:
+            first, last = map(int, self.profile_steps.split(":"))
+        except ValueError:
+            first, last = 0, 0
+        if not 1 <= first <= last:
+            raise ValueError(
+                "profile_steps must be FIRST:LAST with 1 <= FIRST <= LAST, "
+                f"got {self.profile_steps!r}"
+            )
+        return range(first, last + 1)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

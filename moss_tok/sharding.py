@@ -6,7 +6,9 @@ replicates an axis whose name has no rule (tests/sharding_test.py checks).
 """
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,8 +129,11 @@ def _same(tree: Any) -> Any:
 def connect(coordinator_address: str, num_processes: int, process_id: int) -> None:
     """Makes this one of several processes that train together, before jax is used.
 
+    On TPU pods and under Slurm or GKE the environment says which; elsewhere the arguments do.
+
     Args:
-      coordinator_address: HOST:PORT of process 0; empty: a process on its own.
+      coordinator_address: HOST:PORT of process 0; empty: as the environment says, else a process
+        on its own.
       num_processes: How many there are.
       process_id: Which one this is, 0..num_processes - 1.
 
@@ -141,6 +146,15 @@ def connect(coordinator_address: str, num_processes: int, process_id: int) -> No
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     elif num_processes > 1:
         raise ValueError(f"num_processes {num_processes} needs coordinator_address")
+    elif _in_cluster():
+        jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+    """Whether jax finds out by itself who the others are: Slurm, GKE, Cloud TPU VMs."""
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
+        return True
+    return any(path for kind in ("accel", "vfio/") for path in Path("/dev").glob(kind + "[0-9]*"))
 
 
 def is_main_process() -> bool:

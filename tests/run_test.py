@@ -54,8 +54,9 @@ def finished(clips, tmp_path_factory):
     """A run of 4 steps of the second stage with an evaluation every 2, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     config = small_run(
-        ADVERSARIAL, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2, num_eval_clips=2
-    )
+        ADVERSARIAL, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2, num_eval_clips=2,
+        profile_steps="3:3",
+    )  # fmt: skip
     assert loop.train(config)
     return config
 
@@ -84,19 +85,18 @@ def as_flags(config):
     return [f"--{k}={v}" for k, v in pairs if v != getattr(default, k)]
 
 
-def start(config, *flags, num_devices=1, **options):
-    """train.py in a process group of its own."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    cache["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
+def start(config, *flags, num_devices=1, environment=()):
+    """train.py in a process group of its own; what it compiles is kept, for the next one."""
+    xla_flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
+    added = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": xla_flags}
+    cache = f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *as_flags(config), *flags],
-        env=os.environ | cache,
+        [sys.executable, str(ROOT / "train.py"), *as_flags(config), cache, *flags],
+        env=os.environ | added | dict(environment),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 
@@ -142,6 +142,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert len(row["codebook_perplexity"]) == len(row["codebook_usage"]) == 4
         assert row["gradient_norm"] > 0 and row["discriminator_gradient_norm"] > 0
         assert 0 <= row["dead_codes"] <= 1 and row["skipped_updates"] == 0
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     evaluations = writer.read_rows(workdir / writer.EVALUATION)
     assert [e["step"] for e in evaluations] == [2, 4]
     scores = evaluations[-1]["table"]["speech"]["4 quantizers"]

@@ -33,6 +33,7 @@ from moss_tok.training.state import TrainState, init_state, state_shapes, zero_t
 from moss_tok.training.step import segment_samples, sharded_train_step
 
 _CONFIG_NAME = "train_config.json"
+_PROFILE = "profile"
 _MIN_READS = 100  # before the share of failed ones means anything
 
 
@@ -220,6 +221,7 @@ class Run:
 
     def __post_init__(self):
         self._bad_files: set[tuple[int, int]] = set()
+        self._tracing = False
         self._mesh = self.shapes.step.sharding.mesh
         self._num_rows = len(sharding.local_rows(self._mesh, self.config.batch_size))
         self._terminal = sys.stderr.isatty() and sharding.is_main_process()
@@ -246,7 +248,9 @@ class Run:
         batch = self._put(batches) if start < config.num_steps else None
         for step in range(start + 1, config.num_steps + 1):
             before = metrics
-            state, metrics = train_step(state, batch | self._stop_flags())
+            self._profile(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, batch | self._stop_flags())
             stopped = before is not None and self._check(step - 1, before)
             last = step == config.num_steps or stopped
             if not last:
@@ -261,8 +265,19 @@ class Run:
                 self.evaluate(state)
             if last:
                 break
+        self._profile(config.num_steps + 1)
         self._bar.close()
         return state
+
+    def _profile(self, step: int) -> None:
+        """Begins the trace of `profile_steps` before its first step, ends it after its last."""
+        wanted = step in self.config.profile_range
+        if wanted and not self._tracing:
+            jax.profiler.start_trace(str(Path(self.config.workdir) / _PROFILE))
+        elif self._tracing and not wanted:
+            jax.profiler.stop_trace()
+            _say(f"profile: {Path(self.config.workdir) / _PROFILE}")
+        self._tracing = wanted
 
     def _put(self, batches: Iterator[pipeline.Batch]) -> dict[str, jax.Array]:
         """The next batch on its way to the devices; files that could not be read are named."""
