@@ -1,0 +1,67 @@
+"""The commands for Google Cloud, as printed."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WHERE = ("v1", "--zone=us-east5-a", "--dry_run")
+
+
+def pod(*args):
+    script = [sys.executable, str(ROOT / "tpu_scripts" / "pod.py"), *args]
+    return subprocess.run(script, capture_output=True, text=True)
+
+
+def commands(*args):
+    done = pod(*args)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_create_asks_for_spot_chips():
+    (command,) = commands("create", *WHERE, "--type=v5p-128", "--spot", "--project=p")
+    assert command[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "v1"]
+    assert {"--spot", "--zone=us-east5-a", "--project=p", "--accelerator-type=v5p-128"} <= {
+        *command
+    }
+
+
+def test_launch_runs_the_flags_on_all_workers():
+    flags = ["--flagfile=a b.flags", "--train_data=gs://b/*.array_record:0.5"]
+    command = commands("launch", *WHERE, "--", *flags)[0]
+    assert "--worker=all" in command
+    (remote,) = (part.removeprefix("--command=") for part in command if "--command=" in part)
+    # What the remote shell would pass to train.py.
+    inner = shlex.split(shlex.split(remote.partition("(nohup ")[2])[2].partition(" && ")[0])
+    assert inner == [".venv/bin/python", "train.py", *flags]
+
+
+def test_watch_prints_a_whole_round():
+    found = commands("watch", *WHERE, "--type=v6e-64", "--", "--flagfile=x")
+    verbs = [" ".join(c[3:5]) for c in found if c[0] == "gcloud"]
+    assert verbs == [
+        "queued-resources describe", "queued-resources create", "tpu-vm scp", "tpu-vm ssh",
+        "tpu-vm ssh", "tpu-vm ssh",
+    ]  # fmt: skip
+
+
+def test_delete():
+    (command,) = commands("delete", *WHERE)
+    assert command[3:6] == ["queued-resources", "delete", "v1"] and "--force" in command
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("create", *WHERE, "--type=v3-8"), "--type must begin with one of v4, v5litepod"),
+        (("launch", *WHERE), "launch needs the flags of train.py"),
+        (("start", *WHERE), "invalid choice: 'start'"),
+    ],
+)
+def test_errors(args, message):
+    done = pod(*args)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
