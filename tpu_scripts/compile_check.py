@@ -180,6 +180,8 @@ def report(
           f"{_giga(memory.temp_size_in_bytes)}, peak {_giga(peak)} of {_giga(chip.hbm_bytes)} GB"
           f"{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
     estimate.show()
+    if flags.FLAGS.scaling:
+        show_scaling(estimate, config.batch_size / mesh.size)
     return fits
 
 
@@ -248,6 +250,29 @@ class Estimate:
             print(f"  {name:<16} {text}", flush=True)
 
 
+def show_scaling(estimate: Estimate, items_per_chip: float) -> None:
+    """Prints the estimate for 4 to 4096 chips, each with as many items as now.
+
+    A chip computes and reads what it does now; transfers among all chips grow by their share.
+    """
+    print("| chips | batch | step, s | links not hidden | estimated utilisation |")
+    print("|---|---|---|---|---|")
+    for num_chips in (4**n for n in range(1, 7)):
+        scaled = dataclasses.replace(estimate.costs, collectives=[])
+        for c in estimate.costs.collectives:
+            if c.group_size == estimate.num_chips:
+                was, now = ((n - 1) / n for n in (c.group_size, num_chips))
+                c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was, group_size=num_chips)
+            scaled.collectives.append(c)
+        useful = estimate.useful_flops / estimate.num_chips * num_chips
+        e = Estimate(estimate.chip, num_chips, scaled, useful)
+        print(
+            f"| {num_chips} | {items_per_chip * num_chips:g} | {e.step:.3f} | "
+            f"{e.links / e.step:.1%} | {e.utilisation:.0%} |",
+            flush=True,
+        )
+
+
 def _giga(x: float) -> str:
     return f"{x / 1e9:.3g}" if x < 1e11 else f"{x / 1e9:.0f}"
 
@@ -277,4 +302,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5p:2x2x1", "kind and shape of the slice")
     flags.DEFINE_string("functions", ",".join(FUNCTIONS), "what is compiled")
     flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
+    flags.DEFINE_bool("scaling", False, "also the estimate for 4 to 4096 chips, by weak scaling")
     train_flags.run(main)

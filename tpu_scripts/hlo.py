@@ -23,6 +23,7 @@ _NO_TRAFFIC = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "domain",
 }  # fmt: skip
+_HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 
 
@@ -98,7 +99,7 @@ class Costs:
 
     flops: products times passes: a float32 product at HIGHEST is six bfloat16 products.
     hbm_bytes: read from and written to main memory.
-    kernels: Pallas kernels by name, and how often they run; their FLOPs are not in the HLO.
+    kernels: Pallas kernels by their source, and how often they run; their FLOPs are not in the HLO.
     """
 
     flops: float = 0
@@ -171,8 +172,7 @@ class _Module:
         if kind in _COLLECTIVES:
             total.collectives.append(_collective(computation, i, kind, kind != i.opcode))
         elif i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
-            kernel = re.search(r"kernel_name\W+([\w.\-]+)", i.attributes)
-            name = kernel[1] if kernel else i.name
+            name = _source(i)
             total.kernels[name] = total.kernels.get(name, 0) + 1
         elif i.opcode in ("fusion", "async-start"):
             inner = self._computations[i.called("calls")]
@@ -296,15 +296,17 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
                 name, is_entry, lines = head[2], bool(head[1]), []
-        elif line.startswith("}"):
+        elif line == "}":
             yield name, is_entry, lines
             name = None
+        elif lines and not _HEAD.match(line):  # attributes may have line breaks
+            lines[-1] += line
         else:
             lines.append(line)
 
 
 def _instruction(line: str) -> Instruction | None:
-    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    head = _HEAD.match(line)
     if not head:
         return None
     line = re.sub(r"/\*.*?\*/", "", line[head.end() :])
@@ -389,10 +391,13 @@ def _collective(computation: Computation, i: Instruction, kind: str, is_async: b
     data = sum(math.prod(a.dims) * a.item_size for a in operands)  # one chip's share
     share = (size - 1) / size
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
-    source = re.search(r'op_name="([^"]*)"', i.attributes)
-    return Collective(
-        kind, source[1] if source else i.name, data * moved.get(kind, share), size, 1, is_async
-    )
+    return Collective(kind, _source(i), data * moved.get(kind, share), size, 1, is_async)
+
+
+def _source(i: Instruction) -> str:
+    """Where in the Python program it comes from."""
+    found = re.search(r'op_name="([^"]*)"', i.attributes)
+    return found[1] if found else i.name
 
 
 def _group_size(attributes: str) -> int:

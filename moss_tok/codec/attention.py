@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 _BLOCK_FRAMES = (64, 512)
-_LANES = 128  # the splash kernel's blocks are multiples of this
+_LANES = 128  # the splash kernel's blocks are multiples of this,
+_LARGEST_BLOCK = 8  # at most so many
 
 
 def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Array:
@@ -194,6 +195,7 @@ def _splash_kernel(q, k, v, *, window, precision):
 
 
 def splash_block(num_frames: int, window: int) -> int:
-    """Frames in a block of the splash kernel: large ones are faster, small ones hide less."""
-    wanted = int(np.clip(window // 2, _LANES, 4 * _LANES))
-    return min(-(-wanted // _LANES), -(-num_frames // _LANES)) * _LANES
+    """Frames in a block of the splash kernel: few large blocks, with little padding."""
+    largest = int(np.clip(-(-window // _LANES), 2, _LARGEST_BLOCK)) * _LANES
+    num_blocks = -(-num_frames // largest)
+    return -(-num_frames // (num_blocks * _LANES)) * _LANES
