@@ -42,27 +42,31 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     rows = [r for r in rows if all(isinstance(r.get(n), (float, list)) for n in names)]
     if not names or not rows:
         return
-    figure, axes = _figure(len(names), (9, 2.0 * len(names)))
+    num_rows = -(-len(names) // 2)
+    figure, axes = _figure(num_rows, (11, 2.0 * num_rows), num_columns=2)
     steps = [r["step"] for r in rows]
-    for axis, name in zip(axes, names, strict=True):
+    for axis, name in zip(axes, names, strict=False):
         values = np.asarray([r[name] for r in rows])
         axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
         axis.set(ylabel=name.replace("_", " "))
         if name.endswith(("loss", "_norm")) and (values > 0).all():
             axis.set(yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:.3g}")
         axis.grid(alpha=0.3)
-    axes[-1].set(xlabel="step")
+    for axis in axes[-2:]:
+        axis.set(xlabel="step")
     _save(figure, path)
 
 
-def _figure(num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(num_rows: int, size: tuple[float, float], num_columns: int = 1) -> tuple[Any, Any]:
     # Slow to import; without pyplot no display is needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(num_rows, sharex=True, squeeze=False)[:, 0]
+    return figure, figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel()
 
 
 def _save(figure: Any, path: Path) -> None:
