@@ -64,7 +64,10 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
         rest = "a multiple of " if -1 in sizes.values() else ""
         raise ValueError(f"mesh {text!r} needs {rest}{fixed} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
+    except NotImplementedError as error:  # a TPU slice is a torus of given sizes
+        raise ValueError(f"mesh {text!r} does not fit the torus of the slice: {error}") from error
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
