@@ -12,17 +12,17 @@ def brute_force(q, k, v, window):
     """Frame by frame in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
-    for t in range(q.shape[1]):
+    for t in range(q.shape[2]):
         seen = slice(max(0, t - window + 1), t + 1)
-        scores = np.einsum("bnh,bsnh->bns", q[:, t], k[:, seen]) / np.sqrt(q.shape[-1])
+        scores = np.einsum("bnh,bnsh->bns", q[:, :, t], k[:, :, seen]) / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        out[:, t] = np.einsum("bns,bsnh->bnh", weights, v[:, seen])
+        out[:, :, t] = np.einsum("bns,bnsh->bnh", weights, v[:, :, seen])
     return out
 
 
 def random_qkv(num_frames, seed=0, batch=2, heads=2, dim=8):
-    return jax.random.normal(jax.random.key(seed), (3, batch, num_frames, heads, dim))
+    return jax.random.normal(jax.random.key(seed), (3, batch, heads, num_frames, dim))
 
 
 @pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
@@ -42,7 +42,7 @@ def test_gradients_agree(implementation):
 
     def loss(qkv, implementation):
         out = attention.attend(*qkv, 70, implementation, "highest")
-        return jnp.sum(jnp.sin(out) * jnp.arange(200)[:, None, None])
+        return jnp.sum(jnp.sin(out) * jnp.arange(200)[:, None])
 
     dense, other = (jax.grad(loss)(qkv, name) for name in ("dense", implementation))
     np.testing.assert_allclose(dense, other, atol=2e-4)
@@ -54,7 +54,7 @@ def test_blocked_needs_linear_memory(backward):
         def function(q, k, v):
             return attention.attend(q, k, v, 128, "blocked").sum()
 
-        shape = jax.ShapeDtypeStruct((1, num_frames, 2, 16), jnp.float32)
+        shape = jax.ShapeDtypeStruct((1, 2, num_frames, 16), jnp.float32)
         function = jax.grad(function, argnums=(0, 1, 2)) if backward else function
         compiled = jax.jit(function).lower(shape, shape, shape).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -64,8 +64,8 @@ def test_blocked_needs_linear_memory(backward):
 
 def test_window_counts_the_query_itself():
     q, k, v = random_qkv(40, batch=1)
-    grad = jax.grad(lambda v: attention.attend(q, k, v, 10, "blocked")[0, 30].sum())(v)
-    touched = np.flatnonzero(np.abs(grad[0]).sum((1, 2)))
+    grad = jax.grad(lambda v: attention.attend(q, k, v, 10, "blocked")[0, :, 30].sum())(v)
+    touched = np.flatnonzero(np.abs(grad[0]).sum((0, 2)))
     assert touched.tolist() == list(range(21, 31))
 
 

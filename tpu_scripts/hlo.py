@@ -99,7 +99,7 @@ class Costs:
 
     flops: products times passes: a float32 product at HIGHEST is six bfloat16 products.
     hbm_bytes: read from and written to main memory.
-    kernels: Pallas kernels by their source, and how often they run; their FLOPs are not in the HLO.
+    kernels: Pallas kernels by their source, and how often they run; their costs are not in the HLO.
     """
 
     flops: float = 0
@@ -233,8 +233,8 @@ class _Module:
                 moved = i.arrays[1] if len(i.arrays) > 1 else i.arrays[0]
                 return moved.num_bytes * (1 + all(a.in_hbm for a in i.arrays[:2]))
             return 0.0
-        if i.opcode == "custom-call" and "tpu_custom_call" not in i.attributes:
-            return 0.0  # views and allocations
+        if i.opcode == "custom-call":
+            return 0.0  # views and allocations; kernels are counted as such
         operands = [computation[name] for name in i.operands if name in computation]
         inner = self._computations[i.called("calls")] if i.opcode == "fusion" else None
         read, written = 0.0, sum(a.num_bytes for a in i.arrays if a.in_hbm)

@@ -1,6 +1,6 @@
 """Causal sliding-window attention and rotary position embedding in fixed point.
 
-Shapes: q, k, v are [B, T, N, H]; see the legend in `moss_tok/__init__.py`.
+Shapes: q, k, v are [B, N, T, H]; see the legend in `moss_tok/__init__.py`.
 """
 
 import functools
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 _BLOCK_FRAMES = (64, 512)
+RESIDUALS = "attention"  # what the splash kernel keeps for its backward pass, for jax.checkpoint
 _LANES = 128  # the splash kernel's blocks are multiples of this,
 _LARGEST_BLOCK = 8  # at most so many
 
@@ -55,8 +56,8 @@ def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotates the halves of each head of `x` [B, T, N, H] in float32; result in x's dtype."""
-    cos, sin = table[..., None, :]
+    """Rotates the halves of each head of `x` [B, N, T, H] in float32; result in x's dtype."""
+    cos, sin = table
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
@@ -72,9 +73,9 @@ def attend(
     """Attention in which frame t sees frames max(0, t - window + 1) .. t.
 
     Args:
-      q: Queries [B, T, N, H].
-      k: Keys [B, T, N, H].
-      v: Values [B, T, N, H].
+      q: Queries [B, N, T, H].
+      k: Keys [B, N, T, H].
+      v: Values [B, N, T, H].
       window: Number of keys a query sees, its own included.
       implementation: "dense" builds [T, T] scores; "blocked" walks over blocks of queries and
         needs memory linear in T, backward too; "splash" is a TPU kernel that skips what the
@@ -82,9 +83,9 @@ def attend(
       precision: Matmul precision.
 
     Returns:
-      [B, T, N, H] in q's dtype.
+      [B, N, T, H] in q's dtype.
     """
-    num_frames = q.shape[1]
+    num_frames = q.shape[2]
     window = min(window, num_frames)
     if implementation == "auto":
         implementation = choose(num_frames)
@@ -115,23 +116,23 @@ def _on_tpu() -> bool:
 def _masked_attention(q, k, v, mask, precision):
     """Softmax attention with mask [T, S]; scores and softmax in float32."""
     scores = jnp.einsum(
-        "btnh,bsnh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32
+        "bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32
     )
     scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v, precision=precision)
+    return jnp.einsum("bnts,bnsh->bnth", weights, v, precision=precision)
 
 
 def _blocked(q, k, v, window, precision):
     """Scans over blocks of queries; the carry holds the last window - 1 keys and values."""
-    batch, num_frames, heads, dim = q.shape
+    batch, heads, num_frames, dim = q.shape
     size = int(np.clip(window // 2, *_BLOCK_FRAMES))
     num_blocks = -(-num_frames // size)
     history = window - 1
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, num_blocks * size - num_frames), (0, 0), (0, 0)))
-        return jnp.moveaxis(x.reshape(batch, num_blocks, size, heads, dim), 1, 0)
+        x = _pad_frames(x, num_blocks * size - num_frames)
+        return jnp.moveaxis(x.reshape(batch, heads, num_blocks, size, dim), 2, 0)
 
     i = jnp.arange(size)[:, None]
     j = jnp.arange(history + size)[None]
@@ -140,16 +141,21 @@ def _blocked(q, k, v, window, precision):
     @jax.checkpoint
     def step(past, block):
         index, q, k, v = block
-        k, v = (jnp.concatenate([p, x], axis=1) for p, x in zip(past, (k, v), strict=True))
+        k, v = (jnp.concatenate([p, x], axis=2) for p, x in zip(past, (k, v), strict=True))
         exists = j + index * size >= history
         out = _masked_attention(q, k, v, in_window & exists, precision)
-        return (k[:, size:], v[:, size:]), out
+        return (k[:, :, size:], v[:, :, size:]), out
 
-    past = jnp.zeros((batch, history, heads, dim), k.dtype)
+    past = jnp.zeros((batch, heads, history, dim), k.dtype)
     blocks = (jnp.arange(num_blocks), split(q), split(k), split(v))
     _, out = jax.lax.scan(step, (past, past.astype(v.dtype)), blocks)
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, num_blocks * size, heads, dim)
-    return out[:, :num_frames]
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, num_blocks * size, dim)
+    return out[:, :, :num_frames]
+
+
+def _pad_frames(x, number):
+    """Zeros behind the frames of [B, N, T, H], where no query of ours looks."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, number), (0, 0)))
 
 
 def _splash(q, k, v, window, precision):
@@ -158,8 +164,8 @@ def _splash(q, k, v, window, precision):
     kernel = functools.partial(_splash_kernel, window=window, precision=precision)
     if mesh.empty:
         return kernel(q, k, v)
-    batch, heads = _split(mesh, ("data", "fsdp"), q.shape[0]), _split(mesh, ("tensor",), q.shape[2])
-    spec = PartitionSpec(batch, None, heads, None)
+    batch, heads = _split(mesh, ("data", "fsdp"), q.shape[0]), _split(mesh, ("tensor",), q.shape[1])
+    spec = PartitionSpec(batch, heads)
     # Without the check of varying axes: Pallas kernels do not tell theirs.
     kernel = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return kernel(q, k, v)
@@ -174,24 +180,21 @@ def _split(mesh, names, size):
 def _splash_kernel(q, k, v, *, window, precision):
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, for TPUs only
 
-    num_frames, heads = q.shape[1:3]
+    heads, num_frames, dim = q.shape[1:]
     block = splash_block(num_frames, window)
     padding = -num_frames % block
-
-    def heads_first(x):  # padded at the end, where no query of ours looks
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
-
     size = num_frames + padding
     mask = splash_attention.LocalMask((size, size), (window - 1, 0), offset=0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(**{f"block_{n}": block for n in names}),
+        residual_checkpoint_name=RESIDUALS,
         interpret=not _on_tpu(),
     )
     with jax.default_matmul_precision(precision or "default"):
-        out = jax.vmap(kernel)(*map(heads_first, (q * q.shape[-1] ** -0.5, k, v)))
-    return out.swapaxes(1, 2)[:, :num_frames]
+        out = jax.vmap(kernel)(*(_pad_frames(x, padding) for x in (q * dim**-0.5, k, v)))
+    return out[:, :, :num_frames]
 
 
 def splash_block(num_frames: int, window: int) -> int:

@@ -10,7 +10,10 @@ from moss_tok.codec import attention
 from moss_tok.config import ComputeConfig, TransformerConfig
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -55,10 +58,10 @@ class SelfAttention(nn.Module):
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = _kernel(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = _kernel(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
-        q, k, v = jnp.einsum("btd,dcnh->cbtnh", x, qkv, precision=precision)
+        q, k, v = jnp.einsum("btd,dcnh->cbnth", x, qkv, precision=precision)
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
         x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
-        return jnp.einsum("btnh,nhd->btd", x, out, precision=precision)
+        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision)
 
 
 class FeedForward(nn.Module):
