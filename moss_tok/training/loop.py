@@ -76,7 +76,8 @@ def train(config: TrainConfig) -> bool:
             rows=sharding.local_rows(mesh, config.batch_size),
         )
         stack.callback(batches.close)
-        run = Run(config, codec, shapes, mixture, eval_items, saver, log, stop)
+        trace = stack.enter_context(_Trace(config))
+        run = Run(config, codec, shapes, mixture, eval_items, saver, log, stop, trace)
         state = run.steps(state, batches)
         saver.wait()
         if int(state.step) < config.num_steps:
@@ -206,6 +207,32 @@ class _StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
 
+class _Trace:
+    """The profile of `profile_steps`; a context manager, which ends it whatever ends the run."""
+
+    def __init__(self, config: TrainConfig):
+        self._steps, self._on = config.profile_range, False
+        self._folder = Path(config.workdir) / _PROFILE
+
+    def __enter__(self) -> "_Trace":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._switch(False)
+
+    def at(self, step: int) -> None:
+        """To be called before each step."""
+        self._switch(step in self._steps)
+
+    def _switch(self, wanted: bool) -> None:
+        if wanted and not self._on:
+            jax.profiler.start_trace(str(self._folder))
+        elif self._on and not wanted:
+            jax.profiler.stop_trace()
+            _say(f"profile: {self._folder}")
+        self._on = wanted
+
+
 @dataclasses.dataclass
 class Run:
     """The loop over steps and what it needs."""
@@ -218,10 +245,10 @@ class Run:
     saver: checkpoints.Checkpoints
     log: writer.MetricsWriter | None  # in the process that logs
     stop: _StopSignal
+    trace: _Trace
 
     def __post_init__(self):
         self._bad_files: set[tuple[int, int]] = set()
-        self._tracing = False
         self._mesh = self.shapes.step.sharding.mesh
         self._num_rows = len(sharding.local_rows(self._mesh, self.config.batch_size))
         self._terminal = sys.stderr.isatty() and sharding.is_main_process()
@@ -248,7 +275,7 @@ class Run:
         batch = self._put(batches) if start < config.num_steps else None
         for step in range(start + 1, config.num_steps + 1):
             before = metrics
-            self._profile(step)
+            self.trace.at(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch | self._stop_flags())
             stopped = before is not None and self._check(step - 1, before)
@@ -265,19 +292,8 @@ class Run:
                 self.evaluate(state)
             if last:
                 break
-        self._profile(config.num_steps + 1)
         self._bar.close()
         return state
-
-    def _profile(self, step: int) -> None:
-        """Begins the trace of `profile_steps` before its first step, ends it after its last."""
-        wanted = step in self.config.profile_range
-        if wanted and not self._tracing:
-            jax.profiler.start_trace(str(Path(self.config.workdir) / _PROFILE))
-        elif self._tracing and not wanted:
-            jax.profiler.stop_trace()
-            _say(f"profile: {Path(self.config.workdir) / _PROFILE}")
-        self._tracing = wanted
 
     def _put(self, batches: Iterator[pipeline.Batch]) -> dict[str, jax.Array]:
         """The next batch on its way to the devices; files that could not be read are named."""
