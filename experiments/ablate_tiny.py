@@ -146,10 +146,11 @@ def main() -> None:
                 f"--workdir={workdir}", f"--num_steps={args.num_steps}",
                 f"--decay_steps={args.num_steps}", f"--train_data={args.train_data}", *flags,
             ]  # fmt: skip
+            argv = [a.replace("--model=", f"--model={out}/") for a in argv]
             command = [sys.executable, __file__, f"--train_data={args.train_data}",
                        f"--out={out}", f"--variant={name}", *argv]  # fmt: skip
             with open(out / f"{workdir.name}.log", "w") as log:
-                subprocess.run(command, check=True, cwd=out, stdout=log, stderr=log)
+                subprocess.run(command, check=True, stdout=log, stderr=log)
         print(row(name, json.loads(result.read_text())), flush=True)
 
 

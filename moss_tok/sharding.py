@@ -154,10 +154,13 @@ def connect(coordinator_address: str, num_processes: int, process_id: int) -> No
 
 
 def _in_cluster() -> bool:
-    """Whether jax finds out by itself who the others are: Slurm, GKE, Cloud TPU VMs."""
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
+    """Whether jax finds out by itself who the others are: Slurm steps, GKE, Cloud TPU VMs."""
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return True
-    return any(path for kind in ("accel", "vfio/") for path in Path("/dev").glob(kind + "[0-9]*"))
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # not on the VM's chips, so not with its peers
+        return False
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    return "TPU_WORKER_HOSTNAMES" in os.environ or bool(chips)
 
 
 def is_main_process() -> bool:

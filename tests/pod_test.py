@@ -1,8 +1,11 @@
 """The commands for Google Cloud, as printed."""
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +39,7 @@ def test_launch_runs_the_flags_on_all_workers():
     assert "--worker=all" in command
     (remote,) = (part.removeprefix("--command=") for part in command if "--command=" in part)
     # What the remote shell would pass to train.py.
-    inner = shlex.split(shlex.split(remote.partition("(nohup ")[2])[2].partition(" && ")[0])
+    inner = shlex.split(shlex.split(remote.partition("(nohup ")[2])[2].partition("; echo")[0])
     assert inner == [".venv/bin/python", "train.py", *flags]
 
 
@@ -44,9 +47,40 @@ def test_watch_prints_a_whole_round():
     found = commands("watch", *WHERE, "--type=v6e-64", "--", "--flagfile=x")
     verbs = [" ".join(c[3:5]) for c in found if c[0] == "gcloud"]
     assert verbs == [
-        "queued-resources describe", "queued-resources create", "tpu-vm scp", "tpu-vm ssh",
+        "queued-resources describe", "queued-resources create", "tpu-vm ssh", "tpu-vm scp",
         "tpu-vm ssh", "tpu-vm ssh",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def gcloud(tmp_path, monkeypatch):
+    """A gcloud that writes down its commands and answers with the files beside it."""
+    fake = tmp_path / "gcloud"
+    fake.write_text(
+        '#!/bin/sh\ncd "$(dirname "$0")"\necho "$@" >> log\n'
+        'case "$*" in *describe*) cat state;; *status*none*) cat status;; esac\n'
+    )
+    fake.chmod(0o755)
+    (tmp_path / "log").touch()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "launches"), [("0", 0, 0), ("2", 2, 0), ("143", None, 1), ("none", None, 1)]
+)
+def test_watch_goes_by_what_the_run_says(gcloud, status, code, launches):
+    (gcloud / "state").write_text("ACTIVE")
+    (gcloud / "status").write_text(status)
+    script = [sys.executable, str(ROOT / "tpu_scripts" / "pod.py"), "watch", "v1", "--zone=z"]
+    process = subprocess.Popen([*script, "--type=v6e-64", "--", "--flagfile=x"], cwd=ROOT)
+    if code is None:  # it watches on
+        while "train.py" not in (gcloud / "log").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert process.wait(60) == (-signal.SIGKILL if code is None else code)
+    assert (gcloud / "log").read_text().count("train.py") == launches
 
 
 def test_delete():
@@ -65,3 +99,4 @@ def test_delete():
 def test_errors(args, message):
     done = pod(*args)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+    assert done.stderr.count("\n") == 1

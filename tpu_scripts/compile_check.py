@@ -116,31 +116,37 @@ def _params(codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
 
 def kernel_costs(
     kernels: dict[str, float],
-    config: TrainConfig,
     codec: CodecConfig,
-    mesh: jax.sharding.Mesh,
-    items: int,
+    compute: ComputeConfig,
+    seconds: float,
+    items: float,
 ) -> hlo.Costs:
     """FLOPs and bytes of the attention kernels, whose insides the HLO does not show.
 
     Blocks that the window hides in part count in full; keys and values are read for every block of
     queries that sees them.
+
+    Args:
+      kernels: Where they come from, and how often each runs.
+      codec: Whose stages they belong to.
+      compute: How they compute.
+      seconds: Of an item.
+      items: Of a batch on one chip, all its heads; a share of an item where those are split.
     """
     total = hlo.Costs()
-    passes = 1 if config.dtype == "bfloat16" else 6
+    half = compute.dtype == "bfloat16"
+    passes = 1 if half else hlo.PASSES.get(compute.precision, 1)
     for name, times in kernels.items():
         side, number = re.search(r"(encoder|decoder)/stage_(\d+)", name).groups()
         module = getattr(codec, side)[int(number)]
         window = codec.windows(side)[int(number)]
-        rate = codec.stage_rates(side)[int(number)]
-        frames = round(rate * step.segment_samples(config, codec) / codec.sample_rate)
+        frames = round(codec.stage_rates(side)[int(number)] * seconds)
         size = attention.splash_block(frames, min(window, frames))
         blocks = -(-frames // size)
         seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
-        heads = items * module.num_heads / mesh.shape["tensor"]
+        heads = items * module.num_heads
         products = {"fwd": 2, "dq": 3, "dkv": 4}[re.search(r"fwd|dq|dkv", name)[0]]
-        item_size = 2 if config.dtype == "bfloat16" else 4
-        block_bytes = size * max(module.head_dim, 128) * item_size
+        block_bytes = size * max(module.head_dim, 128) * (2 if half else 4)
         total.flops += times * heads * seen * products * 2 * passes * size * size * module.head_dim
         total.hbm_bytes += times * heads * block_bytes * (2 * seen + (products + 1) * blocks)
     return total
@@ -164,16 +170,17 @@ def report(
     peak = arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     fits = peak <= chip.hbm_bytes
     costs = hlo.analyse(compiled.as_text())
-    items = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    num_samples = step.segment_samples(config, codec)
+    items = config.batch_size / mesh.size
     if function == "train_step":
-        items //= config.num_microbatches
-        useful = flops.step_flops(config, codec, step.segment_samples(config, codec))
+        items, compute = items / config.num_microbatches, config.compute
+        useful = flops.step_flops(config, codec, num_samples)
     else:
-        config = dataclasses.replace(config, dtype=PRECISIONS[precision].dtype)
-        sides = flops.codec_flops(codec, step.segment_samples(config, codec))
+        compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
         parts = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
         useful = config.batch_size * sum(sides[part] for part in parts)
-    costs.add(kernel_costs(costs.kernels, config, codec, mesh, items))
+    audio = num_samples / codec.sample_rate
+    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items))
     estimate = Estimate(chip, mesh.size, costs, useful)
     print(f"{function}, compiled in {seconds:.0f} s")
     print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
@@ -285,13 +292,17 @@ def main() -> None:
         check_choice("functions", function, FUNCTIONS)
     check_choice("precision", precision, tuple(PRECISIONS))
     config = train_flags.config()
-    codec = load_codec_config(config.model or "tiny")
+    if config.init_from and not config.model:
+        codec = pretrained.load_config(config.init_from)
+    else:
+        codec = load_codec_config(config.model or "tiny")
     mesh = get_mesh(topology, config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
     count = sum(x.size for x in jax.tree.leaves(_params(codec, mesh)))
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
-    print(f"{topology}: {mesh.size} chips, mesh {axes}; {config.model}, {count / 1e6:.1f} M "
-          f"parameters; {config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
+    print(f"{topology}: {mesh.size} chips, mesh {axes}")
+    print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters; "
+          f"{config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
     chip = CHIPS[topology.partition(":")[0]]
     if not all([report(f, config, codec, mesh, chip, precision) for f in functions]):
         sys.exit(1)

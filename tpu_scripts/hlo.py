@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 _BYTES = {"pred": 1, "token": 0}  # otherwise the digits of the name say it
-_PASSES = {"highest": 6, "high": 3}  # bfloat16 products per float32 product
+PASSES = {"highest": 6, "high": 3}  # bfloat16 products per float32 product
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -23,7 +23,7 @@ _NO_TRAFFIC = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "opt-barrier", "domain",
 }  # fmt: skip
-_HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_HEAD = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 
 
@@ -70,7 +70,6 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    is_root: bool
 
     def called(self, key: str) -> str | None:
         """Name of the computation that an attribute names."""
@@ -323,7 +322,7 @@ def _instruction(line: str) -> Instruction | None:
         operands = (inside,)
     else:
         operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(head[2], arrays, opcode, operands, line[closed + 1 :], bool(head[1]))
+    return Instruction(head[1], arrays, opcode, operands, line[closed + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
@@ -342,7 +341,7 @@ def _flops(computation: Computation, i: Instruction) -> float:
         return 0.0
     left, right = (computation[name].arrays[0] for name in i.operands)
     precision = re.search(r"operand_precision=\{(\w+)", i.attributes)
-    passes = _PASSES.get(precision[1], 1) if precision and left.dtype == "f32" else 1
+    passes = PASSES.get(precision[1], 1) if precision and left.dtype == "f32" else 1
     if i.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", i.attributes)[1]
         contracted = math.prod(left.dims[int(a)] for a in axes.split(",") if a)

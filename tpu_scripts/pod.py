@@ -13,12 +13,16 @@ slice and launches, again whenever the slice was taken away, until the run has r
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+from moss_tok.cli.main import Parser
+
 FOLDER = "moss_tok_run"  # on each worker
-DONE = "finished"  # a file there, when the run has reached num_steps
+STATUS = "status"  # a file there: "running", or the exit code of train.py
 _POLL_SECONDS = 60
 _RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
@@ -60,21 +64,22 @@ class Pod:
 
     def setup(self) -> None:
         """Copies this repository to all workers and installs it."""
-        archive = f"{FOLDER}.tar.gz"
+        archive = f"{tempfile.gettempdir()}/{FOLDER}.tar.gz"
         self._run(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"])
         self._gcloud("tpu-vm", "scp", archive, f"{self.args.name}:", *self._where, "--worker=all")
         self._ssh(
-            f"mkdir -p {FOLDER} && tar xzf {archive} -C {FOLDER} && cd {FOLDER} && "
-            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[train,gcs]' 'jax[tpu]'"
+            f"mkdir -p {FOLDER} && tar xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER} && "
+            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[train]' 'jax[tpu]'"
         )
 
     def launch(self) -> None:
         """Starts train.py on all workers, in the background; its output goes to train.log."""
         train = shlex.join([".venv/bin/python", "train.py", *self.flags])
+        script = f"{train}; echo $? > {STATUS}"
         # The subshell outlives the connection.
         self._ssh(
-            f"cd {FOLDER} && rm -f {DONE} && "
-            f"(nohup sh -c {shlex.quote(f'{train} && touch {DONE}')} >> train.log 2>&1 &)"
+            f"cd {FOLDER} && echo running > {STATUS} && "
+            f"(nohup sh -c {shlex.quote(script)} >> train.log 2>&1 &)"
         )
 
     def logs(self) -> None:
@@ -87,17 +92,26 @@ class Pod:
             state = self.state()
             if state in _LOST:
                 self.delete()
-            if state != "ACTIVE":
+                state = ""
+            if not state:
                 self.create()
-                self.setup()
-                self.launch()
-            # A folder that is not there yet is an answer, too.
-            if self._ssh(f"cat {FOLDER}/{DONE} && echo yes", worker="0", check=False) == "yes":
-                print("finished", flush=True)
-                return
-            if self.args.dry_run:
+                state = "ACTIVE"
+            if (state == "ACTIVE" and self._go_on()) or self.args.dry_run:
                 return
             time.sleep(_POLL_SECONDS)
+
+    def _go_on(self) -> bool:
+        """Launches what does not run yet or was preempted; returns whether it is finished."""
+        command = f"cat {FOLDER}/{STATUS} || echo none"
+        status = self._ssh(command, worker="0", check=False)
+        if self.args.dry_run or status == "none":
+            self.setup()
+            self.launch()
+        elif status == str(128 + signal.SIGTERM):
+            self.launch()
+        elif status not in ("", "0", "running"):  # nothing: no answer this time
+            raise OSError(f"train.py ended with {status}, see `logs`")
+        return status == "0"
 
     def delete(self) -> None:
         """Deletes the slice with all that is on it."""
@@ -123,8 +137,8 @@ class Pod:
 
 def main() -> int:
     """Runs one action."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="pod.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = ("create", "setup", "launch", "logs", "watch", "delete")
     parser.add_argument("action", choices=actions)
@@ -147,6 +161,8 @@ def main() -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
