@@ -369,6 +369,9 @@ class TrainConfig:
     )
     # Losses.
     reconstruction_weight: float = _weight(15.0, "weight of the multi-scale mel loss")
+    mel_windows: str = _flag(
+        "32,64,128,256,512,1024,2048", "window lengths (samples) of the multi-scale mel loss"
+    )
     mel_floor_db: float = _flag(
         -200.0, "white noise of that level (dB re full scale, RMS) is silence to the mel loss",
         at_most=0,
@@ -425,6 +428,7 @@ class TrainConfig:
             raise ValueError("workdir must not be empty")
         self.loudness_range  # noqa: B018  checks augment_loudness_db
         self.profile_range  # noqa: B018  checks profile_steps
+        self.mel_window_lengths  # noqa: B018  checks mel_windows
         parse_mesh(self.mesh)
         if not self.discriminators.periods + self.discriminators.windows:
             raise ValueError(
@@ -444,6 +448,17 @@ class TrainConfig:
             for name in ("periods", "windows")
         ]
         return DiscriminatorConfig(self.discriminator_channels, *lists)
+
+    @property
+    def mel_window_lengths(self) -> tuple[int, ...]:
+        """`mel_windows` as numbers."""
+        windows = _integers("mel_windows", self.mel_windows)
+        if not windows or not all(32 <= w <= 32768 and w % 32 == 0 for w in windows):
+            raise ValueError(
+                "mel_windows must be one or more multiples of 32 up to 32768, "
+                f"got {self.mel_windows!r}"
+            )
+        return windows
 
     @property
     def adversarial(self) -> bool:

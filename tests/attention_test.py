@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moss_tok import sharding
 from moss_tok.codec import attention
 
 
@@ -46,6 +47,20 @@ def test_gradients_agree(implementation):
 
     dense, other = (jax.grad(loss)(qkv, name) for name in ("dense", implementation))
     np.testing.assert_allclose(dense, other, atol=2e-4)
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_splash_on_a_mesh(batch):
+    """Also where the items do not divide by the devices."""
+
+    def loss(qkv, implementation):
+        return jnp.sum(jnp.sin(attention.attend(*qkv, 70, implementation, "highest")))
+
+    qkv = random_qkv(100, batch=batch)
+    expected = jax.grad(loss)(qkv, "dense")
+    with jax.set_mesh(sharding.make_mesh("data:2,fsdp:2,tensor:2")):
+        found = jax.jit(jax.grad(loss), static_argnums=1)(qkv, "splash")
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -1,5 +1,6 @@
 """What a program costs, read from its HLO, against counting by hand."""
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moss_tok import config
+from moss_tok.codec import attention
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
+import compile_check  # noqa: E402
 import hlo  # noqa: E402
 
 
@@ -81,12 +86,35 @@ def test_bytes_are_those_of_whole_tiles(dtype, dims, layout, expected):
 def test_collectives_of_a_mesh():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=split)
-    compiled = jax.jit(lambda x: x.sum(1), out_shardings=whole).lower(x).compile()
-    found = {c.opcode: c for c in hlo.analyse(compiled.as_text()).collectives}
-    summed = found["all-reduce"]
-    assert summed.group_size in (4, 8) and summed.times == 1 and not summed.is_async
+    compiled = jax.jit(lambda x: x.sum(1), out_shardings=rows).lower(x).compile()
+    (summed,) = hlo.analyse(compiled.as_text()).collectives
+    assert summed.opcode == "all-reduce" and summed.group_size == 4
+    assert summed.times == 1 and not summed.is_async
+    assert summed.num_bytes == 8 * 4 * 2 * 3 / 4  # eight rows, each sent 2 (n - 1) / n times
+
+
+def test_lines_that_go_on_and_slices_inside_fusions():
+    text = """\
+%part (p: f32[100,128], i: s32[]) -> f32[1,128] {
+  %p = f32[100,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,128]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,128}
+}
+
+ENTRY %main (x: f32[100,128], n: s32[]) -> f32[1,128] {
+  %x = f32[100,128]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %k = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="a
+b"}
+  ROOT %f = f32[1,128]{1,0} fusion(%x, %n), kind=kLoop, calls=%part
+}
+"""
+    costs = hlo.analyse(text)
+    assert costs.kernels == {"ab": 1}
+    assert costs.hbm_bytes == 128 * 4 + 128 * 4 + 4  # the row read and written, and its number
 
 
 def check(*flags):
@@ -108,8 +136,30 @@ def test_bad_flags(flags, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_nano_on_a_v5e_host():
+def test_costs_of_an_attention_kernel():
+    codec = config.load_codec_config("tiny")
+    compute = config.ComputeConfig(dtype="bfloat16")
+    names = {"jit(f)/encoder/stage_1/layers/splash_mha_fwd": 2.0}
+    module, rate = codec.encoder[1], codec.stage_rates("encoder")[1]
+    frames = 256
+    found = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
+    heads = 2 * 3 * module.num_heads
+    assert attention.splash_block(frames, frames) == 256
+    assert found.flops == heads * 2 * 2 * 256 * 256 * module.head_dim
+    assert found.hbm_bytes == heads * 256 * 128 * 2 * (2 + 3)
+
+
+@pytest.mark.parametrize("source", [["--model=nano"], ["--init_from=CODEC"]])
+def test_a_codec_on_a_v5e_host(source, golden_dir):
     pytest.importorskip("libtpu")
-    done = check("--flagfile=experiments/nano_pretrain.flags", "--topology=v5e:2x2")
+    source = [flag.replace("CODEC", str(golden_dir / "nano_tiny")) for flag in source]
+    done = check(*source, "--topology=v5e:2x2", "--functions=encode", "--batch_size=4")
     assert done.returncode == 0, done.stderr
-    assert "train_step" in done.stdout and "DOES NOT FIT" not in done.stdout
+    assert "encode, compiled" in done.stdout and "utilisation" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")
+def test_without_libtpu():
+    done = check("--model=tiny", "--train_data=synthetic")
+    assert done.returncode == 2 and "TPU support not installed" in done.stderr
+    assert done.stderr.count("\n") == 1

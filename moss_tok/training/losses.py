@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
 
-# Source: the paper's windows 2^5 .. 2^11 with the mel counts of the Descript Audio Codec.
-MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320))
+# The paper's windows; the Descript Audio Codec has five mel bands per 32 samples of a window.
+MEL_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
 def reconstruction_loss(
@@ -18,8 +18,9 @@ def reconstruction_loss(
     lengths: jax.Array,
     sample_rate: int,
     floor_db: float = -math.inf,
+    windows: tuple[int, ...] = MEL_WINDOWS,
 ) -> jax.Array:
-    """Multi-scale mel distance: the L1 distance of log10 mel spectrograms, summed over 7 scales.
+    """Multi-scale mel distance: the L1 distance of log10 mel spectrograms, summed over windows.
 
     Args:
       wav: [B, C, S] reference.
@@ -27,13 +28,15 @@ def reconstruction_loss(
       lengths: [B] valid samples. A frame that reaches past them weighs nothing.
       sample_rate: Hz.
       floor_db: What is silent, see `spectral.log_mel`; not in the paper.
+      windows: Their lengths, multiples of 32 samples.
 
     Returns:
-      [B]: per item the mean over valid frames, summed over scales.
+      [B]: per item the mean over valid frames, summed over windows.
     """
     batch, channels, num_samples = wav.shape
     total = jnp.zeros(batch)
-    for window_length, num_mels in MEL_SCALES:
+    for window_length in windows:
+        num_mels = 5 * window_length // 32
         # Not in one batch: the reference needs no gradient.
         reference, synthesis = (
             spectral.log_mel(

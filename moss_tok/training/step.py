@@ -110,7 +110,7 @@ def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainSta
 def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
     """S of a batch: `segment_seconds` in whole frames; ValueError if no mel window fits in."""
     frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
-    longest = max(window for window, _ in losses.MEL_SCALES)
+    longest = max(config.mel_window_lengths)
     if frames * codec.hop_length < longest:
         raise ValueError(
             f"segment_seconds must be at least {longest / codec.sample_rate:.3f} for the longest "
@@ -196,7 +196,12 @@ def _generator_gradient(
         wav, wav_hat = part["wav"], generated["wav_hat"]
         terms = {name: x for name, x in generated.items() if name.endswith("_loss")}
         terms["reconstruction_loss"] = losses.reconstruction_loss(
-            wav, wav_hat, part["length"], codec.sample_rate, config.mel_floor_db
+            wav,
+            wav_hat,
+            part["length"],
+            codec.sample_rate,
+            config.mel_floor_db,
+            config.mel_window_lengths,
         )
         if config.waveform_weight:
             terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, part["length"])
