@@ -29,7 +29,8 @@ TRAIN = [
     "tqdm",
 ]
 BEAM = ["apache-beam>=2.60"]
-TESTS = ["pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
+GCS = ["gcsfs"]
+TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
 setuptools.setup(
     name="moss_tok",
@@ -41,6 +42,11 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
     install_requires=CODEC,
-    extras_require={"train": TRAIN, "beam": TRAIN + BEAM, "tests": TRAIN + BEAM + TESTS},
+    extras_require={
+        "train": TRAIN,
+        "beam": TRAIN + BEAM,
+        "gcs": TRAIN + GCS,
+        "tests": TRAIN + BEAM + GCS + TESTS,
+    },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

@@ -25,6 +25,7 @@ VARIANTS = {
     "codes that see no sizes": ([], "sizes"),
     "quantizers' dimensions drawn": ([], "dealt"),
     "mel bands down to 1e-5": (["--mel_floor_db=-200"], ""),
+    "mel windows of 32 to 2048 only": (["--mel_windows=32,64,128,256,512,1024,2048"], ""),
     "no waveform loss": (["--waveform_weight=0"], ""),
     "none of the five": (["--waveform_weight=0", "--mel_floor_db=-200"], "low_pass,sizes,dealt"),
     "12.5 Hz instead of 50": (["--model=12hz.json"], ""),

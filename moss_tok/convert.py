@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from moss_tok import storage
 from moss_tok.codec import huggingface, pretrained
 from moss_tok.config import check_choice
 
@@ -32,7 +33,7 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       ValueError: Broken source, or a destination that exists.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
-    folder, destination = pretrained.find_checkpoint(source), Path(destination)
+    folder, destination = pretrained.find_checkpoint(source), storage.to_local_path(destination)
     pretrained.check_destination(destination)
     if huggingface.is_official(folder):
         config, params = huggingface.read_official(folder)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["config", "sharding", "audio.files", "audio.manifest", "audio.spectral"],
+    ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
      "codec.huggingface_config", "codec.huggingface", "codec.pretrained"],
     ["convert"],

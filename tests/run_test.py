@@ -18,6 +18,7 @@ from data_test import make_clips
 from training_test import ADVERSARIAL, CODEC
 
 import moss_tok
+from moss_tok import storage
 from moss_tok.codec import pretrained
 from moss_tok.training import checkpoints, loop, writer
 from moss_tok.training import state as states
@@ -410,7 +411,7 @@ def test_metrics_of_a_killed_writer(tmp_path):
     rows = [{"step": n, "loss": float(n)} for n in (1, 2, 3)]
     text = "".join(json.dumps(r) + "\n" for r in rows)
     (tmp_path / writer.METRICS).write_text(text + '{"step": 4, "lo')
-    with writer.MetricsWriter(tmp_path, 2) as log:
+    with writer.MetricsWriter(storage.Mirror(tmp_path), 2) as log:
         log.write(3, {"loss": 9.0})
     found = writer.read_rows(tmp_path / writer.METRICS)
     assert found == [*rows[:2], {"step": 3, "loss": 9.0}]

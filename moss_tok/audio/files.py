@@ -14,6 +14,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from moss_tok import storage
+
 _WRITE_FRAMES = 65536
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
@@ -49,7 +51,7 @@ def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
 
 def read_native(path: str | Path) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
-    path = Path(path)
+    path = storage.to_path(path)
     with _open(path) as file:
         wav = file.read(dtype="float32", always_2d=True)
         rate, announced = file.samplerate, file.frames
@@ -103,20 +105,25 @@ def _checked(source: object, wav: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     """Opens audio; whatever goes wrong until it is closed is a ValueError that names it."""
+    remote = False
     if isinstance(source, AudioBytes):
         head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
     else:
-        source = target = Path(source)
+        source = target = storage.to_path(source)
         if not source.is_file():
             raise ValueError(f"{source}: no such file")
-        with open(source, "rb") as file:
+        remote = storage.is_remote(source)
+        with source.open("rb") as file:
             head, suffix = file.read(4), source.suffix
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:
-        with contextlib.nullcontext() if known or not head else _QUIET_DECODER:
-            with soundfile.SoundFile(target) as file:
-                yield file
+        with contextlib.ExitStack() as stack:
+            if head and not known:
+                stack.enter_context(_QUIET_DECODER)
+            if remote:
+                target = stack.enter_context(source.open("rb"))
+            yield stack.enter_context(soundfile.SoundFile(target))
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         reason = "truncated or corrupt" if known or mp3 else "not audio"
         raise ValueError(f"{source}: {reason} ({error})") from error
@@ -153,10 +160,11 @@ class _QuietDecoder:
 _QUIET_DECODER = _QuietDecoder()
 
 
-def _missing_wav_bytes(path: Path) -> int:
+def _missing_wav_bytes(path: storage.Path) -> int:
     """How much of the data chunk a WAV's header promises is not there; libsndfile does not say."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
         while order and len(head := file.read(8)) == 8:
             name, length = struct.unpack(f"{order}4sI", head)
@@ -191,7 +199,7 @@ def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
     Raises:
       ValueError: A suffix that names no audio format, or no such folder.
     """
-    path = Path(path)
+    path = storage.to_local_path(path)
     check_output(path)
     wav = np.asarray(wav, np.float32)
     if wav.ndim != 2 or not np.isfinite(wav).all():
@@ -216,7 +224,7 @@ def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
 
 def check_output(path: str | Path) -> None:
     """Raises ValueError unless `write` could write `path`."""
-    path = Path(path)
+    path = storage.to_local_path(path)
     if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
         raise ValueError(f"{path}: the name must end in .wav, .flac or .ogg")
     check_parent(path)
@@ -224,7 +232,7 @@ def check_output(path: str | Path) -> None:
 
 def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> None:
     """Calls `write_to` with a binary file that becomes `path` when it returns."""
-    path = Path(path)
+    path = storage.to_local_path(path)
     check_parent(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".incomplete-")
     try:
@@ -237,14 +245,17 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
         raise
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | storage.Path, text: str) -> None:
     """Writes a text file that appears when it is complete."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    if storage.is_remote(path):
+        storage.to_path(path).write_text(text)  # objects appear whole
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_parent(path: str | Path) -> None:
     """Raises ValueError unless the folder that `path` would be written to exists."""
-    path = Path(path)
+    path = storage.to_local_path(path)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")
     if path.is_dir():

@@ -5,9 +5,9 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.config import is_number
 
@@ -28,7 +28,7 @@ class AudioItem:
       metadata: What else its line of the manifest says (`transcript`, `speaker`, ...).
     """
 
-    path: Path
+    path: storage.Path
     split: str
     domain: str
     duration_seconds: float
@@ -36,7 +36,7 @@ class AudioItem:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
-def find_items(source: str | Path) -> list[AudioItem]:
+def find_items(source: str | storage.Path) -> list[AudioItem]:
     """Lists the audio of a folder (recursively) or of a manifest.jsonl.
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
@@ -46,9 +46,9 @@ def find_items(source: str | Path) -> list[AudioItem]:
     Raises:
       ValueError: No such source, a broken line, or no audio in it.
     """
-    source = Path(source)
+    source = storage.to_path(source)
     if source.is_dir():
-        return list_files(source, source.rglob("*"))
+        return list_files(source, storage.files_under(source))
     if not source.is_file():
         raise ValueError(f"{source}: no such folder or manifest")
     rows = _read_rows(source)
@@ -57,7 +57,7 @@ def find_items(source: str | Path) -> list[AudioItem]:
     return _items(source.parent, rows)
 
 
-def list_files(root: Path, paths: Sequence[Path]) -> list[AudioItem]:
+def list_files(root: storage.Path, paths: Sequence[storage.Path]) -> list[AudioItem]:
     """Those of `paths`, under `root`, that are audio. ValueError where none is."""
     paths = sorted(p for p in paths if p.suffix.lower() in files.SUFFIXES)
     if not paths:
@@ -65,7 +65,7 @@ def list_files(root: Path, paths: Sequence[Path]) -> list[AudioItem]:
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 
-def _read_rows(manifest: Path) -> list[dict]:
+def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
     try:
         lines = manifest.read_text().splitlines()
@@ -104,21 +104,21 @@ def _held_out(paths: list[str]) -> set[str]:
     return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
 
 
-def _items(root: Path, rows: list[dict]) -> list[AudioItem]:
+def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
     held_out = _held_out([r["path"] for r in rows])
     return [_item(root, row, held_out) for row in rows]
 
 
-def _item(root: Path, row: dict, held_out: set[str]) -> AudioItem:
+def _item(root: storage.Path, row: dict, held_out: set[str]) -> AudioItem:
     row = dict(row)
-    path = root / row["path"]
+    path = storage.join(root, row["path"])
     default = "test" if row.pop("path") in held_out else "train"
     split, domain = row.pop("split", None) or default, row.pop("domain", None) or "audio"
     duration, record = row.pop("duration_s", None), row.pop("record", None)
     return AudioItem(path, split, domain, _seconds(path, duration), record, row)
 
 
-def _seconds(path: Path, duration: float | None) -> float:
+def _seconds(path: storage.Path, duration: float | None) -> float:
     """What the manifest says; else what the file says, 0 if it cannot be read."""
     if duration is not None:
         return float(duration)

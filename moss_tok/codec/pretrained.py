@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
 
-from moss_tok import sharding
+from moss_tok import sharding, storage
 from moss_tok.codec import huggingface
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
@@ -37,15 +37,18 @@ from moss_tok.config import (
 COMPONENTS = ("all", "encoder", "decoder")
 STEPS_FOLDER = "checkpoints"
 _FILES_NAME = "files.json"
+_COMMIT_MARKER = "commit_success.txt"
 
 
-def load(path: str | Path, component: str = "all", compute: ComputeConfig | None = None) -> Codec:
+def load(
+    path: str | storage.Path, component: str = "all", compute: ComputeConfig | None = None
+) -> Codec:
     """Loads a codec.
 
     Args:
-      path: A checkpoint, a training workdir (its newest step), a directory in the official Hugging
-        Face layout, or a Hub id ("OpenMOSS-Team/MOSS-Audio-Tokenizer") if huggingface_hub is
-        installed.
+      path: A checkpoint, a training workdir (its newest step), either also in a bucket (gs://), a
+        directory in the official Hugging Face layout, or, if huggingface_hub is installed, a Hub
+        id ("OpenMOSS-Team/MOSS-Audio-Tokenizer").
       component: "encoder" or "decoder" read only that side, and the quantizer, into memory.
       compute: How it will be computed. The default, float32 at the highest matmul precision, is
         what makes codes repeatable.
@@ -69,7 +72,7 @@ def load(path: str | Path, component: str = "all", compute: ComputeConfig | None
     return Codec(read_tree(folder / "params", shapes), config, compute)
 
 
-def load_config(path: str | Path) -> CodecConfig:
+def load_config(path: str | storage.Path) -> CodecConfig:
     """The config of what `load(path)` would load. Raises as `load`."""
     folder = find_checkpoint(path)
     if huggingface.is_official(folder):
@@ -77,9 +80,9 @@ def load_config(path: str | Path) -> CodecConfig:
     return read_codec_config(folder / "config.json")
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | storage.Path) -> storage.Path:
     """The directory that holds the weights `path` stands for; ValueError if there is none."""
-    folder = Path(path)
+    folder = storage.to_path(path)
     if not folder.exists():
         folder = _download(str(path))
     if not folder.is_dir():
@@ -91,7 +94,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return folder / STEPS_FOLDER / step_name(steps[-1])
     if not (folder / "config.json").exists():
         raise ValueError(f"{path}: no config.json, so it is no checkpoint")
-    if not (huggingface.is_official(folder) or (folder / "params").is_dir()):
+    official = huggingface.is_official(folder)
+    if official and storage.is_remote(folder):
+        raise ValueError(f"{folder}: an official directory has to be on this machine")
+    if not (official or (folder / "params").is_dir()):
         raise ValueError(
             f"{path}: neither params/ nor {huggingface.WEIGHTS_NAME} beside config.json"
         )
@@ -119,12 +125,22 @@ def step_name(step: int) -> str:
     return f"{step:08d}"
 
 
-def saved_steps(workdir: Path) -> list[int]:
+def saved_steps(workdir: storage.Path) -> list[int]:
     """Complete training steps saved in `workdir`, ascending."""
+    return sorted(int(p.name) for p in step_folders(workdir) if is_complete(p))
+
+
+def step_folders(workdir: storage.Path) -> list[storage.Path]:
+    """Folders of training steps in `workdir`, complete or not."""
     folder = workdir / STEPS_FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d{8,}", p.name))
+    return [p for p in folder.iterdir() if re.fullmatch(r"\d{8,}", p.name)]
+
+
+def is_complete(step_folder: storage.Path) -> bool:
+    """In buckets, where nothing can be renamed at once, Orbax writes a marker last."""
+    return not storage.is_remote(step_folder) or (step_folder / _COMMIT_MARKER).exists()
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,7 +155,7 @@ def param_shapes(config: CodecConfig) -> dict[str, Any]:
     return nn.meta.unbox(boxed_shapes(config))
 
 
-def read_tree(folder: Path, shapes: Any) -> Any:
+def read_tree(folder: storage.Path, shapes: Any) -> Any:
     """Reads the arrays of `shapes`, a tree of ShapeDtypeStructs, and nothing else.
 
     Where a struct has a sharding, the array comes with it.
@@ -158,7 +174,7 @@ def read_tree(folder: Path, shapes: Any) -> Any:
     )
     _check_files(folder)
     handler = ocp.PyTreeCheckpointHandler()
-    path = epath.Path(folder.absolute())
+    path = storage.absolute(folder)
     try:
         found = handler.metadata(path).tree
         _check_shapes(folder, shapes, found)
@@ -174,7 +190,7 @@ class _BadParametersError(ValueError):
     """Parameters are missing or misshapen."""
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: storage.Path) -> None:
     """Raises ValueError if a file under `folder` is missing or cut; see `_FILES_NAME`."""
     listing = folder.parent / _FILES_NAME
     if not listing.exists():
@@ -185,14 +201,14 @@ def _check_files(folder: Path) -> None:
             continue
         if not file.is_file():
             raise ValueError(f"{folder.parent}: broken checkpoint: {name} is missing")
-        if file.stat().st_size != size_bytes:
-            found = file.stat().st_size
+        found = storage.size_bytes(file)
+        if found != size_bytes:
             raise ValueError(
                 f"{folder.parent}: broken checkpoint: {name} has {found} bytes, not {size_bytes}"
             )
 
 
-def _check_shapes(folder: Path, wanted: Any, found: Any) -> None:
+def _check_shapes(folder: storage.Path, wanted: Any, found: Any) -> None:
     def flat(tree):
         return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -246,9 +262,8 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         for name in self._names:
             self._trees.finalize(directory / name)
         if sharding.is_main_process():
-            root = Path(directory)
-            files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.parent != root]
-            sizes = {str(p.relative_to(root)): p.stat().st_size for p in files}
+            files = [p for name in self._names for p in storage.files_under(directory / name)]
+            sizes = {str(p.relative_to(directory)): storage.size_bytes(p) for p in files}
             (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
 
     def close(self) -> None:
@@ -292,7 +307,7 @@ def save(path: str | Path, config: CodecConfig, params: Any) -> None:
     Raises:
       ValueError: `path` exists, or its folder does not.
     """
-    path = Path(path).absolute()
+    path = storage.to_local_path(path).absolute()
     check_destination(path)
     try:
         with ocp.Checkpointer(CheckpointHandler()) as checkpointer:

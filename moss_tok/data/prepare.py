@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.config import read_json_object
@@ -200,7 +201,7 @@ def begin(source: str | Path, destination: str | Path, settings: Settings) -> li
     Raises:
       ValueError: No such source, or a destination that holds something else.
     """
-    destination = Path(destination)
+    destination = storage.to_local_path(destination)
     items = manifest.find_items(source)
     if any(item.record is not None for item in items):
         raise ValueError(f"{source}: is prepared already, its lines are records of shards")
@@ -226,7 +227,7 @@ def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
     Raises:
       ValueError: Everything was rejected.
     """
-    destination = Path(destination)
+    destination = storage.to_local_path(destination)
     rows, rejected = [], []
     for shard in shards:
         listing = destination / _PARTS / f"{shard.name}.jsonl"

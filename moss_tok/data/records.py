@@ -6,12 +6,12 @@ The keys are `audio` (the bytes of a FLAC file, or of any other format libsndfil
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgpack
 from grain.sources import ArrayRecordDataSource
 
+from moss_tok import storage
 from moss_tok.audio.files import AudioBytes
 
 SUFFIX = ".array_record"
@@ -37,14 +37,18 @@ def unpack(record: bytes, name: str) -> tuple[AudioBytes, dict[str, Any]]:
 class Shards:
     """Random access to the records of several shards; picklable."""
 
-    def __init__(self, paths: Sequence[Path]):
-        """Opens the shards. Raises ValueError where one is missing or broken."""
+    def __init__(self, paths: Sequence[storage.Path]):
+        """Opens the shards. Raises ValueError where one is missing or broken.
+
+        Those in buckets are copied first: the reader of ArrayRecord reads files only.
+        """
         self.paths = list(paths)
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
+        copies = storage.local_copies(self.paths)
         try:
-            self._source = ArrayRecordDataSource([str(p) for p in self.paths])
+            self._source = ArrayRecordDataSource([str(p) for p in copies])
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({error})") from error
 
@@ -66,6 +70,6 @@ class Shards:
 
 
 @functools.lru_cache(maxsize=256)
-def shard(path: Path) -> Shards:
+def shard(path: storage.Path) -> Shards:
     """One shard, kept open."""
     return Shards([path])

@@ -4,10 +4,10 @@ import dataclasses
 import glob
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import records
@@ -25,7 +25,7 @@ class Recording:
       duration_seconds: Length.
     """
 
-    audio: Path | files.AudioBytes
+    audio: storage.Path | files.AudioBytes
     domain: str
     duration_seconds: float
 
@@ -52,7 +52,7 @@ class FileSource:
 class RecordSource:
     """Random access to the records of shards, all alike: their lengths are in the shards only."""
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[storage.Path]):
         self._shards = records.Shards(paths)
 
     def __len__(self) -> int:
@@ -148,30 +148,30 @@ def training_mixture(text: str, segment_seconds: float) -> Mixture:
 
 def evaluation_items(text: str, most: int) -> list[AudioItem]:
     """Up to `most` recordings, evenly spread, of the sources' test splits; weights are ignored."""
-    parts: list[Sequence[AudioItem] | Path] = []
+    parts: list[Sequence[AudioItem] | storage.Path] = []
     for name, _ in parse(text):
         shards, items = _find(name, "test")
         parts += [*shards, items]
-    lengths = [len(records.shard(p)) if isinstance(p, Path) else len(p) for p in parts]
+    lengths = [len(records.shard(p)) if not isinstance(p, list) else len(p) for p in parts]
     ends, total = np.cumsum(lengths), sum(lengths)
     chosen = []
     for place in np.linspace(0, total - 1, min(most, total)).round().astype(int):
         n = int(np.searchsorted(ends, place, side="right"))
         part, number = parts[n], int(place - ends[n] + lengths[n])
-        shard = isinstance(part, Path)
+        shard = not isinstance(part, list)
         chosen.append(AudioItem(part, "test", "audio", 0.0, number) if shard else part[number])
     return chosen
 
 
-def _find(name: str, split: str) -> tuple[list[Path], list[AudioItem]]:
+def _find(name: str, split: str) -> tuple[list[storage.Path], list[AudioItem]]:
     """The shards of a split, or else its items, of a folder, manifest, shard or glob pattern."""
-    path = Path(name)
+    path = storage.to_path(name)
     if path.is_dir():
         paths = sorted(path.glob(f"*{records.SUFFIX}"))
         if not paths:
             return [], _of_split(manifest.find_items(path), split)
     elif path.suffix == records.SUFFIX or glob.has_magic(name) and not path.exists():
-        paths = sorted(Path(p) for p in glob.glob(name, recursive=True))
+        paths = storage.find(name)
         if not paths:
             raise ValueError(f"{name}: no such files")
     else:
@@ -181,14 +181,14 @@ def _find(name: str, split: str) -> tuple[list[Path], list[AudioItem]]:
         return [p for p in shards if _shard_split(p) == split], []
     manifests = [p for p in paths if p.suffix == ".jsonl"]
     items = [item for p in manifests for item in manifest.find_items(p)]
-    return [], _of_split(items or manifest.list_files(Path(paths[0].anchor), paths), split)
+    return [], _of_split(items or manifest.list_files(paths[0].parents[-1], paths), split)
 
 
 def _of_split(items: list[AudioItem], split: str) -> list[AudioItem]:
     return [item for item in items if item.split == split]
 
 
-def _shard_split(path: Path) -> str:
+def _shard_split(path: storage.Path) -> str:
     """Shards are called SPLIT-00000-of-00010.array_record; by any other name they are "train"."""
     match = _SHARD_NAME.fullmatch(path.name)
     return match[1] if match else "train"

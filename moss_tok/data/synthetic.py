@@ -12,6 +12,7 @@ import scipy.signal
 
 from moss_tok.audio import files
 
+MANIFEST = "manifest.jsonl"
 _SECONDS = 4.0
 # Three formants in Hz each.
 _VOWELS = (
@@ -28,7 +29,7 @@ def write_dataset(folder: Path, sample_rate: int, num_clips: int = 240, seed: in
 
     A folder that has its manifest already is left alone. Every tenth clip is in the test split.
     """
-    manifest = folder / "manifest.jsonl"
+    manifest = folder / MANIFEST
     if manifest.exists():
         return manifest
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,12 @@ Beside config.json, a step holds `params/` (the averaged weights, if there is an
 """
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from moss_tok import sharding
+from moss_tok import sharding, storage
 from moss_tok.codec import pretrained
 from moss_tok.config import CodecConfig, TrainConfig
 from moss_tok.training.state import TrainState
@@ -25,8 +24,8 @@ class Checkpoints:
     Saving goes on in the background; leaving the context waits for it.
     """
 
-    def __init__(self, workdir: Path, codec: CodecConfig, config: TrainConfig):
-        self._folder = workdir.absolute() / pretrained.STEPS_FOLDER
+    def __init__(self, workdir: storage.Path, codec: CodecConfig, config: TrainConfig):
+        self._folder = storage.absolute(workdir) / pretrained.STEPS_FOLDER
         self._codec = codec
         self._keep, self._keep_every = config.keep_checkpoints, config.keep_every
         # The handler writes into the folder at once, so it has to exist.
@@ -109,11 +108,15 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         if sharding.is_main_process():
-            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            left = [p for p in pretrained.step_folders(self._folder.parent)
+                    if not pretrained.is_complete(p)]  # fmt: skip
+            for folder in [*left, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
+                storage.remove_folder(folder)
 
     def _check_space(self, trees: dict[str, Any]) -> None:
         """Raises ValueError where the disk is too full: before writing half, not after."""
+        if storage.is_remote(self._folder):
+            return
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         free = shutil.disk_usage(self._folder).free
         if free < 1.1 * needed:
@@ -131,7 +134,7 @@ class Checkpoints:
             return
         for step in pretrained.saved_steps(self._folder.parent)[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(self._folder / pretrained.step_name(step), ignore_errors=True)
+                storage.remove_folder(self._folder / pretrained.step_name(step))
 
 
 def load_discriminators(path: str, shapes: Any) -> Any | None:
@@ -142,7 +145,7 @@ def load_discriminators(path: str, shapes: Any) -> Any | None:
     return pretrained.read_tree(folder, shapes)
 
 
-def _restore(folder: Path, like: TrainState) -> TrainState:
+def _restore(folder: storage.Path, like: TrainState) -> TrainState:
     best = pretrained.read_tree(folder / "params", like.best_params)
     discriminators = like.discriminators
     if discriminators is not None:
@@ -167,6 +170,6 @@ def _flat(state: TrainState) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _free_name(folder: Path) -> Path:
+def _free_name(folder: storage.Path) -> storage.Path:
     names = (folder.with_name(f"{folder.name}.broken{i or ''}") for i in range(1000))
     return next(name for name in names if not name.exists())

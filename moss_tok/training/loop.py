@@ -7,14 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
-from moss_tok import sharding
+from moss_tok import sharding, storage
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
@@ -52,9 +51,10 @@ def train(config: TrainConfig) -> bool:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
     shapes = state_shapes(config, codec, mesh)
-    workdir = Path(config.workdir)
+    workdir = storage.to_path(config.workdir)
     _check_same_run(workdir, config)
-    mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate)
+    mirror = storage.Mirror(workdir)
+    mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate, mirror)
     _write_config(workdir, config)
     counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> bool:
         start = int(state.step)
         log = None
         if sharding.is_main_process():
-            log = stack.enter_context(writer.MetricsWriter(workdir, start))
+            log = stack.enter_context(writer.MetricsWriter(mirror, start))
         batches = pipeline.batches(
             config,
             mixture,
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> bool:
             rows=sharding.local_rows(mesh, config.batch_size),
         )
         stack.callback(batches.close)
-        trace = stack.enter_context(_Trace(config))
+        trace = stack.enter_context(_Trace(config, mirror))
         run = Run(config, codec, shapes, mixture, eval_items, saver, log, stop, trace)
         state = run.steps(state, batches)
         saver.wait()
@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> bool:
 
 def _codec_config(config: TrainConfig) -> CodecConfig:
     """The codec of the newest checkpoint, of `init_from`, or of `model`."""
-    if pretrained.saved_steps(Path(config.workdir)):
+    if pretrained.saved_steps(storage.to_path(config.workdir)):
         return pretrained.load_config(config.workdir)
     if not config.init_from:
         return load_codec_config(config.model or "tiny")
@@ -105,7 +105,7 @@ def _codec_config(config: TrainConfig) -> CodecConfig:
     return codec
 
 
-def _check_same_run(workdir: Path, config: TrainConfig) -> None:
+def _check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
     """Refuses a workdir whose run differs in a setting that defines the result."""
     path = workdir / _CONFIG_NAME
     if workdir.exists() and not workdir.is_dir():
@@ -123,10 +123,10 @@ def _check_same_run(workdir: Path, config: TrainConfig) -> None:
 
 
 def _find_data(
-    config: TrainConfig, codec: CodecConfig, segment_seconds: float
+    config: TrainConfig, codec: CodecConfig, segment_seconds: float, mirror: storage.Mirror
 ) -> tuple[sources.Mixture, list[AudioItem]]:
     """What to train on and to evaluate; creates the workdir once it is known that both exist."""
-    workdir = Path(config.workdir)
+    workdir = storage.to_path(config.workdir)
 
     def find(train_data: str, eval_data: str) -> tuple[Any, Any]:
         mixture = sources.training_mixture(train_data, segment_seconds) if train_data else None
@@ -143,16 +143,17 @@ def _find_data(
     mixture, items = find(config.train_data, config.eval_data or config.train_data)
     workdir.mkdir(parents=True, exist_ok=True)
     if mixture is None:
-        made = str(workdir / "synthetic" / "manifest.jsonl")
-        if sharding.is_main_process():
-            made = str(synthetic.write_dataset(workdir / "synthetic", codec.sample_rate))
+        made = str(workdir / "synthetic" / synthetic.MANIFEST)
+        if sharding.is_main_process() and not storage.to_path(made).exists():
+            synthetic.write_dataset(mirror.local / "synthetic", codec.sample_rate)
+            mirror.send()
         sharding.barrier("synthetic data")
         mixture, made_items = find(made, made)
         items = made_items if items is None else items
     return mixture, items
 
 
-def _write_config(workdir: Path, config: TrainConfig) -> None:
+def _write_config(workdir: storage.Path, config: TrainConfig) -> None:
     """Writes the settings; ValueError if some process does not see what the first one wrote."""
     path, text = workdir / _CONFIG_NAME, json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     if sharding.is_main_process():
@@ -210,9 +211,9 @@ class _StopSignal:
 class _Trace:
     """The profile of `profile_steps`; a context manager, which ends it whatever ends the run."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, mirror: storage.Mirror):
         self._steps, self._on = config.profile_range, False
-        self._folder = Path(config.workdir) / _PROFILE
+        self._mirror, self._workdir = mirror, config.workdir
 
     def __enter__(self) -> "_Trace":
         return self
@@ -226,10 +227,11 @@ class _Trace:
 
     def _switch(self, wanted: bool) -> None:
         if wanted and not self._on:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._mirror.local / _PROFILE))
         elif self._on and not wanted:
             jax.profiler.stop_trace()
-            _say(f"profile: {self._folder}")
+            self._mirror.send()
+            _say(f"profile: {self._workdir}/{_PROFILE}")
         self._on = wanted
 
 
@@ -287,6 +289,8 @@ class Run:
                 state = self._log_line(step, state)
             if last or step % config.checkpoint_every == 0:
                 self._check(step, metrics)
+                if self.log is not None:
+                    self.log.send()  # before the checkpoint that needs these lines
                 self.saver.save(state)
             if config.eval_every and step % config.eval_every == 0 and not last:
                 self.evaluate(state)
@@ -357,7 +361,8 @@ class Run:
         self._began += time.perf_counter() - began  # rates are of training alone
 
     def _show(self, step: int, codec: Codec) -> None:
-        _say(f"loss curves: {self.log.save_curves()}")
+        self.log.save_curves()
+        _say(f"loss curves: {self.config.workdir}/curves.png")
         if not self.eval_items:
             return
         clips = sweep.read_clips(self.eval_items, codec, _say)
@@ -375,9 +380,8 @@ class Run:
                     raise _StoppedError
 
             table = sweep.evaluate(codec, clips, sweep.bitrates(codec.config), progress)
-        self.log.write_evaluation(step, table)
         text = sweep.format_table(table)
-        files.write_text(Path(self.config.workdir) / "evaluation.md", f"Step {step}\n\n{text}\n")
+        self.log.write_evaluation(step, table, text)
         note = "mel_loss, stft: lower is better; stoi: higher"
         _say(f"step {step}, unseen audio, {len(clips)} clips ({note}):\n{text}")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.config import DOMAINS, TrainConfig, parse_json_object
 from moss_tok.evaluation import report
@@ -48,11 +49,16 @@ def summarize(config: TrainConfig, state: TrainState) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends to the files of a workdir; a context manager."""
+    """Appends to the files of a workdir; a context manager.
 
-    def __init__(self, workdir: Path, step: int):
+    Where that is in a bucket it works on a copy on this machine.
+    """
+
+    def __init__(self, mirror: storage.Mirror, step: int):
         """Opens the files and cuts what they have after `step`."""
-        self._workdir = workdir
+        self._mirror, self._workdir = mirror, mirror.local
+        mirror.fetch(METRICS, EVALUATION)
+        workdir = mirror.local
         self._files = {name: _open(workdir / name, step) for name in (METRICS, EVALUATION)}
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True
@@ -65,6 +71,12 @@ class MetricsWriter:
         for file in self._files.values():
             file.close()
         self._board.close()
+        self._mirror.send()
+
+    def send(self) -> None:
+        """Brings the bucket up to date."""
+        self._board.flush()
+        self._mirror.send()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes a line of metrics.jsonl; `step` is the number of steps done."""
@@ -77,9 +89,12 @@ class MetricsWriter:
             else:
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
-    def write_evaluation(self, step: int, table: dict[str, dict[str, dict[str, float]]]) -> None:
-        """Writes metric averages {domain: {system: {metric: mean}}} as a line of its own file."""
+    def write_evaluation(
+        self, step: int, table: dict[str, dict[str, dict[str, float]]], text: str
+    ) -> None:
+        """Writes metric averages {domain: {system: {metric: mean}}}, also as `text` to read."""
         self._write(EVALUATION, step, {"table": table})
+        files.write_text(self._workdir / "evaluation.md", f"Step {step}\n\n{text}\n")
         for domain, systems in table.items():
             for system, metrics in systems.items():
                 for metric, value in metrics.items():
@@ -99,11 +114,9 @@ class MetricsWriter:
             picture = report.save_spectrograms(folder / f"{domain}.png", wavs, sample_rate)
             self._board.add_image(f"spectrograms/{domain}", picture, step, dataformats="HWC")
 
-    def save_curves(self) -> Path:
+    def save_curves(self) -> None:
         """Draws curves.png from metrics.jsonl."""
-        path = self._workdir / "curves.png"
-        report.save_curves(path, read_rows(self._workdir / METRICS))
-        return path
+        report.save_curves(self._workdir / "curves.png", read_rows(self._workdir / METRICS))
 
     def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
         self._files[name].write(json.dumps({"step": step} | values) + "\n")

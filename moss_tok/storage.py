@@ -1,0 +1,185 @@
+"""Names of files and folders, on this machine or in a bucket of Google Cloud Storage (gs://)."""
+
+import functools
+import glob
+import importlib.util
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+Path = pathlib.Path | epath.Path
+
+_PREFIX = "gs://"
+
+
+def to_path(name: str | Path) -> Path:
+    """A path to use like a `pathlib.Path`, whichever of the two it is.
+
+    Raises:
+      ValueError: Another kind of address, or a bucket that cannot be reached.
+    """
+    name = os.fspath(name)
+    if "://" not in name:
+        return pathlib.Path(name)
+    if not name.startswith(_PREFIX):
+        raise ValueError(f"{name}: must be a path, or an address that begins with {_PREFIX}")
+    bucket = name.removeprefix(_PREFIX).partition("/")[0]
+    reason = _unreachable(bucket)
+    if reason:
+        raise ValueError(f"{name}: {reason}")
+    return epath.Path(name)
+
+
+def to_local_path(name: str | Path) -> pathlib.Path:
+    """The path of a file or folder on this machine; ValueError for an address."""
+    if "://" in os.fspath(name):
+        raise ValueError(f"{name}: has to be on this machine")
+    return pathlib.Path(name)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether it is in a bucket."""
+    return os.fspath(path).startswith(_PREFIX)
+
+
+@functools.cache
+def _unreachable(bucket: str) -> str:
+    """Why a bucket cannot be used; empty if it can."""
+    if importlib.util.find_spec("gcsfs") is None:
+        return "needs gcsfs, pip install 'moss_tok[gcs]'"
+    import fsspec
+
+    # What was listed once is not true for long: other processes write there too.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    try:
+        exists = epath.Path(f"{_PREFIX}{bucket}").exists()
+    except Exception as error:  # of gcsfs, google.auth or aiohttp
+        return f"cannot be reached ({_line(error)})"
+    return "" if exists else f"there is no bucket {bucket!r}, or no permission to list it"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def absolute(path: Path) -> epath.Path:
+    """The absolute path, for Orbax."""
+    return epath.Path(path if is_remote(path) else pathlib.Path(path).absolute())
+
+
+def join(folder: Path, name: str) -> Path:
+    """`name` relative to `folder`, unless it is an address or absolute."""
+    return to_path(name) if "://" in name else folder / name
+
+
+def find(pattern: str) -> list[Path]:
+    """What a glob pattern names, sorted."""
+    if not is_remote(pattern):
+        return sorted(map(pathlib.Path, glob.glob(pattern, recursive=True)))
+    return sorted(to_path(f"{_PREFIX}{name}") for name in _buckets().glob(pattern))
+
+
+def files_under(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it, sorted."""
+    if not is_remote(folder):
+        return sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
+    names = _buckets().find(os.fspath(folder))
+    return sorted(epath.Path(f"{_PREFIX}{name}") for name in names)
+
+
+def _buckets() -> Any:
+    import gcsfs
+
+    return gcsfs.GCSFileSystem()
+
+
+def size_bytes(path: Path) -> int:
+    """Size of a file."""
+    return epath.Path(path).stat().length
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder and all in it, as far as that is possible."""
+    try:
+        epath.Path(path).rmtree(missing_ok=True)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def local_copies(paths: Iterable[Path]) -> list[pathlib.Path]:
+    """Files that have to be on this machine: those in buckets are copied to a cache first.
+
+    It is $MOSS_TOK_CACHE, or ~/.cache/moss_tok. Files that it has, of the same size, stay.
+
+    Raises:
+      ValueError: The disk has no room for them.
+    """
+    default = pathlib.Path.home() / ".cache" / "moss_tok"
+    cache = pathlib.Path(os.environ.get("MOSS_TOK_CACHE", default))
+    copies, missing = [], []
+    for path in paths:
+        copy = pathlib.Path(path)
+        if is_remote(path):
+            copy = cache / os.fspath(path).removeprefix(_PREFIX)
+            size = size_bytes(path)
+            if not (copy.is_file() and copy.stat().st_size == size):
+                missing.append((path, copy, size))
+        copies.append(copy)
+    if missing:
+        _fetch(cache, missing)
+    return copies
+
+
+def _fetch(cache: pathlib.Path, missing: list[tuple[Path, pathlib.Path, int]]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(size for _, _, size in missing), shutil.disk_usage(cache).free
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"{missing[0][0]} ...: {needed / 1e9:.1f} GB of shards have to be copied to {cache} "
+            f"($MOSS_TOK_CACHE), where {free / 1e9:.1f} GB are free; or mount them with gcsfuse"
+        )
+    print(f"copying {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}", flush=True)
+    for path, copy, _ in missing:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=copy.parent, prefix=".incomplete-")
+        with os.fdopen(handle, "wb") as file, path.open("rb") as source:
+            shutil.copyfileobj(source, file, 1 << 24)
+        os.replace(temporary, copy)
+
+
+class Mirror:
+    """A folder that programs write in which know no buckets, and its copy in one.
+
+    Attributes:
+      local: Where to write. A folder of this machine is its own mirror.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._sent = folder, {}
+        self.local = pathlib.Path(folder)
+        if is_remote(folder):
+            self.local = pathlib.Path(tempfile.mkdtemp(prefix="moss_tok-"))
+
+    def fetch(self, *names: str) -> None:
+        """Copies files from the bucket, as far as they exist."""
+        if not is_remote(self._folder):
+            return
+        for name in names:
+            if (self._folder / name).exists():
+                (self.local / name).write_bytes((self._folder / name).read_bytes())
+
+    def send(self) -> None:
+        """Copies to the bucket what has changed."""
+        if not is_remote(self._folder):
+            return
+        for path in files_under(self.local):
+            name, stat = path.relative_to(self.local), path.stat()
+            state = (stat.st_mtime_ns, stat.st_size)
+            if self._sent.get(name) != state:
+                (self._folder / name).write_bytes(path.read_bytes())
+                self._sent[name] = state

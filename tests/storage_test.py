@@ -1,0 +1,145 @@
+"""Buckets, against an emulator of Google Cloud Storage: data, runs, checkpoints."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import leaves_equal
+from processes_test import free_port
+from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
+from training_test import CONFIG
+
+import moss_tok
+from moss_tok import storage
+from moss_tok.cli import main as cli
+from moss_tok.training import loop
+
+needs_emulator = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("gcsfs", "gcp_storage_emulator")),
+    reason="needs gcsfs and gcp-storage-emulator",
+)
+
+
+# TensorStore wants to know the generation of what it downloads, and the emulator does not say.
+EMULATOR = """
+import sys
+from gcp_storage_emulator.handlers import objects
+
+def download(request, response, storage, *args, _download=objects.download, **kwargs):
+    found = storage.objects.get(request.params["bucket_name"], {})
+    found = found.get(request.params["object_id"], {})
+    response["x-goog-generation"] = found.get("generation", "0")
+    return _download(request, response, storage, *args, **kwargs)
+
+objects.download = download
+from gcp_storage_emulator.server import create_server
+create_server("127.0.0.1", int(sys.argv[1]), True, "moss").run()
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """Its address; the variables that lead there are set."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    emulator = subprocess.Popen(
+        [sys.executable, "-c", EMULATOR, str(port)],
+        cwd=tmp_path_factory.mktemp("emulator"),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    variables = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "MOSS_TOK_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        wait_for(lambda: not storage._unreachable.__wrapped__("moss"), emulator)
+        yield "gs://moss"
+    os.killpg(emulator.pid, signal.SIGKILL)
+    emulator.wait()
+
+
+def upload(folder, address):
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            storage.join(storage.to_path(address), str(path.relative_to(folder))).write_bytes(
+                path.read_bytes()
+            )
+
+
+def ended(process, code=0):
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+@needs_emulator
+def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):  # noqa: F811
+    """Killed while it saves and started again, with data and workdir in the bucket."""
+    local = small_run(CONFIG, clips, tmp_path, num_steps=6, num_eval_clips=2, checkpoint_every=2)
+    ended(start(local))
+    upload(clips, f"{bucket}/clips")
+    remote = dataclasses.replace(
+        local, train_data=f"{bucket}/clips/manifest.jsonl", workdir=f"{bucket}/run"
+    )
+    process = start(remote)
+    assert any("step 5/6" in line for line in process.stdout)  # 2 is saved, 4 is being saved
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "going on from step 2" in ended(start(remote))
+    workdir = storage.to_path(remote.workdir)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("metrics.jsonl", "evaluation.md", "curves.png"):
+        (copy / name).write_bytes((workdir / name).read_bytes())
+    assert rows_without_timing(copy) == rows_without_timing(local.workdir)
+    found, expected = (moss_tok.load(c.workdir) for c in (remote, local))
+    assert leaves_equal(found.params, expected.params)
+    assert [p for p in (workdir / "samples").iterdir() if p.suffix == ".wav"]
+    refused = dataclasses.replace(remote, learning_rate=1.0)
+    assert "holds another run" in ended(start(refused), code=2)
+
+
+@needs_emulator
+def test_shards_in_a_bucket(bucket, clips, tmp_path):  # noqa: F811
+    assert cli.main(["prepare", str(clips), str(tmp_path / "shards")]) == 0
+    upload(tmp_path / "shards", f"{bucket}/shards")
+    config = small_run(CONFIG, clips, tmp_path, num_steps=2, num_eval_clips=0)
+    local = dataclasses.replace(config, train_data=str(tmp_path / "shards"))
+    loop.train(local)
+    remote = dataclasses.replace(
+        config, train_data=f"{bucket}/shards/*.array_record", workdir=str(tmp_path / "remote")
+    )
+    loop.train(remote)
+    assert rows_without_timing(remote.workdir) == rows_without_timing(local.workdir)
+    shutil.rmtree(os.environ["MOSS_TOK_CACHE"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("s3://bucket/data", "must be a path, or an address that begins with gs://"),
+        pytest.param("gs://gone/data", "there is no bucket 'gone'", marks=needs_emulator),
+    ],
+)
+def test_addresses_that_lead_nowhere(name, message, request):
+    if name.startswith("gs://"):
+        request.getfixturevalue("bucket")
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        storage.to_path(name)
+
+
+def test_without_gcsfs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs gcsfs, pip install 'moss_tok\[gcs\]'"):
+        storage.to_path("gs://some-bucket/data")
