@@ -1,5 +1,6 @@
 """Names of files and folders, on this machine or in a bucket of Google Cloud Storage (gs://)."""
 
+import contextlib
 import functools
 import glob
 import importlib.util
@@ -7,7 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -61,6 +62,17 @@ def _unreachable(bucket: str) -> str:
     except Exception as error:  # of gcsfs, google.auth or aiohttp
         return f"cannot be reached ({_line(error)})"
     return "" if exists else f"there is no bucket {bucket!r}, or no permission to list it"
+
+
+@contextlib.contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Errors of a bucket, which share no base class, become a ValueError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or not is_remote(path):
+            raise
+        raise ValueError(f"{path}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
@@ -146,10 +158,11 @@ def _fetch(cache: pathlib.Path, missing: list[tuple[Path, pathlib.Path, int]]) -
     print(f"copying {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}", flush=True)
     for path, copy, _ in missing:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=copy.parent, prefix=".incomplete-")
-        with os.fdopen(handle, "wb") as file, path.open("rb") as source:
-            shutil.copyfileobj(source, file, 1 << 24)
-        os.replace(temporary, copy)
+        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".incomplete-") as temporary:
+            whole = pathlib.Path(temporary) / copy.name
+            with named_errors(path), whole.open("wb") as file, path.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 24)
+            os.replace(whole, copy)
 
 
 class Mirror:
@@ -163,15 +176,17 @@ class Mirror:
         self._folder, self._sent = folder, {}
         self.local = pathlib.Path(folder)
         if is_remote(folder):
-            self.local = pathlib.Path(tempfile.mkdtemp(prefix="moss_tok-"))
+            self._temporary = tempfile.TemporaryDirectory(prefix="moss_tok-")  # as long as self
+            self.local = pathlib.Path(self._temporary.name)
 
     def fetch(self, *names: str) -> None:
         """Copies files from the bucket, as far as they exist."""
         if not is_remote(self._folder):
             return
         for name in names:
-            if (self._folder / name).exists():
-                (self.local / name).write_bytes((self._folder / name).read_bytes())
+            with named_errors(self._folder / name):
+                if (self._folder / name).exists():
+                    (self.local / name).write_bytes((self._folder / name).read_bytes())
 
     def send(self) -> None:
         """Copies to the bucket what has changed."""
@@ -181,5 +196,6 @@ class Mirror:
             name, stat = path.relative_to(self.local), path.stat()
             state = (stat.st_mtime_ns, stat.st_size)
             if self._sent.get(name) != state:
-                (self._folder / name).write_bytes(path.read_bytes())
+                with named_errors(self._folder / name):
+                    (self._folder / name).write_bytes(path.read_bytes())
                 self._sent[name] = state

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import leaves_equal
 from processes_test import free_port
@@ -17,7 +18,9 @@ from training_test import CONFIG
 
 import moss_tok
 from moss_tok import storage
+from moss_tok.audio import files, manifest
 from moss_tok.cli import main as cli
+from moss_tok.data import sources
 from moss_tok.training import loop
 
 needs_emulator = pytest.mark.skipif(
@@ -108,6 +111,22 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):  # noqa:
     assert [p for p in (workdir / "samples").iterdir() if p.suffix == ".wav"]
     refused = dataclasses.replace(remote, learning_rate=1.0)
     assert "holds another run" in ended(start(refused), code=2)
+
+
+@needs_emulator
+def test_audio_in_a_bucket(bucket, clips):  # noqa: F811
+    upload(clips, f"{bucket}/audio")
+    for item in manifest.find_items(clips):
+        remote = f"{bucket}/audio/{item.path.name}"
+        assert files.duration_seconds(remote) == files.duration_seconds(item.path)
+        np.testing.assert_array_equal(*(files.read_native(x)[0] for x in (remote, item.path)))
+        parts = (files.read_segment(x, 0.05, 0.2, 8000) for x in (remote, item.path))
+        np.testing.assert_array_equal(*parts)
+    assert len(sources.training_mixture(f"{bucket}/audio/**/*.flac", 1.0)) > 1
+    storage.to_path(f"{bucket}/bad.flac").write_bytes(b"nothing" * 9)
+    for name, message in (("gone.flac", "no such file"), ("bad.flac", "not audio")):
+        with pytest.raises(ValueError, match=f"^{bucket}/{name}: {message}"):
+            files.read_segment(f"{bucket}/{name}", 0.0, 1.0, 8000)
 
 
 @needs_emulator

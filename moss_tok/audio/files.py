@@ -84,8 +84,16 @@ def read_segment(
 
 def duration_seconds(source: str | Path | AudioBytes) -> float:
     """Length of a file by its header. Raises ValueError where it is no audio."""
+    if not isinstance(source, AudioBytes) and storage.is_remote(source):
+        return _remote_duration_seconds(storage.to_path(source))
     with _open(source) as file:
         return file.frames / file.samplerate
+
+
+def _remote_duration_seconds(path: storage.Path) -> float:
+    with storage.named_errors(path), path.open("rb") as opened:
+        with soundfile.SoundFile(opened) as file:
+            return file.frames / file.samplerate
 
 
 def level_db(wav: np.ndarray) -> float:
@@ -105,25 +113,24 @@ def _checked(source: object, wav: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     """Opens audio; whatever goes wrong until it is closed is a ValueError that names it."""
-    remote = False
+    if not isinstance(source, AudioBytes):
+        source = storage.to_path(source)
+        with storage.named_errors(source):
+            if not source.is_file():
+                raise ValueError(f"{source}: no such file")
+            if storage.is_remote(source):  # whole: libsndfile takes a failed download for the end
+                source = AudioBytes(source.read_bytes(), str(source))
     if isinstance(source, AudioBytes):
         head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
     else:
-        source = target = storage.to_path(source)
-        if not source.is_file():
-            raise ValueError(f"{source}: no such file")
-        remote = storage.is_remote(source)
-        with source.open("rb") as file:
-            head, suffix = file.read(4), source.suffix
+        with open(source, "rb") as file:
+            head, suffix, target = file.read(4), source.suffix, source
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:
-        with contextlib.ExitStack() as stack:
-            if head and not known:
-                stack.enter_context(_QUIET_DECODER)
-            if remote:
-                target = stack.enter_context(source.open("rb"))
-            yield stack.enter_context(soundfile.SoundFile(target))
+        with contextlib.nullcontext() if known or not head else _QUIET_DECODER:
+            with soundfile.SoundFile(target) as file:
+                yield file
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         reason = "truncated or corrupt" if known or mp3 else "not audio"
         raise ValueError(f"{source}: {reason} ({error})") from error
@@ -162,7 +169,7 @@ _QUIET_DECODER = _QuietDecoder()
 
 def _missing_wav_bytes(path: storage.Path) -> int:
     """How much of the data chunk a WAV's header promises is not there; libsndfile does not say."""
-    with path.open("rb") as file:
+    with storage.named_errors(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
@@ -248,7 +255,8 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
 def write_text(path: str | storage.Path, text: str) -> None:
     """Writes a text file that appears when it is complete."""
     if storage.is_remote(path):
-        storage.to_path(path).write_text(text)  # objects appear whole
+        with storage.named_errors(path):
+            storage.to_path(path).write_text(text)  # objects appear whole
     else:
         write_atomically(path, lambda file: file.write(text.encode()))
 
