@@ -8,7 +8,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -29,7 +30,7 @@ def to_path(name: str | Path) -> Path:
         return pathlib.Path(name)
     if not name.startswith(_PREFIX):
         raise ValueError(f"{name}: must be a path, or an address that begins with {_PREFIX}")
-    bucket = name.removeprefix(_PREFIX).partition("/")[0]
+    bucket = without_prefix(name).partition("/")[0]
     reason = _unreachable(bucket)
     if reason:
         raise ValueError(f"{name}: {reason}")
@@ -46,6 +47,11 @@ def to_local_path(name: str | Path) -> pathlib.Path:
 def is_remote(path: str | Path) -> bool:
     """Whether it is in a bucket."""
     return os.fspath(path).startswith(_PREFIX)
+
+
+def without_prefix(path: str | Path) -> str:
+    """Bucket and name of an address."""
+    return os.fspath(path).removeprefix(_PREFIX)
 
 
 @functools.cache
@@ -123,48 +129,6 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def local_copies(paths: Iterable[Path]) -> list[pathlib.Path]:
-    """Files that have to be on this machine: those in buckets are copied to a cache first.
-
-    It is $MOSS_TOK_CACHE, or ~/.cache/moss_tok. Files that it has, of the same size, stay.
-
-    Raises:
-      ValueError: The disk has no room for them.
-    """
-    default = pathlib.Path.home() / ".cache" / "moss_tok"
-    cache = pathlib.Path(os.environ.get("MOSS_TOK_CACHE", default))
-    copies, missing = [], []
-    for path in paths:
-        copy = pathlib.Path(path)
-        if is_remote(path):
-            copy = cache / os.fspath(path).removeprefix(_PREFIX)
-            size = size_bytes(path)
-            if not (copy.is_file() and copy.stat().st_size == size):
-                missing.append((path, copy, size))
-        copies.append(copy)
-    if missing:
-        _fetch(cache, missing)
-    return copies
-
-
-def _fetch(cache: pathlib.Path, missing: list[tuple[Path, pathlib.Path, int]]) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(size for _, _, size in missing), shutil.disk_usage(cache).free
-    if needed > 0.95 * free:
-        raise ValueError(
-            f"{missing[0][0]} ...: {needed / 1e9:.1f} GB of shards have to be copied to {cache} "
-            f"($MOSS_TOK_CACHE), where {free / 1e9:.1f} GB are free; or mount them with gcsfuse"
-        )
-    print(f"copying {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}", flush=True)
-    for path, copy, _ in missing:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".incomplete-") as temporary:
-            whole = pathlib.Path(temporary) / copy.name
-            with named_errors(path), whole.open("wb") as file, path.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 24)
-            os.replace(whole, copy)
-
-
 class Mirror:
     """A folder that programs write in which know no buckets, and its copy in one.
 
@@ -176,8 +140,8 @@ class Mirror:
         self._folder, self._sent = folder, {}
         self.local = pathlib.Path(folder)
         if is_remote(folder):
-            self._temporary = tempfile.TemporaryDirectory(prefix="moss_tok-")  # as long as self
-            self.local = pathlib.Path(self._temporary.name)
+            self.local = pathlib.Path(tempfile.mkdtemp(prefix="moss_tok-"))
+            weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
 
     def fetch(self, *names: str) -> None:
         """Copies files from the bucket, as far as they exist."""

@@ -8,11 +8,13 @@ import pytest
 
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
-from moss_tok.config import DiscriminatorConfig
+from moss_tok.config import DiscriminatorConfig, TrainConfig
 from moss_tok.training import discriminators, losses
 
+WINDOWS = TrainConfig().mel_window_lengths
 
-def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=losses.MEL_WINDOWS):
+
+def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=WINDOWS):
     """The multi-scale mel loss of [S] signals through librosa."""
     total = 0.0
     for window in windows:
@@ -29,11 +31,11 @@ def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=losses
 
 
 @pytest.mark.filterwarnings("ignore:Empty filters")
-@pytest.mark.parametrize("windows", [losses.MEL_WINDOWS, (96, 4096)])
+@pytest.mark.parametrize("windows", [WINDOWS, (96, 4096)])
 def test_mel_loss_agrees_with_librosa(rng, windows):
     wav, wav_hat = 0.1 * rng.standard_normal((2, 3, 1, 9600)).astype(np.float32)
     lengths = jnp.full(3, 9600)
-    found = losses.reconstruction_loss(wav, wav_hat, lengths, 24000, windows=windows)
+    found = losses.reconstruction_loss(wav, wav_hat, lengths, 24000, windows)
     pairs = zip(wav, wav_hat, strict=True)
     expected = [numpy_mel_loss(a[0], b[0], 24000, windows=windows) for a, b in pairs]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -46,12 +48,12 @@ def test_mel_loss_with_a_floor(rng):
     wav[..., 12000:] *= 1e-3
     noise = 10 ** (-50 / 20) * rng.standard_normal((1, 24000)).astype(np.float32)
     floors = {}
-    for window in losses.MEL_WINDOWS:
+    for window in WINDOWS:
         mels = 5 * window // 32
         floors[window] = 10 ** float(spectral.log_mel(0 * noise, 24000, window, mels, -50).min())
         mean = np.mean(10 ** spectral.log_mel(noise, 24000, window, mels))
         assert floors[window] == pytest.approx(max(1e-5, mean), rel=0.25)
-    found = losses.reconstruction_loss(wav, wav_hat, jnp.full(1, 24000), 24000, -50)
+    found = losses.reconstruction_loss(wav, wav_hat, jnp.full(1, 24000), 24000, WINDOWS, -50)
     expected = numpy_mel_loss(wav[0, 0], wav_hat[0, 0], 24000, floors.get)
     np.testing.assert_allclose(found[0], expected, rtol=1e-4)
 
@@ -62,7 +64,7 @@ def test_mel_loss_of_padded_items(rng):
     lengths = jnp.array([6000])
 
     def loss(x, y):
-        return losses.reconstruction_loss(jnp.asarray(x), y, lengths, 24000)[0]
+        return losses.reconstruction_loss(jnp.asarray(x), y, lengths, 24000, WINDOWS)[0]
 
     spoiled = wav.copy()
     spoiled[..., 6000:] = 0.7
@@ -84,7 +86,7 @@ def test_waveform_loss(rng):
 def test_gradient_is_finite_at_silence():
     silence = jnp.zeros((1, 1, 4096))
     gradient = jax.grad(
-        lambda y: losses.reconstruction_loss(silence + 0.1, y, jnp.array([4096]), 24000)[0]
+        lambda y: losses.reconstruction_loss(silence + 0.1, y, jnp.array([4096]), 24000, WINDOWS)[0]
     )(silence)
     assert np.isfinite(gradient).all()
 

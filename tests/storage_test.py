@@ -3,16 +3,16 @@
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import leaves_equal
-from processes_test import free_port
+from processes_test import finish, free_port
 from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
 from training_test import CONFIG
 
@@ -20,7 +20,7 @@ import moss_tok
 from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.cli import main as cli
-from moss_tok.data import sources
+from moss_tok.data import records, sources
 from moss_tok.training import loop
 
 needs_emulator = pytest.mark.skipif(
@@ -73,24 +73,15 @@ def bucket(tmp_path_factory):
 
 
 def upload(folder, address):
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            storage.join(storage.to_path(address), str(path.relative_to(folder))).write_bytes(
-                path.read_bytes()
-            )
-
-
-def ended(process, code=0):
-    output = process.communicate()[0]
-    assert process.returncode == code, output
-    return output
+    for path in storage.files_under(folder):
+        (storage.to_path(address) / path.relative_to(folder)).write_bytes(path.read_bytes())
 
 
 @needs_emulator
 def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):  # noqa: F811
     """Killed while it saves and started again, with data and workdir in the bucket."""
     local = small_run(CONFIG, clips, tmp_path, num_steps=6, num_eval_clips=2, checkpoint_every=2)
-    ended(start(local))
+    finish([start(local)])
     upload(clips, f"{bucket}/clips")
     remote = dataclasses.replace(
         local, train_data=f"{bucket}/clips/manifest.jsonl", workdir=f"{bucket}/run"
@@ -99,18 +90,17 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):  # noqa:
     assert any("step 5/6" in line for line in process.stdout)  # 2 is saved, 4 is being saved
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "going on from step 2" in ended(start(remote))
+    assert "going on from step 2" in finish([start(remote)])[0]
     workdir = storage.to_path(remote.workdir)
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("metrics.jsonl", "evaluation.md", "curves.png"):
-        (copy / name).write_bytes((workdir / name).read_bytes())
-    assert rows_without_timing(copy) == rows_without_timing(local.workdir)
+    mirror = storage.Mirror(workdir)
+    mirror.fetch("metrics.jsonl", "evaluation.md", "curves.png")
+    assert len(storage.files_under(mirror.local)) == 3
+    assert rows_without_timing(mirror.local) == rows_without_timing(local.workdir)
     found, expected = (moss_tok.load(c.workdir) for c in (remote, local))
     assert leaves_equal(found.params, expected.params)
     assert [p for p in (workdir / "samples").iterdir() if p.suffix == ".wav"]
     refused = dataclasses.replace(remote, learning_rate=1.0)
-    assert "holds another run" in ended(start(refused), code=2)
+    assert "holds another run" in finish([start(refused)], code=2)[0]
 
 
 @needs_emulator
@@ -130,7 +120,7 @@ def test_audio_in_a_bucket(bucket, clips):  # noqa: F811
 
 
 @needs_emulator
-def test_shards_in_a_bucket(bucket, clips, tmp_path):  # noqa: F811
+def test_shards_in_a_bucket(bucket, clips, tmp_path, monkeypatch):  # noqa: F811
     assert cli.main(["prepare", str(clips), str(tmp_path / "shards")]) == 0
     upload(tmp_path / "shards", f"{bucket}/shards")
     config = small_run(CONFIG, clips, tmp_path, num_steps=2, num_eval_clips=0)
@@ -141,7 +131,18 @@ def test_shards_in_a_bucket(bucket, clips, tmp_path):  # noqa: F811
     )
     loop.train(remote)
     assert rows_without_timing(remote.workdir) == rows_without_timing(local.workdir)
-    shutil.rmtree(os.environ["MOSS_TOK_CACHE"])
+    cache = pathlib.Path(os.environ["MOSS_TOK_CACHE"])
+    copies = [p for p in storage.files_under(cache) if p.suffix == records.SUFFIX]
+    shards = [p for p in storage.files_under(tmp_path / "shards") if p.suffix == records.SUFFIX]
+    assert copies and [p.read_bytes() for p in copies] == [p.read_bytes() for p in shards]
+    assert storage.files_under(cache) == copies  # nothing half-written
+    used = shutil.disk_usage(cache)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used)
+    remote = storage.find(f"{bucket}/shards/*.array_record")
+    assert len(records.Shards(remote))  # nothing is missing
+    copies[0].unlink()
+    with pytest.raises(ValueError, match=r"have to be copied to .*MOSS_TOK_CACHE"):
+        records.Shards(remote)
 
 
 @pytest.mark.parametrize(

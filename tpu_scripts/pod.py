@@ -69,7 +69,7 @@ class Pod:
         self._gcloud("tpu-vm", "scp", archive, f"{self.args.name}:", *self._where, "--worker=all")
         self._ssh(
             f"mkdir -p {FOLDER} && tar xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER} && "
-            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[train]' 'jax[tpu]'"
+            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[gcs]' 'jax[tpu]'"
         )
 
     def launch(self) -> None:

@@ -5,13 +5,17 @@ The keys are `audio` (the bytes of a FLAC file, or of any other format libsndfil
 """
 
 import functools
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgpack
 from grain.sources import ArrayRecordDataSource
 
 from moss_tok import storage
+from moss_tok.audio import files
 from moss_tok.audio.files import AudioBytes
 
 SUFFIX = ".array_record"
@@ -46,7 +50,7 @@ class Shards:
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        copies = storage.local_copies(self.paths)
+        copies = _local_copies(self.paths)
         try:
             self._source = ArrayRecordDataSource([str(p) for p in copies])
         except (RuntimeError, ValueError) as error:
@@ -73,3 +77,43 @@ class Shards:
 def shard(path: storage.Path) -> Shards:
     """One shard, kept open."""
     return Shards([path])
+
+
+def _local_copies(paths: Sequence[storage.Path]) -> list[Path]:
+    """Shards on this machine: those in buckets are copied to a cache first.
+
+    It is $MOSS_TOK_CACHE, or ~/.cache/moss_tok. Files that it has, of the same size, stay.
+
+    Raises:
+      ValueError: The disk has no room for them.
+    """
+    default = Path.home() / ".cache" / "moss_tok"
+    cache = Path(os.environ.get("MOSS_TOK_CACHE", default))
+    copies, missing = [], []
+    for path in paths:
+        copy = Path(path)
+        if storage.is_remote(path):
+            copy = cache / storage.without_prefix(path)
+            size = storage.size_bytes(path)
+            if not (copy.is_file() and copy.stat().st_size == size):
+                missing.append((path, copy, size))
+        copies.append(copy)
+    if missing:
+        _fetch(cache, missing)
+    return copies
+
+
+def _fetch(cache: Path, missing: list[tuple[storage.Path, Path, int]]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(size for _, _, size in missing), shutil.disk_usage(cache).free
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"{missing[0][0]} ...: {needed / 1e9:.1f} GB of shards have to be copied to {cache} "
+            f"($MOSS_TOK_CACHE), where {free / 1e9:.1f} GB are free; or mount them with gcsfuse"
+        )
+    print(f"copying {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}", flush=True)
+    for path, copy, _ in missing:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with storage.named_errors(path), path.open("rb") as source:
+            copy_to = functools.partial(shutil.copyfileobj, source, length=1 << 24)
+            files.write_atomically(copy, copy_to)

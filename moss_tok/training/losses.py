@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
 
-# The paper's windows; the Descript Audio Codec has five mel bands per 32 samples of a window.
-MEL_WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
+_BANDS_PER_SAMPLE = 5 / 32  # mel bands per sample of a window, as the Descript Audio Codec has it
 
 
 def reconstruction_loss(
@@ -17,8 +16,8 @@ def reconstruction_loss(
     wav_hat: jax.Array,
     lengths: jax.Array,
     sample_rate: int,
+    windows: tuple[int, ...],
     floor_db: float = -math.inf,
-    windows: tuple[int, ...] = MEL_WINDOWS,
 ) -> jax.Array:
     """Multi-scale mel distance: the L1 distance of log10 mel spectrograms, summed over windows.
 
@@ -27,8 +26,8 @@ def reconstruction_loss(
       wav_hat: [B, C, S] reconstruction.
       lengths: [B] valid samples. A frame that reaches past them weighs nothing.
       sample_rate: Hz.
-      floor_db: What is silent, see `spectral.log_mel`; not in the paper.
       windows: Their lengths, multiples of 32 samples.
+      floor_db: What is silent, see `spectral.log_mel`; not in the paper.
 
     Returns:
       [B]: per item the mean over valid frames, summed over windows.
@@ -36,7 +35,7 @@ def reconstruction_loss(
     batch, channels, num_samples = wav.shape
     total = jnp.zeros(batch)
     for window_length in windows:
-        num_mels = 5 * window_length // 32
+        num_mels = int(_BANDS_PER_SAMPLE * window_length)
         # Not in one batch: the reference needs no gradient.
         reference, synthesis = (
             spectral.log_mel(

@@ -200,8 +200,8 @@ def _generator_gradient(
             wav_hat,
             part["length"],
             codec.sample_rate,
-            config.mel_floor_db,
             config.mel_window_lengths,
+            config.mel_floor_db,
         )
         if config.waveform_weight:
             terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, part["length"])

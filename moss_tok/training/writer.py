@@ -3,6 +3,7 @@
 Each step has one line: those after the step that a run goes on from are cut, and written again.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,21 @@ class MetricsWriter:
         """Opens the files and cuts what they have after `step`."""
         self._mirror, self._workdir = mirror, mirror.local
         mirror.fetch(METRICS, EVALUATION)
-        workdir = mirror.local
-        self._files = {name: _open(workdir / name, step) for name in (METRICS, EVALUATION)}
+        self._files = {name: _open(self._workdir / name, step) for name in (METRICS, EVALUATION)}
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True
+            str(self._workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True
         )
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for file in self._files.values():
             file.close()
         self._board.close()
-        self._mirror.send()
+        # An error on the way here is the one to be told of.
+        with contextlib.suppress(*() if kind is None else (ValueError, OSError)):
+            self._mirror.send()
 
     def send(self) -> None:
         """Brings the bucket up to date."""
