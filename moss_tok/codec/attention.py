@@ -58,8 +58,9 @@ def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates the halves of each head of `x` [B, N, T, H] in float32; result in x's dtype."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+    a, b = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+    rotated = [half.astype(x.dtype) for half in (a * cos - b * sin, a * sin + b * cos)]
+    return jnp.concatenate(rotated, axis=-1)
 
 
 def attend(
@@ -185,10 +186,13 @@ def _splash_kernel(q, k, v, *, window, precision):
     padding = -num_frames % block
     size = num_frames + padding
     mask = splash_attention.LocalMask((size, size), (window - 1, 0), offset=0)
+    layout = splash_attention.QKVLayout.SEQ_MINOR  # 64 lanes of a head would be padded to 128
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention.BlockSizes(**{f"block_{n}": block for n in names}),
+        block_sizes=splash_attention.BlockSizes(
+            **{f"block_{n}": block for n in names}, **{f"{n}_layout": layout for n in "qkv"}
+        ),
         residual_checkpoint_name=RESIDUALS,
         interpret=not _on_tpu(),
     )
