@@ -34,8 +34,18 @@ VARIANTS = {
     "commitment weight 0.25": (["--commitment_weight=0.25"], ""),
     "dropout on all items": (["--quantizer_dropout=1"], ""),
     "no dropout": (["--quantizer_dropout=0"], ""),
-    "no average": (["--ema_decay=0"], ""),
-    "no decay of the learning rate": (["--decay_steps=0"], ""),
+    "discriminators from the start": (
+        [
+            "--stage=adversarial",
+            "--num_microbatches=1",
+            "--discriminator_channels=6",
+            "--discriminator_windows=512,128",
+            "--discriminator_learning_rate=1e-3",
+            "--adversarial_weight=6",
+            "--feature_matching_weight=60",
+        ],
+        "",
+    ),  # fmt: skip
 }
 
 

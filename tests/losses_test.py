@@ -164,6 +164,24 @@ def test_discriminators_take_any_length(judges, rng, num_samples):
         np.testing.assert_allclose(f[-1][0], g[-1][1], atol=1e-5)
 
 
+def test_spectra_are_compressed_and_keep_their_phases(rng):
+    wav = rng.standard_normal(4096).astype(np.float32)
+    spectra = librosa.stft(wav, n_fft=512, hop_length=128, pad_mode="reflect").T
+    spectra /= np.sqrt(np.square(np.hanning(513)[:-1]).sum())
+    found = discriminators._compressed_stft(wav[None], 512)[0]
+    softened = np.sqrt(np.abs(spectra) ** 2 + 1e-6)
+    np.testing.assert_allclose(found, spectra * softened**-0.7, atol=1e-4)
+    assert 0.9 < np.abs(found).mean() < 1  # white noise of level 1
+    gradient = jax.grad(lambda x: discriminators._compressed_stft(x, 64).real.sum())
+    assert np.isfinite(gradient(jnp.zeros((1, 256)))).all()
+
+
+def test_fresh_discriminators_keep_the_size_of_a_signal(judges, rng):
+    wav = jnp.asarray(rng.standard_normal((1, 1, 5000)), jnp.float32)
+    for features in judges(wav):
+        assert all(0.02 < np.abs(layer).mean() < 50 for layer in features)
+
+
 def test_period_discriminator_folds_the_signal(rng):
     """Samples `period` apart are neighbours; the phases do not see each other."""
     model = discriminators.PeriodDiscriminator(3, 2, "float32")

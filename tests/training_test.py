@@ -95,6 +95,16 @@ def test_microbatches_change_nothing(config):
     np.testing.assert_allclose(a.totals.domain_items, b.totals.domain_items)
 
 
+def test_discriminators_hear_quiet_and_loud_audio_alike():
+    params = states.init_discriminators(ADVERSARIAL, CODEC)
+    loud, quiet = random_batch(), random_batch(scale=0.02)
+
+    def judgement(batch):
+        return steps._judge(ADVERSARIAL, params, 0.5 * batch["wav"], batch)[1][-1]
+
+    np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("config", "num_steps"), [(CONFIG, 150), (ADVERSARIAL, 80)])
 def test_overfits_a_clip(config, num_steps):
     t = np.arange(2048) / RATE

@@ -187,6 +187,7 @@ def report(
           f"{_giga(memory.temp_size_in_bytes)}, peak {_giga(peak)} of {_giga(chip.hbm_bytes)} GB"
           f"{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
     estimate.show()
+    show_traffic(costs)
     if flags.FLAGS.scaling:
         show_scaling(estimate, config.batch_size / mesh.size)
     return fits
@@ -257,6 +258,13 @@ class Estimate:
             print(f"  {name:<16} {text}", flush=True)
 
 
+def show_traffic(costs: hlo.Costs) -> None:
+    """Prints the operations of the Python program that read and write the most."""
+    largest = sorted(costs.traffic.items(), key=lambda item: -item[1])[: flags.FLAGS.top]
+    for source, num_bytes in largest:
+        print(f"  {_giga(num_bytes):>10} GB  {source}")
+
+
 def show_scaling(estimate: Estimate, items_per_chip: float) -> None:
     """Prints the estimate for 4 to 4096 chips, each with as many items as now.
 
@@ -313,5 +321,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5p:2x2x1", "kind and shape of the slice")
     flags.DEFINE_string("functions", ",".join(FUNCTIONS), "what is compiled")
     flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
+    flags.DEFINE_integer("top", 0, "also so many operations with the most memory traffic")
     flags.DEFINE_bool("scaling", False, "also the estimate for 4 to 4096 chips, by weak scaling")
     train_flags.run(main)

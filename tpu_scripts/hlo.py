@@ -99,12 +99,14 @@ class Costs:
     flops: products times passes: a float32 product at HIGHEST is six bfloat16 products.
     hbm_bytes: read from and written to main memory.
     kernels: Pallas kernels by their source, and how often they run; their costs are not in the HLO.
+    traffic: hbm_bytes by source, without the kernels'.
     """
 
     flops: float = 0
     hbm_bytes: float = 0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+    traffic: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Costs", times: float = 1) -> None:
         """Adds another program that runs `times` times."""
@@ -114,8 +116,14 @@ class Costs:
             dataclasses.replace(c, num_bytes=times * c.num_bytes, times=times * c.times)
             for c in other.collectives
         ]
-        for name, count in other.kernels.items():
-            self.kernels[name] = self.kernels.get(name, 0) + times * count
+        for mine, others in ((self.kernels, other.kernels), (self.traffic, other.traffic)):
+            for name, amount in others.items():
+                mine[name] = mine.get(name, 0) + times * amount
+
+    def move(self, source: str, num_bytes: float) -> None:
+        """Counts traffic with main memory."""
+        self.hbm_bytes += num_bytes
+        self.traffic[source] = self.traffic.get(source, 0) + num_bytes
 
 
 def analyse(text: str) -> Costs:
@@ -180,7 +188,7 @@ class _Module:
                 total.collectives.append(c)
         else:
             total.flops += _flops(computation, i)
-        total.hbm_bytes += self._traffic(computation, i)
+        total.move(_source(i), self._traffic(computation, i))
 
     def _branches(self, i: Instruction) -> list[str]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)

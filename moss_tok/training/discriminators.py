@@ -2,6 +2,10 @@
 
 Source: the Descript Audio Codec, whose layers the paper takes over: multi-period (HiFi-GAN) and
 complex multi-band STFT. Each returns the outputs of all of its layers, the last one the judgement.
+
+Two things differ, without which they hardly learn in the first thousands of steps: kernels start
+larger, so that six layers keep the size of a signal, and the magnitudes of spectra are compressed,
+so that the upper bands, 40 dB below the lower ones in speech, are seen as well.
 """
 
 from collections.abc import Iterable
@@ -19,8 +23,9 @@ _PERIOD_WIDTHS = (1, 4, 16, 32, 32)  # times the base width
 _PERIOD_STRIDES = (3, 3, 3, 3, 1)
 _BAND_KERNELS = ((3, 9), (3, 9), (3, 9), (3, 9), (3, 3))  # time, frequency
 _BAND_STRIDES = (1, 2, 2, 2, 1)
-# Small, as the reference class has it: the first judgements should be near 0.
-_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+_COMPRESSION = 0.3  # exponent of magnitudes
+_SOFT_MAGNITUDE = 1e-3  # below it they are not compressed any further
 
 
 class WeightNormConv(nn.Module):
@@ -106,7 +111,7 @@ class SpectrumDiscriminator(nn.Module):
     def __call__(self, wav: jax.Array) -> list[jax.Array]:
         """[B, C, S] -> features [B, T, F, channels] of all layers of all bands; the judgement."""
         batch, num_channels, num_samples = wav.shape
-        spectra = spectral.stft(wav.reshape(-1, num_samples), self.window_length)
+        spectra = _compressed_stft(wav.reshape(-1, num_samples), self.window_length)
         spectra = spectra.reshape(batch, num_channels, *spectra.shape[1:])
         x = jnp.concatenate([spectra.real, spectra.imag], axis=1)  # [B, 2 C, T, F]
         x = jnp.moveaxis(x, 1, -1)
@@ -122,8 +127,16 @@ class SpectrumDiscriminator(nn.Module):
         return [*features, WeightNormConv(1, (3, 3), (1, 1), self.dtype)(joined)]
 
 
+def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
+    """Complex spectra [B, S] -> [B, T, F], their magnitudes to the power of `_COMPRESSION`."""
+    energy = 3 / 8 * window_length  # of the Hann window: white noise keeps its level
+    spectra = spectral.stft(wav, window_length) / jnp.sqrt(energy)
+    power = jnp.square(spectra.real) + jnp.square(spectra.imag) + _SOFT_MAGNITUDE**2
+    return spectra * power ** ((_COMPRESSION - 1) / 2)
+
+
 class Discriminators(nn.Module):
-    """All of them."""
+    """All of them; for audio whose peak is about 1."""
 
     config: DiscriminatorConfig
     dtype: str = "float32"

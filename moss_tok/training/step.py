@@ -23,6 +23,7 @@ from moss_tok.training.state import (
 
 _COUNTED_STEPS = 50  # what code_counts remember
 _COUNT_DECAY = 1 - 1 / _COUNTED_STEPS
+_QUIETEST_PEAK = 0.01  # what peaks below stays quiet for the discriminators
 DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
 
 Batch = dict[str, jax.Array]
@@ -163,10 +164,15 @@ def _generate(config: TrainConfig, codec: CodecConfig, params: Any, part: Batch)
 
 
 def _judge(config: TrainConfig, params: Any, wav: jax.Array, part: Batch) -> losses.Features:
-    """Features of a microbatch of audio [B, C, S], which is zeroed in its padding."""
+    """Features of a microbatch of audio [B, C, S], which is zeroed in its padding.
+
+    A recording and its reconstruction are brought to the level at which the recording peaks at 1.
+    """
     valid = jnp.arange(wav.shape[-1]) < part["length"][:, None, None]
+    peak = jnp.abs(part["wav"]).max((1, 2), keepdims=True)
     model = Discriminators(config.discriminators, config.dtype)
-    return model.apply({"params": params}, jnp.where(valid, wav, 0))
+    wav = jnp.where(valid, wav, 0) / jnp.maximum(peak, _QUIETEST_PEAK)
+    return model.apply({"params": params}, wav)
 
 
 def _discriminator_gradient(
