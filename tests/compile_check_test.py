@@ -117,6 +117,49 @@ b"}
     assert costs.hbm_bytes == 128 * 4 + 128 * 4 + 4  # the row read and written, and its number
 
 
+def test_a_transfer_spread_over_fusions_counts_once():
+    """It starts in one fusion, goes on beside the arithmetic of others, and ends in a last one."""
+    attributes = 'replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="0"}'
+    text = f"""\
+%start (p: f32[8,128]) -> (f32[8,128], f32[16,128]) {{
+  %p = f32[8,128]{{1,0}} parameter(0)
+  %g = f32[16,128]{{1,0}} all-gather(%p), {attributes}
+  ROOT %s = (f32[8,128]{{1,0}}, f32[16,128]{{1,0}}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (q: f32[8,128], h: f32[16,128], x: f32[1,128]) -> (f32[1,128], f32[8,128], f32[16,128]) {{
+  %q = f32[8,128]{{1,0}} parameter(0)
+  %h = f32[16,128]{{1,0}} parameter(1)
+  %x = f32[1,128]{{1,0}} parameter(2)
+  %y = f32[1,128]{{1,0}} negate(%x)
+  %g = f32[16,128]{{1,0}} all-gather(%q), {attributes}
+  ROOT %t = (f32[1,128]{{1,0}}, f32[8,128]{{1,0}}, f32[16,128]{{1,0}}) tuple(%y, %q, %h)
+}}
+
+%done (q: f32[8,128], h: f32[16,128]) -> f32[16,128] {{
+  %q = f32[8,128]{{1,0}} parameter(0)
+  %h = f32[16,128]{{1,0}} parameter(1)
+  %g = f32[16,128]{{1,0}} all-gather(%q), {attributes}
+  ROOT %d = f32[16,128]{{1,0}} custom-call(%q, %h, %g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (p: f32[8,128], x: f32[1,128]) -> f32[16,128] {{
+  %p = f32[8,128]{{1,0}} parameter(0)
+  %x = f32[1,128]{{1,0}} parameter(1)
+  %a = (f32[8,128]{{1,0}}, f32[16,128]{{1,0}}) fusion(%p), kind=kCustom, calls=%start
+  %q = f32[8,128]{{1,0}} get-tuple-element(%a), index=0
+  %h = f32[16,128]{{1,0}} get-tuple-element(%a), index=1
+  %b = (f32[1,128]{{1,0}}, f32[8,128]{{1,0}}, f32[16,128]{{1,0}}) fusion(%q, %h, %x), kind=kOutput, calls=%beside
+  ROOT %c = f32[16,128]{{1,0}} fusion(%q, %h), kind=kCustom, calls=%done
+}}
+"""  # noqa: E501
+    costs = hlo.analyse(text)
+    (gathered,) = costs.collectives
+    assert gathered.is_async and gathered.num_bytes == 8 * 128 * 4
+    row = 128 * 4
+    assert costs.hbm_bytes == (8 + 16) * row + 2 * row  # the start; what is computed beside it
+
+
 def check(*flags):
     script = [sys.executable, str(ROOT / "tpu_scripts" / "compile_check.py")]
     return subprocess.run([*script, *flags], capture_output=True, text=True, cwd=ROOT)

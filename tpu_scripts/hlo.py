@@ -225,10 +225,14 @@ class _Module:
         return total
 
     def _inner_collectives(self, computation: Computation) -> Iterator[Collective]:
-        """Those that a fusion overlaps with its arithmetic."""
+        """Those that a fusion overlaps with its arithmetic.
+
+        One that is spread over several fusions stands in each of them, and counts where it starts.
+        """
+        started = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
+            if kind in _COLLECTIVES and (started or not _is_spread(i)):
                 yield _collective(computation, i, kind, True)
             elif i.opcode == "fusion":
                 yield from self._inner_collectives(self._computations[i.called("calls")])
@@ -275,6 +279,8 @@ class _Module:
                 read += i.arrays[0].num_bytes
             elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
                 pass  # updated in place
+            elif i.opcode == "tuple" or _is_spread(i) or i.opcode == "custom-call":
+                pass  # handed on
             elif i.opcode == "fusion":
                 nested = self._computations[i.called("calls")]
                 for n, operand in enumerate(i.operands):
@@ -285,9 +291,15 @@ class _Module:
         return read
 
     def _written_by_fusion(self, inner: Computation, written: float) -> float:
-        """What a fusion writes: of results that are updated in place only the update."""
+        """What a fusion writes: updates of what changes in place, nothing of what it hands on."""
+        *_, root = inner.values()
+        if '"AsyncCollectiveDone"' in root.attributes:
+            return 0.0
         for i in inner.values():
-            if i.opcode == "dynamic-update-slice" and i.arrays[0].in_hbm:
+            handed_on = root.opcode == "tuple" and i.name in root.operands
+            if handed_on and i.opcode in ("parameter", "all-gather"):
+                written -= sum(a.num_bytes for a in i.arrays if a.in_hbm)
+            elif i.opcode == "dynamic-update-slice" and i.arrays[0].in_hbm:
                 update = inner[i.operands[1]].arrays[0]
                 whole = i.arrays[0].num_bytes
                 if whole <= written:
@@ -399,6 +411,11 @@ def _collective(computation: Computation, i: Instruction, kind: str, is_async: b
     share = (size - 1) / size
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
     return Collective(kind, _source(i), data * moved.get(kind, share), size, 1, is_async)
+
+
+def _is_spread(i: Instruction) -> bool:
+    """Whether a transfer goes on over several fusions."""
+    return "chain_id=" in i.attributes
 
 
 def _source(i: Instruction) -> str:

@@ -105,6 +105,7 @@ def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainSta
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 
