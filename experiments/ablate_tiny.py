@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLAGS = Path(__file__).with_name("quickstart.flags")
+RESULT = "result.json"
 
 # Name -> further flags, and what is undone in the code.
 VARIANTS = {
@@ -77,8 +78,8 @@ def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.
     return jnp.asarray(kernels, jnp.float32)
 
 
-def run_variant(argv: list[str], undone: str, result: Path) -> None:
-    """Trains, and writes the evaluation and the artefacts to `result`."""
+def run_variant(name: str, args: argparse.Namespace) -> None:
+    """Trains, and writes the evaluation and the artefacts to the variant's result."""
     import artefacts
     from absl import flags
 
@@ -86,19 +87,31 @@ def run_variant(argv: list[str], undone: str, result: Path) -> None:
     from moss_tok.training import flags as train_flags
     from moss_tok.training import loop
 
+    changes, undone = VARIANTS[name]
     undo(undone.split(","))
+    workdir = folder_of(name, args)
     train_flags.define()
-    flags.FLAGS(["train.py", f"--flagfile={FLAGS}", *argv])
+    flags.FLAGS([
+        "train.py", f"--flagfile={FLAGS}",
+        f"--workdir={workdir}", f"--train_data={args.train_data}",
+        f"--num_steps={args.num_steps}", f"--decay_steps={args.num_steps}",
+        *(change.replace("--model=", f"--model={args.out}/") for change in changes),
+    ])  # fmt: skip
     config = train_flags.config()
     loop.train(config)
     codec = moss_tok.load(config.workdir)
-    lines = (Path(config.workdir) / "evaluation.jsonl").read_text().splitlines()
+    lines = (workdir / "evaluation.jsonl").read_text().splitlines()
     most = codec.config.quantizer.num_quantizers
     found = {
         "table": json.loads(lines[-1])["table"],
         "artefacts": artefacts.measure(codec, config.train_data, [most]),
     }
-    result.write_text(json.dumps(found))
+    (workdir / RESULT).write_text(json.dumps(found))
+
+
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """The workdir of a variant."""
+    return args.out / name.replace(" ", "_")
 
 
 def write_models(folder: Path) -> None:
@@ -136,33 +149,24 @@ def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train_data", required=True)
-    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--out", type=lambda text: Path(text).absolute(), default="runs/ablation")
     parser.add_argument("--num_steps", type=int, default=500)
-    parser.add_argument("--variant", default="", help="used by the script itself")
-    args, rest = parser.parse_known_args()
-    out = Path(args.out).absolute()
+    parser.add_argument("--variant", choices=VARIANTS, help="this one alone, in this process")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.variant:
-        undone = VARIANTS[args.variant][1]
-        run_variant(rest, undone, out / args.variant.replace(" ", "_") / "result.json")
+        run_variant(args.variant, args)
         return
-    out.mkdir(parents=True, exist_ok=True)
-    write_models(out)
+    write_models(args.out)
     print("| | mel speech, 1 and 16 quantizers | music | sound | STOI | pitch dB | comb dB |")
     print("|---|---|---|---|---|---|---|")
-    for name, (flags, _) in VARIANTS.items():
-        workdir = out / name.replace(" ", "_")
-        result = workdir / "result.json"
-        if not result.exists():
-            argv = [
-                f"--workdir={workdir}", f"--num_steps={args.num_steps}",
-                f"--decay_steps={args.num_steps}", f"--train_data={args.train_data}", *flags,
-            ]  # fmt: skip
-            argv = [a.replace("--model=", f"--model={out}/") for a in argv]
-            command = [sys.executable, __file__, f"--train_data={args.train_data}",
-                       f"--out={out}", f"--variant={name}", *argv]  # fmt: skip
-            with open(out / f"{workdir.name}.log", "w") as log:
+    for name in VARIANTS:
+        folder = folder_of(name, args)
+        if not (folder / RESULT).exists():
+            with open(folder.with_suffix(".log"), "w") as log:
+                command = [sys.executable, __file__, *sys.argv[1:], f"--variant={name}"]
                 subprocess.run(command, check=True, stdout=log, stderr=log)
-        print(row(name, json.loads(result.read_text())), flush=True)
+        print(row(name, json.loads((folder / RESULT).read_text())), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_meshes_train_alike(base, monkeypatch):
 
     Adam would make rounding errors of small gradients as large as the gradients.
     """
-    monkeypatch.setattr(states, "_adamw", lambda config, peak: optax.sgd(1e-4, momentum=0.8))
+    monkeypatch.setattr(states, "_adamw", lambda config, peak: optax.sgd(2e-5, momentum=0.8))
     config = dataclasses.replace(base, batch_size=8, num_microbatches=2)
 
     def train(text):
@@ -81,11 +81,11 @@ def test_meshes_train_alike(base, monkeypatch):
         gradients = [x for _, x in optax.tree.get_all_with_path(first, "trace")]
         params = jax.device_get((state.params, state.discriminators))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)
-        assert all(max(jax.tree.leaves(tree)) > 1e-3 for tree in moved if tree is not None)
+        assert all(max(jax.tree.leaves(tree)) > 1e-4 for tree in moved if tree is not None)
         return rows, gradients, params
 
     rows, gradients, params = train("data:1")
-    for text in ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")[base.adversarial :]:
+    for text in ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2"):
         found, found_gradients, found_params = train(text)
         for expected, row in zip(rows, found, strict=True):
             for name in (name for name in expected if name.endswith("loss")):

@@ -25,7 +25,7 @@ _BAND_KERNELS = ((3, 9), (3, 9), (3, 9), (3, 9), (3, 3))  # time, frequency
 _BAND_STRIDES = (1, 2, 2, 2, 1)
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 _COMPRESSION = 0.3  # exponent of magnitudes
-_SOFT_MAGNITUDE = 1e-3  # below it they are not compressed any further
+_SOFT_MAGNITUDE = 1e-2  # below it they are not compressed further, or rounding errors would grow
 
 
 class WeightNormConv(nn.Module):

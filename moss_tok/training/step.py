@@ -170,7 +170,7 @@ def _judge(config: TrainConfig, params: Any, wav: jax.Array, part: Batch) -> los
     A recording and its reconstruction are brought to the level at which the recording peaks at 1.
     """
     valid = jnp.arange(wav.shape[-1]) < part["length"][:, None, None]
-    peak = jnp.abs(part["wav"]).max((1, 2), keepdims=True)
+    peak = jnp.abs(jnp.where(valid, part["wav"], 0)).max((1, 2), keepdims=True)
     model = Discriminators(config.discriminators, config.dtype)
     wav = jnp.where(valid, wav, 0) / jnp.maximum(peak, _QUIETEST_PEAK)
     return model.apply({"params": params}, wav)
