@@ -359,7 +359,7 @@ def test_a_workdir_of_another_run_is_refused(ended, changes, message):
         ({"model": "huge"}, "model must be one of v1, v2, nano, tiny or a config.json"),
         ({"train_data": "/nowhere"}, "/nowhere: no such folder or manifest"),
         ({"eval_data": "/nowhere"}, "/nowhere: no such folder or manifest"),
-        ({"segment_seconds": 0.1}, "segment_seconds must be at least 0.256"),
+        ({"segment_seconds": 0.05}, "segment_seconds must be at least 0.064"),
         ({"init_from": "/nowhere"}, "/nowhere: no such checkpoint directory"),
     ],
 )
