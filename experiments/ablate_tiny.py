@@ -46,7 +46,7 @@ VARIANTS = {
             "--feature_matching_weight=60",
         ],
         "",
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -101,8 +101,8 @@ def lower(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return getattr(moss_tok, function)(ready, x)
 
-    out, options = sharding.batch_sharding(mesh), sharding.compiler_options(mesh)
-    return jax.jit(apply, out_shardings=out, compiler_options=options).lower(ready, argument)
+    out = sharding.batch_sharding(mesh)
+    return jax.jit(apply, out_shardings=out).lower(ready, argument)
 
 
 def _params(codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:

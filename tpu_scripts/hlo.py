@@ -279,7 +279,7 @@ class _Module:
                 read += i.arrays[0].num_bytes
             elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
                 pass  # updated in place
-            elif i.opcode == "tuple" or _is_spread(i) or i.opcode == "custom-call":
+            elif i.opcode == "tuple" or _is_spread(i) or '"AsyncCollective' in i.attributes:
                 pass  # handed on
             elif i.opcode == "fusion":
                 nested = self._computations[i.called("calls")]
