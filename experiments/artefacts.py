@@ -1,11 +1,12 @@
-"""Two faults that mel distances do not show: a comb at the frame rates, and missing pitch.
+"""Faults that mel distances do not show: a comb at the frame rates, missing pitch, false treble.
 
     python experiments/artefacts.py --checkpoint=runs/quickstart --data=corpus/manifest.jsonl
 
 comb: long-term power of speech at multiples of a rate, 2 to 8 kHz, over the power between them, in
 dB (mean and largest); 0 in recordings. pitch: in voiced frames of the recording, level at multiples
-of its pitch over the level halfway between them, in dB; 24 in recordings, 0 in noise. pesq: wide
-band, where that package is installed.
+of its pitch over the level halfway between them, in dB; 24 in recordings, 0 in noise. treble: in
+recordings that end at 8 kHz, power above over power below, in dB. pesq: wide band, where that
+package is installed.
 """
 
 import argparse
@@ -65,6 +66,23 @@ def pitch_contrast(pitches: list[np.ndarray], wavs: list[np.ndarray], sample_rat
     return float(np.mean(found))
 
 
+def treble(references: list[np.ndarray], wavs: list[np.ndarray], sample_rate: int) -> float:
+    """Mean level (dB) of [S] signals above 8 kHz over below, where the references have none."""
+    found = []
+    for pair in zip(references, wavs, strict=True):
+        reference, level = (_treble(x, sample_rate) for x in pair)
+        if reference < -45:
+            found.append(level)
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _treble(wav: np.ndarray, sample_rate: int) -> float:
+    power = (np.abs(librosa.stft(wav, n_fft=1024)) ** 2).sum(1)
+    frequencies = np.arange(power.size) * sample_rate / 1024
+    above, below = power[frequencies > 8300].sum(), power[frequencies < 7800].sum()
+    return 10 * np.log10((above + 1e-12) / (below + 1e-12))
+
+
 def mean_pesq(references: list[np.ndarray], wavs: list[np.ndarray], sample_rate: int) -> float:
     """Mean wide-band PESQ of [S] signals."""
     at_16k = [[soxr.resample(x, sample_rate, 16000) for x in xs] for xs in (references, wavs)]
@@ -87,6 +105,7 @@ def measure(codec: moss_tok.Codec, data: str, numbers: list[int]) -> dict[str, d
         figures = {"pitch": pitch_contrast(pitches, signals, rate)}
         for r in rates:
             figures[f"comb {r:g} Hz"], figures[f"comb {r:g} Hz, largest"] = comb(signals, rate, r)
+        figures["treble"] = treble(wavs["recording"], signals, rate)
         if pesq:
             figures["pesq"] = mean_pesq(wavs["recording"], signals, rate)
         found[system] = figures

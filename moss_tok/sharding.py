@@ -198,6 +198,20 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
     return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
 
 
+def fitting(
+    mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding:
+    """Sharding of an array whose axes have logical names; what does not divide stays whole."""
+
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    axes = nn.logical_to_mesh_axes(names, RULES)
+    spec = [a if n % parts(a) == 0 else None for a, n in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     """NamedShardings for a tree of parameters whose leaves carry logical names (boxed).
 
@@ -210,18 +224,14 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
 
     def sharding(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
         shape = box.value.shape
-        axes = nn.logical_to_mesh_axes(box.names, RULES)
-        spec = [
-            a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)
-        ]
-        split = math.prod(mesh.shape[axis] for axis in spec if axis)
-        if sharded and split == 1 and math.prod(shape) >= LARGE:
+        placed = fitting(mesh, box.names, shape)
+        if sharded and placed.is_fully_replicated and math.prod(shape) >= LARGE:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
                 f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated on every "
                 f"device, its axes are {box.names}; choose fsdp and tensor that divide one of them"
             )
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return placed
 
     def is_box(x: Any) -> bool:
         return isinstance(x, nn.LogicallyPartitioned)

@@ -310,3 +310,77 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
     assert pretrained.find_checkpoint(folder / "run").name == "00000020"
     assert main(["info", "run"]) == 0
     assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"
+
+
+def live(monkeypatch, capfdbinary, data: bytes, *options: str) -> tuple[int, bytes, bytes]:
+    """Exit code, standard output and standard error of `moss-tok stream` fed with `data`."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code = main(["stream", "--checkpoint", CODEC, *options])
+    sys.stdout.flush()
+    return code, *capfdbinary.readouterr()
+
+
+@pytest.mark.parametrize("pcm", ["s16", "f32"])
+def test_stream_there_and_back(folder, monkeypatch, capfdbinary, pcm):
+    """The codes of `encode`, the audio of `decode`, in whole frames."""
+    main(["decode", "in.npz", "whole.wav", "--checkpoint", CODEC])
+    whole, _ = soundfile.read("whole.wav", dtype="float32")
+    capfdbinary.readouterr()
+    wav, _ = soundfile.read("in.wav", dtype="int16")
+    data = wav.tobytes() if pcm == "s16" else (wav / np.float32(32768)).tobytes()
+    options = ("--pcm", pcm, "--chunk-ms", "300")
+    code, text, _ = live(monkeypatch, capfdbinary, data, *options)
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert code == 0
+    assert lines[0]["num_quantizers"] == 8
+    assert [len(line["codes"][0]) for line in lines[1:]] == [4, 4, 4, 3, 1]
+    codes = np.concatenate([line["codes"] for line in lines[1:]], axis=1)
+    np.testing.assert_array_equal(codes, np.load("in.npz")["codes"])
+    code, back, _ = live(monkeypatch, capfdbinary, text, "--decode", *options)
+    assert code == 0
+    scale = 32768 if pcm == "s16" else 1
+    wav_hat = np.frombuffer(back, "<i2" if pcm == "s16" else "<f4") / scale
+    assert wav_hat.size == 16 * 1920
+    np.testing.assert_allclose(np.clip(wav_hat[:30000], -1, 1), whole, atol=1e-4)
+    code, some, _ = live(monkeypatch, capfdbinary, text, "--decode", "--num-quantizers", "2")
+    assert code == 0
+    assert len(some) == 16 * 1920 * 2
+
+
+def test_stream_a_file(folder, capsys):
+    options = ["--chunk-ms", "400", "--output", "out.wav"]
+    assert main(["stream", "--checkpoint", CODEC, "--input", "in.wav", *options]) == 0
+    assert soundfile.info("out.wav").frames == 30000
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("encode" in line for line in printed) == 4
+    assert "4 chunks of 400 ms: median" in printed[-1]
+
+
+HEADER = b'{"sample_rate": 24000, "num_channels": 1, "hop_length": 1920, "codebook_size": 64, '
+HEADER += b'"num_quantizers": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (b"abc", [], "ended within a sample of 2 bytes"),
+        (b"abc\n", ["--decode"], "line 1: broken JSON"),
+        (b'{"codes": [[1]]}\n', ["--decode"], "line 1: sample_rate must be 24000"),
+        (HEADER.replace(b"1920", b"3840"), ["--decode"], "line 1: hop_length must be 1920"),
+        (HEADER + b'{"codes": [[1]]}\n', ["--decode"], 'line 2: expected "codes", 2 lists'),
+        (HEADER + b'{"codes": [[1], [64]]}\n', ["--decode"], "line 2: codes of slot 0: must be 0"),
+        (HEADER + b'{"codes": [[1], [1, 2]]}\n', ["--decode"], "line 2: expected"),
+        (HEADER + b"{}\n", ["--decode"], "line 2: expected"),
+        (b"", ["--chunk-ms", "0"], "chunk-ms must be above 0"),
+        (b"", ["--output", "a.wav"], "--output is for --input"),
+        (b"", ["--input", "no.wav"], "no.wav: no such file"),
+        (b"", ["--input", "in.wav", "--decode"], "--input goes both ways"),
+    ],
+)
+def test_bad_streams(folder, monkeypatch, capfdbinary, data, options, message):
+    capfdbinary.readouterr()
+    code, _, error = live(monkeypatch, capfdbinary, data, *options)
+    assert code == 2
+    assert error.startswith(b"error: ")
+    assert error.count(b"\n") == 1
+    assert message in error.decode()

@@ -235,3 +235,45 @@ def test_no_such_source(tmp_path):
         manifest.find_items(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no audio files"):
         manifest.find_items(tmp_path)
+
+
+@pytest.mark.parametrize("rate", [16000, 24000, 44100])
+@pytest.mark.parametrize("num_samples", [1, 100, 16000, 48000, 70001])
+def test_blocks_are_the_whole(tmp_path, rng, rate, num_samples):
+    """Resampling does not notice where a block ends."""
+    path = tmp_path / "a.wav"
+    files.write(path, 0.1 * rng.standard_normal((2, num_samples)), rate)
+    for seconds, channels in ((0.3, 1), (1.0, 2)):
+        blocks = list(files.read_blocks(path, 24000, channels, seconds))
+        whole = files.read(path, 24000, channels)
+        np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
+        assert max(b.shape[1] for b in blocks) <= 24000 * seconds + 1000
+
+
+def test_blocks_of_damaged_files(tmp_path, rng):
+    path = tmp_path / "a.wav"
+    files.write(path, 0.1 * rng.standard_normal((1, 48000)), 24000)
+    path.write_bytes(path.read_bytes()[:50000])
+    with pytest.raises(ValueError, match="truncated"):
+        list(files.read_blocks(path, 24000, 1, 0.5))
+    files.write(path, np.zeros((1, 0)), 24000)
+    with pytest.raises(ValueError, match="empty audio"):
+        list(files.read_blocks(path, 24000, 1, 0.5))
+
+
+def test_written_in_blocks(tmp_path, rng):
+    wav = rng.uniform(-1, 1, (1, 5000)).astype(np.float32)
+    files.write(tmp_path / "a.flac", wav, 24000)
+    files.write_blocks(
+        tmp_path / "b.flac", (wav[:, i : i + 999] for i in range(0, 5000, 999)), 24000, 1
+    )
+    a, b = (files.read(tmp_path / f"{name}.flac", 24000, 1) for name in "ab")
+    np.testing.assert_array_equal(a, b)
+
+    def broken():
+        yield wav
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        files.write_blocks(tmp_path / "c.flac", broken(), 24000, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.flac", "b.flac"]

@@ -102,7 +102,7 @@ def test_discriminators_hear_quiet_and_loud_audio_alike():
     loud, quiet = random_batch(), random_batch(scale=0.02)
 
     def judgement(batch):
-        return steps._judge(ADVERSARIAL, params, 0.5 * batch["wav"], batch)[1][-1]
+        return steps._judge(ADVERSARIAL, params, batch, 0.5 * batch["wav"])[0][1][-1]
 
     np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
 
@@ -284,7 +284,7 @@ def test_bfloat16_discriminators_judge_like_float32_ones():
     def judged(dtype):
         config = dataclasses.replace(ADVERSARIAL, dtype=dtype)
         waves = (batch["wav"], random_batch(1)["wav"])
-        real, fake = (steps._judge(config, params, x, batch) for x in waves)
+        real, fake = steps._judge(config, params, batch, *waves)
         return (
             losses.discriminator_loss(real, fake),
             losses.adversarial_loss(fake),

@@ -7,7 +7,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +55,52 @@ def read_native(path: str | Path) -> tuple[np.ndarray, int]:
     with _open(path) as file:
         wav = file.read(dtype="float32", always_2d=True)
         rate, announced = file.samplerate, file.frames
+    _check_complete(path, wav.shape[0], announced)
+    return _checked(path, wav), rate
+
+
+def read_blocks(
+    path: str | Path, sample_rate: int, num_channels: int, seconds: float
+) -> Iterator[np.ndarray]:
+    """`read` in blocks of about `seconds`, in memory that does not grow with the file.
+
+    Yields:
+      [num_channels, S] float32; joined they are what `read` returns, bit for bit.
+
+    Raises:
+      ValueError: As `read`, but damage is found when it is reached.
+    """
+    path = storage.to_path(path)
+    num_read, num_given, last = 0, 0, False
+    with _open(path) as file:
+        rate, announced, size = file.samplerate, file.frames, max(1, int(seconds * file.samplerate))
+        stream = first = None
+        if rate != sample_rate:
+            stream = soxr.ResampleStream(rate, sample_rate, num_channels, "float32", "HQ")
+        while not last:
+            wav = file.read(size, np.float32, always_2d=True)
+            last = wav.shape[0] < size
+            if wav.size or not num_read:
+                _checked(path, wav)
+            block = to_channels(wav.T, num_channels)
+            first = block[:, :1] if first is None else first
+            if stream:
+                block = stream.resample_chunk(np.ascontiguousarray(block.T), last=last).T
+            num_read, num_given = num_read + wav.shape[0], num_given + block.shape[1]
+            if last and num_given == 0:  # as in `resample`
+                block = first
+            if block.shape[1]:
+                yield np.ascontiguousarray(block)
+    _check_complete(path, num_read, announced)
+
+
+def _check_complete(path: storage.Path, num_read: int, announced: int) -> None:
+    """Raises ValueError if fewer frames were read than the header says."""
     missing = _missing_wav_bytes(path)
     # Unknown lengths (streamed files) read as the largest integer.
-    if missing or wav.shape[0] < announced < 2**62:
-        detail = f"{missing} bytes" if missing else f"{announced - wav.shape[0]} frames"
+    if missing or num_read < announced < 2**62:
+        detail = f"{missing} bytes" if missing else f"{announced - num_read} frames"
         raise ValueError(f"{path}: truncated, {detail} missing")
-    return _checked(path, wav), rate
 
 
 def read_segment(
@@ -206,23 +246,33 @@ def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
     Raises:
       ValueError: A suffix that names no audio format, or no such folder.
     """
+    wav = np.asarray(wav, np.float32)
+    if wav.ndim != 2:
+        raise ValueError(f"{path}: audio to write must be of the shape [C, S]")
+    # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
+    starts = range(0, wav.shape[1], _WRITE_FRAMES)
+    blocks = (wav[:, start : start + _WRITE_FRAMES] for start in starts)
+    write_blocks(path, blocks, sample_rate, wav.shape[0])
+
+
+def write_blocks(
+    path: str | Path, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int
+) -> None:
+    """`write` of blocks [num_channels, S] as they come; the file appears when all are there."""
     path = storage.to_local_path(path)
     check_output(path)
-    wav = np.asarray(wav, np.float32)
-    if wav.ndim != 2 or not np.isfinite(wav).all():
-        raise ValueError(f"{path}: audio to write must be finite and of the shape [C, S]")
     kind = path.suffix[1:].upper()
     if kind == "OGG" and not 1000 <= sample_rate <= 192000:
         raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
     options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
-    wav = np.clip(wav, -1, 1).T
 
     def write_to(file: object) -> None:
         try:
-            with soundfile.SoundFile(file, "w", sample_rate, wav.shape[1], **options) as out:
-                # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
-                for start in range(0, wav.shape[0], _WRITE_FRAMES):
-                    out.write(wav[start : start + _WRITE_FRAMES])
+            with soundfile.SoundFile(file, "w", sample_rate, num_channels, **options) as out:
+                for block in blocks:
+                    if not np.isfinite(block).all():
+                        raise ValueError(f"{path}: audio to write must be finite")
+                    out.write(np.clip(block, -1, 1).T)
         except (soundfile.LibsndfileError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{path}: could not be written ({error})") from error
 

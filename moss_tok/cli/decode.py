@@ -1,6 +1,8 @@
 """Decodes codes into an audio file."""
 
 import argparse
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from moss_tok.cli import arguments
 
@@ -27,7 +29,19 @@ def run(args: argparse.Namespace) -> None:
     if args.num_quantizers is not None and args.num_quantizers > given:
         raise ValueError(f"num_quantizers must be 1..{given}, the file has no more")
     rows = file.codes[: args.num_quantizers]
-    wav = moss_tok.decode(codec, rows[None]).wav[0, :, : file.num_samples]
-    files.write(args.output, wav, config.sample_rate)
-    print(f"{args.output}: {wav.shape[-1] / config.sample_rate:.2f} s from {rows.shape[0]} x "
-          f"{rows.shape[1]} codes")  # fmt: skip
+    num_quantizers, num_frames = rows.shape
+    seconds = file.num_samples / config.sample_rate
+    frames = arguments.chunk_frames(config, seconds)
+    blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
+    with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
+        parts = arguments.progress(stream, seconds, frames / config.frame_rate)
+        wav = _first(parts, file.num_samples)
+        files.write_blocks(args.output, wav, config.sample_rate, config.num_channels)
+    print(f"{args.output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes")
+
+
+def _first(blocks: Iterable[Any], num_samples: int) -> Iterator[Any]:
+    """Cuts the end of blocks [C, S] off."""
+    for block in blocks:
+        yield block[:, :num_samples]
+        num_samples = max(0, num_samples - block.shape[1])

@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    import numpy as np
+
     import moss_tok
     from moss_tok.audio import files
     from moss_tok.cli import codes
@@ -21,14 +23,24 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output}: the name must end in .npz")
     files.check_parent(args.output)
+    seconds = files.duration_seconds(args.input)
     codec = moss_tok.load(args.checkpoint, component="encoder")
     config = codec.config
     num_quantizers = config.check_num_quantizers(args.num_quantizers)
-    wav = files.read(args.input, config.sample_rate, config.num_channels)
-    encoded = moss_tok.encode(codec, wav[None], num_quantizers=num_quantizers)
-    codes.write(args.output, encoded.codes[0], wav.shape[-1], config)
+    frames = arguments.chunk_frames(config, seconds)
+    block_seconds, lengths = frames / config.frame_rate, []
+
+    def blocks():
+        for block in files.read_blocks(
+            args.input, config.sample_rate, config.num_channels, block_seconds
+        ):
+            lengths.append(block.shape[1])
+            yield block
+
+    with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
+        found = np.concatenate(list(arguments.progress(stream, seconds, block_seconds)), axis=1)
+    codes.write(args.output, found, sum(lengths), config)
     print(
-        f"{args.output}: {num_quantizers} x {encoded.codes.shape[-1]} codes, "
-        f"{wav.shape[-1] / config.sample_rate:.2f} s at "
-        f"{config.bitrate(num_quantizers):.0f} bit/s"
+        f"{args.output}: {num_quantizers} x {found.shape[1]} codes, "
+        f"{sum(lengths) / config.sample_rate:.2f} s at {config.bitrate(num_quantizers):.0f} bit/s"
     )

@@ -9,6 +9,7 @@ COMMANDS = {
     "encode": "audio file to codes (.npz)",
     "decode": "codes (.npz) to audio file",
     "reconstruct": "audio file through the codec and back",
+    "stream": "live: PCM to codes, codes to PCM, or a file through both",
     "convert": "official Hugging Face layout to a checkpoint, or back",
     "prepare": "folder or manifest into ArrayRecord shards for training",
     "info": "modules, parameters, rates and bitrates of a checkpoint or preset",

@@ -5,7 +5,9 @@ Shapes: q, k, v are [B, N, T, H]; see the legend in `moss_tok/__init__.py`.
 
 import functools
 import math
+from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,19 +117,111 @@ def _on_tpu() -> bool:
 
 
 def _masked_attention(q, k, v, mask, precision):
-    """Softmax attention with mask [T, S]; scores and softmax in float32."""
+    """Softmax attention with mask [T, S] or [B, 1, T, S]; scores and softmax in float32."""
+    weights = jax.nn.softmax(_scores(q, k, mask, precision), axis=-1)
+    return _mix(weights.astype(v.dtype), v, precision)
+
+
+def _scores(q, k, mask, precision):
     scores = jnp.einsum(
         "bnth,bnsh->bnts", q, k, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _mix(weights, v, precision):
     return jnp.einsum("bnts,bnsh->bnth", weights, v, precision=precision)
 
 
-def _blocked(q, k, v, window, precision):
-    """Scans over blocks of queries; the carry holds the last window - 1 keys and values."""
+class Span(NamedTuple):
+    """Which frames of each stream a chunk holds: the first is `start` [B], `count` [B] are real."""
+
+    start: jax.Array
+    count: jax.Array
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the last R = window - 1 frames of streams, for all layers of a stage.
+
+    Both are [L, B, N, R, H], rings: frame t lies at t mod R.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def layer(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, N, R, H] of one layer."""
+        return self.keys[index], self.values[index]
+
+    def write(self, index: jax.Array, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
+        """Puts the `count` first frames of k, v [B, N, T, H] into one layer."""
+        batch, _, num_frames, _ = k.shape
+        size = self.keys.shape[3]
+        if not size:
+            return self
+        i, count = jnp.arange(num_frames), span.count[:, None]
+        kept = (i < count) & (i >= count - size)
+        place = jnp.where(kept, (span.start[:, None] + i) % size, size)  # [B, T]; size: nowhere
+        at = (index, jnp.arange(batch)[:, None], slice(None), place)
+
+        def put(ring, new):
+            return ring.at[at].set(new.swapaxes(1, 2).astype(ring.dtype), mode="drop")
+
+        return Cache(put(self.keys, k), put(self.values, v))
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    past: tuple[jax.Array, jax.Array],
+    start: jax.Array,
+    precision: str | None = None,
+) -> jax.Array:
+    """`attend` for a chunk of streams: to the frames before it, and to its own.
+
+    Args:
+      q: Queries [B, N, T, H] of the frames start .. start + T - 1.
+      k: Their keys [B, N, T, H].
+      v: Their values [B, N, T, H].
+      past: Keys and values before them, rings [B, N, window - 1, H], see `Cache`.
+      start: [B] frames of each stream before this chunk.
+      precision: Matmul precision.
+
+    Returns:
+      [B, N, T, H] in q's dtype.
+    """
+    num_frames, size = q.shape[2], past[0].shape[2]
+    start = start[:, None, None, None]  # [B, 1, 1, 1]
+    if num_frames > _block_frames(size + 1):
+        order = (start[..., 0] + jnp.arange(size)) % max(size, 1)  # oldest first
+        past = tuple(jnp.take_along_axis(x, order[..., None], axis=2) for x in past)
+        return _blocked(q, k, v, size + 1, precision, past, start)
+    t = jnp.arange(num_frames)[:, None]
+    ring, own = jnp.arange(size), jnp.arange(num_frames)
+    age = (start - 1 - ring) % max(size, 1)  # of each place, 0: the frame before the chunk
+    seen = (age < start) & (age + t + 1 <= size)  # [B, 1, T, R]
+    seen_own = jnp.broadcast_to((own <= t) & (own >= t - size), (*seen.shape[:-1], num_frames))
+    parts = [(past[0], past[1], seen), (k, v, seen_own)]
+    scores = [_scores(q, keys, mask, precision) for keys, _, mask in parts]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
+    weights = jnp.split(weights, [size], axis=-1)
+    outputs = [_mix(w, values, precision) for w, (_, values, _) in zip(weights, parts, strict=True)]
+    return outputs[0] + outputs[1]
+
+
+def _block_frames(window: int) -> int:
+    return int(np.clip(window // 2, *_BLOCK_FRAMES))
+
+
+def _blocked(q, k, v, window, precision, past=None, start=0):
+    """Scans over blocks of queries; the carry holds the last window - 1 keys and values.
+
+    `past` are those before the first query, of which the last `start` exist.
+    """
     batch, heads, num_frames, dim = q.shape
-    size = int(np.clip(window // 2, *_BLOCK_FRAMES))
+    size = _block_frames(window)
     num_blocks = -(-num_frames // size)
     history = window - 1
 
@@ -143,13 +237,14 @@ def _blocked(q, k, v, window, precision):
     def step(past, block):
         index, q, k, v = block
         k, v = (jnp.concatenate([p, x], axis=2) for p, x in zip(past, (k, v), strict=True))
-        exists = j + index * size >= history
+        exists = j + index * size >= history - start
         out = _masked_attention(q, k, v, in_window & exists, precision)
         return (k[:, :, size:], v[:, :, size:]), out
 
-    past = jnp.zeros((batch, heads, history, dim), k.dtype)
+    if past is None:
+        past = (jnp.zeros((batch, heads, history, dim), x.dtype) for x in (k, v))
     blocks = (jnp.arange(num_blocks), split(q), split(k), split(v))
-    _, out = jax.lax.scan(step, (past, past.astype(v.dtype)), blocks)
+    _, out = jax.lax.scan(step, tuple(past), blocks)
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, num_blocks * size, dim)
     return out[:, :, :num_frames]
 

@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_tok.codec.model import CodecModel
-from moss_tok.config import CodecConfig, ComputeConfig
+from moss_tok.codec.attention import Span
+from moss_tok.codec.model import CodecModel, empty_caches
+from moss_tok.config import CodecConfig, ComputeConfig, is_number
+
+WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
+CHUNK_SECONDS = 5.0
 
 
 @flax.struct.dataclass
@@ -31,6 +35,10 @@ class Codec:
         """The Linen module of `params`."""
         return CodecModel(self.config, self.compute)
 
+    def apply(self, *args: Any, method: str) -> Any:
+        """Calls a method of the model with `params`."""
+        return self.model.apply({"params": self.params}, *args, method=method)
+
 
 class Encoded(NamedTuple):
     """Codes [B, Q, T] int32, zero past `lengths` [B] int32 (frames)."""
@@ -51,87 +59,155 @@ def encode(
     wav: jax.Array,
     lengths: jax.Array | None = None,
     num_quantizers: int | None = None,
+    chunk_seconds: float | None = None,
 ) -> Encoded:
     """Turns audio into codes.
 
     An item's codes depend on its own samples alone: what lies past its length, NaN included, is
     never looked at. The last, partly filled frame is padded with zeros and counts.
+    Long audio is computed chunk by chunk, in memory that does not grow with its length.
 
     Args:
       codec: A codec with an encoder.
       wav: [B, C, S] in [-1, 1] at config.sample_rate.
       lengths: [B] integers, valid samples of each item; default: all S.
       num_quantizers: The first 1..Q codes of each frame; default: all. Static under `jax.jit`.
+      chunk_seconds: Length of a chunk, 0: all at once; default: all at once up to
+        `WHOLE_SECONDS`, then `CHUNK_SECONDS`. Changes rounding only. Static.
 
     Returns:
       `Encoded`: codes [B, num_quantizers, ceil(S / hop_length)] and their lengths.
 
     Raises:
-      ValueError: Wrong shapes, num_quantizers out of range, or a codec without encoder.
+      ValueError: Wrong shapes, num_quantizers or chunk_seconds out of range, or a codec without
+        encoder.
     """
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
-    _check_part(codec, "encoder")
+    check_part(codec, "encoder")
     wav = jnp.asarray(wav)
-    _check_shape("wav", wav, ("B", codec.config.num_channels, "S"))
+    check_shape("wav", wav, ("B", codec.config.num_channels, "S"))
     if not jnp.issubdtype(wav.dtype, jnp.floating):
         raise ValueError(f"wav must be floating point in [-1, 1], got {wav.dtype}")
-    lengths = _check_lengths(lengths, wav)
-    return _encode(codec, wav, lengths, num_quantizers)
+    lengths = check_lengths(lengths, wav)
+    num_frames = codec.config.num_frames(wav.shape[-1])
+    return _encode(
+        codec, wav, lengths, num_quantizers, _chunk_frames(codec, num_frames, chunk_seconds)
+    )
 
 
-def decode(codec: Codec, codes: jax.Array, lengths: jax.Array | None = None) -> Decoded:
+def decode(
+    codec: Codec,
+    codes: jax.Array,
+    lengths: jax.Array | None = None,
+    chunk_seconds: float | None = None,
+) -> Decoded:
     """Turns codes back into audio.
 
     Args:
       codec: A codec with a decoder.
       codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers.
       lengths: [B] integers, valid frames of each item; default: all T.
+      chunk_seconds: As in `encode`.
 
     Returns:
       `Decoded`: wav [B, C, T * hop_length] and lengths * hop_length.
 
     Raises:
-      ValueError: Wrong shapes or type, or a codec without decoder.
+      ValueError: Wrong shapes or type, chunk_seconds out of range, or a codec without decoder.
     """
-    _check_part(codec, "decoder")
+    check_part(codec, "decoder")
     codes = jnp.asarray(codes)
-    _check_shape("codes", codes, ("B", "Q", "T"))
+    check_shape("codes", codes, ("B", "Q", "T"))
     codec.config.check_num_quantizers(codes.shape[1])
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(f"codes must be integers, got {codes.dtype}")
-    return _decode(codec, codes, _check_lengths(lengths, codes))
+    lengths = check_lengths(lengths, codes)
+    return _decode(codec, codes, lengths, _chunk_frames(codec, codes.shape[-1], chunk_seconds))
 
 
-@functools.partial(jax.jit, static_argnames="num_quantizers")
-def _encode(codec: Codec, wav, lengths, num_quantizers: int) -> Encoded:
-    hop_length = codec.config.hop_length
-    wav = jnp.where(_valid(wav.shape[-1], lengths)[:, None], wav, 0).astype(jnp.float32)
-    wav = jnp.pad(wav, ((0, 0), (0, 0), (0, -wav.shape[-1] % hop_length)))
-    variables = {"params": codec.params}
-    codes = codec.model.apply(variables, wav, num_quantizers, method="encode").codes
-    lengths = codec.config.num_frames(lengths)
-    return Encoded(jnp.where(_valid(codes.shape[-1], lengths)[:, None], codes, 0), lengths)
+def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
+    """Frames of a chunk; all of them where there is only one."""
+    rate = codec.config.frame_rate
+    if chunk_seconds is None:
+        chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
+    if not (is_number(chunk_seconds) and chunk_seconds >= 0):
+        raise ValueError(f"chunk_seconds must be a number of at least 0, got {chunk_seconds!r}")
+    most = max(1, round(chunk_seconds * rate)) if chunk_seconds else num_frames
+    num_chunks = -(-num_frames // most)
+    return -(-num_frames // num_chunks)  # equal ones: little padding
 
 
-@jax.jit
-def _decode(codec: Codec, codes, lengths) -> Decoded:
-    valid = _valid(codes.shape[-1], lengths)
+@functools.partial(jax.jit, static_argnames=("num_quantizers", "chunk_frames"))
+def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) -> Encoded:
+    c = codec.config
+    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0).astype(jnp.float32)
+    num_frames = c.num_frames(wav.shape[-1])
+    if chunk_frames == num_frames:
+        wav = _pad(wav, c.hop_length)
+        codes = codec.apply(wav, num_quantizers, method="encode").codes
+    else:
+
+        def step(caches, wav, span):
+            return codec.apply(wav, num_quantizers, caches, span, method="encode_step")
+
+        codes = _scan_chunks(codec, "encoder", step, wav, c.hop_length, chunk_frames)
+        codes = codes[..., :num_frames]
+    lengths = c.num_frames(lengths)
+    return Encoded(jnp.where(valid_mask(num_frames, lengths)[:, None], codes, 0), lengths)
+
+
+@functools.partial(jax.jit, static_argnames="chunk_frames")
+def _decode(codec: Codec, codes, lengths, chunk_frames: int) -> Decoded:
+    valid = valid_mask(codes.shape[-1], lengths)
     codes = jnp.where(valid[:, None], codes.astype(jnp.int32), 0)
-    wav = codec.model.apply({"params": codec.params}, codes, method="decode")
+    if chunk_frames == codes.shape[-1]:
+        wav = codec.apply(codes, method="decode")
+    else:
+
+        def step(caches, codes, span):
+            return codec.apply(codes, caches, span, method="decode_step")
+
+        wav = _scan_chunks(codec, "decoder", step, codes, 1, chunk_frames)
+        wav = wav[..., : codes.shape[-1] * codec.config.hop_length]
     lengths = lengths * codec.config.hop_length
-    return Decoded(jnp.where(_valid(wav.shape[-1], lengths)[:, None], wav, 0), lengths)
+    return Decoded(jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0), lengths)
 
 
-def _valid(size: int, lengths: jax.Array) -> jax.Array:
+def _scan_chunks(codec: Codec, side: str, step, x, unit: int, chunk_frames: int) -> jax.Array:
+    """Applies `step` to one chunk of x [B, *, T * unit] after the other, and joins the answers."""
+    x = _pad(x, chunk_frames * unit)
+    batch, rows, size = x.shape
+    chunks = jnp.moveaxis(x.reshape(batch, rows, -1, chunk_frames * unit), 2, 0)
+    count = jnp.full(batch, chunk_frames)
+
+    def scanned(caches, indexed):
+        index, chunk = indexed
+        out, caches = step(caches, chunk, Span(index * count, count))
+        return caches, out
+
+    caches = empty_caches(codec.config, codec.compute, side, batch)
+    _, out = jax.lax.scan(scanned, caches, (jnp.arange(len(chunks)), chunks))
+    out = jnp.moveaxis(out, 0, 2)  # [B, *, chunks, ...]
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % multiple)))
+
+
+def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
+    """Bool [B, size]: what lies before the lengths [B]."""
     return jnp.arange(size) < lengths[:, None]
 
 
-def _check_part(codec: Codec, name: str) -> None:
+def check_part(codec: Codec, name: str) -> None:
+    """Raises ValueError if the codec was loaded without that side."""
     if name not in codec.params:
         raise ValueError(f"this codec was loaded without its {name}")
 
 
-def _check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:
+def check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:
+    """Raises ValueError unless `x` has the shape; names stand for any size above 0."""
     fits = x.ndim == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
     )
@@ -140,7 +216,8 @@ def _check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:
         raise ValueError(f"{name} must have the shape [{wanted}], got {list(x.shape)}")
 
 
-def _check_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
+def check_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Lengths [B] as int32 within the last axis of `x` [B, ...]; default: all of it."""
     if lengths is None:
         return jnp.full(x.shape[:1], x.shape[-1], jnp.int32)
     if not isinstance(lengths, jax.Array):  # before 64 bits become 32

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moss_tok.codec.attention import Cache, Span
 from moss_tok.codec.quantizer import Quantized, ResidualQuantizer
 from moss_tok.codec.transformer import Stage
 from moss_tok.config import CodecConfig, ComputeConfig, PatchConfig
+
+Caches = dict[str, Cache]  # by stage
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
@@ -33,6 +36,19 @@ def deinterleave(stream: jax.Array, num_channels: int) -> jax.Array:
     return stream.reshape(stream.shape[0], -1, num_channels).swapaxes(1, 2)
 
 
+def empty_caches(config: CodecConfig, compute: ComputeConfig, side: str, batch_size: int) -> Caches:
+    """Caches of one side for streams that have not begun."""
+    caches = {}
+    for i, (module, window) in enumerate(
+        zip(getattr(config, side), config.windows(side), strict=True)
+    ):
+        if window is not None:
+            c = module
+            shape = (c.num_layers, batch_size, c.num_heads, window - 1, c.head_dim)
+            caches[f"stage_{i}"] = Cache(*(jnp.zeros(shape, compute.dtype) for _ in range(2)))
+    return caches
+
+
 class Side(nn.Module):
     """The modules of one side in order: the encoder folds patches, the decoder unfolds them."""
 
@@ -41,16 +57,26 @@ class Side(nn.Module):
     side: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Frames [B, T, D] of the stream to latents, or back; float32."""
+    def __call__(
+        self, x: jax.Array, caches: Caches | None = None, span: Span | None = None
+    ) -> tuple[jax.Array, Caches]:
+        """Frames [B, T, D] of the stream to latents, or back; float32.
+
+        With caches, chunks of streams: `span` counts code frames. Returns the next caches too.
+        """
         fold = patchify if self.side == "encoder" else unpatchify
         modules, windows = getattr(self.config, self.side), self.config.windows(self.side)
-        for i, (module, window) in enumerate(zip(modules, windows, strict=True)):
+        rates, found = self.config.stage_rates(self.side), {}
+        for i, (module, window, rate) in enumerate(zip(modules, windows, rates, strict=True)):
             if isinstance(module, PatchConfig):
                 x = fold(x, module.patch_size)
-            else:
-                x = Stage(module, self.compute, window, name=f"stage_{i}")(x)
-        return x.astype(jnp.float32)
+                continue
+            name, here = f"stage_{i}", None
+            if span is not None:
+                here = jax.tree.map(lambda n, r=rate: n * round(r / self.config.frame_rate), span)
+            stage = Stage(module, self.compute, window, name=name)
+            x, found[name] = stage(x, (caches or {}).get(name), here)
+        return x.astype(jnp.float32), found
 
 
 class CodecModel(nn.Module):
@@ -79,11 +105,23 @@ class CodecModel(nn.Module):
 
     def latents(self, wav: jax.Array) -> jax.Array:
         """[B, C, S], S a multiple of hop_length -> latents before quantizing [B, T, D]."""
-        return self.encoder(interleave(wav))
+        return self.encoder(interleave(wav))[0]
 
     def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Codes [B, q, T] -> [B, C, S]; keep bool [B, q] leaves quantizers out per item."""
         return self._audio(self.quantizer.decode(codes, keep))
 
+    def encode_step(
+        self, wav: jax.Array, num_quantizers: int, caches: Caches, span: Span
+    ) -> tuple[jax.Array, Caches]:
+        """A chunk [B, C, T * hop_length] of streams -> codes [B, Q, T], and the next caches."""
+        latents, caches = self.encoder(interleave(wav), caches, span)
+        return self.quantizer(latents, num_quantizers).codes, caches
+
+    def decode_step(self, codes: jax.Array, caches: Caches, span: Span) -> tuple[jax.Array, Caches]:
+        """A chunk [B, q, T] of streams -> [B, C, T * hop_length], and the next caches."""
+        stream, caches = self.decoder(self.quantizer.decode(codes), caches, span)
+        return deinterleave(stream, self.config.num_channels), caches
+
     def _audio(self, latents: jax.Array) -> jax.Array:
-        return deinterleave(self.decoder(latents), self.config.num_channels)
+        return deinterleave(self.decoder(latents)[0], self.config.num_channels)

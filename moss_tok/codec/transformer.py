@@ -1,12 +1,14 @@
 """A causal Transformer stage: projections around pre-norm blocks under one scan."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok.codec import attention
+from moss_tok.codec.attention import Cache, Span
 from moss_tok.config import ComputeConfig, TransformerConfig
 
 _REMAT_POLICIES = {
@@ -51,8 +53,10 @@ class SelfAttention(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
-        """[B, T, D], rope table -> [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, table: jax.Array, cache: Cache | None, span: Span | None, layer: Any
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D], rope table -> [B, T, D], and the cache with this layer's new frames."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         d, n, h = c.model_dim, c.num_heads, c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
@@ -60,8 +64,12 @@ class SelfAttention(nn.Module):
         out = _kernel(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
         q, k, v = jnp.einsum("btd,dcnh->cbnth", x, qkv, precision=precision)
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
-        x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
-        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision)
+        if cache is None:
+            x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
+        else:
+            x = attention.attend_cached(q, k, v, cache.layer(layer), span.start, precision)
+            cache = cache.write(layer, span, k, v)
+        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), cache
 
 
 class FeedForward(nn.Module):
@@ -89,8 +97,15 @@ class Block(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: jax.Array) -> tuple[jax.Array, None]:
-        """[B, T, D] -> [B, T, D], and None as scan's output."""
+    def __call__(
+        self,
+        carry: tuple[jax.Array, Cache | None],
+        layer: jax.Array,
+        table: jax.Array,
+        span: Span | None,
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """Frames [B, T, D] and the stage's cache to the same, and None as scan's output."""
+        x, cache = carry
         args = (self.config, self.compute)
         norm = functools.partial(
             nn.LayerNorm,
@@ -101,11 +116,12 @@ class Block(nn.Module):
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         )
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
-        y = SelfAttention(*args, self.window, name="attention")(y, table)
+        attention_layer = SelfAttention(*args, self.window, name="attention")
+        y, cache = attention_layer(y, table, cache, span, layer)
         x = x + y * self._layer_scale("attention_scale")
         y = norm(name="mlp_norm")(x).astype(self.compute.dtype)
         y = FeedForward(*args, name="mlp")(y)
-        return x + y * self._layer_scale("mlp_scale"), None
+        return (x + y * self._layer_scale("mlp_scale"), cache), None
 
     def _layer_scale(self, name: str) -> jax.Array:
         init = nn.initializers.constant(self.config.layer_scale)
@@ -122,14 +138,22 @@ class Stage(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, input_dim] -> [B, T, output_dim] in the compute dtype."""
+    def __call__(
+        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, input_dim] -> [B, T, output_dim] in the compute dtype.
+
+        With a cache, the frames of `span`, which go into it.
+        """
         c = self.config
         x = x.astype(self.compute.dtype)
         if c.input_projection:
             axes = ("width", "embed")
             x = Projection(c.model_dim, axes, self.compute, name="input_projection")(x)
-        table = attention.rope_table(jnp.arange(x.shape[1]), c.head_dim, c.max_period)
+        positions = jnp.arange(x.shape[1])
+        if span is not None:
+            positions = span.start[:, None, None] + positions  # [B, 1, T]
+        table = attention.rope_table(positions, c.head_dim, c.max_period)
         block = Block
         if self.compute.remat != "none":
             policy = _REMAT_POLICIES[self.compute.remat]
@@ -138,12 +162,13 @@ class Stage(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(c, self.compute, self.window, name="layers")(x, table)
+        layers = layers(c, self.compute, self.window, name="layers")
+        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
         if c.output_projection:
             axes = ("embed", "width")
             x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
-        return x
+        return x, cache

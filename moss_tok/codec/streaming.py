@@ -1,0 +1,418 @@
+"""Streams: encode and decode as audio comes, with the answers of `encode` and `decode`.
+
+Pure functions over a `StreamState`, a pytree of fixed shapes, for a batch of streams (slots), each
+at a place of its own; and two classes that buffer, for programs that hold samples, not frames.
+Algorithmic latency is one code frame.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_tok import sharding
+from moss_tok.codec.attention import Span
+from moss_tok.codec.inference import Codec, check_lengths, check_part, check_shape, valid_mask
+from moss_tok.codec.model import Caches, empty_caches
+
+CHUNK_FRAMES = (1, 2, 4, 8)
+
+
+@flax.struct.dataclass
+class StreamState:
+    """Where streams are.
+
+    Attributes:
+      position: [B] int32, code frames that each stream has had. The fastest stage counts its own
+        frames in 31 bits: 62 days at 400 Hz.
+      caches: Keys and values of the last window - 1 frames, by stage.
+    """
+
+    position: jax.Array
+    caches: Caches
+
+
+def init_encoder_stream(codec: Codec, batch_size: int) -> StreamState:
+    """State of `batch_size` streams of audio that have not begun; on the mesh of the parameters."""
+    return _init(codec, "encoder", batch_size)
+
+
+def init_decoder_stream(codec: Codec, batch_size: int) -> StreamState:
+    """State of `batch_size` streams of codes that have not begun; on the mesh of the parameters."""
+    return _init(codec, "decoder", batch_size)
+
+
+def encode_step(
+    codec: Codec,
+    state: StreamState,
+    wav: jax.Array,
+    lengths: jax.Array | None = None,
+    num_quantizers: int | None = None,
+) -> tuple[StreamState, jax.Array]:
+    """Encodes the next chunk of each stream.
+
+    Compiled once per T and num_quantizers. A stream's codes depend on its own samples alone.
+
+    Args:
+      codec: A codec with an encoder.
+      state: Donated: use the returned one from now on.
+      wav: [B, C, T * hop_length] in [-1, 1], T = 1, 2, ... frames.
+      lengths: [B] integers, samples of each stream in this chunk; the rest is not looked at. 0: the
+        stream idles, its state stays. No multiple of hop_length: the stream's last frame, padded
+        with zeros; it must be reset before it goes on. Default: all.
+      num_quantizers: The first 1..Q codes of each frame; default: all. Static under `jax.jit`.
+
+    Returns:
+      The next state, and codes [B, num_quantizers, T] int32, zero past the lengths.
+
+    Raises:
+      ValueError: Wrong shapes or types, num_quantizers out of range, or a codec without encoder.
+    """
+    c = codec.config
+    num_quantizers = c.check_num_quantizers(num_quantizers)
+    check_part(codec, "encoder")
+    wav = jnp.asarray(wav)
+    check_shape("wav", wav, (state.position.shape[0], c.num_channels, "T * hop_length"))
+    if wav.shape[-1] % c.hop_length:
+        raise ValueError(
+            f"a chunk must have whole frames of {c.hop_length} samples, got {wav.shape[-1]}"
+        )
+    if not jnp.issubdtype(wav.dtype, jnp.floating):
+        raise ValueError(f"wav must be floating point in [-1, 1], got {wav.dtype}")
+    return _encode_step(codec, state, wav, check_lengths(lengths, wav), num_quantizers)
+
+
+def decode_step(
+    codec: Codec, state: StreamState, codes: jax.Array, lengths: jax.Array | None = None
+) -> tuple[StreamState, jax.Array]:
+    """Decodes the next chunk of each stream; compiled once per shape of `codes`.
+
+    Args:
+      codec: A codec with a decoder.
+      state: Donated: use the returned one from now on.
+      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames.
+      lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
+
+    Returns:
+      The next state, and wav [B, C, T * hop_length] float32, zero past the lengths.
+
+    Raises:
+      ValueError: Wrong shapes or types, or a codec without decoder.
+    """
+    check_part(codec, "decoder")
+    codes = jnp.asarray(codes)
+    check_shape("codes", codes, (state.position.shape[0], "Q", "T"))
+    codec.config.check_num_quantizers(codes.shape[1])
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes must be integers, got {codes.dtype}")
+    return _decode_step(codec, state, codes, check_lengths(lengths, codes))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
+    """Begins anew the streams where `slots`, bool [B], is true; the others go on.
+
+    What they have heard is overwritten, so that not even NaN is left of it.
+    """
+
+    def clear(ring):
+        return jnp.where(slots[:, None, None, None], 0, ring)
+
+    return StreamState(jnp.where(slots, 0, state.position), jax.tree.map(clear, state.caches))
+
+
+def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
+    check_part(codec, side)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+    def init():
+        caches = empty_caches(codec.config, codec.compute, side, batch_size)
+        return StreamState(jnp.zeros(batch_size, jnp.int32), caches)
+
+    # Where the parameters are, and committed to it as they are, or the second step compiles again.
+    weight = jax.tree.leaves(codec.params)[0]
+    if not getattr(weight, "committed", False):
+        return init()
+
+    def place(x):
+        if not isinstance(weight.sharding, jax.sharding.NamedSharding):
+            return weight.sharding
+        names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
+        return sharding.fitting(weight.sharding.mesh, names, x.shape)
+
+    return jax.jit(init, out_shardings=jax.tree.map(place, jax.eval_shape(init)))()
+
+
+@functools.partial(jax.jit, static_argnames="num_quantizers", donate_argnames="state")
+def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers: int):
+    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0).astype(jnp.float32)
+    span = Span(state.position, codec.config.num_frames(lengths))
+    codes, caches = codec.apply(wav, num_quantizers, state.caches, span, method="encode_step")
+    codes = jnp.where(valid_mask(codes.shape[-1], span.count)[:, None], codes, 0)
+    return StreamState(state.position + span.count, caches), codes
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _decode_step(codec: Codec, state: StreamState, codes, lengths):
+    codes = jnp.where(valid_mask(codes.shape[-1], lengths)[:, None], codes.astype(jnp.int32), 0)
+    span = Span(state.position, lengths)
+    wav, caches = codec.apply(codes, state.caches, span, method="decode_step")
+    lengths = lengths * codec.config.hop_length
+    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0)
+    return StreamState(state.position + span.count, caches), wav
+
+
+class _Stream:
+    """What both classes share: buffers of each slot, cut into chunks of the sizes compiled.
+
+    A chunk is run for all slots at once; each takes from its buffer what it has.
+    """
+
+    _side: str
+    _what: str  # is pushed
+
+    def __init__(self, codec: Codec, num_slots: int, chunk_frames: Sequence[int], source: Any):
+        sizes = sorted(set(chunk_frames))
+        if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(f"chunk_frames must be positive integers, got {chunk_frames!r}")
+        self._codec, self._config, self._sizes, self._source = codec, codec.config, sizes, source
+        self._state = _init(codec, self._side, num_slots)
+        self._buffers = [self._nothing()] * num_slots
+        self._finished = np.zeros(num_slots, bool)
+        self._iterator: Iterator[np.ndarray] | None = None
+        for size in sizes:  # all slots idle: nothing but the compiling happens
+            chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
+            self._step(chunk, np.zeros(num_slots, np.int32))
+
+    def push(self, block: Any) -> Any:
+        """Takes the next block, of any length, and returns what is complete.
+
+        Args:
+          block: For the only slot; or a dict, slot -> block, for several at once.
+
+        Returns:
+          What came out, with 0 frames or more; or a dict, slot -> what came out.
+
+        Raises:
+          ValueError: A wrong block, a slot that does not exist or is finished. No slot is changed.
+        """
+        several = isinstance(block, Mapping)
+        blocks = self._checked(block if several else {self._only_slot(): block})
+        for slot, x in blocks.items():
+            self._buffers[slot] = np.concatenate([self._buffers[slot], x], axis=-1)
+        out = self._run(list(blocks))
+        return out if several else out[0]
+
+    def finish(self, slots: Iterable[int] | None = None) -> Any:
+        """Ends streams and returns what is left in their buffers, the last frame padded with zeros.
+
+        Args:
+          slots: Which; default: the only one.
+
+        Returns:
+          As `push`: an array without `slots`, else a dict.
+        """
+        chosen = [self._only_slot()] if slots is None else self._check_slots(slots)
+        self._finished[chosen] = True
+        out = self._run(chosen)
+        return out[0] if slots is None else out
+
+    def reset(self, slots: Iterable[int] | None = None) -> None:
+        """Begins streams anew, finished or not, with empty buffers; default: all."""
+        chosen = range(len(self._buffers)) if slots is None else slots
+        chosen = self._check_slots(chosen, finished=True)
+        mask = np.zeros(len(self._buffers), bool)
+        mask[chosen] = True
+        self._state = reset_streams(self._state, mask)
+        self._finished[chosen] = False
+        for slot in chosen:
+            self._buffers[slot] = self._nothing()
+
+    def close(self) -> None:
+        """Frees the state; nothing can be pushed any more."""
+        self._state = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """What the next blocks of `source` give; at its end, what is left."""
+        if self._source is None:
+            raise ValueError("to iterate, give the stream a source of blocks")
+        if self._iterator is None:
+            self._iterator = self._iterate()
+        return next(self._iterator)
+
+    def _iterate(self) -> Iterator[np.ndarray]:
+        for block in self._source:
+            if (out := self.push(block)).shape[-1]:
+                yield out
+        if (out := self.finish()).shape[-1]:
+            yield out
+
+    def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
+        """Computes all whole frames in the buffers, and of finished streams all that is left."""
+        parts = {slot: [self._no_output()] for slot in slots}
+        while most := max(self._ready(slot) for slot in slots):
+            size = next((n for n in self._sizes if n >= most), self._sizes[-1])
+            chunk = np.zeros((len(self._buffers), *self._chunk_shape(size)), self._nothing().dtype)
+            lengths = np.zeros(len(self._buffers), np.int32)
+            for slot in slots:
+                taken = self._buffers[slot][..., : min(self._ready(slot), size) * self._unit]
+                lengths[slot] = taken.shape[-1]
+                chunk[slot, ..., : lengths[slot]] = taken
+                self._buffers[slot] = self._buffers[slot][..., lengths[slot] :]
+            out = self._step(chunk, lengths)
+            for slot in slots:
+                num_frames = -(-int(lengths[slot]) // self._unit)
+                parts[slot].append(out[slot, ..., : num_frames * out.shape[-1] // size])
+        return {slot: np.concatenate(xs, axis=-1) for slot, xs in parts.items()}
+
+    def _ready(self, slot: int) -> int:
+        """Frames that can be computed."""
+        size = self._buffers[slot].shape[-1]
+        return -(-size // self._unit) if self._finished[slot] else size // self._unit
+
+    def _only_slot(self) -> int:
+        if len(self._buffers) > 1:
+            raise ValueError(f"this stream has {len(self._buffers)} slots: say which, by a dict")
+        return self._check_slots([0])[0]
+
+    def _check_slots(self, slots: Iterable[int], finished: bool = False) -> list[int]:
+        if self._state is None:
+            raise ValueError("the stream is closed")
+        slots, most = list(slots), len(self._buffers) - 1
+        for slot in slots:
+            if not isinstance(slot, (int, np.integer)) or not 0 <= slot <= most:
+                raise ValueError(f"slot must be 0..{most}, got {slot!r}")
+            if self._finished[slot] and not finished:
+                raise ValueError(f"the stream of slot {slot} is finished: reset it to begin anew")
+        return slots
+
+    def _checked(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
+        self._check_slots(blocks)
+        found = {}
+        for slot, block in blocks.items():
+            try:
+                found[slot] = self._check(np.asarray(block))
+            except ValueError as error:
+                raise ValueError(f"{self._what} of slot {slot}: {error}") from error
+        return found
+
+
+class EncoderStream(_Stream):
+    """Audio in blocks of any length to codes.
+
+        with EncoderStream(codec) as stream:
+            for block in microphone:  # [C, S], any S
+                send(stream.push(block))  # [Q, T], T = 0, 1, ... frames
+            send(stream.finish())
+
+    With a `source` of blocks it is an iterator over codes. Chunks of all sizes are compiled at the
+    start. The codes are those of `encode` of the whole.
+    """
+
+    _side, _what = "encoder", "audio"
+
+    def __init__(
+        self,
+        codec: Codec,
+        num_quantizers: int | None = None,
+        num_slots: int = 1,
+        chunk_frames: Sequence[int] = CHUNK_FRAMES,
+        source: Iterable[np.ndarray] | None = None,
+    ):
+        """Compiles.
+
+        Args:
+          codec: A codec with an encoder.
+          num_quantizers: The first 1..Q codes of each frame; default: all.
+          num_slots: Streams side by side.
+          chunk_frames: How many frames may be computed at once; what comes is cut into these.
+          source: Blocks [C, S] to iterate over.
+        """
+        self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
+        self._unit = codec.config.hop_length
+        super().__init__(codec, num_slots, chunk_frames, source)
+
+    def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self._state, out = encode_step(
+            self._codec, self._state, chunk, lengths, self._num_quantizers
+        )
+        return np.asarray(out)
+
+    def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
+        return self._config.num_channels, num_frames * self._unit
+
+    def _nothing(self) -> np.ndarray:
+        return np.zeros((self._config.num_channels, 0), np.float32)
+
+    def _no_output(self) -> np.ndarray:
+        return np.zeros((self._num_quantizers, 0), np.int32)
+
+    def _check(self, wav: np.ndarray) -> np.ndarray:
+        channels = self._config.num_channels
+        if wav.ndim != 2 or wav.shape[0] != channels:
+            raise ValueError(f"must have the shape [{channels}, S], got {list(wav.shape)}")
+        if wav.dtype.kind != "f":
+            raise ValueError(f"must be floating point in [-1, 1], got {wav.dtype}")
+        if not np.isfinite(wav).all():
+            raise ValueError("has samples that are not finite numbers")
+        return wav.astype(np.float32)
+
+
+class DecoderStream(_Stream):
+    """Codes in blocks of any length to audio: `push` of [q, T] gives [C, T * hop_length].
+
+    Otherwise like `EncoderStream`.
+    """
+
+    _side, _what, _unit = "decoder", "codes", 1
+
+    def __init__(
+        self,
+        codec: Codec,
+        num_quantizers: int | None = None,
+        num_slots: int = 1,
+        chunk_frames: Sequence[int] = CHUNK_FRAMES,
+        source: Iterable[np.ndarray] | None = None,
+    ):
+        """Compiles; `num_quantizers` is the q of all blocks."""
+        self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
+        super().__init__(codec, num_slots, chunk_frames, source)
+
+    def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self._state, out = decode_step(self._codec, self._state, chunk, lengths)
+        return np.asarray(out)
+
+    def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
+        return self._num_quantizers, num_frames
+
+    def _nothing(self) -> np.ndarray:
+        return np.zeros((self._num_quantizers, 0), np.int32)
+
+    def _no_output(self) -> np.ndarray:
+        return np.zeros((self._config.num_channels, 0), np.float32)
+
+    def _check(self, codes: np.ndarray) -> np.ndarray:
+        if codes.ndim != 2 or codes.shape[0] != self._num_quantizers:
+            raise ValueError(
+                f"must have the shape [{self._num_quantizers}, T], got {list(codes.shape)}"
+            )
+        if codes.dtype.kind not in "iu":
+            raise ValueError(f"must be integers, got {codes.dtype}")
+        size = self._config.quantizer.codebook_size
+        if codes.size and not (codes.min() >= 0 and codes.max() < size):
+            raise ValueError(f"must be 0..{size - 1}, got {codes.min()}..{codes.max()}")
+        return codes.astype(np.int32)

@@ -1,0 +1,348 @@
+"""Streams: any split of the input gives what encode and decode of the whole give."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import micro_config
+from jax.sharding import NamedSharding, PartitionSpec
+
+import moss_tok
+from moss_tok import sharding
+from moss_tok.codec import attention, inference, pretrained, streaming
+from moss_tok.config import ComputeConfig
+from moss_tok.training.state import init_state
+
+MOST_FRAMES = 60  # more than three of the longest window, in code frames, of the golden models
+
+
+@pytest.fixture(scope="module", params=["v1_tiny", "nano_tiny"])
+def whole(request):
+    """A codec, audio of two streams, and what encode and decode make of all of it."""
+    codec = request.getfixturevalue(request.param)
+    shape = (2, codec.config.num_channels, MOST_FRAMES * codec.config.hop_length)
+    wav = 0.1 * np.random.default_rng(3).standard_normal(shape, np.float32)
+    codes = moss_tok.encode(codec, wav).codes
+    return codec, wav, np.asarray(codes), np.asarray(moss_tok.decode(codec, codes).wav)
+
+
+def splits(name, num_frames):
+    rng = np.random.default_rng(0)
+    sizes = {"1": [1], "7": [7], "all": [num_frames], "random": list(rng.choice([1, 3, 8], 99))}
+    edges = np.cumsum(sizes[name] * num_frames)
+    return [0, *edges[edges < num_frames], num_frames]
+
+
+def assert_near(found, expected):
+    """1e-5 of full scale; the golden models' random weights reach an amplitude of 27."""
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["1", "7", "all", "random"])
+def test_any_split_gives_the_whole(whole, name):
+    codec, wav, codes, wav_hat = whole
+    hop = codec.config.hop_length
+    longest = max(w / r for w, r in windows(codec.config))
+    assert MOST_FRAMES > 3 * longest * codec.config.frame_rate
+    coder = streaming.init_encoder_stream(codec, 2)
+    player = streaming.init_decoder_stream(codec, 2)
+    edges = splits(name, MOST_FRAMES)
+    found = ([], [])
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        coder, part = streaming.encode_step(codec, coder, wav[..., start * hop : end * hop])
+        found[0].append(part)
+        player, part = streaming.decode_step(codec, player, part)
+        found[1].append(part)
+    np.testing.assert_array_equal(np.concatenate(found[0], axis=-1), codes)
+    assert_near(np.concatenate(found[1], axis=-1), wav_hat)
+    assert coder.position.tolist() == [MOST_FRAMES] * 2
+
+
+def windows(config):
+    pairs = zip(config.windows("encoder"), config.stage_rates("encoder"), strict=True)
+    return [(window, rate) for window, rate in pairs if window]
+
+
+@pytest.mark.parametrize("chunk_seconds", [0.1, 0.7, 1.5])
+def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
+    codec, wav, codes, wav_hat = whole
+    lengths = np.array([wav.shape[-1] - 5000, wav.shape[-1]])
+    found = moss_tok.encode(codec, wav, lengths, chunk_seconds=chunk_seconds)
+    expected = moss_tok.encode(codec, wav, lengths, chunk_seconds=0)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    np.testing.assert_array_equal(found.codes[1], codes[1])
+    assert_near(moss_tok.decode(codec, codes, chunk_seconds=chunk_seconds).wav, wav_hat)
+
+
+def test_long_audio_is_cut_by_itself(v1_tiny, monkeypatch):
+    wav = np.zeros((1, 1, 40 * 1920), np.float32)
+    assert inference._chunk_frames(v1_tiny, 40, None) == 40
+    monkeypatch.setattr(inference, "WHOLE_SECONDS", 2.0)
+    monkeypatch.setattr(inference, "CHUNK_SECONDS", 1.0)
+    assert inference._chunk_frames(v1_tiny, 40, None) == 10  # equal parts, no longer than asked for
+    assert moss_tok.encode(v1_tiny, wav).codes.shape == (1, 8, 40)
+    for value in (-1, np.nan, "5"):
+        with pytest.raises(ValueError, match="chunk_seconds must be a number of at least 0"):
+            moss_tok.encode(v1_tiny, wav, chunk_seconds=value)
+
+
+@pytest.mark.parametrize("function", ["encode", "decode"])
+def test_memory_does_not_grow_with_the_length(micro, function):
+    def temporary_bytes(num_frames):
+        if function == "encode":
+            args = (jnp.zeros((1, 1, num_frames * 16)), jnp.array([num_frames]), 4, 50)
+            compiled = inference._encode.lower(micro, *args).compile()
+        else:
+            args = (jnp.zeros((1, 4, num_frames), jnp.int32), jnp.array([num_frames]), 50)
+            compiled = inference._decode.lower(micro, *args).compile()
+        memory = compiled.memory_analysis()
+        in_and_out = 4 * (16 + 4) * num_frames
+        return memory.temp_size_in_bytes - 3 * in_and_out
+
+    assert temporary_bytes(16000) < 1.1 * temporary_bytes(4000) + 1000
+
+
+def test_slots_are_independent(v1_tiny, rng):
+    """One goes on, one idles, one ends within a frame, one begins anew, one hears NaN."""
+    hop, codec = 1920, v1_tiny
+    wav = 0.1 * rng.standard_normal((5, 1, 40 * hop), np.float32)
+    expected = np.asarray(moss_tok.encode(codec, wav).codes)
+    state = streaming.init_encoder_stream(codec, 5)
+    state, first = streaming.encode_step(codec, state, wav[..., : 20 * hop])
+    np.testing.assert_array_equal(first, expected[..., :20])
+    state = streaming.reset_streams(state, np.array([False, False, False, True, False]))
+    chunk = wav[..., 20 * hop : 24 * hop].copy()
+    chunk[3] = wav[3, :, : 4 * hop]
+    chunk[1] = chunk[4] = np.nan
+    lengths = np.array([4 * hop, 0, 2 * hop + 7, 4 * hop, 4 * hop])
+    state, second = streaming.encode_step(codec, state, chunk, lengths)
+    np.testing.assert_array_equal(second[0], expected[0, :, 20:24])
+    np.testing.assert_array_equal(second[1], 0)
+    ended = moss_tok.encode(codec, wav[2:3, :, : 22 * hop + 7]).codes[0]
+    np.testing.assert_array_equal(second[2, :, :3], ended[:, 20:])
+    np.testing.assert_array_equal(second[2, :, 3:], 0)
+    np.testing.assert_array_equal(second[3], expected[3, :, :4])
+    assert state.position.tolist() == [24, 20, 23, 4, 24]
+    # The one that idled goes on, the one that heard NaN begins anew and has forgotten it.
+    state = streaming.reset_streams(state, np.arange(5) == 4)
+    chunk = np.zeros((5, 1, 4 * hop), np.float32)
+    chunk[1], chunk[4] = wav[1, :, 20 * hop : 24 * hop], wav[4, :, : 4 * hop]
+    state, third = streaming.encode_step(codec, state, chunk, np.array([0, 1, 0, 0, 1]) * 4 * hop)
+    np.testing.assert_array_equal(third[1], expected[1, :, 20:24])
+    np.testing.assert_array_equal(third[4], expected[4, :, :4])
+
+
+def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
+    """Phases depend on distances alone, and are as precise far out as at the beginning."""
+    codec, wav, codes, wav_hat = whole
+    day, table = 24 * 3600 * 400, attention.rope_table
+    monkeypatch.setattr(attention, "rope_table", lambda p, *args: table(p + day, *args))
+    jax.clear_caches()
+    hop = codec.config.hop_length
+    state = streaming.init_encoder_stream(codec, 2)
+    player = streaming.init_decoder_stream(codec, 2)
+    for start in range(0, MOST_FRAMES, 12):
+        chunk = wav[..., start * hop : (start + 12) * hop]
+        state, found = streaming.encode_step(codec, state, chunk)
+        np.testing.assert_array_equal(found, codes[..., start : start + 12])
+        player, found = streaming.decode_step(codec, player, found)
+        assert_near(found, wav_hat[..., start * hop : (start + 12) * hop])
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("start", [0, 3, 17, 10**6])
+@pytest.mark.parametrize("num_frames", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("window", [1, 2, 9, 150])
+def test_cached_attention_against_brute_force(rng, start, num_frames, window):
+    shape = (2, 2, window - 1 + num_frames, 4)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    starts = np.array([start, max(0, start - 2)])  # each slot elsewhere
+    new = slice(window - 1, None)
+    rings = []
+    for x in (k, v):
+        ring = np.full((2, 2, window - 1, 4), 99.0, np.float32)  # what no frame has written yet
+        for slot, s in enumerate(starts):
+            for age in range(min(window - 1, s)):
+                ring[slot, :, (s - 1 - age) % (window - 1)] = x[slot, :, window - 2 - age]
+        rings.append(ring)
+    found = attention.attend_cached(
+        q[:, :, new], k[:, :, new], v[:, :, new], tuple(rings), jnp.array(starts), "highest"
+    )
+    for slot, s in enumerate(starts):
+        for t in range(num_frames):
+            keys = slice(t + max(0, window - 1 - s - t), t + window)
+            scores = np.einsum("nh,nsh->ns", q[slot, :, window - 1 + t], k[slot, :, keys]) / 2
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            expected = np.einsum("ns,nsh->nh", weights, v[slot, :, keys])
+            np.testing.assert_allclose(found[slot, :, t], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("mesh", ["data:8", "data:2,fsdp:2,tensor:2"])
+def test_on_a_mesh(v1_tiny, rng, mesh):
+    """The state is split like its streams and heads, and stays so: nothing compiles again."""
+    mesh = sharding.make_mesh(mesh)
+    boxed = pretrained.boxed_shapes(v1_tiny.config)
+    params = sharding.whole(v1_tiny.params, sharding.param_shardings(boxed, mesh))
+    codec = moss_tok.Codec(params, v1_tiny.config)
+    wav = 0.1 * rng.standard_normal((8, 1, 20 * 1920), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav)
+    wav_hat = moss_tok.decode(v1_tiny, expected.codes).wav
+    states = [streaming.init_encoder_stream(codec, 8), streaming.init_decoder_stream(codec, 8)]
+    keys = states[0].caches["stage_1"].keys
+    heads = "tensor" if mesh.shape["tensor"] > 1 else None
+    assert keys.sharding.is_equivalent_to(
+        NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), heads)), keys.ndim
+    )
+    counts = []
+    for start in range(0, 20, 5):
+        chunk = sharding.global_batch(mesh, 8, wav[..., start * 1920 : (start + 5) * 1920])
+        states[0], codes = streaming.encode_step(codec, states[0], chunk)
+        np.testing.assert_array_equal(codes, expected.codes[..., start : start + 5])
+        states[1], found = streaming.decode_step(codec, states[1], codes)
+        assert_near(found, wav_hat[..., start * 1920 : (start + 5) * 1920])
+        counts.append(streaming._encode_step._cache_size() + streaming._decode_step._cache_size())
+    assert counts[1:] == counts[1:2] * 3
+    found = states[0].caches["stage_1"].keys.sharding
+    assert found.is_equivalent_to(keys.sharding, keys.ndim)
+
+
+def test_in_half_precision(v1_tiny, rng):
+    """bfloat16 finds other codes, but a stream is as near to the whole as they are to float32."""
+    half = dataclasses.replace(v1_tiny, compute=ComputeConfig("bfloat16", "default"))
+    codes = rng.integers(0, 64, (1, 8, 30))
+    whole = np.asarray(moss_tok.decode(half, codes).wav)
+    state, parts = streaming.init_decoder_stream(half, 1), []
+    assert state.caches["stage_0"].keys.dtype == jnp.bfloat16
+    for start in range(0, 30, 5):
+        state, part = streaming.decode_step(half, state, codes[..., start : start + 5])
+        parts.append(part)
+    exact = np.asarray(moss_tok.decode(v1_tiny, codes).wav)
+    error = np.abs(whole - exact).max()
+    assert np.abs(np.concatenate(parts, axis=-1) - whole).max() < error < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (3,)])
+def test_streams_of_samples(whole, sizes):
+    """Blocks of any length; the tail is flushed by the length rule; nothing compiles on the way."""
+    codec, wav, *_ = whole
+    if len(sizes) == 1:  # as a checkpoint of ours comes, where official ones do not
+        params = jax.device_put(codec.params, jax.devices()[0])
+        codec = moss_tok.Codec(params, codec.config)
+    wav = wav[0, :, : 21 * codec.config.hop_length + 100]
+    expected = moss_tok.encode(codec, wav[None]).codes[0]
+    wav_hat = np.asarray(moss_tok.decode(codec, expected[None]).wav[0])
+    sizes_of_blocks = np.random.default_rng(1).integers(1, 9000, 99)
+    edges = np.unique(np.minimum(np.cumsum([0, *sizes_of_blocks]), wav.shape[1]))
+    blocks = [wav[:, a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    with moss_tok.EncoderStream(codec, chunk_frames=sizes) as coder:
+        with moss_tok.DecoderStream(codec, chunk_frames=sizes) as player:
+            before = streaming._encode_step._cache_size(), streaming._decode_step._cache_size()
+            parts = [coder.push(b) for b in blocks]
+            parts.append(coder.finish())
+            audio = [player.push(p) for p in parts] + [player.finish()]
+            after = streaming._encode_step._cache_size(), streaming._decode_step._cache_size()
+            assert before == after
+            np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+            assert_near(np.concatenate(audio, axis=1), wav_hat)
+            coder.reset()
+            again = coder.push(wav)
+            np.testing.assert_array_equal(again, expected[:, :-1])
+    stream = moss_tok.EncoderStream(codec, chunk_frames=sizes, source=blocks)
+    np.testing.assert_array_equal(np.concatenate(list(stream), axis=1), expected)
+
+
+def test_streams_of_several_slots(v1_tiny, rng):
+    wav = 0.1 * rng.standard_normal((3, 1, 30000), np.float32)
+    ends = [30000, 12345, 9600]
+    found = {0: [], 1: [], 2: []}
+    stream = moss_tok.EncoderStream(v1_tiny, 4, num_slots=3)
+    for i in range(0, 30000, 3000):
+        blocks = {s: wav[s, :, i : min(i + 3000, ends[s])] for s in range(3) if i < ends[s]}
+        for slot, codes in stream.push(blocks).items():
+            found[slot].append(codes)
+        for slot in blocks:
+            if ends[slot] <= i + 3000:
+                found[slot].append(stream.finish([slot])[slot])
+    for slot in range(3):
+        expected = moss_tok.encode(v1_tiny, wav[slot : slot + 1, :, : ends[slot]]).codes[0, :4]
+        np.testing.assert_array_equal(np.concatenate(found[slot], axis=1), expected)
+
+
+def test_bad_input_harms_no_slot(v1_tiny, rng):
+    wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2)
+    stream.finish([1])
+    for block, message in [
+        ({0: wav, 1: wav}, "slot 1 is finished"),
+        ({0: wav, 2: wav}, "slot must be 0..1, got 2"),
+        ({0: wav[0]}, r"audio of slot 0: must have the shape \[1, S\], got \[6000\]"),
+        ({0: wav.repeat(2, 0)}, r"must have the shape \[1, S\]"),
+        ({0: (1000 * wav).astype(np.int16)}, "must be floating point"),
+        ({0: wav * np.nan}, "not finite"),
+        (wav, "has 2 slots: say which"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            stream.push(block)
+    np.testing.assert_array_equal(stream.push({0: wav})[0], expected)
+    with pytest.raises(ValueError, match="slot 1 is finished"):
+        stream.finish([1])
+    stream.reset([1])
+    np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        stream.push({0: wav})
+    player = moss_tok.DecoderStream(v1_tiny, 8)
+    codes = np.asarray(expected)
+    for block, message in [
+        (codes + 64, "codes of slot 0: must be 0..63"),
+        (codes - 64, "must be 0..63"),
+        (codes[:4], r"must have the shape \[8, T\]"),
+        (codes.astype(float), "must be integers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            player.push(block)
+    assert player.push(codes).shape == (1, 3 * 1920)
+    with pytest.raises(ValueError, match="source"):
+        next(player)
+
+
+def test_errors_of_the_steps(v1_tiny):
+    state = streaming.init_encoder_stream(v1_tiny, 2)
+    wav, codes = np.zeros((2, 1, 1920), np.float32), np.zeros((2, 8, 1), np.int32)
+    for call, message in [
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav[:1]), "wav must have the shape"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav[..., :-1]), "whole frames of 1920"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav.astype(int)), "floating point"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav, None, 9), "num_quantizers must be"),
+        (lambda: moss_tok.decode_step(v1_tiny, state, codes[0]), "codes must have the shape"),
+        (lambda: moss_tok.decode_step(v1_tiny, state, codes * 1.0), "codes must be integers"),
+        (lambda: moss_tok.init_encoder_stream(v1_tiny, 0), "batch_size must be at least 1"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, chunk_frames=()), "chunk_frames must be"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, 9), "num_quantizers must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    moss_tok.encode_step(v1_tiny, state, wav)  # none of them took the state
+
+
+def test_a_window_of_one_frame():
+    """Frames that see themselves alone need no cache."""
+    config = micro_config()
+    sides = {
+        side: tuple(
+            dataclasses.replace(m, context_seconds=1e-4) if hasattr(m, "num_heads") else m
+            for m in getattr(config, side)
+        )
+        for side in ("encoder", "decoder")
+    }
+    config = dataclasses.replace(config, **sides)
+    codec = moss_tok.Codec(init_state(moss_tok.config.TrainConfig(), config).params, config)
+    wav = np.random.default_rng(0).standard_normal((1, 1, 160)).astype(np.float32)
+    stream = moss_tok.EncoderStream(codec)
+    expected = moss_tok.encode(codec, wav).codes[0]
+    np.testing.assert_array_equal(stream.push(wav[0]), expected)
