@@ -18,6 +18,7 @@ CODEC = [
     "scipy",
     "soundfile>=0.13",
     "soxr>=0.5",
+    "tqdm",
 ]
 TRAIN = [
     "array_record>=0.7",
@@ -26,10 +27,10 @@ TRAIN = [
     "msgpack",
     "optax>=0.2.6",
     "tensorboardX>=2.6",
-    "tqdm",
 ]
 BEAM = ["apache-beam>=2.60"]
 GCS = ["gcsfs"]
+EXPORT = ["flatbuffers"]
 TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
 setuptools.setup(
@@ -45,8 +46,9 @@ setuptools.setup(
     extras_require={
         "train": TRAIN,
         "beam": TRAIN + BEAM,
+        "export": EXPORT,
         "gcs": TRAIN + GCS,
-        "tests": TRAIN + BEAM + GCS + TESTS,
+        "tests": TRAIN + BEAM + EXPORT + GCS + TESTS,
     },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

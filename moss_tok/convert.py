@@ -1,9 +1,5 @@
 """Converts a codec between the official Hugging Face layout and ours, in either direction."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -42,18 +38,6 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
         pretrained.save(destination, config, pretrained.to_device(params))
         return "checkpoint"
     codec = pretrained.load(folder)
-    with _appears_when_complete(destination) as temporary:
+    with pretrained.new_directory(destination) as temporary:
         huggingface.write_official(temporary, codec.config, codec.params, dtype)
     return "official"
-
-
-@contextmanager
-def _appears_when_complete(destination: Path) -> Iterator[Path]:
-    temporary = Path(tempfile.mkdtemp(dir=destination.absolute().parent, prefix=".incomplete-"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

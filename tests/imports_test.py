@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 FLOORS = [
     ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
-     "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained"],
+     "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
+     "codec.export"],
     ["convert"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],
@@ -21,7 +22,8 @@ FLOORS = [
      "training.state", "training.step", "training.checkpoints", "training.writer",
      "training.loop"],
     ["cli.arguments", "cli.codes", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
-     "cli.info", "cli.prepare", "cli.stream", "cli.main"],
+     "cli.info", "cli.prepare", "cli.stream",
+     "cli.export", "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]
 

@@ -14,6 +14,11 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="checkpoint, training workdir, official directory or Hub id",
     )
+    add_num_quantizers(parser)
+
+
+def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
+    """--num-quantizers."""
     parser.add_argument(
         "--num-quantizers",
         type=int,

@@ -89,7 +89,8 @@ def attend(
       [B, N, T, H] in q's dtype.
     """
     num_frames = q.shape[2]
-    window = min(window, num_frames)
+    if isinstance(num_frames, int):  # else of an export, of any size
+        window = min(window, num_frames)
     if implementation == "auto":
         implementation = choose(num_frames)
     if implementation == "dense":

@@ -132,8 +132,9 @@ def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) ->
         chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
     if not (is_number(chunk_seconds) and chunk_seconds >= 0):
         raise ValueError(f"chunk_seconds must be a number of at least 0, got {chunk_seconds!r}")
-    most = max(1, round(chunk_seconds * rate)) if chunk_seconds else num_frames
-    num_chunks = -(-num_frames // most)
+    if chunk_seconds == 0:
+        return num_frames
+    num_chunks = -(-num_frames // max(1, round(chunk_seconds * rate)))
     return -(-num_frames // num_chunks)  # equal ones: little padding
 
 
@@ -192,7 +193,9 @@ def _scan_chunks(codec: Codec, side: str, step, x, unit: int, chunk_frames: int)
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % multiple)))
+    size = x.shape[-1]
+    whole = -(-size // multiple) * multiple  # so that jax.export sees what divides it
+    return jnp.pad(x, ((0, 0), (0, 0), (0, whole - size)))
 
 
 def valid_mask(size: int, lengths: jax.Array) -> jax.Array:

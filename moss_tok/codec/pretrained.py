@@ -6,6 +6,7 @@ and its size, so that a damaged copy is noticed before it is read.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -13,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +297,20 @@ def check_destination(path: Path) -> None:
         raise ValueError(f"{path} exists already")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"no such folder: {path.absolute().parent}")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when all went well, and else is removed."""
+    check_destination(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=".incomplete-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def save(path: str | Path, config: CodecConfig, params: Any) -> None:

@@ -1,0 +1,41 @@
+"""Writes a function of a codec as a StableHLO artifact that runs without moss_tok."""
+
+import argparse
+
+from moss_tok.cli import arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("checkpoint", metavar="C", help="checkpoint, official directory or Hub id")
+    parser.add_argument("output", metavar="OUT", help="new directory")
+    parser.add_argument(
+        "--function", required=True, metavar="F", help="encode, decode, encode_step or decode_step"
+    )
+    arguments.add_num_quantizers(parser)
+    parser.add_argument(
+        "--chunk-frames", type=int, default=1, metavar="T", help="code frames of a step (1)"
+    )
+    parser.add_argument(
+        "--weights",
+        default="beside",
+        help="beside: params.safetensors; inside: up to 1 GB (beside)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    import moss_tok
+    from moss_tok import config, storage
+    from moss_tok.codec import export, pretrained
+
+    config.check_choice("function", args.function, export.FUNCTIONS)
+    output = storage.to_local_path(args.output)
+    pretrained.check_destination(output)
+    component = "encoder" if args.function.startswith("encode") else "decoder"
+    codec = moss_tok.load(args.checkpoint, component=component)
+    options = (args.num_quantizers, args.chunk_frames, args.weights)
+    artifact = export.export(codec, args.function, *options)
+    with pretrained.new_directory(output) as folder:
+        export.write(folder, args.function, *artifact)
+    print(f"{output}: {args.function} for {', '.join(export.PLATFORMS)}, weights {args.weights}")

@@ -1,0 +1,102 @@
+"""Exported programs: in a process without moss_tok they give the codes and the audio of ours."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import moss_tok
+from moss_tok.cli.main import main
+from moss_tok.codec import export
+
+# A user's program: jax and safetensors, no moss_tok. Inputs and outputs are arrays in files.
+CALLER = """
+import sys, numpy as np
+sys.path = [p for p in sys.path if "moss_tok" not in p]
+from jax import export
+import json, pathlib, safetensors.numpy
+folder, function, size = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+program = export.deserialize(bytearray((folder / f"{function}.jaxexport").read_bytes()))
+signature = json.loads((folder / "signature.json").read_text())
+params = [safetensors.numpy.load_file(p) for p in folder.glob("params.safetensors")]
+x = np.load("in.npy")
+if function.endswith("_step"):
+    shapes = signature["arguments"][len(params)]
+    state = {k: np.zeros([len(x) if n == "B" else n for n in s["shape"]], s["dtype"])
+             for k, s in shapes.items()}
+    parts = []
+    for start in range(0, x.shape[-1], size):
+        part = np.ascontiguousarray(x[..., start : start + size])
+        lengths = np.full(len(x), part.shape[-1], np.int32)
+        state, out = program.call(*params, state, part, lengths)
+        parts.append(np.asarray(out))
+    out = np.concatenate(parts, axis=-1)
+else:
+    out, lengths = program.call(*params, x, np.full(len(x), x.shape[-1], np.int32))
+assert "moss_tok" not in sys.modules
+np.save("out.npy", out)
+"""
+
+
+def called(folder, function, x, size=0):
+    np.save(folder / "in.npy", x)
+    command = [sys.executable, "-c", CALLER, "exported", function, str(size)]
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    return np.load(folder / "out.npy")
+
+
+@pytest.mark.parametrize("function", export.FUNCTIONS)
+def test_a_process_without_moss_tok_gives_the_same(tmp_path, monkeypatch, rng, function, nano_tiny):
+    monkeypatch.chdir(tmp_path)
+    hop, steps = nano_tiny.config.hop_length, function.endswith("_step")
+    weights = "inside" if function == "encode" else "beside"
+    options = ["--function", function, "--weights", weights, "--chunk-frames", "3"]
+    assert main(["export", str(GOLDEN / "nano_tiny"), "exported", *options]) == 0
+    assert (tmp_path / "exported" / "params.safetensors").exists() == (weights == "beside")
+    wav = 0.1 * rng.standard_normal((3, 2, 12 * hop - (0 if steps else 100)), np.float32)
+    codes = moss_tok.encode(nano_tiny, wav).codes
+    if function.startswith("encode"):
+        np.testing.assert_array_equal(called(tmp_path, function, wav, 3 * hop), codes)
+        return
+    expected = np.asarray(moss_tok.decode(nano_tiny, codes).wav)
+    found = called(tmp_path, function, codes, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_num_quantizers(v1_tiny):
+    _, params, signature = export.export(v1_tiny, "encode", num_quantizers=2)
+    assert signature["results"][0]["shape"][:2] == ["B", 2]
+    assert signature["arguments"][0] == "params"
+    assert not any(name.startswith("decoder") for name in params)
+    json.dumps(signature)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--function", "both"], "function must be one of encode, decode"),
+        (["--function", "encode", "--weights", "no"], "weights must be one of beside, inside"),
+        (["--function", "encode_step", "--chunk-frames", "0"], "chunk_frames must be 1..4096"),
+        (["--function", "encode", "--num-quantizers", "9"], "num_quantizers must be 1..8"),
+    ],
+)
+def test_errors(tmp_path, capsys, options, message):
+    capsys.readouterr()
+    assert main(["export", str(GOLDEN / "v1_tiny"), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_too_large(v1_tiny, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_INSIDE_BYTES", 1000)
+    with pytest.raises(ValueError, match="do not fit inside a program"):
+        export.export(v1_tiny, "decode", weights="inside")
+
+
+def test_without_flatbuffers(v1_tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ValueError, match=r"pip install 'moss_tok\[export\]'"):
+        export.export(v1_tiny, "decode")
