@@ -43,7 +43,7 @@ def test_decoder_is_causal(micro):
 
     def loss(latents):
         decode = micro.model.apply(
-            {"params": micro.params}, latents, method=lambda m, x: m.decoder(x)[..., 0][:, None]
+            {"params": micro.params}, latents, method=lambda m, x: m.decoder(x)[0][..., 0][:, None]
         )
         return jnp.sin(decode[0, 0, 20 * 16 : 21 * 16]).sum()
 

@@ -29,8 +29,9 @@ def whole(request):
 
 
 def splits(name, num_frames):
-    rng = np.random.default_rng(0)
-    sizes = {"1": [1], "7": [7], "all": [num_frames], "random": list(rng.choice([1, 3, 8], 99))}
+    """Where chunks begin and end; few sizes, each is compiled."""
+    random = list(np.random.default_rng(0).choice([1, 3], 99))
+    sizes = {"7": [7], "100": [100], "random": random}
     edges = np.cumsum(sizes[name] * num_frames)
     return [0, *edges[edges < num_frames], num_frames]
 
@@ -40,7 +41,7 @@ def assert_near(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", ["1", "7", "all", "random"])
+@pytest.mark.parametrize("name", ["7", "100", "random"])
 def test_any_split_gives_the_whole(whole, name):
     codec, wav, codes, wav_hat = whole
     hop = codec.config.hop_length
@@ -65,7 +66,7 @@ def windows(config):
     return [(window, rate) for window, rate in pairs if window]
 
 
-@pytest.mark.parametrize("chunk_seconds", [0.1, 0.7, 1.5])
+@pytest.mark.parametrize("chunk_seconds", [0.1, 1.5])
 def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
     codec, wav, codes, wav_hat = whole
     lengths = np.array([wav.shape[-1] - 5000, wav.shape[-1]])
@@ -154,8 +155,8 @@ def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
 
 
 @pytest.mark.parametrize("start", [0, 3, 17, 10**6])
-@pytest.mark.parametrize("num_frames", [1, 5, 64, 65, 200])
-@pytest.mark.parametrize("window", [1, 2, 9, 150])
+@pytest.mark.parametrize("num_frames", [1, 5, 64, 130])
+@pytest.mark.parametrize("window", [1, 9, 150])
 def test_cached_attention_against_brute_force(rng, start, num_frames, window):
     shape = (2, 2, window - 1 + num_frames, 4)
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
@@ -169,7 +170,12 @@ def test_cached_attention_against_brute_force(rng, start, num_frames, window):
                 ring[slot, :, (s - 1 - age) % (window - 1)] = x[slot, :, window - 2 - age]
         rings.append(ring)
     found = attention.attend_cached(
-        q[:, :, new], k[:, :, new], v[:, :, new], tuple(rings), jnp.array(starts), "highest"
+        q[:, :, new],
+        k[:, :, new],
+        v[:, :, new],
+        attention.Cache(*rings),
+        jnp.array(starts),
+        "highest",
     )
     for slot, s in enumerate(starts):
         for t in range(num_frames):
@@ -225,7 +231,7 @@ def test_in_half_precision(v1_tiny, rng):
     assert np.abs(np.concatenate(parts, axis=-1) - whole).max() < error < 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (3,)])
+@pytest.mark.parametrize("sizes", [(1, 4), (3,)])
 def test_streams_of_samples(whole, sizes):
     """Blocks of any length; the tail is flushed by the length rule; nothing compiles on the way."""
     codec, wav, *_ = whole
@@ -259,7 +265,7 @@ def test_streams_of_several_slots(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((3, 1, 30000), np.float32)
     ends = [30000, 12345, 9600]
     found = {0: [], 1: [], 2: []}
-    stream = moss_tok.EncoderStream(v1_tiny, 4, num_slots=3)
+    stream = moss_tok.EncoderStream(v1_tiny, 4, num_slots=3, chunk_frames=[1, 4])
     for i in range(0, 30000, 3000):
         blocks = {s: wav[s, :, i : min(i + 3000, ends[s])] for s in range(3) if i < ends[s]}
         for slot, codes in stream.push(blocks).items():
@@ -275,7 +281,7 @@ def test_streams_of_several_slots(v1_tiny, rng):
 def test_bad_input_harms_no_slot(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
     expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
-    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2)
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
     stream.finish([1])
     for block, message in [
         ({0: wav, 1: wav}, "slot 1 is finished"),
@@ -296,7 +302,7 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     stream.close()
     with pytest.raises(ValueError, match="closed"):
         stream.push({0: wav})
-    player = moss_tok.DecoderStream(v1_tiny, 8)
+    player = moss_tok.DecoderStream(v1_tiny, 8, chunk_frames=[4])
     codes = np.asarray(expected)
     for block, message in [
         (codes + 64, "codes of slot 0: must be 0..63"),
@@ -343,6 +349,6 @@ def test_a_window_of_one_frame():
     config = dataclasses.replace(config, **sides)
     codec = moss_tok.Codec(init_state(moss_tok.config.TrainConfig(), config).params, config)
     wav = np.random.default_rng(0).standard_normal((1, 1, 160)).astype(np.float32)
-    stream = moss_tok.EncoderStream(codec)
+    stream = moss_tok.EncoderStream(codec, chunk_frames=[8, 2])
     expected = moss_tok.encode(codec, wav).codes[0]
     np.testing.assert_array_equal(stream.push(wav[0]), expected)

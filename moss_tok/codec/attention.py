@@ -151,32 +151,28 @@ class Cache:
     keys: jax.Array
     values: jax.Array
 
-    def layer(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, N, R, H] of one layer."""
-        return self.keys[index], self.values[index]
-
-    def write(self, index: jax.Array, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
-        """Puts the `count` first frames of k, v [B, N, T, H] into one layer."""
-        batch, _, num_frames, _ = k.shape
+    def write(self, span: Span, keys: jax.Array, values: jax.Array) -> "Cache":
+        """Puts in the `count` first frames of a chunk; keys and values [L, B, N, T, H]."""
+        batch, _, num_frames, _ = keys.shape[1:]
         size = self.keys.shape[3]
         if not size:
             return self
         i, count = jnp.arange(num_frames), span.count[:, None]
         kept = (i < count) & (i >= count - size)
         place = jnp.where(kept, (span.start[:, None] + i) % size, size)  # [B, T]; size: nowhere
-        at = (index, jnp.arange(batch)[:, None], slice(None), place)
 
         def put(ring, new):
-            return ring.at[at].set(new.swapaxes(1, 2).astype(ring.dtype), mode="drop")
+            rows = ring.at[:, jnp.arange(batch)[:, None], :, place]
+            return rows.set(jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype), mode="drop")
 
-        return Cache(put(self.keys, k), put(self.values, v))
+        return Cache(put(self.keys, keys), put(self.values, values))
 
 
 def attend_cached(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    past: tuple[jax.Array, jax.Array],
+    past: Cache,
     start: jax.Array,
     precision: str | None = None,
 ) -> jax.Array:
@@ -186,14 +182,14 @@ def attend_cached(
       q: Queries [B, N, T, H] of the frames start .. start + T - 1.
       k: Their keys [B, N, T, H].
       v: Their values [B, N, T, H].
-      past: Keys and values before them, rings [B, N, window - 1, H], see `Cache`.
+      past: Keys and values before them: one layer of a cache, [B, N, window - 1, H].
       start: [B] frames of each stream before this chunk.
       precision: Matmul precision.
 
     Returns:
       [B, N, T, H] in q's dtype.
     """
-    num_frames, size = q.shape[2], past[0].shape[2]
+    num_frames, size, past = q.shape[2], past.keys.shape[2], (past.keys, past.values)
     start = start[:, None, None, None]  # [B, 1, 1, 1]
     if num_frames > _block_frames(size + 1):
         order = (start[..., 0] + jnp.arange(size)) % max(size, 1)  # oldest first

@@ -13,7 +13,7 @@ from moss_tok.codec.model import CodecModel, empty_caches
 from moss_tok.config import CodecConfig, ComputeConfig, is_number
 
 WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
-CHUNK_SECONDS = 5.0
+CHUNK_SECONDS = 30.0  # each reads all weights again
 
 
 @flax.struct.dataclass

@@ -1,7 +1,6 @@
 """A causal Transformer stage: projections around pre-norm blocks under one scan."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +53,9 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, table: jax.Array, cache: Cache | None, span: Span | None, layer: Any
+        self, x: jax.Array, table: jax.Array, past: Cache | None, span: Span | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D], rope table -> [B, T, D], and the cache with this layer's new frames."""
+        """[B, T, D], rope table -> [B, T, D]; of streams also the keys and values of the chunk."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         d, n, h = c.model_dim, c.num_heads, c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
@@ -64,12 +63,12 @@ class SelfAttention(nn.Module):
         out = _kernel(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
         q, k, v = jnp.einsum("btd,dcnh->cbnth", x, qkv, precision=precision)
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
-        if cache is None:
+        if past is None:
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
         else:
-            x = attention.attend_cached(q, k, v, cache.layer(layer), span.start, precision)
-            cache = cache.write(layer, span, k, v)
-        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), cache
+            x = attention.attend_cached(q, k, v, past, span.start, precision)
+        fresh = None if past is None else Cache(k, v)
+        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
 
 
 class FeedForward(nn.Module):
@@ -98,14 +97,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[jax.Array, Cache | None],
-        layer: jax.Array,
-        table: jax.Array,
-        span: Span | None,
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """Frames [B, T, D] and the stage's cache to the same, and None as scan's output."""
-        x, cache = carry
+        self, x: jax.Array, past: Cache | None, table: jax.Array, span: Span | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] -> [B, T, D]; of streams also the keys and values of the chunk."""
         args = (self.config, self.compute)
         norm = functools.partial(
             nn.LayerNorm,
@@ -116,12 +110,11 @@ class Block(nn.Module):
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         )
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
-        attention_layer = SelfAttention(*args, self.window, name="attention")
-        y, cache = attention_layer(y, table, cache, span, layer)
+        y, fresh = SelfAttention(*args, self.window, name="attention")(y, table, past, span)
         x = x + y * self._layer_scale("attention_scale")
         y = norm(name="mlp_norm")(x).astype(self.compute.dtype)
         y = FeedForward(*args, name="mlp")(y)
-        return (x + y * self._layer_scale("mlp_scale"), cache), None
+        return x + y * self._layer_scale("mlp_scale"), fresh
 
     def _layer_scale(self, name: str) -> jax.Array:
         init = nn.initializers.constant(self.config.layer_scale)
@@ -166,8 +159,11 @@ class Stage(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        # The cache is read layer by layer and written once, so that it need not be copied.
         layers = layers(c, self.compute, self.window, name="layers")
-        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
+        x, fresh = layers(x, cache, table, span)
+        if cache is not None:
+            cache = cache.write(span, fresh.keys, fresh.values)
         if c.output_projection:
             axes = ("embed", "width")
             x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
