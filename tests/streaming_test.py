@@ -294,7 +294,9 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     ]:
         with pytest.raises(ValueError, match=message):
             stream.push(block)
-    np.testing.assert_array_equal(stream.push({0: wav})[0], expected)
+    with pytest.raises(ValueError, match="sample_rate must be 24000 for this codec, got 16000"):
+        stream.push({0: wav}, 16000)
+    np.testing.assert_array_equal(stream.push({0: wav}, 24000)[0], expected)
     with pytest.raises(ValueError, match="slot 1 is finished"):
         stream.finish([1])
     stream.reset([1])

@@ -189,18 +189,24 @@ class _Stream:
             chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
             self._step(chunk, np.zeros(num_slots, np.int32))
 
-    def push(self, block: Any) -> Any:
+    def push(self, block: Any, sample_rate: int | None = None) -> Any:
         """Takes the next block, of any length, and returns what is complete.
 
         Args:
           block: For the only slot; or a dict, slot -> block, for several at once.
+          sample_rate: Hz, if the caller knows it; nothing is resampled.
 
         Returns:
           What came out, with 0 frames or more; or a dict, slot -> what came out.
 
         Raises:
-          ValueError: A wrong block, a slot that does not exist or is finished. No slot is changed.
+          ValueError: A wrong block or rate, a slot that does not exist or is finished. No slot is
+            changed.
         """
+        if sample_rate not in (None, self._config.sample_rate):
+            raise ValueError(
+                f"sample_rate must be {self._config.sample_rate} for this codec, got {sample_rate}"
+            )
         several = isinstance(block, Mapping)
         blocks = self._checked(block if several else {self._only_slot(): block})
         for slot, x in blocks.items():
