@@ -30,6 +30,7 @@ TRAIN = [
 ]
 BEAM = ["apache-beam>=2.60"]
 GCS = ["gcsfs"]
+EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
 EXPORT = ["flatbuffers"]
 TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
@@ -46,9 +47,10 @@ setuptools.setup(
     extras_require={
         "train": TRAIN,
         "beam": TRAIN + BEAM,
+        "eval": TRAIN + EVAL,
         "export": EXPORT,
         "gcs": TRAIN + GCS,
-        "tests": TRAIN + BEAM + EXPORT + GCS + TESTS,
+        "tests": TRAIN + BEAM + EVAL + EXPORT + GCS + TESTS,
     },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

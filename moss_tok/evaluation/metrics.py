@@ -28,22 +28,25 @@ def compute(
       reference: [C, S] float in [-1, 1].
       synthesis: [C, S'] float.
       sample_rate: Hz, of both.
-      metrics: Which of "mel_loss", "stft" (lower is better) and "stoi" (0 to 1).
+      metrics: Which of METRICS: "mel_loss", "stft", "spectral_convergence" (lower is better),
+        "stoi" (0 to 1), "pesq-nb", "pesq-wb" (1 to 4.6), "sdr", "sisdr" (dB). The pesq and sdr ones
+        need the extra `eval`.
 
     Returns:
       Name -> value; one that is not finite counts as 0.
 
     Raises:
-      ValueError: An unknown metric, arrays that are not [C, S], or no samples.
+      ValueError: An unknown metric, arrays that are not [C, S], no samples, a metric that is not
+        defined for them (PESQ where there is no speech), or a package that is missing.
     """
-    if unknown := [m for m in metrics if m not in _METRICS]:
-        raise ValueError(f"unknown metric {unknown[0]!r}; accepted: {', '.join(_METRICS)}")
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise ValueError(f"unknown metric {unknown[0]!r}; accepted: {', '.join(METRICS)}")
     pair = [np.asarray(x, np.float32) for x in (reference, synthesis)]
     if any(x.ndim != 2 or x.size == 0 for x in pair):
         raise ValueError(f"need audio of the shape [C, S], got {[x.shape for x in pair]}")
     size = min(-(-x.shape[-1] * _RATE // sample_rate) for x in pair)
     mono = [resample(x, sample_rate, _RATE).mean(0)[:size] for x in pair]
-    return {m: _finite(_METRICS[m](*mono)) for m in metrics}
+    return {m: _finite(METRICS[m](*mono)) for m in metrics}
 
 
 def _finite(value: float) -> float:
@@ -125,4 +128,53 @@ def stoi(reference: np.ndarray, synthesis: np.ndarray) -> float:
         return pystoi.stoi(reference, synthesis, _RATE, extended=False)
 
 
-_METRICS = {"mel_loss": mel_loss, "stft": stft, "stoi": stoi}
+def pesq(reference: np.ndarray, synthesis: np.ndarray, band: str) -> float:
+    """PESQ of 16 kHz mono signals, `band` "nb" or "wb"."""
+    try:
+        import pesq as implementation
+    except ImportError as error:
+        raise ValueError("pesq needs the extra: pip install 'moss_tok[eval]'") from error
+    try:
+        return implementation.pesq(_RATE, reference, synthesis, band)
+    except (implementation.PesqError, ValueError) as error:
+        raise ValueError(f"pesq-{band}: {error}") from error
+
+
+def spectral_convergence(reference: np.ndarray, synthesis: np.ndarray) -> float:
+    """Distance of magnitude spectra (librosa's defaults) over the norm of the reference's."""
+    import librosa
+
+    pair = [np.abs(librosa.stft(x)) for x in (reference, synthesis)]
+    return np.linalg.norm(pair[0] - pair[1]) / np.linalg.norm(pair[0])
+
+
+def sdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
+    """Signal to distortion ratio (dB) after the best filter of 512 taps (BSS eval)."""
+    try:
+        import mir_eval
+    except ImportError as error:
+        raise ValueError("sdr needs the extra: pip install 'moss_tok[eval]'") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        (value,), *_ = mir_eval.separation.bss_eval_sources(reference[None], synthesis[None])
+    return value
+
+
+def sisdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
+    """Scale-invariant signal to distortion ratio (dB)."""
+    r, s = (x / np.linalg.norm(x) for x in (reference, synthesis))
+    projected = np.dot(r, s) * r
+    error = np.mean(np.square(s - projected)) + 1e-10  # the protocol's; 0.005 dB at 24
+    return 10 * np.log10(np.mean(np.square(r)) / error)
+
+
+METRICS = {
+    "stoi": stoi,
+    "pesq-nb": functools.partial(pesq, band="nb"),
+    "pesq-wb": functools.partial(pesq, band="wb"),
+    "mel_loss": mel_loss,
+    "stft": stft,
+    "spectral_convergence": spectral_convergence,
+    "sdr": sdr,
+    "sisdr": sisdr,
+}
