@@ -14,16 +14,16 @@ FLOORS = [
     ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
      "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
-     "codec.export"],
+     "codec.export", "codec.codes"],
     ["convert"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic"],
-    ["evaluation.metrics", "evaluation.sweep", "evaluation.report"],
+    ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.protocol"],
     ["training.flags", "training.losses", "training.discriminators", "training.flops",
      "training.state", "training.step", "training.checkpoints", "training.writer",
      "training.loop"],
-    ["cli.arguments", "cli.codes", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
+    ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
      "cli.info", "cli.prepare", "cli.stream",
-     "cli.export", "cli.main"],
+     "cli.export", "cli.evaluate", "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]
 

@@ -1,8 +1,9 @@
 """Arguments that several commands share."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -36,18 +37,45 @@ def chunk_frames(config: Any, seconds: float) -> int:
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:
     """Passes `parts` on, each worth `part_seconds` of audio, behind a bar, or in logs ten lines."""
-    import tqdm
-
-    terminal, done = sys.stderr.isatty(), 0.0
-    total = round(total_seconds) if total_seconds < 1e9 else None  # streamed files do not know
-    with tqdm.tqdm(total=total, unit="s", disable=not terminal, leave=False) as bar:
+    known = total_seconds < 1e9  # streamed files do not say
+    total = round(total_seconds / part_seconds) if known else 0
+    with counter(total, "", part_seconds, "s", least=20) as count:
         for part in parts:
             yield part
-            before, done = done, done + part_seconds
-            bar.update(round(done) - round(before))
-            if (
-                not terminal
-                and total_seconds > 600
-                and done * 10 // total_seconds > (before * 10 // total_seconds)
-            ):
-                print(f"{done:.0f} of {total_seconds:.0f} s", file=sys.stderr, flush=True)
+            count()
+
+
+@contextlib.contextmanager
+def counter(
+    total: int, title: str, scale: float = 1.0, unit: str = "file", least: int = 2
+) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` parts: a bar on a terminal, ten lines in a log.
+
+    Args:
+      total: Parts; 0: unknown.
+      title: Before the numbers.
+      scale: What a part counts, in `unit`.
+      unit: Of the numbers.
+      least: With fewer parts a log gets no line.
+    """
+    import tqdm
+
+    terminal, done = sys.stderr.isatty(), 0
+    bar = tqdm.tqdm(
+        total=total * scale or None,
+        desc=title or None,
+        unit=unit,
+        disable=not terminal,
+        leave=False,
+    )
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        bar.update(scale)
+        if not terminal and total >= least and done * 10 // total > (done - 1) * 10 // total:
+            text = f"{done * scale:.0f} of {total * scale:.0f} {unit}"
+            print(f"{title}: {text}" if title else text, file=sys.stderr, flush=True)
+
+    with bar:
+        yield count

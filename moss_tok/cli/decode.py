@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.cli import codes
+    from moss_tok.codec import codes
 
     files.check_output(args.output)
     codec = moss_tok.load(args.checkpoint, component="decoder")

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
 
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.cli import codes
+    from moss_tok.codec import codes
 
     if not args.output.endswith(".npz"):
         raise ValueError(f"{args.output}: the name must end in .npz")

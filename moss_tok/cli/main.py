@@ -11,6 +11,7 @@ COMMANDS = {
     "reconstruct": "audio file through the codec and back",
     "stream": "live: PCM to codes, codes to PCM, or a file through both",
     "convert": "official Hugging Face layout to a checkpoint, or back",
+    "evaluate": "data sets at several bitrates: files, scores, tables",
     "export": "a function as a StableHLO artifact that runs without moss_tok",
     "prepare": "folder or manifest into ArrayRecord shards for training",
     "info": "modules, parameters, rates and bitrates of a checkpoint or preset",

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
@@ -281,6 +283,17 @@ class CheckpointArgs(ocp.args.CheckpointArgs):
 
     config: CodecConfig
     trees: dict[str, Any]
+
+
+def fingerprint(codec: Codec) -> str:
+    """A short hash of a codec's config and parameters: equal codes come from equal ones."""
+    config = dataclasses.replace(codec.config, official_json="")
+    digest = hashlib.sha256(config.to_json().encode())
+    leaves = jax.tree_util.tree_leaves_with_path(codec.params)
+    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:16]
 
 
 def to_device(params: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Source: OpenMOSS/MOSS-Audio-Tokenizer-Eval (moss_eval.metrics.core); tests/golde
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.signal
@@ -39,14 +40,39 @@ def compute(
       ValueError: An unknown metric, arrays that are not [C, S], no samples, a metric that is not
         defined for them (PESQ where there is no speech), or a package that is missing.
     """
+    values, errors = compute_each(reference, synthesis, sample_rate, metrics)
+    if errors:
+        raise ValueError(next(iter(errors.values())))
+    return values
+
+
+def check(metrics: Sequence[str]) -> None:
+    """Raises ValueError where a metric is not known."""
     if unknown := [m for m in metrics if m not in METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}; accepted: {', '.join(METRICS)}")
+
+
+def compute_each(
+    reference: np.ndarray, synthesis: np.ndarray, sample_rate: int, metrics: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """`compute`, but a metric that is not defined for the two goes into a second dict, name -> why.
+
+    Raises:
+      ValueError: An unknown metric, arrays that are not [C, S], or no samples.
+    """
+    check(metrics)
     pair = [np.asarray(x, np.float32) for x in (reference, synthesis)]
     if any(x.ndim != 2 or x.size == 0 for x in pair):
         raise ValueError(f"need audio of the shape [C, S], got {[x.shape for x in pair]}")
     size = min(-(-x.shape[-1] * _RATE // sample_rate) for x in pair)
     mono = [resample(x, sample_rate, _RATE).mean(0)[:size] for x in pair]
-    return {m: _finite(METRICS[m](*mono)) for m in metrics}
+    values, errors = {}, {}
+    for name in metrics:
+        try:
+            values[name] = _finite(METRICS[name](*mono))
+        except ValueError as error:
+            errors[name] = str(error)
+    return values, errors
 
 
 def _finite(value: float) -> float:

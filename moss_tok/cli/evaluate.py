@@ -1,0 +1,76 @@
+"""Reconstructs data sets at several bitrates and scores them, by the published protocol."""
+
+import argparse
+import os
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="C",
+        help="checkpoint, training workdir, official directory or Hub id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset", required=True, action="append", metavar="D.jsonl",
+        help="a path of audio per line, may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="one left unfinished is gone on with"
+    )
+    parser.add_argument(
+        "--num-quantizers", default="", metavar="N,...", help="1,2,4..8 or all (powers of two)"
+    )
+    parser.add_argument("--metrics", default="", metavar="M,...", help="which (all)")
+    parser.add_argument("--name", default="", help="of the codec in the results (the folder's)")
+    parser.add_argument(
+        "--num-workers", type=int, default=os.cpu_count(), metavar="N",
+        help="processes that score (all cores)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from pathlib import Path
+
+    import moss_tok
+    from moss_tok.cli import arguments
+    from moss_tok.codec import pretrained
+    from moss_tok.evaluation import metrics, protocol, sweep
+
+    names = [m.strip() for m in args.metrics.split(",") if m.strip()] or list(metrics.METRICS)
+    metrics.check(names)
+    if args.num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {args.num_workers}")
+    datasets = [protocol.read_dataset(path) for path in args.dataset]
+    if len({d.name for d in datasets}) < len(datasets):
+        raise ValueError("two data sets have the same file name")
+    codec = moss_tok.load(args.checkpoint)
+    config = codec.config
+    most = config.quantizer.num_quantizers
+    numbers = sweep.bitrates(config)
+    if args.num_quantizers:
+        numbers = protocol.parse_numbers(args.num_quantizers, most)
+    name = args.name or Path(args.checkpoint).absolute().name
+    folder = Path(args.output) / name
+    model = {
+        "adapter": "moss_tok",
+        "name": name,
+        "fingerprint": pretrained.fingerprint(codec),
+        "sample_rate": config.sample_rate,
+        "channels": config.num_channels,
+        "frame_rate": config.frame_rate,
+        "bps_per_quantizer": config.bitrate(1),
+    }
+    for dataset in datasets:
+        files = protocol.reconstruct(codec, dataset, numbers, folder, model)
+        with arguments.counter(len(dataset.items), f"{dataset.name}, reconstructed") as count:
+            for _ in files:
+                count()
+        for n in numbers:
+            rated = folder / f"rvq{n}" / dataset.name
+            title = f"{dataset.name}, scored at {n}"
+            with arguments.counter(len(dataset.items), title) as count:
+                rows = protocol.score(rated, dataset, names, args.num_workers, count)
+            protocol.write_results(rated, dataset, rows, names, round(config.bitrate(n)))
+        protocol.write_entropy(folder, dataset, config.quantizer.codebook_size)
+    print(protocol.write_summary(Path(args.output)))

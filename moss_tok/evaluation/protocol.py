@@ -1,0 +1,352 @@
+"""The published evaluation protocol: data sets through a codec at several bitrates, files, scores.
+
+Writes what OpenMOSS/MOSS-Audio-Tokenizer-Eval writes, so that its summary reads ours, and its
+metrics that need downloaded models can be run on our files:
+
+  OUTPUT/MODEL/rvqN/results.json                    {DATASET: {metric: mean}, "_meta": {"bps": n}}
+  OUTPUT/MODEL/rvqN/DATASET/manifest.json
+  OUTPUT/MODEL/rvqN/DATASET/{gt_audios,syn_audios}/000000_STEM.flac
+
+and beside it what a run goes on from, and what its report needs:
+
+  OUTPUT/MODEL/rvqN/DATASET/scores.jsonl            a line per file
+  OUTPUT/MODEL/codes/DATASET/000000_STEM.npz        the codes, as `moss-tok encode` writes them
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_tok.audio import files
+from moss_tok.codec import codes
+from moss_tok.codec.inference import Codec, decode, encode
+from moss_tok.config import parse_json_object
+from moss_tok.evaluation import metrics
+
+_AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
+_FOREIGN = ("sim", "utmos")  # of torch models: kept where the official toolkit has written them
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A list of recordings to evaluate on.
+
+    Attributes:
+      name: Of its folder in the results.
+      path: Its JSONL file.
+      items: (path of the audio, name of the FLAC file it becomes, domain or "").
+    """
+
+    name: str
+    path: Path
+    items: tuple[tuple[Path, str, str], ...]
+
+    def output_names(self) -> list[str]:
+        """Names of the files."""
+        return [name for _, name, _ in self.items]
+
+
+def read_dataset(path: str | Path) -> Dataset:
+    """Reads a JSONL file, one object per line with a path relative to the file's folder.
+
+    Raises:
+      ValueError: No such file, a line that is blank or no object or has no path, audio that is
+        missing, or no lines.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    items = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            if not line.strip():
+                raise ValueError("a blank line")
+            fields = parse_json_object(line)
+            audio = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
+            if audio is None:
+                raise ValueError(f"no path; it goes under one of {', '.join(_AUDIO_KEYS)}")
+            audio = path.parent / Path(str(audio)).expanduser()
+            if not audio.is_file():
+                raise ValueError(f"no such file: {audio}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem).strip("._") or "audio"
+        domain = str(fields.get("domain") or "")
+        items.append((audio, f"{len(items):06d}_{stem}.flac", domain))
+    if not items:
+        raise ValueError(f"{path}: no lines")
+    return Dataset(path.stem, path.absolute(), tuple(items))
+
+
+def parse_numbers(text: str, most: int) -> list[int]:
+    """Numbers of quantizers: "all", or numbers and ranges, "1,2,4,8..16".
+
+    Raises:
+      ValueError: Something else, or a number beyond `most`.
+    """
+    if text == "all":
+        return list(range(1, most + 1))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("..")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= most):
+            raise ValueError(
+                f"num_quantizers must be all, or numbers and ranges of 1..{most} as in 1,2,4..8, "
+                f"got {text!r}"
+            )
+        numbers |= set(range(int(first), int(last) + 1))
+    return sorted(numbers)
+
+
+def reconstruct(
+    codec: Codec, dataset: Dataset, numbers: Sequence[int], folder: Path, model: dict[str, Any]
+) -> Iterator[str]:
+    """Writes references, reconstructions and codes of a data set; what is there is kept.
+
+    Args:
+      codec: The codec.
+      dataset: The data set.
+      numbers: Of quantizers.
+      folder: OUTPUT/MODEL.
+      model: What the manifests say of the codec.
+
+    Yields:
+      The name of each file that is done.
+
+    Raises:
+      ValueError: A recording that cannot be read, or results of another codec or data set.
+    """
+    manifests = {n: _manifest(dataset, model, n) for n in numbers}
+    for n, manifest in manifests.items():
+        file = _folder(folder, n, dataset) / "manifest.json"
+        if file.exists() and json.loads(file.read_text()) != manifest:
+            raise ValueError(f"{file.parent}: holds results of another codec or data set")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        for kind in ("gt_audios", "syn_audios"):
+            (file.parent / kind).mkdir(exist_ok=True)
+    (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
+    for audio, name, _ in dataset.items:
+        code_file = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
+        missing = [n for n in numbers if not _is_written(_folder(folder, n, dataset), name)]
+        if missing or not code_file.exists():
+            _reconstruct_one(codec, audio, name, missing, code_file, folder, dataset)
+        yield name
+
+
+def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) -> None:
+    c = codec.config
+    wav, rate = files.read_native(audio)
+    wav = files.to_channels(metrics.resample(wav, rate, c.sample_rate), c.num_channels)
+    found = np.asarray(encode(codec, *_bucket(wav, c.hop_length)).codes)
+    num_frames = c.num_frames(wav.shape[1])
+    codes.write(code_file, found[0, :, :num_frames], wav.shape[1], c)
+    for n in numbers:
+        wav_hat = np.asarray(decode(codec, found[:, :n]).wav)[0, :, : wav.shape[1]]
+        for kind, x in (("gt_audios", wav), ("syn_audios", wav_hat)):
+            files.write(_folder(folder, n, dataset) / kind / name, x, c.sample_rate)
+
+
+def _bucket(wav: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Audio [1, C, S] padded to one of few lengths, at most a quarter longer; and its length."""
+    size = wav.shape[1]
+    step = unit * 2 ** max(0, math.floor(math.log2(size / unit)) - 2)
+    return np.pad(wav, ((0, 0), (0, -size % step)))[None], np.array([size])
+
+
+def _folder(folder: Path, number: int, dataset: Dataset) -> Path:
+    return folder / f"rvq{number}" / dataset.name
+
+
+def _is_written(folder: Path, name: str) -> bool:
+    return all((folder / kind / name).exists() for kind in ("gt_audios", "syn_audios"))
+
+
+def _manifest(dataset: Dataset, model: dict[str, Any], number: int | None) -> dict[str, Any]:
+    digest = hashlib.sha256(dataset.path.read_bytes()).hexdigest()
+    return {
+        "schema_version": 1,
+        "dataset": {
+            "name": dataset.name,
+            "jsonl_path": str(dataset.path),
+            "jsonl_sha256": digest,
+            "num_items": len(dataset.items),
+            "output_names": dataset.output_names(),
+        },
+        "model": model,
+        "nq": number,
+    }
+
+
+def score(
+    folder: Path,
+    dataset: Dataset,
+    names: Sequence[str],
+    num_workers: int,
+    progress: Callable[[], Any] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """Scores the files of OUTPUT/MODEL/rvqN/DATASET; those of scores.jsonl are not scored again.
+
+    Args:
+      folder: That folder.
+      dataset: The data set.
+      names: Of metrics.
+      num_workers: Processes.
+      progress: Called for each file.
+
+    Returns:
+      File -> metric -> value, and "_errors": metric -> why, where it is not defined.
+    """
+    listing = folder / "scores.jsonl"
+    rows = _read_scores(listing)
+    wanted = {}
+    for name in dataset.output_names():
+        known = rows.get(name, {})
+        left = [m for m in names if m not in known and m not in known.get("_errors", {})]
+        if left:
+            wanted[name] = left
+        else:
+            progress()
+    if not wanted:
+        return {name: rows[name] for name in dataset.output_names()}
+    # Again, without a line that a killed run has cut.
+    kept = "".join(json.dumps({"name": name} | row) + "\n" for name, row in rows.items())
+    files.write_text(listing, kept)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool, listing.open("a") as file:
+        work = pool.map(functools.partial(_score, folder), wanted, wanted.values())
+        for name, (values, errors) in zip(wanted, work, strict=True):
+            row = rows.setdefault(name, {})
+            row |= values | {"_errors": row.get("_errors", {}) | errors}
+            file.write(json.dumps({"name": name} | values | {"_errors": errors}) + "\n")
+            file.flush()
+            progress()
+    return {name: rows[name] for name in dataset.output_names()}
+
+
+def _read_scores(path: Path) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut when the run was killed
+            continue
+        known = rows.setdefault(row.pop("name"), {})
+        errors = known.get("_errors", {}) | row.pop("_errors")
+        known |= row | {"_errors": errors}
+    return rows
+
+
+def _score(folder: Path, name: str, names: Sequence[str]) -> tuple[dict[str, float], Any]:
+    pair = [files.read_native(folder / kind / name) for kind in ("gt_audios", "syn_audios")]
+    (reference, rate), (synthesis, _) = pair
+    return metrics.compute_each(reference, synthesis, rate, names)
+
+
+def write_results(
+    folder: Path, dataset: Dataset, rows: dict[str, dict[str, Any]], names: Sequence[str], bps: int
+) -> None:
+    """Writes the means over files, also by domain, into OUTPUT/MODEL/rvqN/results.json.
+
+    What else is there, as from metrics of torch models by the official toolkit, stays.
+
+    Raises:
+      ValueError: A metric that is defined for no file.
+    """
+    path = folder.parent / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    entry = results.setdefault(dataset.name, {})
+    entry |= _means(rows, names)
+    if missing := [name for name in names if name not in entry]:
+        first = next(iter(rows.values()))["_errors"][missing[0]]
+        raise ValueError(f"{folder}: {missing[0]} is defined for no file; {first}")
+    domains = {name: domain for _, name, domain in dataset.items if domain}
+    entry["_domains"] = {
+        domain: _means({f: row for f, row in rows.items() if domains.get(f) == domain}, names)
+        for domain in sorted(set(domains.values()))
+    }
+    entry["_metric_errors"] = {
+        name: [f"{f}: {row['_errors'][name]}" for f, row in rows.items() if name in row["_errors"]]
+        for name in names
+    }
+    results.setdefault("_meta", {})["bps"] = bps
+    files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _means(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    found = {name: [row[name] for row in rows.values() if name in row] for name in names}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndarray:
+    """Bits per code that each quantizer uses on a data set, [Q]: entropy of its histogram.
+
+    They go into OUTPUT/MODEL/entropy.json, by data set. Too little audio makes them too low: a
+    codebook of 1024 wants some ten thousand frames.
+    """
+    counts: Any = 0
+    for name in dataset.output_names():
+        with np.load(folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name) as file:
+            rows = file["codes"].astype(np.int64)
+        counts = counts + np.stack([np.bincount(r, minlength=codebook_size) for r in rows])
+    shares = counts / counts.sum(1, keepdims=True)
+    bits = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
+    path = folder / "entropy.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    files.write_text(path, json.dumps(known | {dataset.name: bits.tolist()}) + "\n")
+    return bits
+
+
+def write_summary(output: Path) -> str:
+    """Writes summary.csv and summary.md, all results.json under `output` in one; the latter's text.
+
+    Results that the official toolkit, or other codecs, have put there are read too.
+    """
+    rows: dict[str, list[tuple[str, Any, dict[str, float]]]] = {}
+    for path in sorted(output.rglob("results.json")):
+        results = json.loads(path.read_text())
+        system, bps = str(path.parent.relative_to(output)), results.get("_meta", {}).get("bps")
+        for name, entry in results.items():
+            if not name.startswith("_"):
+                rows.setdefault(name, []).append((system, bps, entry))
+                for domain, means in entry.get("_domains", {}).items():
+                    rows.setdefault(f"{name}, {domain}", []).append((system, bps, means))
+    table, text = [], []
+    columns = [*metrics.METRICS, *_FOREIGN]
+    for name, found in rows.items():
+        found.sort(key=lambda row: (row[0].split("/rvq")[0], row[1] or 0))
+        used = [c for c in columns if any(c in means for *_, means in found)]
+        text += [f"## {name}", "", "| | bit/s | " + " | ".join(used) + " |"]
+        text.append("|---" * (len(used) + 2) + "|")
+        for system, bps, means in found:
+            cells = [f"{means[c]:.3f}" if c in means else "" for c in used]
+            text.append(
+                f"| {system} | {bps if bps is not None else ''} | " + " | ".join(cells) + " |"
+            )
+            table.append([name, system, bps, *(means.get(c) for c in columns)])
+        text.append("")
+    for path in sorted(output.rglob("entropy.json")):
+        for name, bits in json.loads(path.read_text()).items():
+            text += [
+                f"Bits used of a code, {path.parent.relative_to(output)} on {name}, by quantizer: "
+                + " ".join(f"{b:.1f}" for b in bits),
+                "",
+            ]
+    with io.StringIO(newline="") as lines:
+        csv.writer(lines).writerows([["dataset", "system", "bps", *columns], *table])
+        files.write_text(output / "summary.csv", lines.getvalue())
+    files.write_text(output / "summary.md", "\n".join(text))
+    return "\n".join(text)

@@ -1,0 +1,175 @@
+"""moss-tok evaluate: the files and results of the published protocol, resumed without loss."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import GOLDEN
+
+import moss_tok
+from moss_tok.cli.main import main
+from moss_tok.codec import pretrained
+from moss_tok.evaluation import metrics, protocol
+
+CODEC = str(GOLDEN / "v1_tiny")
+ALL = ["--output", "out", "--name", "tiny", "--num-workers", "1", "--num-quantizers", "2,8"]
+SOME = ["--metrics", "mel_loss,sisdr"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A folder with two data sets, evaluated."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    rng = np.random.default_rng(0)
+    rows = {"speech": [], "mixed": []}
+    for i, (name, rate, size) in enumerate(
+        [("speech", 24000, 30000), ("speech", 16000, 20001), ("mixed", 44100, 9000)]
+    ):
+        soundfile.write(folder / f"a b{i}.wav", 0.1 * rng.standard_normal(size), rate)
+        rows[name].append({"audio": f"a b{i}.wav", "domain": f"d{i}"})
+    for name, lines in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("speech", "mixed") == 0
+    return folder
+
+
+def run(*datasets, extra=()):
+    options = [x for name in datasets for x in ("--dataset", f"{name}.jsonl")]
+    return main(["evaluate", "--checkpoint", CODEC, *options, *ALL, *SOME, *extra])
+
+
+def test_layout(evaluated):
+    folder = evaluated / "out" / "tiny" / "rvq2" / "speech"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["schema_version"] == 1
+    assert manifest["nq"] == 2
+    assert manifest["dataset"]["output_names"] == ["000000_a_b0.flac", "000001_a_b1.flac"]
+    info = soundfile.info(folder / "gt_audios" / "000001_a_b1.flac")
+    assert (info.samplerate, info.frames, info.subtype) == (24000, 30002, "PCM_16")
+    results = json.loads((folder.parent / "results.json").read_text())
+    assert results["_meta"] == {"bps": 150}
+    assert results["speech"]["mel_loss"] == pytest.approx(
+        np.mean([results["speech"]["_domains"][d]["mel_loss"] for d in ("d0", "d1")])
+    )
+    assert set(results) == {"_meta", "speech", "mixed"}
+
+
+def test_files_and_scores_are_those_of_the_public_functions(evaluated, v1_tiny):
+    folder = evaluated / "out" / "tiny" / "rvq8" / "speech"
+    name = "000000_a_b0.flac"
+    wav, _ = soundfile.read(evaluated / "a b0.wav", dtype="float32")
+    codes = moss_tok.encode(v1_tiny, wav[None, None]).codes
+    saved = np.load(evaluated / "out" / "tiny" / "codes" / "speech" / "000000_a_b0.npz")["codes"]
+    np.testing.assert_array_equal(saved, codes[0])
+    pair = [soundfile.read(folder / kind / name, dtype="float32")[0] for kind in KINDS]
+    np.testing.assert_allclose(pair[0], wav, atol=1e-4)
+    expected = np.clip(moss_tok.decode(v1_tiny, codes).wav[0, 0, :30000], -1, 1)
+    np.testing.assert_allclose(pair[1], expected, atol=1e-4)
+    row = json.loads((folder / "scores.jsonl").read_text().splitlines()[0])
+    found = metrics.compute(pair[0][None], pair[1][None], 24000, ("mel_loss", "sisdr"))
+    assert found == {name: pytest.approx(row[name]) for name in found}
+
+
+KINDS = ("gt_audios", "syn_audios")
+
+
+def test_summary(evaluated):
+    text = (evaluated / "out" / "summary.md").read_text()
+    for part in ("## speech\n", "## speech, d1\n", "| tiny/rvq2 | 150 |", "Bits used of a code"):
+        assert part in text
+    with (evaluated / "out" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["system"] for row in rows} == {"tiny/rvq2", "tiny/rvq8"}
+    bits = json.loads((evaluated / "out" / "tiny" / "entropy.json").read_text())["speech"]
+    assert len(bits) == 8 and all(0 <= b <= 6 for b in bits)
+
+
+def test_goes_on(evaluated, tmp_path, monkeypatch, capsys):
+    """What is missing is made again, nothing else; another codec does not go on."""
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated, folder)
+    monkeypatch.chdir(folder)
+    rated = folder / "out" / "tiny" / "rvq8" / "speech"
+    gone, kept = (rated / "syn_audios" / f"00000{i}_a_b{i}.flac" for i in (0, 1))
+    results = json.loads((rated.parent / "results.json").read_text())
+    was, data = kept.stat().st_mtime_ns, gone.read_bytes()
+    gone.unlink()
+    lines = (rated / "scores.jsonl").read_text().splitlines()
+    (rated / "scores.jsonl").write_text(lines[0] + "\n" + lines[1][:20])
+    (rated.parent / "results.json").unlink()
+    # The jsonl moved, and manifests name it: they are of this place.
+    for file in folder.rglob("manifest.json"):
+        file.write_text(file.read_text().replace(str(evaluated), str(folder)))
+    assert run("speech", "mixed") == 0
+    assert json.loads((rated.parent / "results.json").read_text()) == results
+    assert kept.stat().st_mtime_ns == was
+    assert gone.read_bytes() == data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "fingerprint", lambda codec: "another")
+        capsys.readouterr()
+        assert run("speech") == 2
+    assert "holds results of another codec or data set" in capsys.readouterr().err
+
+
+def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated, folder)
+    path = folder / "out" / "tiny" / "rvq2" / "results.json"
+    results = json.loads(path.read_text())
+    results["speech"]["utmos"] = 3.5
+    path.write_text(json.dumps(results))
+    dataset = protocol.read_dataset(folder / "speech.jsonl")
+    rows = protocol._read_scores(path.parent / "speech" / "scores.jsonl")
+    protocol.write_results(path.parent / "speech", dataset, rows, ["mel_loss"], 150)
+    assert json.loads(path.read_text())["speech"]["utmos"] == 3.5
+    assert "| utmos |" in protocol.write_summary(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a.jsonl: no lines"),
+        ('{"path": "in.wav"}\n\n{"path": "in.wav"}', "line 2: a blank line"),
+        ('{"path": "no.wav"}', "line 1: no such file"),
+        ('{"file": "in.wav"}', "line 1: no path; it goes under one of audio_path"),
+        ("[1]", "line 1: expected a JSON object"),
+    ],
+)
+def test_bad_data_sets(tmp_path, text, message):
+    soundfile.write(tmp_path / "in.wav", np.zeros(100), 24000)
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        protocol.read_dataset(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--num-quantizers", "0"], "num_quantizers must be all, or numbers"),
+        (["--num-quantizers", "1..9"], "of 1..8"),
+        (["--metrics", "pesq-nb"], "pesq-nb is defined for no file; pesq-nb: "),
+        (["--metrics", "snr"], "unknown metric 'snr'"),
+        (["--num-workers", "0"], "num_workers must be at least 1"),
+        (["--dataset", "speech.jsonl"], "two data sets have the same file name"),
+    ],
+)
+def test_errors(evaluated, monkeypatch, capsys, extra, message):
+    monkeypatch.chdir(evaluated)
+    assert run("speech", extra=extra) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers():
+    assert protocol.parse_numbers("all", 3) == [1, 2, 3]
+    assert protocol.parse_numbers("8, 1..3,2", 8) == [1, 2, 3, 8]
+
+
+def test_fingerprint(v1_tiny, nano_tiny):
+    found = {pretrained.fingerprint(c) for c in (v1_tiny, nano_tiny, v1_tiny)}
+    assert len(found) == 2
