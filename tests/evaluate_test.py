@@ -153,7 +153,7 @@ def test_bad_data_sets(tmp_path, text, message):
     [
         (["--num-quantizers", "0"], "num_quantizers must be all, or numbers"),
         (["--num-quantizers", "1..9"], "of 1..8"),
-        (["--metrics", "pesq-nb"], "pesq-nb is defined for no file; pesq-nb: "),
+        (["--dataset", "mixed.jsonl", "--metrics", "pesq-nb"], "pesq-nb is defined for no file"),
         (["--metrics", "snr"], "unknown metric 'snr'"),
         (["--num-workers", "0"], "num_workers must be at least 1"),
         (["--dataset", "speech.jsonl"], "two data sets have the same file name"),

@@ -47,7 +47,7 @@ def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) ->
 
 @contextlib.contextmanager
 def counter(
-    total: int, title: str, scale: float = 1.0, unit: str = "file", least: int = 2
+    total: int, title: str, scale: float = 1.0, unit: str = "files", least: int = 10
 ) -> Iterator[Callable[[], None]]:
     """A function to call after each of `total` parts: a bar on a terminal, ten lines in a log.
 
