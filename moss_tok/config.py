@@ -580,6 +580,14 @@ def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
 
 
+# Of bulk work, where speed may be worth some codes.
+PRECISIONS = {
+    "highest": ComputeConfig(),
+    "high": ComputeConfig(precision="high"),
+    "bfloat16": ComputeConfig(dtype="bfloat16", precision="default"),
+}
+
+
 def parse_json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object; ValueError if it is something else."""
     try:

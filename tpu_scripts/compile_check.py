@@ -32,16 +32,18 @@ from jax.experimental import topologies
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import attention, pretrained
-from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig, check_choice, load_codec_config
+from moss_tok.config import (
+    PRECISIONS,
+    CodecConfig,
+    ComputeConfig,
+    TrainConfig,
+    check_choice,
+    load_codec_config,
+)
 from moss_tok.training import flags as train_flags
 from moss_tok.training import flops, state, step
 
 FUNCTIONS = ("train_step", "encode", "decode")
-PRECISIONS = {
-    "highest": ComputeConfig(),
-    "high": ComputeConfig(precision="high"),
-    "bfloat16": ComputeConfig(dtype="bfloat16", precision="default"),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,9 +49,9 @@ def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
     return resample(to_channels(wav, num_channels), rate, sample_rate)
 
 
-def read_native(path: str | Path) -> tuple[np.ndarray, int]:
+def read_native(path: str | Path | AudioBytes) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
-    path = storage.to_path(path)
+    path = path if isinstance(path, AudioBytes) else storage.to_path(path)
     with _open(path) as file:
         wav = file.read(dtype="float32", always_2d=True)
         rate, announced = file.samplerate, file.frames
@@ -94,9 +94,9 @@ def read_blocks(
     _check_complete(path, num_read, announced)
 
 
-def _check_complete(path: storage.Path, num_read: int, announced: int) -> None:
+def _check_complete(path: storage.Path | AudioBytes, num_read: int, announced: int) -> None:
     """Raises ValueError if fewer frames were read than the header says."""
-    missing = _missing_wav_bytes(path)
+    missing = 0 if isinstance(path, AudioBytes) else _missing_wav_bytes(path)
     # Unknown lengths (streamed files) read as the largest integer.
     if missing or num_read < announced < 2**62:
         detail = f"{missing} bytes" if missing else f"{announced - num_read} frames"

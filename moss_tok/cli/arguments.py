@@ -36,46 +36,47 @@ def chunk_frames(config: Any, seconds: float) -> int:
 
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:
-    """Passes `parts` on, each worth `part_seconds` of audio, behind a bar, or in logs ten lines."""
-    known = total_seconds < 1e9  # streamed files do not say
-    total = round(total_seconds / part_seconds) if known else 0
-    with counter(total, "", part_seconds, "s", least=20) as count:
+    """Passes `parts` on, each worth `part_seconds` of audio, and shows how far it is."""
+    with meter(total_seconds if total_seconds < 1e9 else 0.0) as add:  # streams do not say
         for part in parts:
             yield part
-            count()
+            add(part_seconds)
 
 
 @contextlib.contextmanager
-def counter(
-    total: int, title: str, scale: float = 1.0, unit: str = "files", least: int = 10
-) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` parts: a bar on a terminal, ten lines in a log.
-
-    Args:
-      total: Parts; 0: unknown.
-      title: Before the numbers.
-      scale: What a part counts, in `unit`.
-      unit: Of the numbers.
-      least: With fewer parts a log gets no line.
-    """
+def counter(total: int, title: str) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` files: a bar on a terminal, ten lines in a log."""
     import tqdm
 
     terminal, done = sys.stderr.isatty(), 0
-    bar = tqdm.tqdm(
-        total=total * scale or None,
-        desc=title or None,
-        unit=unit,
-        disable=not terminal,
-        leave=False,
-    )
+    bar = tqdm.tqdm(total=total, desc=title, unit="file", disable=not terminal, leave=False)
 
     def count() -> None:
         nonlocal done
         done += 1
-        bar.update(scale)
-        if not terminal and total >= least and done * 10 // total > (done - 1) * 10 // total:
-            text = f"{done * scale:.0f} of {total * scale:.0f} {unit}"
-            print(f"{title}: {text}" if title else text, file=sys.stderr, flush=True)
+        bar.update()
+        if not terminal and total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+            print(f"{title}: {done} of {total} files", file=sys.stderr, flush=True)
 
     with bar:
         yield count
+
+
+@contextlib.contextmanager
+def meter(total_seconds: float) -> Iterator[Callable[[float], None]]:
+    """A function to tell of seconds of audio that are done: a bar, or ten lines in a log."""
+    import tqdm
+
+    terminal, done = sys.stderr.isatty(), 0.0
+    bar = tqdm.tqdm(total=round(total_seconds), unit="s", disable=not terminal, leave=False)
+
+    def add(seconds: float) -> None:
+        nonlocal done
+        before, done = done, done + seconds
+        bar.update(round(done) - round(before))
+        tenth = total_seconds / 10
+        if not terminal and tenth > 60 and int(done / tenth) > int(before / tenth):
+            print(f"{done:.0f} of {total_seconds:.0f} s", file=sys.stderr, flush=True)
+
+    with bar:
+        yield add

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "official Hugging Face layout to a checkpoint, or back",
     "evaluate": "data sets at several bitrates: files, scores, tables",
     "export": "a function as a StableHLO artifact that runs without moss_tok",
+    "tokenize": "a data set to shards of codes",
     "prepare": "folder or manifest into ArrayRecord shards for training",
     "info": "modules, parameters, rates and bitrates of a checkpoint or preset",
 }

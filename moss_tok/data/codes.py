@@ -1,0 +1,106 @@
+"""Shards of codes, as `moss-tok tokenize` writes them: ArrayRecord or JSON lines.
+
+A record is a msgpack map: `id`, `codes` (int16 little-endian, [Q, T] row by row), `num_quantizers`,
+`num_samples`, `metadata` (`domain`, `transcript`, ... where known).
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from grain.sources import ArrayRecordDataSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """The codes of one recording.
+
+    Attributes:
+      id: Of the recording in its data set.
+      codes: [Q, T] int16.
+      num_samples: Samples per channel at the codec's rate.
+      metadata: Domain, transcript and what else was known.
+    """
+
+    id: str
+    codes: np.ndarray
+    num_samples: int
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Writer:
+    """Writes items into one ArrayRecord shard; a context manager."""
+
+    def __init__(self, path: Path):
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def write(self, item: Item) -> None:
+        """Adds an item."""
+        fields = {
+            "id": item.id,
+            "codes": np.ascontiguousarray(item.codes, "<i2").tobytes(),
+            "num_quantizers": item.codes.shape[0],
+            "num_samples": item.num_samples,
+            "metadata": item.metadata,
+        }
+        self._writer.write(msgpack.packb(fields))
+
+
+class CodeSource:
+    """Random access to the items of a folder of shards: a data source for grain."""
+
+    def __init__(self, folder: str | Path):
+        """Opens the shards. Raises ValueError where there are none, or not all of them."""
+        self.folder = Path(folder)
+        plan = self.folder / "plan.json"
+        if not plan.is_file():
+            raise ValueError(f"{folder}: no plan.json, so no output of moss-tok tokenize")
+        self.settings = json.loads(plan.read_text())
+        paths = sorted(self.folder.glob("codes-*-of-*"))
+        wanted = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 0
+        if len(paths) != wanted or not paths:
+            raise ValueError(f"{folder}: {len(paths)} of {wanted or 'its'} shards are there")
+        self._lines: list[str] | None = None
+        if self.settings["format"] == "jsonl":
+            self._lines = [line for p in paths for line in p.read_text().splitlines()]
+        else:
+            filled = [str(p) for p in paths if p.stat().st_size]
+            self._source = ArrayRecordDataSource(filled)
+
+    def __len__(self) -> int:
+        return len(self._source if self._lines is None else self._lines)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Item:
+        if self._lines is not None:
+            fields = json.loads(self._lines[index])
+            codes = np.array(fields.pop("audio_codes"), np.int16).T
+            return Item(fields.pop("id"), codes, fields.pop("num_samples"), fields)
+        fields = msgpack.unpackb(self._source[index])
+        codes = np.frombuffer(fields["codes"], "<i2").reshape(fields["num_quantizers"], -1)
+        return Item(fields["id"], codes, fields["num_samples"], fields["metadata"])
+
+
+def read_codes(folder: str | Path) -> CodeSource:
+    """The items of a folder that `moss-tok tokenize` has written.
+
+    Returns:
+      `CodeSource`; `grain.MapDataset.source(read_codes(folder))` trains on it.
+
+    Raises:
+      ValueError: No such output, or an unfinished one.
+    """
+    return CodeSource(folder)

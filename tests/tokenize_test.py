@@ -1,0 +1,213 @@
+"""moss-tok tokenize: the codes of each recording alone, whatever its batch, whatever killed it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import grain
+import jax
+import numpy as np
+import pytest
+import soundfile
+from conftest import GOLDEN, micro_config
+
+import moss_tok
+from moss_tok import sharding
+from moss_tok.cli.main import main
+from moss_tok.codec import pretrained
+from moss_tok.data import read_codes, tokenize
+from moss_tok.training.state import init_state
+
+SIZES = (900, 4000, 4100, 4200, 8000, 15, 7000, 30000, 4300, 1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with recordings, two of them broken, and a codec; here."""
+    folder = tmp_path_factory.mktemp("tokenize")
+    (folder / "in" / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(SIZES):
+        name = f"in/{'sub/' if i % 2 else ''}{i}.wav"
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(size), 8000 if i % 3 else 16000)
+    (folder / "in" / "bad.wav").write_bytes(b"RIFFnothing")
+    (folder / "in" / "empty.flac").write_bytes(b"")
+    rows = [
+        {"path": f"in/{i}.wav", "transcript": f"text {i}", "domain": "speech"} for i in (2, 4, 6)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "some.jsonl").write_text(text)
+    config = micro_config()
+    state = init_state(moss_tok.config.TrainConfig(), config)
+    pretrained.save(folder / "codec", config, state.params)
+    return folder
+
+
+def run(root, source, output, *options):
+    short = ["--shard-hours", "0.0006", "--batch-seconds", "2"]  # shards of two seconds
+    codec = ["--checkpoint", str(root / "codec")]
+    return main(["tokenize", str(root / source), "--output", str(output), *codec, *short, *options])
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """The folder, tokenized in one go."""
+    assert run(root, "in", root / "whole") == 0
+    return root / "whole"
+
+
+def contents(folder):
+    return {item.id: (item.codes.tolist(), item.num_samples) for item in read_codes(folder)}
+
+
+def test_codes_are_those_of_the_recording_alone(root, whole):
+    codec = moss_tok.load(root / "codec")
+    found = read_codes(whole)
+    assert sorted(item.id for item in found) == sorted(
+        f"{'sub/' if i % 2 else ''}{i}.wav" for i in range(len(SIZES))
+    )
+    for item in found:
+        wav = moss_tok_read(root / "in" / item.id)
+        expected = moss_tok.encode(codec, wav[None]).codes[0]
+        np.testing.assert_array_equal(item.codes, expected)
+        assert item.num_samples == wav.shape[1]
+        assert item.codes.dtype == np.int16
+    assert len(list(whole.glob("codes-*"))) > 2
+    failures = [json.loads(line) for line in (whole / "failures.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in failures} == {"bad.wav", "empty.flac"}
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["num_items"], summary["num_failures"]) == (len(SIZES), 2)
+
+
+def moss_tok_read(path):
+    from moss_tok.audio import files
+
+    return files.read(path, 8000, 1)
+
+
+def test_as_a_source_for_grain(whole):
+    dataset = grain.MapDataset.source(read_codes(whole)).shuffle(seed=0)
+    dataset = dataset.map(lambda item: item.codes.shape[0])
+    assert [dataset[i] for i in range(len(dataset))] == [4] * len(SIZES)
+
+
+def test_json_lines_and_metadata(root, tmp_path, capsys):
+    """What the fine-tuning of MOSS-TTS reads: text, and codes [T, Q]."""
+    options = ["--format", "jsonl", "--num-quantizers", "2", "--verify", "2"]
+    assert run(root, "some.jsonl", tmp_path / "out", *options) == 0
+    assert "verified 2 items, 0 codes differ" in capsys.readouterr().out
+    paths = (tmp_path / "out").glob("codes-*")
+    lines = [line for p in paths for line in p.read_text().splitlines()]
+    rows = {row["id"]: row for row in map(json.loads, lines)}
+    assert rows["in/2.wav"]["text"] == "text 2"
+    assert rows["in/2.wav"]["domain"] == "speech"
+    codes = np.array(rows["in/4.wav"]["audio_codes"])
+    assert codes.shape == (-(-8000 // 16), 2)
+    item = next(item for item in read_codes(tmp_path / "out") if item.id == "in/4.wav")
+    np.testing.assert_array_equal(item.codes.T, codes)
+    assert item.metadata["transcript"] == "text 4"
+
+
+def test_array_record_sets(root, tmp_path):
+    """Shards of `prepare`, by their folder or by a pattern, give the codes of their audio."""
+    assert main(["prepare", str(root / "some.jsonl"), str(tmp_path / "shards")]) == 0
+    assert run(root, "some.jsonl", tmp_path / "a") == 0
+    by_folder = ["tokenize", str(tmp_path / "shards"), "--checkpoint", str(root / "codec")]
+    assert main([*by_folder, "--output", str(tmp_path / "b")]) == 0
+    pattern = ["tokenize", str(tmp_path / "shards" / "*.array_record"), *by_folder[2:]]
+    assert main([*pattern, "--output", str(tmp_path / "c")]) == 0
+    found = [sorted(c for c, _ in contents(tmp_path / n).values()) for n in "abc"]
+    assert found[0] == found[1] == found[2]
+    texts = {item.metadata.get("transcript") for item in read_codes(tmp_path / "c")}
+    assert texts == {"text 2", "text 4", "text 6"}
+
+
+def test_machines_share_the_work(root, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(root, "in", out, "--shard-index", "1", "--num-shards", "2") == 0
+    assert "this part is done, others are not" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="shards are there"):
+        read_codes(out)
+    assert run(root, "in", out, "--shard-index", "0", "--num-shards", "2") == 0
+    assert contents(out) == contents(whole)
+
+
+def test_on_all_devices(root, tmp_path, whole, monkeypatch):
+    """Eight devices, or one, give the same codes."""
+    assert len(jax.local_devices()) == 8
+    one = sharding.make_mesh("data:1")
+    monkeypatch.setattr(sharding, "make_mesh", lambda *args: one)
+    assert run(root, "in", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_killed_and_gone_on_with(root, whole, tmp_path):
+    """A run killed between its shards leaves them; the next one does the others only."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "moss_tok", "tokenize", str(root / "in"), "--output", str(out),
+               "--checkpoint", str(root / "codec"), "--shard-hours", "0.0006",
+               "--batch-seconds", "2"]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not list(out.glob("codes-*")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in out.glob("codes-*")}
+    parts = {p.stem for p in (out / "parts").glob("*")}
+    assert run(root, "in", out) == 0
+    assert contents(out) == contents(whole)
+    for name, modified in done.items():
+        assert name not in parts or (out / name).stat().st_mtime_ns == modified
+    assert not list(out.glob(".incomplete-*"))
+
+
+def test_another_codec_or_setting_does_not_go_on(root, whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    for options, name in [
+        (["--num-quantizers", "2"], "num_quantizers: 4, now 2"),
+        (["--precision", "bfloat16"], "dtype: float32, now bfloat16"),
+        (["--checkpoint", str(GOLDEN / "v1_tiny")], "codec: "),
+        (["--format", "jsonl"], "format: arrayrecord, now jsonl"),
+    ]:
+        capsys.readouterr()
+        assert run(root, "in", copy, *options) == 2
+        assert name in capsys.readouterr().err
+    assert run(root, "in", copy) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "csv"], "format must be one of arrayrecord, jsonl"),
+        (["--precision", "low"], "precision must be one of highest, high, bfloat16"),
+        (["--shard-index", "0"], "--shard-index and --num-shards go together"),
+        (["--shard-index", "2", "--num-shards", "2"], "shard-index must be 0..1, got 2"),
+        (["--batch-seconds", "0"], "batch_seconds must be above 0"),
+        (["--num-quantizers", "5"], "num_quantizers must be 1..4"),
+        (["--output", "SRC"], "is not empty, and has no plan.json"),
+    ],
+)
+def test_errors(root, tmp_path, capsys, options, message):
+    options = [str(root / "in") if x == "SRC" else x for x in options]
+    assert run(root, "in", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_recordings_of_one_name(root, tmp_path):
+    rows = [{"path": str(root / "in" / "0.wav")}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="is there more than once"):
+        tokenize.find_items(str(tmp_path / "a.jsonl"))
+
+
+def test_padding_is_small():
+    sizes = np.arange(1, 5000)
+    padded = np.array([tokenize.bucket_frames(int(n)) for n in sizes])
+    assert (padded >= sizes).all() and (padded <= 1.125 * sizes).all()
+    assert len(set(padded[sizes > 100])) < 50
+    assert padded[sizes > 100].sum() < 1.07 * sizes[sizes > 100].sum()
