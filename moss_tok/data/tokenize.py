@@ -72,12 +72,14 @@ class Statistics:
       padded_seconds: The same with padding.
       device_seconds: Time in which the devices had something to do.
       seconds: Time in all.
+      shapes: How many batches of which (rows, frames).
     """
 
     audio_seconds: float = 0.0
     padded_seconds: float = 0.0
     device_seconds: float = 0.0
     seconds: float = 0.0
+    shapes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +334,7 @@ class _Encoder:
         self._running = time.perf_counter(), [(k, x.shape[1]) for k, x in bucket], out
         audio = sum(x.shape[1] for _, x in bucket) / c.sample_rate
         self._statistics.audio_seconds += audio
+        self._statistics.shapes[rows, size] += 1
         self._statistics.padded_seconds += rows * size / c.frame_rate
 
     def _collect(self, found: dict[str, Any]) -> None:

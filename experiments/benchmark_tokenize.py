@@ -1,0 +1,86 @@
+"""Speed of `moss-tok tokenize` beside raw `encode` on the same batches.
+
+  python experiments/benchmark_tokenize.py --preset=nano --minutes=10 [--price=1.2]
+
+Writes FLAC files of 2 to 20 s (noise, the codec's rate and channels), tokenizes them twice (the
+first run compiles), and then encodes as many batches of the same shapes without reading or writing.
+Weights are random. The price is per hour of the machine.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_codec import random_params
+
+import moss_tok
+from moss_tok.audio import files
+from moss_tok.config import PRECISIONS, PRESETS, CodecConfig, preset
+from moss_tok.data import tokenize
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="nano", choices=PRESETS)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of audio")
+    parser.add_argument("--precision", default="highest", choices=tuple(PRECISIONS))
+    parser.add_argument("--batch_seconds", type=float, default=60.0)
+    parser.add_argument("--price", type=float, default=0.0, help="of the machine, per hour")
+    args = parser.parse_args()
+    config = preset(args.preset)
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    codec = moss_tok.Codec(params, config, PRECISIONS[args.precision])
+    most = config.quantizer.num_quantizers
+    settings = tokenize.Settings(most, batch_seconds=args.batch_seconds, num_workers=2)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_recordings(Path(folder) / "in", config, 60 * args.minutes)
+        items = tokenize.find_items(f"{folder}/in")
+        for name in ("cold", "warm"):
+            plan = tokenize.plan(codec, items, f"{folder}/{name}", settings)
+            done = tokenize.run(codec, plan)
+    raw = _raw_seconds(codec, done.shapes)
+    rate = done.audio_seconds / done.seconds
+    kind = jax.devices()[0].device_kind
+    print(
+        f"{args.preset}, {args.precision}, {kind}: {len(items)} recordings, "
+        f"{done.audio_seconds:.0f} s of audio; {rate:.1f} s of audio per s, "
+        f"{raw / done.seconds:.0%} of the raw encode rate on the same batches; "
+        f"device idle {1 - done.device_seconds / done.seconds:.0%}, "
+        f"padding {done.padded_seconds / done.audio_seconds - 1:.1%}"
+    )
+    if args.price:
+        print(f"{1000 / rate * args.price:.2f} per 1000 hours at {args.price:g} per hour")
+
+
+def _write_recordings(folder: Path, config: CodecConfig, seconds: float) -> None:
+    folder.mkdir()
+    rng, number = np.random.default_rng(0), 0
+    while seconds > 0:
+        length = rng.uniform(2, 20)
+        shape = (config.num_channels, int(length * config.sample_rate))
+        wav = 0.1 * rng.standard_normal(shape, np.float32)
+        files.write(folder / f"{number}.flac", wav, config.sample_rate)
+        seconds, number = seconds - length, number + 1
+
+
+def _raw_seconds(codec: moss_tok.Codec, shapes: dict[tuple[int, int], int]) -> float:
+    """Time of `encode` on so many batches of (rows, frames)."""
+    config, total = codec.config, 0.0
+    for (rows, size), count in shapes.items():
+        shape = (rows, config.num_channels, size * config.hop_length)
+        wav = jnp.asarray(0.1 * np.random.default_rng(0).standard_normal(shape, np.float32))
+        jax.block_until_ready(moss_tok.encode(codec, wav))
+        began = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(moss_tok.encode(codec, wav))
+        total += time.perf_counter() - began
+    return total
+
+
+if __name__ == "__main__":
+    main()
