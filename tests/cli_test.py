@@ -312,6 +312,33 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
     assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"
 
 
+def test_folders(folder, capsys):
+    """Files keep their places; a bad one is listed, and the others are done."""
+    Path("audio/sub").mkdir(parents=True)
+    shutil.copy("in.wav", "audio/a.wav")
+    soundfile.write("audio/sub/b.flac", np.full(9000, 0.1), 16000)
+    Path("audio/bad.ogg").write_bytes(b"nothing")
+    assert main(["encode", "audio", "codes", "--checkpoint", CODEC]) == 1
+    captured = capsys.readouterr()
+    assert "codes: 2 of 3 files" in captured.out
+    assert "failed: audio/bad.ogg: not audio" in captured.err
+    np.testing.assert_array_equal(np.load("codes/a.npz")["codes"], np.load("in.npz")["codes"])
+    assert main(["decode", "codes", "back", "--checkpoint", CODEC]) == 0
+    assert soundfile.info("back/a.wav").frames == 30000
+    assert soundfile.info("back/sub/b.wav").frames == 13500
+    Path("audio/bad.ogg").unlink()
+    assert main(["reconstruct", "audio", "again", "--checkpoint", CODEC]) == 0
+    wavs = [soundfile.read(f"{name}/a.wav")[0] for name in ("again", "back")]
+    np.testing.assert_allclose(*wavs, atol=1e-4)
+    shutil.copy("in.wav", "audio/sub/b.wav")
+    capsys.readouterr()
+    assert main(["encode", "audio", "more", "--checkpoint", CODEC]) == 2
+    assert "would both become more/sub/b.npz" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert main(["encode", "empty", "more", "--checkpoint", CODEC]) == 2
+    assert "empty: no files (.wav, .flac" in capsys.readouterr().err
+
+
 def live(monkeypatch, capfdbinary, data: bytes, *options: str) -> tuple[int, bytes, bytes]:
     """Exit code, standard output and standard error of `moss-tok stream` fed with `data`."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))

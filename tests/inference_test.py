@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moss_tok
+from moss_tok.codec import inference
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,11 @@ def test_a_codec_without_one_side(v1_tiny):
 
 def test_numpy_integers_count(v1_tiny):
     assert moss_tok.encode(v1_tiny, WAV, num_quantizers=np.int64(2)).codes.shape[1] == 2
+
+
+def test_padding_is_small():
+    sizes = np.arange(1, 5000)
+    padded = np.array([inference.bucket_frames(int(n)) for n in sizes])
+    assert (padded >= sizes).all() and (padded <= 1.125 * sizes).all()
+    assert len(set(padded[sizes > 100])) < 50
+    assert padded[sizes > 100].sum() < 1.07 * sizes[sizes > 100].sum()

@@ -203,11 +203,3 @@ def test_two_recordings_of_one_name(root, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="is there more than once"):
         tokenize.find_items(str(tmp_path / "a.jsonl"))
-
-
-def test_padding_is_small():
-    sizes = np.arange(1, 5000)
-    padded = np.array([tokenize.bucket_frames(int(n)) for n in sizes])
-    assert (padded >= sizes).all() and (padded <= 1.125 * sizes).all()
-    assert len(set(padded[sizes > 100])) < 50
-    assert padded[sizes > 100].sum() < 1.07 * sizes[sizes > 100].sum()

@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -32,7 +33,54 @@ def chunk_frames(config: Any, seconds: float) -> int:
     """Code frames that are computed at once of a recording so long."""
     from moss_tok.codec import inference
 
-    return max(1, round(min(seconds, inference.CHUNK_SECONDS) * config.frame_rate))
+    most = round(inference.CHUNK_SECONDS * config.frame_rate)
+    num_frames = int(min(seconds * config.frame_rate, most)) + 1  # of few, each is compiled
+    return max(1, min(inference.bucket_frames(num_frames), most))
+
+
+def each_file(
+    source: str, output: str, suffixes: Sequence[str], function: Callable[[Path, Path], str]
+) -> int:
+    """Applies `function` (from, to) to a file, or to all files of a folder.
+
+    Args:
+      source: File, or folder, which is searched recursively.
+      output: Where to; a folder's files keep their places and names in it.
+      suffixes: Of the files of a folder; the last is what they get.
+      function: Returns what to say of a file.
+
+    Returns:
+      Exit code: 1 if files of a folder could not be read, which are listed on standard error.
+
+    Raises:
+      ValueError: As `function`, for a file alone; an empty folder, or two files with one name.
+    """
+    *kinds, suffix = suffixes
+    if not Path(source).is_dir():
+        print(function(Path(source), Path(output)))
+        return 0
+    found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
+    if not found:
+        raise ValueError(f"{source}: no files ({', '.join(kinds)})")
+    targets: dict[Path, Path] = {}
+    for path in found:
+        target = Path(output) / path.relative_to(source).with_suffix(suffix)
+        if target in targets:
+            raise ValueError(f"{path} and {targets[target]} would both become {target}")
+        targets[target] = path
+    failures = []
+    with counter(len(found), source) as count:
+        for target, path in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                function(path, target)
+            except ValueError as error:
+                failures.append(str(error))
+            count()
+    print(f"{output}: {len(found) - len(failures)} of {len(found)} files")
+    for failure in failures:
+        print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:

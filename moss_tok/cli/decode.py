@@ -1,7 +1,9 @@
-"""Decodes codes into an audio file."""
+"""Decodes codes into an audio file, or those of a folder."""
 
 import argparse
+import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from moss_tok.cli import arguments
@@ -9,26 +11,34 @@ from moss_tok.cli import arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("input", metavar="IN.npz", help="codes, as `moss-tok encode` writes them")
-    parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg")
+    parser.add_argument("input", metavar="IN.npz", help="as `moss-tok encode` writes; or a folder")
+    parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg; or a folder")
     arguments.add_codec(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    import moss_tok
+    from moss_tok.audio import files
+
+    if not Path(args.input).is_dir():
+        files.check_output(args.output)
+    codec = moss_tok.load(args.checkpoint, component="decoder")
+    codec.config.check_num_quantizers(args.num_quantizers)
+    decode = functools.partial(_decode, codec, args.num_quantizers)
+    return arguments.each_file(args.input, args.output, (".npz", ".wav"), decode)
+
+
+def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) -> str:
     import moss_tok
     from moss_tok.audio import files
     from moss_tok.codec import codes
 
-    files.check_output(args.output)
-    codec = moss_tok.load(args.checkpoint, component="decoder")
-    config = codec.config
-    file = codes.read(args.input, config)
+    config, file = codec.config, codes.read(source, codec.config)
     given = file.codes.shape[0]
-    config.check_num_quantizers(args.num_quantizers)
-    if args.num_quantizers is not None and args.num_quantizers > given:
+    if num_quantizers is not None and num_quantizers > given:
         raise ValueError(f"num_quantizers must be 1..{given}, the file has no more")
-    rows = file.codes[: args.num_quantizers]
+    rows = file.codes[:num_quantizers]
     num_quantizers, num_frames = rows.shape
     seconds = file.num_samples / config.sample_rate
     frames = arguments.chunk_frames(config, seconds)
@@ -36,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
         parts = arguments.progress(stream, seconds, frames / config.frame_rate)
         wav = _first(parts, file.num_samples)
-        files.write_blocks(args.output, wav, config.sample_rate, config.num_channels)
-    print(f"{args.output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes")
+        files.write_blocks(output, wav, config.sample_rate, config.num_channels)
+    return f"{output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes"
 
 
 def _first(blocks: Iterable[Any], num_samples: int) -> Iterator[Any]:

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 2 for a user's error."""
+    """Runs a command and returns the exit code: 2 for a user's error, 1 if some files failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
     parser = Parser(
@@ -47,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     try:
-        command.run(args)
+        return command.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

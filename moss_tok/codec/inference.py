@@ -54,6 +54,15 @@ class Decoded(NamedTuple):
     lengths: jax.Array
 
 
+def bucket_frames(num_frames: int) -> int:
+    """One of eight lengths per octave, so that few programs are compiled for many lengths.
+
+    Padding up to it costs 12 % at most, 4 % in the mean.
+    """
+    step = 2 ** max(0, num_frames.bit_length() - 4)
+    return -(-num_frames // step) * step
+
+
 def encode(
     codec: Codec,
     wav: jax.Array,
@@ -123,6 +132,24 @@ def decode(
         raise ValueError(f"codes must be integers, got {codes.dtype}")
     lengths = check_lengths(lengths, codes)
     return _decode(codec, codes, lengths, _chunk_frames(codec, codes.shape[-1], chunk_seconds))
+
+
+def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """`encode` of one recording [C, S] -> [Q, T], in one of few shapes; see `bucket_frames`."""
+    hop, size = codec.config.hop_length, wav.shape[-1]
+    num_frames = codec.config.num_frames(size)
+    padding = bucket_frames(num_frames) * hop - size
+    padded = np.pad(wav, ((0, 0), (0, padding)))[None]
+    codes = encode(codec, padded, np.array([size]), num_quantizers).codes
+    return np.asarray(codes)[0, :, :num_frames]
+
+
+def decode_one(codec: Codec, codes: np.ndarray) -> np.ndarray:
+    """`decode` of one recording [q, T] -> [C, T * hop_length], in one of few shapes."""
+    num_frames = codes.shape[-1]
+    padded = np.pad(codes, ((0, 0), (0, bucket_frames(num_frames) - num_frames)))[None]
+    wav = decode(codec, padded, np.array([num_frames])).wav
+    return np.asarray(wav)[0, :, : num_frames * codec.config.hop_length]
 
 
 def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:

@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +28,12 @@ from moss_tok import sharding, storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
-from moss_tok.codec.inference import Codec, encode
+from moss_tok.codec.inference import Codec, bucket_frames, encode
 from moss_tok.config import check_choice
 from moss_tok.data import codes, records, sources
 
 FORMATS = ("arrayrecord", "jsonl")
 _LARGEST_BATCH = 64  # recordings per device
-_STEPS_PER_OCTAVE = 8  # of padded lengths: 12 % padding at most, 4 % in the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,12 +346,6 @@ class _Encoder:
             num_frames = self._config.num_frames(num_samples)
             found[key] = row[:, :num_frames].astype(np.int16), num_samples
         self._running = None
-
-
-def bucket_frames(num_frames: int) -> int:
-    """The padded length of a recording: one of eight per octave, or itself where it is short."""
-    step = 2 ** max(0, math.floor(math.log2(num_frames)) - int(math.log2(_STEPS_PER_OCTAVE)))
-    return -(-num_frames // step) * step
 
 
 def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:

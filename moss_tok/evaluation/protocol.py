@@ -19,7 +19,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.codec import codes
-from moss_tok.codec.inference import Codec, decode, encode
+from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.config import parse_json_object
 from moss_tok.evaluation import metrics
 
@@ -151,20 +150,12 @@ def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) ->
     c = codec.config
     wav, rate = files.read_native(audio)
     wav = files.to_channels(metrics.resample(wav, rate, c.sample_rate), c.num_channels)
-    found = np.asarray(encode(codec, *_bucket(wav, c.hop_length)).codes)
-    num_frames = c.num_frames(wav.shape[1])
-    codes.write(code_file, found[0, :, :num_frames], wav.shape[1], c)
+    found = encode_one(codec, wav)
+    codes.write(code_file, found, wav.shape[1], c)
     for n in numbers:
-        wav_hat = np.asarray(decode(codec, found[:, :n]).wav)[0, :, : wav.shape[1]]
+        wav_hat = decode_one(codec, found[:n])[:, : wav.shape[1]]
         for kind, x in (("gt_audios", wav), ("syn_audios", wav_hat)):
             files.write(_folder(folder, n, dataset) / kind / name, x, c.sample_rate)
-
-
-def _bucket(wav: np.ndarray, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Audio [1, C, S] padded to one of few lengths, at most a quarter longer; and its length."""
-    size = wav.shape[1]
-    step = unit * 2 ** max(0, math.floor(math.log2(size / unit)) - 2)
-    return np.pad(wav, ((0, 0), (0, -size % step)))[None], np.array([size])
 
 
 def _folder(folder: Path, number: int, dataset: Dataset) -> Path:
