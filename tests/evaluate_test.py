@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import GOLDEN
 import moss_tok
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
-from moss_tok.evaluation import metrics, protocol
+from moss_tok.evaluation import metrics, protocol, report
 
 CODEC = str(GOLDEN / "v1_tiny")
 ALL = ["--output", "out", "--name", "tiny", "--num-workers", "1", "--num-quantizers", "2,8"]
@@ -173,3 +174,60 @@ def test_numbers():
 def test_fingerprint(v1_tiny, nano_tiny):
     found = {pretrained.fingerprint(c) for c in (v1_tiny, nano_tiny, v1_tiny)}
     assert len(found) == 2
+
+
+def sources(page):
+    """The files that a page shows."""
+    text = page.read_text()
+    assert "http" not in text  # it works without network
+    return [page.parent / name for name in re.findall(r'src="([^"]+)"', text)]
+
+
+def test_page_of_an_evaluation(evaluated):
+    page = evaluated / "out" / "report.html"
+    files = sources(page)
+    assert files and all(file.is_file() for file in files)
+    kinds = {file.suffix for file in files}
+    assert kinds == {".png", ".flac"}
+    text = page.read_text()
+    for part in ("speech: 000000_a_b0", "<option>mixed", "tiny/rvq8", "reference", "mel_loss"):
+        assert part in text
+
+
+def test_page_of_a_run(tmp_path, capsys, rng):
+    folder = tmp_path / "a <run>"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "train_config.json").write_text('{"stage": "pretrain"}')
+    assert main(["report", str(folder)]) == 0  # before its first step
+    for name in ("speech_input", "speech_1_quantizer", "speech_16_quantizers"):
+        soundfile.write(folder / "samples" / f"{name}.wav", 0.1 * rng.standard_normal(900), 24000)
+    rows = [{"step": 50, "loss": 2.5, "audio_seconds_per_second": 51.0}]
+    (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + '\n{"step": 1')
+    table = {"speech": {"silence": {"mel_loss": 9.0}, "1 quantizer": {"mel_loss": 2.0}}}
+    (folder / "evaluation.jsonl").write_text(json.dumps({"step": 50, "table": table}) + "\n")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.split("\n")[-2] == str(folder / "report.html")
+    assert len(sources(folder / "report.html")) == 6
+    text = (folder / "report.html").read_text()
+    for part in (
+        "Run: a &lt;run&gt;",
+        "Step 50, loss 2.5",
+        "51 s of audio per s",
+        "<td>9.000</td>",
+    ):
+        assert part in text
+    order = [text.index(x) for x in ("<b>input", "<b>16 quantizers", "<b>1 quantizer")]
+    assert order == sorted(order)
+
+
+def test_pages_of_nothing(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "no")]) == 2
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no results.json in it" in capsys.readouterr().err
+
+
+def test_rates_with_published_values(tmp_path):
+    curves = {"ours": [(1000, {"stoi": 0.9, "sisdr": 1.0}), (2000, {"stoi": 0.92})]}
+    report.save_rates(tmp_path / "a.png", curves, "speech")
+    report.save_rates(tmp_path / "b.png", curves, "other")
+    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size

@@ -18,13 +18,15 @@ FLOORS = [
     ["convert"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic",
      "data.codes", "data.tokenize"],
-    ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.protocol"],
+    ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.protocol",
+     "evaluation.pages"],
     ["training.flags", "training.losses", "training.discriminators", "training.flops",
      "training.state", "training.step", "training.checkpoints", "training.writer",
      "training.loop"],
     ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
      "cli.info", "cli.prepare", "cli.stream",
-     "cli.export", "cli.evaluate", "cli.tokenize", "cli.main"],
+     "cli.export", "cli.evaluate", "cli.tokenize", "cli.report",
+     "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]
 

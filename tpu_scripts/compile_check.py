@@ -191,7 +191,7 @@ def report(
     estimate.show()
     show_traffic(costs)
     if flags.FLAGS.scaling:
-        show_scaling(estimate, config.batch_size / mesh.size)
+        show_scaling(estimate, mesh, config.batch_size / mesh.size)
     return fits
 
 
@@ -267,19 +267,23 @@ def show_traffic(costs: hlo.Costs) -> None:
         print(f"  {_giga(num_bytes):>10} GB  {source}")
 
 
-def show_scaling(estimate: Estimate, items_per_chip: float) -> None:
+def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: float) -> None:
     """Prints the estimate for 4 to 4096 chips, each with as many items as now.
 
-    A chip computes and reads what it does now; transfers among all chips grow by their share.
+    A chip computes and reads what it does now; the data axis takes more chips, and fsdp fewer where
+    there are not enough. Transfers in a ring of n send (n - 1) / n of an array.
     """
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     print("| chips | batch | step, s | links not hidden | estimated utilisation |")
     print("|---|---|---|---|---|")
     for num_chips in (4**n for n in range(1, 7)):
+        new_fsdp = min(fsdp, num_chips)
+        sizes = {fsdp: new_fsdp, data: num_chips // new_fsdp, estimate.num_chips: num_chips}
         scaled = dataclasses.replace(estimate.costs, collectives=[])
         for c in estimate.costs.collectives:
-            if c.group_size == estimate.num_chips:
-                was, now = ((n - 1) / n for n in (c.group_size, num_chips))
-                c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was, group_size=num_chips)
+            if c.group_size in sizes and c.group_size > 1:
+                was, now = ((n - 1) / n for n in (c.group_size, sizes[c.group_size]))
+                c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was)
             scaled.collectives.append(c)
         useful = estimate.useful_flops / estimate.num_chips * num_chips
         e = Estimate(estimate.chip, num_chips, scaled, useful)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     import moss_tok
     from moss_tok.cli import arguments
     from moss_tok.codec import pretrained
-    from moss_tok.evaluation import metrics, protocol, sweep
+    from moss_tok.evaluation import metrics, pages, protocol, sweep
 
     names = [m.strip() for m in args.metrics.split(",") if m.strip()] or list(metrics.METRICS)
     metrics.check(names)
@@ -74,3 +74,4 @@ def run(args: argparse.Namespace) -> None:
             protocol.write_results(rated, dataset, rows, names, round(config.bitrate(n)))
         protocol.write_entropy(folder, dataset, config.quantizer.codebook_size)
     print(protocol.write_summary(Path(args.output)))
+    print(pages.write_evaluation(Path(args.output)))

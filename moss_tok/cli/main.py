@@ -12,6 +12,7 @@ COMMANDS = {
     "stream": "live: PCM to codes, codes to PCM, or a file through both",
     "convert": "official Hugging Face layout to a checkpoint, or back",
     "evaluate": "data sets at several bitrates: files, scores, tables",
+    "report": "a page of a training run or an evaluation, to look and listen",
     "export": "a function as a StableHLO artifact that runs without moss_tok",
     "tokenize": "a data set to shards of codes",
     "prepare": "folder or manifest into ArrayRecord shards for training",

@@ -31,11 +31,12 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import parse_json_object
+from moss_tok.config import parse_json_object, read_json_object
 from moss_tok.evaluation import metrics
 
 _AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
-_FOREIGN = ("sim", "utmos")  # of torch models: kept where the official toolkit has written them
+# The last two are of torch models: kept where the official toolkit has written them.
+COLUMNS = (*metrics.METRICS, "sim", "utmos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,25 +302,34 @@ def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndar
     return bits
 
 
-def write_summary(output: Path) -> str:
-    """Writes summary.csv and summary.md, all results.json under `output` in one; the latter's text.
+def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str, float]]]]:
+    """All results.json under `output`, also those of the official toolkit and of other codecs.
 
-    Results that the official toolkit, or other codecs, have put there are read too.
+    Returns:
+      Data set, or "data set, domain" -> (system, bit/s, metric -> mean), by system and bitrate.
     """
     rows: dict[str, list[tuple[str, Any, dict[str, float]]]] = {}
     for path in sorted(output.rglob("results.json")):
-        results = json.loads(path.read_text())
-        system, bps = str(path.parent.relative_to(output)), results.get("_meta", {}).get("bps")
+        results = read_json_object(path)
+        system, bps = (
+            path.parent.relative_to(output).as_posix(),
+            results.get("_meta", {}).get("bps"),
+        )
         for name, entry in results.items():
             if not name.startswith("_"):
                 rows.setdefault(name, []).append((system, bps, entry))
                 for domain, means in entry.get("_domains", {}).items():
                     rows.setdefault(f"{name}, {domain}", []).append((system, bps, means))
-    table, text = [], []
-    columns = [*metrics.METRICS, *_FOREIGN]
-    for name, found in rows.items():
+    for found in rows.values():
         found.sort(key=lambda row: (row[0].split("/rvq")[0], row[1] or 0))
-        used = [c for c in columns if any(c in means for *_, means in found)]
+    return rows
+
+
+def write_summary(output: Path) -> str:
+    """Writes summary.csv and summary.md, all results under `output` in one; the latter's text."""
+    table, text = [], []
+    for name, found in read_results(output).items():
+        used = [c for c in COLUMNS if any(c in means for *_, means in found)]
         text += [f"## {name}", "", "| | bit/s | " + " | ".join(used) + " |"]
         text.append("|---" * (len(used) + 2) + "|")
         for system, bps, means in found:
@@ -327,7 +337,7 @@ def write_summary(output: Path) -> str:
             text.append(
                 f"| {system} | {bps if bps is not None else ''} | " + " | ".join(cells) + " |"
             )
-            table.append([name, system, bps, *(means.get(c) for c in columns)])
+            table.append([name, system, bps, *(means.get(c) for c in COLUMNS)])
         text.append("")
     for path in sorted(output.rglob("entropy.json")):
         for name, bits in json.loads(path.read_text()).items():
@@ -337,7 +347,7 @@ def write_summary(output: Path) -> str:
                 "",
             ]
     with io.StringIO(newline="") as lines:
-        csv.writer(lines).writerows([["dataset", "system", "bps", *columns], *table])
+        csv.writer(lines).writerows([["dataset", "system", "bps", *COLUMNS], *table])
         files.write_text(output / "summary.csv", lines.getvalue())
     files.write_text(output / "summary.md", "\n".join(text))
     return "\n".join(text)

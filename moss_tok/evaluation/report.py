@@ -1,4 +1,4 @@
-"""Pictures: spectrogram pairs and training curves."""
+"""Pictures: spectrograms, training curves, metrics over bitrates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,7 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
     """
     figure, axes = _figure(len(wavs), (9, 2.6 * len(wavs)))
     for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
-        middle, half = wav.shape[-1] // 2, int(_PICTURE_SECONDS / 2 * sample_rate)
-        wav = wav[:, max(0, middle - half) : middle + half]
-        # 1e-5 of noise floor: digital silence has no logarithm.
-        noise = np.random.default_rng(0).normal(0, 1e-5, wav.shape[-1])
-        axis.specgram(
-            wav.mean(0) + noise, NFFT=1024, Fs=sample_rate, noverlap=768, vmin=-130, vmax=-30,
-            cmap="magma",
-        )  # fmt: skip
+        _draw_spectrogram(axis, wav, sample_rate)
         axis.set(title=title, ylabel="Hz")
     axes[-1].set(xlabel="seconds")
     _save(figure, path)
@@ -57,6 +50,84 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axis in axes[-2:]:
         axis.set(xlabel="step")
     _save(figure, path)
+
+
+# Published: LibriSpeech test-clean for speech, AudioSet for sound, MUSDB for music.
+# (system, bit/s, stoi, pesq-nb, pesq-wb, mel_loss sound, music, stft sound, music)
+_PUBLISHED = (
+    ("MOSS v1", 1000, 0.94, 3.38, 2.87, 0.82, 0.80, 2.16, 2.04),
+    ("MOSS v1", 2000, 0.96, 3.78, 3.41, 0.73, 0.70, 2.03, 1.90),
+    ("MOSS v1", 4000, 0.97, 3.95, 3.69, 0.68, 0.64, 1.96, 1.82),
+    ("MOSS Nano", 1000, 0.92, 2.92, 2.36, 1.00, 0.97, 2.37, 2.22),
+    ("MOSS Nano", 2000, 0.95, 3.40, 2.89, 0.93, 0.89, 2.28, 2.11),
+    ("Mimi", 1100, 0.91, 2.80, 2.25, 1.24, 1.19, 2.62, 2.49),
+    ("EnCodec", 1500, 0.85, 1.94, 1.56, 1.12, 1.04, 2.60, 2.42),
+    ("DAC", 3000, 0.90, 2.76, 2.31, 0.86, 0.83, 2.23, 2.10),
+    ("DAC", 6000, 0.95, 3.75, 3.41, 0.65, 0.63, 1.97, 1.87),
+)
+_PUBLISHED_COLUMNS = {
+    ("speech", "stoi"): 2,
+    ("speech", "pesq-nb"): 3,
+    ("speech", "pesq-wb"): 4,
+    ("sound", "mel_loss"): 5,
+    ("music", "mel_loss"): 6,
+    ("sound", "stft"): 7,
+    ("music", "stft"): 8,
+}
+
+
+def save_rates(
+    path: Path, curves: dict[str, Sequence[tuple[float, dict[str, float]]]], domain: str
+) -> None:
+    """Draws each metric over the bitrate, a curve per system.
+
+    Args:
+      path: Of the PNG.
+      curves: System -> (bit/s, metric -> value), ascending.
+      domain: Of what was coded: published values of "speech", "music" and "sound" are drawn
+        beside, hollow and dotted; they are of other recordings.
+    """
+    names = list(dict.fromkeys(m for rows in curves.values() for _, means in rows for m in means))
+    if not names:
+        return
+    num_rows = -(-len(names) // 2)
+    figure, axes = _figure(num_rows, (11, 3.0 * num_rows), num_columns=2)
+    for axis, name in zip(axes, names, strict=False):
+        for system, rows in curves.items():
+            points = [(bps, means[name]) for bps, means in rows if name in means]
+            axis.plot(*zip(*points, strict=True), marker="o", label=system)
+        column = _PUBLISHED_COLUMNS.get((domain, name))
+        for system in dict.fromkeys(row[0] for row in _PUBLISHED) if column else ():
+            points = [(row[1], row[column]) for row in _PUBLISHED if row[0] == system]
+            axis.plot(
+                *zip(*points, strict=True), ":o", fillstyle="none", label=f"{system}, published"
+            )
+        axis.set(ylabel=name, xlabel="bit/s", xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    _save(figure, path)
+
+
+def save_spectrogram(path: Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Draws the spectrogram of the middle 4 s of [C, S], small, for a page."""
+    figure, (axis,) = _figure(1, (4.2, 2.2))
+    _draw_spectrogram(axis, wav, sample_rate)
+    _save(figure, path)
+
+
+def _draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
+    middle, half = wav.shape[-1] // 2, int(_PICTURE_SECONDS / 2 * sample_rate)
+    wav = wav[:, max(0, middle - half) : middle + half].mean(0)
+    wav = np.pad(wav, (0, max(0, 2048 - wav.size)))  # two windows at least
+    # 1e-5 of noise floor: digital silence has no logarithm.
+    noise = np.random.default_rng(0).normal(0, 1e-5, wav.size)
+    axis.specgram(
+        wav + noise, NFFT=1024, Fs=sample_rate, noverlap=768, vmin=-130, vmax=-30, cmap="magma"
+    )
 
 
 def _figure(num_rows: int, size: tuple[float, float], num_columns: int = 1) -> tuple[Any, Any]:
