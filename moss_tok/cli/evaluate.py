@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-quantizers", default="", metavar="N,...", help="1,2,4..8 or all (powers of two)"
     )
     parser.add_argument("--metrics", default="", metavar="M,...", help="which (all)")
+    parser.add_argument(
+        "--baselines", default="", metavar="B,...",
+        help="opus:KBPS, codec2:BPS (by their tools), NAME=FOLDER of reconstructions",
+    )  # fmt: skip
     parser.add_argument("--name", default="", help="of the codec in the results (the folder's)")
     parser.add_argument(
         "--num-workers", type=int, default=os.cpu_count(), metavar="N",
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     import moss_tok
     from moss_tok.cli import arguments
     from moss_tok.codec import pretrained
-    from moss_tok.evaluation import metrics, pages, protocol, sweep
+    from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep
 
     names = [m.strip() for m in args.metrics.split(",") if m.strip()] or list(metrics.METRICS)
     metrics.check(names)
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     datasets = [protocol.read_dataset(path) for path in args.dataset]
     if len({d.name for d in datasets}) < len(datasets):
         raise ValueError("two data sets have the same file name")
+    others = baselines.parse(args.baselines)
     codec = moss_tok.load(args.checkpoint)
     config = codec.config
     most = config.quantizer.num_quantizers
@@ -61,17 +66,29 @@ def run(args: argparse.Namespace) -> None:
         "frame_rate": config.frame_rate,
         "bps_per_quantizer": config.bitrate(1),
     }
-    for dataset in datasets:
-        files = protocol.reconstruct(codec, dataset, numbers, folder, model)
-        with arguments.counter(len(dataset.items), f"{dataset.name}, reconstructed") as count:
+
+    def show(files, dataset, title):
+        with arguments.counter(len(dataset.items), title) as count:
             for _ in files:
                 count()
+
+    def rate(dataset, where, bps):
+        title = f"{dataset.name}, {where.name} scored"
+        with arguments.counter(len(dataset.items), title) as count:
+            rows = protocol.score(where / dataset.name, dataset, names, args.num_workers, count)
+        protocol.write_results(where / dataset.name, dataset, rows, names, bps)
+
+    for dataset in datasets:
+        files = protocol.reconstruct(codec, dataset, numbers, folder, model)
+        show(files, dataset, f"{dataset.name}, reconstructed")
         for n in numbers:
-            rated = folder / f"rvq{n}" / dataset.name
-            title = f"{dataset.name}, scored at {n}"
-            with arguments.counter(len(dataset.items), title) as count:
-                rows = protocol.score(rated, dataset, names, args.num_workers, count)
-            protocol.write_results(rated, dataset, rows, names, round(config.bitrate(n)))
+            rate(dataset, folder / f"rvq{n}", round(config.bitrate(n)))
         protocol.write_entropy(folder, dataset, config.quantizer.codebook_size)
+        for other in others:
+            where = Path(args.output) / other.name
+            shape = config.sample_rate, config.num_channels
+            files = protocol.reconstruct_by(other, dataset, where, *shape)
+            show(files, dataset, f"{dataset.name}, by {other.name}")
+            rate(dataset, where, other.bps)
     print(protocol.write_summary(Path(args.output)))
     print(pages.write_evaluation(Path(args.output)))

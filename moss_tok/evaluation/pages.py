@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def write_evaluation(output: Path) -> Path:
         for system, bps, means in rows:
             if bps is not None:
                 means = {m: means[m] for m in protocol.COLUMNS if m in means}
-                curves.setdefault(system.split("/rvq")[0], []).append((bps, means))
+                curves.setdefault(system.rpartition("/")[0] or system, []).append((bps, means))
         picture = folder / f"rates_{number}.png"
         report.save_rates(picture, curves, name.rpartition(", ")[2])
         pictures.append((f"{name}: quality over bitrate", picture))
@@ -181,8 +182,12 @@ def _groups(names: Sequence[str]) -> list[list[str]]:
     """Bitrates of one system together, ascending."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name.split("/rvq")[0], []).append(name)
-    return [sorted(g, key=lambda n: int(n.rpartition("rvq")[2] or 0)) for g in groups.values()]
+        groups.setdefault(name.rpartition("/")[0] or name, []).append(name)
+    return [sorted(group, key=_numbers) for group in groups.values()]
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", name.rpartition("/")[2])]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:

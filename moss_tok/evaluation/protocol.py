@@ -33,6 +33,7 @@ from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.config import parse_json_object, read_json_object
 from moss_tok.evaluation import metrics
+from moss_tok.evaluation.baselines import Baseline
 
 _AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
 # The last two are of torch models: kept where the official toolkit has written them.
@@ -129,15 +130,8 @@ def reconstruct(
     Raises:
       ValueError: A recording that cannot be read, or results of another codec or data set.
     """
-    manifests = {n: _manifest(dataset, model, n) for n in numbers}
-    for n, manifest in manifests.items():
-        file = _folder(folder, n, dataset) / "manifest.json"
-        if file.exists() and json.loads(file.read_text()) != manifest:
-            raise ValueError(f"{file.parent}: holds results of another codec or data set")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        for kind in ("gt_audios", "syn_audios"):
-            (file.parent / kind).mkdir(exist_ok=True)
+    for n in numbers:
+        _begin(_folder(folder, n, dataset), _manifest(dataset, model, n))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
     for audio, name, _ in dataset.items:
         code_file = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
@@ -147,16 +141,51 @@ def reconstruct(
         yield name
 
 
+def reconstruct_by(
+    baseline: Baseline, dataset: Dataset, folder: Path, sample_rate: int, num_channels: int
+) -> Iterator[str]:
+    """`reconstruct` by another codec, into OUTPUT/NAME of the baseline, at one rate of its own."""
+    model = {"adapter": "baseline", "name": baseline.name, "sample_rate": sample_rate,
+             "channels": num_channels, "bps": baseline.bps}  # fmt: skip
+    rated = folder / dataset.name
+    _begin(rated, _manifest(dataset, model, None))
+    for audio, name, _ in dataset.items:
+        if not _is_written(rated, name):
+            wav = _reference(audio, sample_rate, num_channels)
+            wav_hat = baseline.code(audio, wav, sample_rate)[:, : wav.shape[1]]
+            wav_hat = np.pad(wav_hat, ((0, 0), (0, wav.shape[1] - wav_hat.shape[1])))
+            _write_pair(rated, name, wav, wav_hat, sample_rate)
+        yield name
+
+
+def _begin(rated: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder of a system and a data set, or checks that it is theirs."""
+    file = rated / "manifest.json"
+    if file.exists() and json.loads(file.read_text()) != manifest:
+        raise ValueError(f"{rated}: holds results of another codec or data set")
+    for kind in ("gt_audios", "syn_audios"):
+        (rated / kind).mkdir(parents=True, exist_ok=True)
+    files.write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndarray:
+    wav, rate = files.read_native(audio)
+    return files.to_channels(metrics.resample(wav, rate, sample_rate), num_channels)
+
+
+def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, rate: int) -> None:
+    files.write(rated / "gt_audios" / name, wav, rate)
+    files.write(rated / "syn_audios" / name, wav_hat, rate)
+
+
 def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) -> None:
     c = codec.config
-    wav, rate = files.read_native(audio)
-    wav = files.to_channels(metrics.resample(wav, rate, c.sample_rate), c.num_channels)
+    wav = _reference(audio, c.sample_rate, c.num_channels)
     found = encode_one(codec, wav)
     codes.write(code_file, found, wav.shape[1], c)
     for n in numbers:
         wav_hat = decode_one(codec, found[:n])[:, : wav.shape[1]]
-        for kind, x in (("gt_audios", wav), ("syn_audios", wav_hat)):
-            files.write(_folder(folder, n, dataset) / kind / name, x, c.sample_rate)
+        _write_pair(_folder(folder, n, dataset), name, wav, wav_hat, c.sample_rate)
 
 
 def _folder(folder: Path, number: int, dataset: Dataset) -> Path:
@@ -249,7 +278,11 @@ def _score(folder: Path, name: str, names: Sequence[str]) -> tuple[dict[str, flo
 
 
 def write_results(
-    folder: Path, dataset: Dataset, rows: dict[str, dict[str, Any]], names: Sequence[str], bps: int
+    folder: Path,
+    dataset: Dataset,
+    rows: dict[str, dict[str, Any]],
+    names: Sequence[str],
+    bps: int | None,
 ) -> None:
     """Writes the means over files, also by domain, into OUTPUT/MODEL/rvqN/results.json.
 
@@ -274,7 +307,8 @@ def write_results(
         name: [f"{f}: {row['_errors'][name]}" for f, row in rows.items() if name in row["_errors"]]
         for name in names
     }
-    results.setdefault("_meta", {})["bps"] = bps
+    if bps is not None:
+        results.setdefault("_meta", {})["bps"] = bps
     files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
 
 
@@ -321,7 +355,7 @@ def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str
                 for domain, means in entry.get("_domains", {}).items():
                     rows.setdefault(f"{name}, {domain}", []).append((system, bps, means))
     for found in rows.values():
-        found.sort(key=lambda row: (row[0].split("/rvq")[0], row[1] or 0))
+        found.sort(key=lambda row: (row[0].rpartition("/")[0], row[1] or 0))
     return rows
 
 

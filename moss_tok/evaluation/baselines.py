@@ -1,0 +1,116 @@
+"""Other codecs to compare with: Opus and Codec2 by their tools, and folders of reconstructions."""
+
+import dataclasses
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from moss_tok.audio import files
+
+_TOOLS = {"opus": ("opusenc", "opusdec"), "codec2": ("c2enc", "c2dec")}
+_CODEC2_RATE = 8000
+_CODEC2_MODES = (3200, 2400, 1600, 1400, 1300, 1200)
+
+# What a recording becomes: (its file, reference [C, S], sample rate) -> [C, S'].
+Coder = Callable[[Path, np.ndarray, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Another codec.
+
+    Attributes:
+      name: Folder of its results: "opus/6kbps", "codec2/3200bps", or what the user calls a folder.
+      bps: Nominal bits per second; None for a folder, whose rate nobody knows.
+      code: What it does.
+    """
+
+    name: str
+    bps: int | None
+    code: Coder
+
+
+def parse(text: str) -> list[Baseline]:
+    """Baselines of "opus:6,codec2:3200,NAME=FOLDER": kbit/s, bit/s, and any reconstructions.
+
+    Raises:
+      ValueError: Another form or rate, tools that are not installed, no such folder.
+    """
+    return [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _parse_one(part: str) -> Baseline:
+    name, equals, folder = part.partition("=")
+    if equals:
+        if not (name and Path(folder).is_dir()):
+            raise ValueError(f"{part}: NAME=FOLDER needs a name and a folder that exists")
+        return Baseline(name, None, _from_folder(Path(folder)))
+    kind, _, rate = part.partition(":")
+    if kind not in _TOOLS or not rate.isdecimal():
+        raise ValueError(
+            "baselines must be opus:KBPS, codec2:BPS or NAME=FOLDER, with commas between, "
+            f"got {part!r}"
+        )
+    if missing := [tool for tool in _TOOLS[kind] if shutil.which(tool) is None]:
+        raise ValueError(f"{part}: {missing[0]} is not installed")
+    if kind == "opus":
+        if not 6 <= int(rate) <= 256:
+            raise ValueError(f"{part}: opus takes 6..256 kbit/s")
+        return Baseline(f"opus/{rate}kbps", 1000 * int(rate), _opus(int(rate)))
+    if int(rate) not in _CODEC2_MODES:
+        raise ValueError(f"{part}: codec2 takes {', '.join(map(str, _CODEC2_MODES))} bit/s")
+    return Baseline(f"codec2/{rate}bps", int(rate), _codec2(rate))
+
+
+def _opus(kbps: int) -> Coder:
+    def code(_: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            source, coded, decoded = (f"{folder}/{n}" for n in ("in.wav", "coded.opus", "out.wav"))
+            files.write(source, wav, sample_rate)
+            _run("opusenc", "--quiet", "--bitrate", str(kbps), source, coded)
+            _run("opusdec", "--quiet", "--rate", str(sample_rate), coded, decoded)
+            return files.read(decoded, sample_rate, wav.shape[0])
+
+    return code
+
+
+def _codec2(mode: str) -> Coder:
+    def code(_: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
+        mono = files.resample(wav.mean(0, keepdims=True), sample_rate, _CODEC2_RATE)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            source, coded, decoded = (Path(folder) / n for n in ("in.raw", "coded", "out.raw"))
+            source.write_bytes((np.clip(mono, -1, 1) * 32767).astype("<i2").tobytes())
+            _run("c2enc", mode, str(source), str(coded))
+            _run("c2dec", mode, str(coded), str(decoded))
+            found = np.frombuffer(decoded.read_bytes(), "<i2").astype(np.float32) / 32768
+        found = files.resample(found[None], _CODEC2_RATE, sample_rate)
+        return files.to_channels(found, wav.shape[0])
+
+    return code
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr or error.stdout).strip().split("\n")[-1]
+        raise ValueError(f"{command[0]} failed: {reason}") from error
+
+
+def _from_folder(folder: Path) -> Coder:
+    """Finds the file of the same name, whatever its suffix."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in files.SUFFIXES:
+            found.setdefault(path.stem, path)
+
+    def code(audio: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
+        if audio.stem not in found:
+            raise ValueError(f"{folder}: no reconstruction called {audio.stem}")
+        return files.read(found[audio.stem], sample_rate, wav.shape[0])
+
+    return code
