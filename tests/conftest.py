@@ -11,7 +11,13 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true",
 )
 
+# Equal programs are compiled once, also by the processes that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import atexit
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -22,9 +28,7 @@ import moss_tok
 from moss_tok.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig, mirror
 from moss_tok.training.state import init_state
 
-# Equal programs are compiled once, also across tests that differ in flags without effect on them.
-_CACHE = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 GOLDEN = Path(__file__).parent / "golden"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
