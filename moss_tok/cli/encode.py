@@ -56,7 +56,8 @@ def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
             yield block
 
     with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
-        found = np.concatenate(list(arguments.progress(stream, seconds, block_seconds)), axis=1)
+        parts = arguments.progress(stream, seconds, block_seconds)
+        found = np.concatenate([part.astype(np.int16) for part in parts], axis=1)
     codes.write(output, found, sum(lengths), config)
     return (
         f"{output}: {num_quantizers} x {found.shape[1]} codes, "
