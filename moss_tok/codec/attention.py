@@ -151,21 +151,28 @@ class Cache:
     keys: jax.Array
     values: jax.Array
 
-    def write(self, span: Span, keys: jax.Array, values: jax.Array) -> "Cache":
-        """Puts in the `count` first frames of a chunk; keys and values [L, B, N, T, H]."""
-        batch, _, num_frames, _ = keys.shape[1:]
-        size = self.keys.shape[3]
+    def fresh(self, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
+        """What `write` needs of a chunk's k, v [B, N, T, H]: the last R of its real frames."""
+        num_frames, size = k.shape[2], self.keys.shape[-2]
+        if num_frames <= size:
+            return Cache(k, v)
+        i = jnp.maximum(span.count[:, None] - size + jnp.arange(size), 0)  # [B, R]
+        return Cache(*(jnp.take_along_axis(x, i[:, None, :, None], axis=2) for x in (k, v)))
+
+    def write(self, span: Span, fresh: "Cache", num_frames: int) -> "Cache":
+        """Puts in what `fresh` kept of a chunk of `num_frames`, of all layers: [L, B, N, T, H]."""
+        batch, size, count = self.keys.shape[1], self.keys.shape[3], span.count[:, None]
         if not size:
             return self
-        i, count = jnp.arange(num_frames), span.count[:, None]
-        kept = (i < count) & (i >= count - size)
+        i = jnp.arange(fresh.keys.shape[3]) + (count - size if num_frames > size else 0)  # [B, T]
+        kept = (i >= 0) & (i < count) & (i >= count - size)
         place = jnp.where(kept, (span.start[:, None] + i) % size, size)  # [B, T]; size: nowhere
 
         def put(ring, new):
             rows = ring.at[:, jnp.arange(batch)[:, None], :, place]
             return rows.set(jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype), mode="drop")
 
-        return Cache(put(self.keys, keys), put(self.values, values))
+        return Cache(put(self.keys, fresh.keys), put(self.values, fresh.values))
 
 
 def attend_cached(

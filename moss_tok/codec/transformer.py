@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
         else:
             x = attention.attend_cached(q, k, v, past, span.start, precision)
-        fresh = None if past is None else Cache(k, v)
+        fresh = None if past is None else past.fresh(span, k, v)
         return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
 
 
@@ -163,7 +163,7 @@ class Stage(nn.Module):
         layers = layers(c, self.compute, self.window, name="layers")
         x, fresh = layers(x, cache, table, span)
         if cache is not None:
-            cache = cache.write(span, fresh.keys, fresh.values)
+            cache = cache.write(span, fresh, x.shape[1])
         if c.output_projection:
             axes = ("embed", "width")
             x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
