@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import GOLDEN
 
 import moss_tok
 from moss_tok.cli.main import COMMANDS, main
+from moss_tok.codec import inference
 
 CODEC = str(GOLDEN / "v1_tiny")
 
@@ -312,6 +314,20 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
     assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"
 
 
+def test_long_files_go_in_blocks(folder, monkeypatch):
+    """With the codes of the whole; the last block is cut."""
+    monkeypatch.setattr(inference, "CHUNK_SECONDS", 0.4)
+    assert main(["encode", "in.wav", "long.npz", "--checkpoint", CODEC]) == 0
+    np.testing.assert_array_equal(np.load("long.npz")["codes"], np.load("in.npz")["codes"])
+    assert main(["decode", "long.npz", "long.wav", "--checkpoint", CODEC]) == 0
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert main(["decode", "in.npz", "whole.wav", "--checkpoint", CODEC]) == 0
+    wavs = [soundfile.read(f"{name}.wav")[0] for name in ("long", "whole")]
+    assert wavs[0].shape == (30000,)
+    np.testing.assert_allclose(*wavs, atol=1e-4)
+
+
 def test_folders(folder, capsys):
     """Files keep their places; a bad one is listed, and the others are done."""
     Path("audio/sub").mkdir(parents=True)
@@ -392,6 +408,7 @@ HEADER += b'"num_quantizers": 2}\n'
     [
         (b"abc", [], "ended within a sample of 2 bytes"),
         (b"abc\n", ["--decode"], "line 1: broken JSON"),
+        (b"", ["--decode"], "standard input is empty"),
         (b'{"codes": [[1]]}\n', ["--decode"], "line 1: sample_rate must be 24000"),
         (HEADER.replace(b"1920", b"3840"), ["--decode"], "line 1: hop_length must be 1920"),
         (HEADER + b'{"codes": [[1]]}\n', ["--decode"], 'line 2: expected "codes", 2 lists'),

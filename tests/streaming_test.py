@@ -299,6 +299,7 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     np.testing.assert_array_equal(stream.push({0: wav}, 24000)[0], expected)
     with pytest.raises(ValueError, match="slot 1 is finished"):
         stream.finish([1])
+    assert stream.push({}) == {}
     stream.reset([1])
     np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
     stream.close()

@@ -29,13 +29,11 @@ def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chunk_frames(config: Any, seconds: float) -> int:
-    """Code frames that are computed at once of a recording so long."""
+def chunk_frames(config: Any) -> int:
+    """Code frames of a long recording that are computed at once."""
     from moss_tok.codec import inference
 
-    most = round(inference.CHUNK_SECONDS * config.frame_rate)
-    num_frames = int(min(seconds * config.frame_rate, most)) + 1  # of few, each is compiled
-    return max(1, min(inference.bucket_frames(num_frames), most))
+    return max(1, round(inference.CHUNK_SECONDS * config.frame_rate))
 
 
 def each_file(

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) -> str:
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.codec import codes
+    from moss_tok.codec import codes, inference
 
     config, file = codec.config, codes.read(source, codec.config)
     given = file.codes.shape[0]
@@ -41,12 +41,16 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     rows = file.codes[:num_quantizers]
     num_quantizers, num_frames = rows.shape
     seconds = file.num_samples / config.sample_rate
-    frames = arguments.chunk_frames(config, seconds)
-    blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
-    with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
-        parts = arguments.progress(stream, seconds, frames / config.frame_rate)
-        wav = _first(parts, file.num_samples)
-        files.write_blocks(output, wav, config.sample_rate, config.num_channels)
+    if seconds <= inference.CHUNK_SECONDS:
+        wav = inference.decode_one(codec, rows)[:, : file.num_samples]
+        files.write(output, wav, config.sample_rate)
+    else:
+        frames = arguments.chunk_frames(config)
+        blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
+        with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
+            parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
+            wav = _first(parts, file.num_samples)
+            files.write_blocks(output, wav, config.sample_rate, config.num_channels)
     return f"{output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes"
 
 

@@ -42,22 +42,24 @@ def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
 
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.codec import codes
+    from moss_tok.codec import codes, inference
 
-    config, seconds = codec.config, files.duration_seconds(source)
-    frames = arguments.chunk_frames(config, seconds)
-    block_seconds, lengths = frames / config.frame_rate, []
+    config, seconds, lengths = codec.config, files.duration_seconds(source), []
+    frames, shape = arguments.chunk_frames(config), (config.sample_rate, config.num_channels)
 
     def blocks():
-        for block in files.read_blocks(
-            source, config.sample_rate, config.num_channels, block_seconds
-        ):
+        for block in files.read_blocks(source, *shape, inference.CHUNK_SECONDS):
             lengths.append(block.shape[1])
             yield block
 
-    with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
-        parts = arguments.progress(stream, seconds, block_seconds)
-        found = np.concatenate([part.astype(np.int16) for part in parts], axis=1)
+    if seconds <= inference.CHUNK_SECONDS:
+        wav = files.read(source, *shape)
+        lengths.append(wav.shape[1])
+        found = inference.encode_one(codec, wav, num_quantizers)
+    else:
+        with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
+            parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
+            found = np.concatenate([part.astype(np.int16) for part in parts], axis=1)
     codes.write(output, found, sum(lengths), config)
     return (
         f"{output}: {num_quantizers} x {found.shape[1]} codes, "

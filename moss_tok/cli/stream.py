@@ -120,6 +120,8 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
             wav = np.clip(np.round(wav * full_scale), -full_scale, full_scale - 1)
         sys.stdout.buffer.write(np.ascontiguousarray(wav.T).astype(dtype).tobytes())
         sys.stdout.buffer.flush()
+    if stream is None:
+        raise ValueError("standard input is empty: no line says how to decode")
 
 
 def _check_header(config: Any, header: dict[str, Any]) -> int:

@@ -270,7 +270,7 @@ class _Stream:
     def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
         """Computes all whole frames in the buffers, and of finished streams all that is left."""
         parts = {slot: [self._no_output()] for slot in slots}
-        while most := max(self._ready(slot) for slot in slots):
+        while most := max((self._ready(slot) for slot in slots), default=0):
             size = next((n for n in self._sizes if n >= most), self._sizes[-1])
             chunk = np.zeros((len(self._buffers), *self._chunk_shape(size)), self._nothing().dtype)
             lengths = np.zeros(len(self._buffers), np.int32)

@@ -15,6 +15,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
+from moss_tok.config import read_json_object
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -66,7 +68,7 @@ class CodeSource:
         plan = self.folder / "plan.json"
         if not plan.is_file():
             raise ValueError(f"{folder}: no plan.json, so no output of moss-tok tokenize")
-        self.settings = json.loads(plan.read_text())
+        self.settings = read_json_object(plan)
         paths = sorted(self.folder.glob("codes-*-of-*"))
         wanted = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 0
         if len(paths) != wanted or not paths:
@@ -76,7 +78,7 @@ class CodeSource:
             self._lines = [line for p in paths for line in p.read_text().splitlines()]
         else:
             filled = [str(p) for p in paths if p.stat().st_size]
-            self._source = ArrayRecordDataSource(filled)
+            self._source = ArrayRecordDataSource(filled) if filled else []
 
     def __len__(self) -> int:
         return len(self._source if self._lines is None else self._lines)

@@ -29,7 +29,7 @@ from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
 from moss_tok.codec.inference import Codec, bucket_frames, encode
-from moss_tok.config import check_choice
+from moss_tok.config import check_choice, read_json_object
 from moss_tok.data import codes, records, sources
 
 FORMATS = ("arrayrecord", "jsonl")
@@ -177,7 +177,7 @@ def plan(
 def _check_plan(folder: Path, written: dict[str, Any]) -> None:
     path = folder / "plan.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json_object(path)
         differing = [k for k in written if found.get(k) != written[k]]
         if differing:
             listing = "; ".join(f"{k}: {found.get(k)}, now {written[k]}" for k in differing)
@@ -232,9 +232,11 @@ def _write_shard(encoder, pool, plan, name, items, progress) -> None:
     failures = []
     for key, item, audio in _read_ahead(encoder, pool, items):
         try:
-            encoder.add(key, audio.result(), found)
-        except ValueError as error:
+            wav = audio.result()
+        except (ValueError, OSError) as error:
             failures.append({"id": key, "path": sources.item_name(item), "reason": str(error)})
+        else:
+            encoder.add(key, wav, found)
         progress(item.duration_seconds)
     encoder.flush(found)
     rows = [(key, item, *found[key]) for key, item in items if key in found]
@@ -279,17 +281,14 @@ class _Encoder:
         params = jax.device_put(codec.params, sharding.replicated(mesh))
         self._codec = codec.replace(params=params)
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
-        self._running: tuple[float, list[tuple[str, int]], Any] | None = None
+        self._running: tuple[float, list[tuple[str, int]], Any, Future] | None = None
+        self._watch = ThreadPoolExecutor(1)  # sees when a batch is done, not when it is asked for
         self.batch_seconds = settings.batch_seconds * mesh.size
 
     def read(self, item: AudioItem) -> np.ndarray:
         """The audio of an item as the codec wants it, as `moss-tok encode` reads it."""
         c = self._config
-        if item.record is None:
-            return files.read(item.path, c.sample_rate, c.num_channels)
-        audio = sources.open_item(item).audio
-        wav, rate = files.read_native(audio)
-        return files.resample(files.to_channels(wav, c.num_channels), rate, c.sample_rate)
+        return files.read(sources.open_item(item).audio, c.sample_rate, c.num_channels)
 
     def add(self, key: str, wav: np.ndarray, found: dict[str, Any]) -> None:
         """Puts a recording into a batch; full ones are computed."""
@@ -327,9 +326,11 @@ class _Encoder:
             lengths[i] = x.shape[1]
         wav, lengths = jax.device_put((wav, lengths), self._rows)
         self._collect(found)
+        began = time.perf_counter()
         with jax.set_mesh(self._mesh):  # kernels ask for it
             out = encode(self._codec, wav, lengths, self._settings.num_quantizers).codes
-        self._running = time.perf_counter(), [(k, x.shape[1]) for k, x in bucket], out
+        keys = [(k, x.shape[1]) for k, x in bucket]
+        self._running = began, keys, out, self._watch.submit(_time_of, out)
         audio = sum(x.shape[1] for _, x in bucket) / c.sample_rate
         self._statistics.audio_seconds += audio
         self._statistics.shapes[rows, size] += 1
@@ -339,13 +340,19 @@ class _Encoder:
         """Waits for the batch that is computed, if any."""
         if self._running is None:
             return
-        began, keys, out = self._running
+        began, keys, out, ended = self._running
+        self._statistics.device_seconds += ended.result() - began
         out = np.asarray(out)
-        self._statistics.device_seconds += time.perf_counter() - began
         for row, (key, num_samples) in zip(out, keys, strict=False):
             num_frames = self._config.num_frames(num_samples)
             found[key] = row[:, :num_frames].astype(np.int16), num_samples
         self._running = None
+
+
+def _time_of(out: jax.Array) -> float:
+    """When an array has been computed."""
+    jax.block_until_ready(out)
+    return time.perf_counter()
 
 
 def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
@@ -387,7 +394,7 @@ def finish(plan: Plan) -> dict[str, Any] | None:
     """
     if not all(_is_done(plan.folder, name) for name, _ in plan.shards):
         return None
-    parts = [json.loads((plan.folder / "parts" / f"{n}.json").read_text()) for n, _ in plan.shards]
+    parts = [read_json_object(plan.folder / "parts" / f"{n}.json") for n, _ in plan.shards]
     failures = [row for part in parts for row in part["failures"]]
     num_items = sum(part["num_items"] for part in parts)
     if num_items + len(failures) != plan.num_items:

@@ -161,7 +161,7 @@ def reconstruct_by(
 def _begin(rated: Path, manifest: dict[str, Any]) -> None:
     """Makes the folder of a system and a data set, or checks that it is theirs."""
     file = rated / "manifest.json"
-    if file.exists() and json.loads(file.read_text()) != manifest:
+    if file.exists() and read_json_object(file) != manifest:
         raise ValueError(f"{rated}: holds results of another codec or data set")
     for kind in ("gt_audios", "syn_audios"):
         (rated / kind).mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def write_results(
       ValueError: A metric that is defined for no file.
     """
     path = folder.parent / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json_object(path) if path.exists() else {}
     entry = results.setdefault(dataset.name, {})
     entry |= _means(rows, names)
     if missing := [name for name in names if name not in entry]:
@@ -331,7 +331,7 @@ def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndar
     shares = counts / counts.sum(1, keepdims=True)
     bits = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
     path = folder / "entropy.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json_object(path) if path.exists() else {}
     files.write_text(path, json.dumps(known | {dataset.name: bits.tolist()}) + "\n")
     return bits
 
@@ -374,7 +374,7 @@ def write_summary(output: Path) -> str:
             table.append([name, system, bps, *(means.get(c) for c in COLUMNS)])
         text.append("")
     for path in sorted(output.rglob("entropy.json")):
-        for name, bits in json.loads(path.read_text()).items():
+        for name, bits in read_json_object(path).items():
             text += [
                 f"Bits used of a code, {path.parent.relative_to(output)} on {name}, by quantizer: "
                 + " ".join(f"{b:.1f}" for b in bits),
