@@ -71,26 +71,24 @@ def export(
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     params = {name: codec.params[name] for name in (side, "quantizer")}
     params = traverse_util.flatten_dict(params, sep=".")
-    size_bytes = sum(x.nbytes for x in params.values())
-    if weights == "inside" and size_bytes > LARGEST_INSIDE_BYTES:
-        raise ValueError(
-            f"weights of {size_bytes / 1e9:.1f} GB do not fit inside a program, at most "
-            f"{LARGEST_INSIDE_BYTES / 1e9:g} GB; choose weights beside it"
-        )
+    if weights == "inside":
+        _check_size(params)
     compute = dataclasses.replace(codec.compute, attention="blocked")  # whose shapes may be unknown
     codec = Codec(None, codec.config, compute)
     call, shapes = _call(codec, function, num_quantizers, chunk_frames)
+    arguments = jax.tree.map(_describe, shapes)
     if weights == "inside":
         call, params = functools.partial(call, params), {}
     else:
         shapes = [{k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()}, *shapes]
+        arguments = ["params", *arguments]
     exported = jax_export.export(jax.jit(call), platforms=PLATFORMS)(*shapes)
-    arguments, results = shapes[-len(shapes) + (weights == "beside") :], exported.out_avals
+    results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     signature = {
         "function": function,
         "platforms": PLATFORMS,
-        "arguments": ["params"] * (weights == "beside") + jax.tree.map(_describe, arguments),
-        "results": jax.tree.map(_describe, jax.tree.unflatten(exported.out_tree, results)),
+        "arguments": arguments,
+        "results": jax.tree.map(_describe, results),
         "config": json.loads(codec.config.to_json()),
     }
     return bytes(exported.serialize()), params, signature
@@ -117,6 +115,15 @@ def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None
         import flatbuffers  # noqa: F401  jax.export writes with it
     except ImportError as error:
         raise ValueError("to export, pip install 'moss_tok[export]'") from error
+
+
+def _check_size(params: _Arrays) -> None:
+    size_bytes = sum(x.nbytes for x in params.values())
+    if size_bytes > LARGEST_INSIDE_BYTES:
+        raise ValueError(
+            f"weights of {size_bytes / 1e9:.1f} GB do not fit inside a program, at most "
+            f"{LARGEST_INSIDE_BYTES / 1e9:g} GB; choose weights beside it"
+        )
 
 
 def _call(
@@ -151,9 +158,8 @@ def _call(
         shapes.insert(0, state)
 
         def call(params, state, x, lengths):
-            caches, position = dict(state), state["position"]
-            del caches["position"]
-            state = streaming.StreamState(position, _nested(caches))
+            caches = {name: x for name, x in state.items() if name != "position"}
+            state = streaming.StreamState(state["position"], _nested(caches))
             if function == "encode_step":
                 state, out = streaming.encode_step(ready(params), state, x, lengths, num_quantizers)
             else:
