@@ -295,7 +295,8 @@ def _splash_kernel(q, k, v, *, window, precision):
         residual_checkpoint_name=RESIDUALS,
         interpret=not _on_tpu(),
     )
-    with jax.default_matmul_precision(precision or "default"):
+    precision = "highest" if precision == "high" else precision or "default"  # Pallas has no high
+    with jax.default_matmul_precision(precision):
         out = jax.vmap(kernel)(*(_pad_frames(x, padding) for x in (q * dim**-0.5, k, v)))
     return out[:, :, :num_frames]
 
