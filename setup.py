@@ -31,6 +31,7 @@ TRAIN = [
 BEAM = ["apache-beam>=2.60"]
 GCS = ["gcsfs"]
 EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
+LANGUAGE = ["jiwer>=3", "tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
 TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
@@ -49,8 +50,9 @@ setuptools.setup(
         "beam": TRAIN + BEAM,
         "eval": TRAIN + EVAL,
         "export": EXPORT,
+        "language": TRAIN + LANGUAGE,
         "gcs": TRAIN + GCS,
-        "tests": TRAIN + BEAM + EVAL + EXPORT + GCS + TESTS,
+        "tests": TRAIN + BEAM + EVAL + EXPORT + LANGUAGE + GCS + TESTS,
     },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

@@ -16,7 +16,8 @@ ATTENTION = ("auto", "dense", "blocked", "splash")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 STAGES = ("pretrain", "adversarial")
-TRAINABLE = ("all", "decoder")
+TRAINABLE = ("all", "decoder", "language")
+TASKS = ("transcribe", "transcribe_speakers", "caption")
 DOMAINS = ("speech", "music", "sound", "other")
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -317,7 +318,14 @@ class TrainConfig:
     model: str = _flag("", "preset, or a config.json of a codec; default: init_from's, or tiny")
     init_from: str = _flag("", "checkpoint, workdir, official directory or Hub id to start from")
     stage: str = _flag("pretrain", "adversarial adds the discriminators", choices=STAGES)
-    trainable: str = _flag("all", "decoder: encoder and quantizer stay", choices=TRAINABLE)
+    trainable: str = _flag(
+        "all", "decoder: encoder and quantizer stay; language: the whole codec", choices=TRAINABLE
+    )
+    language_model: str = _flag(
+        "", "tiny, small, 0.5b or a directory with Qwen2.5 weights: reads codes and predicts text"
+    )
+    tokenizer: str = _flag("", "tokenizer.json, or its folder; empty: language_model's, or bytes")
+    language_input: str = _flag("codes", "what it hears", choices=("codes", "latents"))
     workdir: str = _flag("runs/quickstart", "everything is written here", free=True)
     seed: int = _count(0, "of parameters, data order, crops and quantizer dropout")
     # Data.
@@ -340,6 +348,9 @@ class TrainConfig:
     augment_loudness_db: str = _flag(
         "", "LOW:HIGH: segments are set to a random level (dB re full scale, RMS) in between"
     )
+    max_text_tokens: int = _count(
+        128, "longest text; audio with a longer one counts as without", at_least=1
+    )
     max_failed_share: float = _flag(
         0.1, "stop if more than this share of reads fails", at_least=0, at_most=1, free=True
     )
@@ -350,6 +361,7 @@ class TrainConfig:
     learning_rate: float = _flag(1e-4, "highest learning rate of the generator's AdamW", above=0)
     discriminator_learning_rate: float = _flag(1e-4, "the same of the discriminators'", above=0)
     codebook_learning_rate: float = _weight(1.0, "factor on the learning rate of the codebooks")
+    language_learning_rate: float = _weight(1.0, "factor on that of the language model")
     warmup_steps: int = _count(1000, "steps of linear warm-up")
     decay_steps: int = _count(0, "step at which a cosine has taken the learning rate to 0; 0: none")
     decay_per_step: float = _flag(
@@ -379,6 +391,7 @@ class TrainConfig:
     waveform_weight: float = _weight(0.0, "weight of the relative L1 distance of the waveforms")
     commitment_weight: float = _weight(0.25, "weight of the commitment loss")
     codebook_weight: float = _weight(1.0, "weight of the codebook loss")
+    semantic_weight: float = _weight(20.0, "weight of the cross-entropy of the text")
     adversarial_weight: float = _weight(1.0, "weight of the adversarial loss")
     feature_matching_weight: float = _weight(2.0, "weight of the feature matching loss")
     quantizer_dropout: float = _flag(
@@ -422,8 +435,7 @@ class TrainConfig:
                 f"batch_size {self.batch_size} must be a multiple of num_microbatches "
                 f"{self.num_microbatches}"
             )
-        if self.trainable == "decoder" and not self.init_from:
-            raise ValueError("trainable=decoder needs init_from, a codec whose decoder to train")
+        self._check_trainable()
         if not self.workdir:
             raise ValueError("workdir must not be empty")
         self.loudness_range  # noqa: B018  checks augment_loudness_db
@@ -434,6 +446,14 @@ class TrainConfig:
             raise ValueError(
                 "discriminator_periods and discriminator_windows must not both be empty"
             )
+
+    def _check_trainable(self) -> None:
+        if self.trainable != "all" and not self.init_from:
+            raise ValueError(f"trainable={self.trainable} needs init_from, the codec to start from")
+        if self.trainable == "decoder" and self.language_model:
+            raise ValueError("trainable=decoder leaves nothing for language_model to teach")
+        if self.trainable == "language" and not (self.language_model and not self.adversarial):
+            raise ValueError("trainable=language needs language_model, and stage=pretrain")
 
     @property
     def compute(self) -> ComputeConfig:

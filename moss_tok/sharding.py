@@ -23,6 +23,7 @@ RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
+    ("vocab", "tensor"),
     ("heads", "tensor"),
     ("head_dim", None),
     ("qkv", None),

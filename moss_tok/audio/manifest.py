@@ -9,7 +9,7 @@ from typing import Any
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.config import is_number
+from moss_tok.config import TASKS, is_number
 
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
@@ -40,7 +40,8 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
     """Lists the audio of a folder (recursively) or of a manifest.jsonl.
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
-    `domain`, `duration_s`, and `record` for a record of a shard. Where no split is given, a fixed
+    `domain`, `duration_s`, `transcript`, `caption`, `task` (see `read_text`), and `record` for a
+    record of a shard. Where no split is given, a fixed
     twentieth of the files, chosen by a hash of their names, is "test" and the rest "train".
 
     Raises:
@@ -88,6 +89,11 @@ def _check_row(row: dict, where: str) -> None:
         value = row.get(key)
         if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
             raise ValueError(f"{where}: {key} must be a short word, got {value!r}")
+    for key in ("transcript", "caption"):
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f"{where}: {key} must be a text, got {row[key]!r}")
+    if row.get("task") not in (None, *TASKS):
+        raise ValueError(f"{where}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
     duration, record = row.get("duration_s"), row.get("record")
     if duration is not None and not (is_number(duration) and 0 < duration < 1e6):
         raise ValueError(f"{where}: duration_s must be a positive number, got {duration!r}")
@@ -96,6 +102,18 @@ def _check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
         if duration is None:
             raise ValueError(f"{where}: a record needs duration_s")
+
+
+def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
+    """The text of a recording, "" where it has none, and what it is, one of TASKS.
+
+    Without `task` a `transcript` is one to transcribe; without that a `caption` is taken.
+    """
+    task = metadata.get("task")
+    if task not in TASKS:
+        task = "caption" if metadata.get("caption") and not metadata.get("transcript") else TASKS[0]
+    text = metadata.get("caption" if task == "caption" else "transcript")
+    return (text.strip() if isinstance(text, str) else ""), task
 
 
 def _held_out(paths: list[str]) -> set[str]:

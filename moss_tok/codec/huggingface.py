@@ -159,7 +159,7 @@ def is_official(path: Path) -> bool:
     return (path / WEIGHTS_NAME).exists() or (path / INDEX_NAME).exists()
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it."""
     if (path / INDEX_NAME).exists():
         index = read_json_object(path / INDEX_NAME)
@@ -195,7 +195,7 @@ def _open(file: Path):
 def read_folder_config(path: Path, files: Iterable[str] | None = None) -> CodecConfig:
     """The config of an official directory, whose tensors are called `files`."""
     try:
-        return read_config((path / "config.json").read_text(), files or _tensor_files(path))
+        return read_config((path / "config.json").read_text(), files or tensor_files(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path / 'config.json'}: no text file") from error
 
@@ -214,10 +214,27 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     Raises:
       ValueError: Anything missing, unknown, misshapen or corrupt; tensors are named, all of them.
     """
-    files = _tensor_files(path)
+    files = tensor_files(path)
     config = read_folder_config(path, files)
-    table = {t.name: t for t in tensor_table(config)}
     wanted = {t.name for t in tensor_table(config, component)}
+    return config, read_tensors(path, files, tensor_table(config), wanted)
+
+
+def read_tensors(
+    path: Path, files: dict[str, Path], table: Iterable[Tensor], wanted: set[str]
+) -> dict[str, Any]:
+    """Reads those tensors of a table that are `wanted`, into a tree of float32 numpy arrays.
+
+    Args:
+      path: What messages name.
+      files: Tensor name -> file, all that there are.
+      table: All that there should be.
+      wanted: Names.
+
+    Raises:
+      ValueError: As `read_official`.
+    """
+    table = {t.name: t for t in table}
     problems = [f"missing {name}" for name in table.keys() - files.keys()]
     problems += [f"unknown {name}" for name in files.keys() - table.keys()]
     params: dict[str, Any] = {}
@@ -236,7 +253,7 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
                     _put(params, tensor, array, stacked)
     if problems:
         raise ValueError(f"{path}: {len(problems)} bad tensors: {'; '.join(sorted(problems))}")
-    return config, params
+    return params
 
 
 def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:

@@ -95,9 +95,15 @@ class CodecModel(nn.Module):
         self, wav: jax.Array, keep: jax.Array | None = None
     ) -> tuple[jax.Array, Quantized]:
         """Reconstructs [B, C, S]; keep bool [B, Q] masks quantizers per item (training)."""
-        num_quantizers = self.config.quantizer.num_quantizers
-        quantized = self.quantizer(self.latents(wav), num_quantizers, keep)
-        return self._audio(quantized.latents), quantized
+        _, quantized = self.quantize(wav, keep)
+        return self.audio(quantized.latents), quantized
+
+    def quantize(
+        self, wav: jax.Array, keep: jax.Array | None = None
+    ) -> tuple[jax.Array, Quantized]:
+        """The half of the above before the decoder: latents [B, T, D], and what is left of them."""
+        latents = self.latents(wav)
+        return latents, self.quantizer(latents, self.config.quantizer.num_quantizers, keep)
 
     def encode(self, wav: jax.Array, num_quantizers: int) -> Quantized:
         """[B, C, S] -> `Quantized`."""
@@ -109,7 +115,11 @@ class CodecModel(nn.Module):
 
     def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Codes [B, q, T] -> [B, C, S]; keep bool [B, q] leaves quantizers out per item."""
-        return self._audio(self.quantizer.decode(codes, keep))
+        return self.audio(self.quantizer.decode(codes, keep))
+
+    def dequantize(self, codes: jax.Array) -> jax.Array:
+        """Codes [B, q, T] -> quantized latents [B, T, D]."""
+        return self.quantizer.decode(codes)
 
     def encode_step(
         self, wav: jax.Array, num_quantizers: int, caches: Caches, span: Span
@@ -123,5 +133,6 @@ class CodecModel(nn.Module):
         stream, caches = self.decoder(self.quantizer.decode(codes), caches, span)
         return deinterleave(stream, self.config.num_channels), caches
 
-    def _audio(self, latents: jax.Array) -> jax.Array:
+    def audio(self, latents: jax.Array) -> jax.Array:
+        """Quantized latents [B, T, D] -> [B, C, S]."""
         return deinterleave(self.decoder(latents)[0], self.config.num_channels)

@@ -240,7 +240,8 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
     async def async_save(self, directory: epath.Path, args: "CheckpointArgs"):
         """Starts writing; the futures end when the arrays are on disk."""
         if sharding.is_main_process():
-            (directory / "config.json").write_text(args.config.to_json())
+            for name, text in {"config.json": args.config.to_json(), **args.files}.items():
+                (directory / name).write_text(text)
         self._names = tuple(args.trees)
         futures = []
         for name, tree in args.trees.items():
@@ -279,10 +280,17 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(CheckpointHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class CheckpointArgs(ocp.args.CheckpointArgs):
-    """What a checkpoint is made of: a config and named trees of arrays ("params", "state")."""
+    """What a checkpoint is made of.
+
+    Attributes:
+      config: Of the codec.
+      trees: Arrays by folder: "params", "state", ...
+      files: Texts of further files, by name.
+    """
 
     config: CodecConfig
     trees: dict[str, Any]
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def fingerprint(codec: Codec) -> str:

@@ -10,7 +10,8 @@ from moss_tok.codec import attention
 from moss_tok.codec.attention import Cache, Span
 from moss_tok.config import ComputeConfig, TransformerConfig
 
-_REMAT_POLICIES = {
+# What `ComputeConfig.remat` keeps for the backward pass.
+REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
@@ -149,7 +150,7 @@ class Stage(nn.Module):
         table = attention.rope_table(positions, c.head_dim, c.max_period)
         block = Block
         if self.compute.remat != "none":
-            policy = _REMAT_POLICIES[self.compute.remat]
+            policy = REMAT_POLICIES[self.compute.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,

@@ -14,8 +14,9 @@ import grain
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.config import DOMAINS, TrainConfig
-from moss_tok.data.sources import Mixture, Source
+from moss_tok.config import DOMAINS, TASKS, TrainConfig
+from moss_tok.data.sources import Mixture, Recording, Source
+from moss_tok.language.text import Tokenizer
 
 _TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
 
@@ -26,13 +27,15 @@ class Segment(grain.transforms.RandomMap):
     """Turns an index into a random segment of that item, reading only what it needs."""
 
     def __init__(self, config: TrainConfig, sources: tuple[Source, ...], number: int,
-                 num_samples: int, sample_rate: int, num_channels: int):  # fmt: skip
+                 num_samples: int, sample_rate: int, num_channels: int,
+                 tokenizer: Tokenizer | None):  # fmt: skip
         self._config = config
         self._number = number
         self._source = sources[number]
         self._num_samples = num_samples
         self._sample_rate = sample_rate
         self._num_channels = num_channels
+        self._tokenizer = tokenizer
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -40,11 +43,11 @@ class Segment(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         """An item of a batch, see `batches`."""
-        index, wav, domain = int(element), None, "other"
+        index, wav, recording = int(element), None, None
         failed = np.full((_TRIES, 2), -1, np.int64)
         for attempt in range(_TRIES):
             try:
-                wav, domain = self._read(index, rng)
+                wav, recording = self._read(index, rng)
             except ValueError:
                 failed[attempt] = self._number, index
             else:
@@ -55,20 +58,35 @@ class Segment(grain.transforms.RandomMap):
             wav = np.zeros((self._num_channels, 0), np.float32)
         wav = self._augment(wav, rng)
         padding = self._num_samples - wav.shape[-1]
-        return {
+        domain = recording.domain if recording else "other"
+        text = {} if self._tokenizer is None else self._text(recording)
+        return text | {
             "wav": np.pad(wav, ((0, 0), (0, padding))),
             "length": np.int32(wav.shape[-1]),
             "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
             "failed": failed,
         }
 
-    def _read(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    def _text(self, recording: Recording | None) -> Batch:
+        """Tokens of what is said; none where the segment is only a part of the recording."""
+        most, tokens, task = self._config.max_text_tokens, [], TASKS[0]
+        seconds = self._num_samples / self._sample_rate
+        if recording is not None and recording.duration_seconds <= seconds:
+            tokens, task = self._tokenizer.encode(recording.text), recording.task
+        tokens = tokens if len(tokens) <= most else []
+        return {
+            "text": np.pad(np.array(tokens, np.int32), (0, most - len(tokens))),
+            "text_length": np.int32(len(tokens)),
+            "task": np.int32(TASKS.index(task)),
+        }
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Recording]:
         recording = self._source[index]
         seconds = self._num_samples / self._sample_rate
         start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
         wav = files.read_segment(recording.audio, start, seconds, self._sample_rate)
         wav = files.to_channels(wav, self._num_channels)[:, : self._num_samples]
-        return wav, recording.domain
+        return wav, recording
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Sets the level, as far as the peak stays within full scale."""
@@ -120,6 +138,7 @@ def batches(
     num_channels: int,
     start: int = 0,
     rows: range | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from number `start` on.
 
@@ -131,16 +150,19 @@ def batches(
       num_channels: C.
       start: Batches already consumed.
       rows: Which rows of each batch to make; default: all.
+      tokenizer: For texts; default: none are made.
 
     Returns:
       Iterator over {"wav": float32 [B, C, S], zero past "length": int32 [B]; "domain": int32 [B],
       indices into DOMAINS; "position": int32 [B], places in the global batch; "failed": [B, 8, 2],
-      (source, index) of what could not be read on the way to each item, -1 where nothing}. It has
-      `close()`.
+      (source, index) of what could not be read on the way to each item, -1 where nothing}. With a
+      tokenizer also {"text": int32 [B, max_text_tokens]; "text_length": int32 [B], 0 where there
+      is none; "task": int32 [B], indices into TASKS}. It has `close()`.
     """
     parts = []
     for number, source in enumerate(mixture.sources):
-        segment = Segment(config, mixture.sources, number, num_samples, sample_rate, num_channels)
+        segment = Segment(config, mixture.sources, number, num_samples, sample_rate, num_channels,
+                          tokenizer)  # fmt: skip
         indices = grain.MapDataset.range(len(source)).seed(config.seed + number)
         parts.append(indices.shuffle().repeat().random_map(segment))
     dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)

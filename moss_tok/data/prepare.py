@@ -40,7 +40,7 @@ class Settings:
       num_shards: Per split; 0: one per `shard_hours`.
       shard_hours: Audio per shard where num_shards is 0.
       min_seconds: Shorter recordings are rejected.
-      max_seconds: Longer ones without a transcript are cut into equal parts.
+      max_seconds: Longer ones without a transcript or caption are cut into equal parts.
     """
 
     sample_rate: int = 0
@@ -95,7 +95,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
         raise ValueError(f"{item.path}: silent")
     name = str(item.metadata.get("id", item.path.stem))
     metadata = item.metadata | {"domain": item.domain, "split": item.split}
-    cut = seconds > settings.max_seconds and not item.metadata.get("transcript")
+    cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
     resampled = settings.sample_rate not in (0, rate)
     subtype = soundfile.info(item.path).subtype
     if not (cut or resampled) and item.path.suffix.lower() == ".flac":

@@ -10,6 +10,7 @@ import numpy as np
 from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
+from moss_tok.config import TASKS
 from moss_tok.data import records
 
 _SHARD_NAME = re.compile(r"(\w+)-\d+-of-\d+\.array_record")
@@ -23,11 +24,15 @@ class Recording:
       audio: File name or bytes.
       domain: As in `AudioItem`.
       duration_seconds: Length.
+      text: What is said in it, or what it sounds like; empty where unknown.
+      task: What the text is, one of TASKS.
     """
 
     audio: storage.Path | files.AudioBytes
     domain: str
     duration_seconds: float
+    text: str = ""
+    task: str = TASKS[0]
 
 
 class FileSource:
@@ -83,7 +88,8 @@ class Mixture:
 def open_item(item: AudioItem) -> Recording:
     """The recording of an item; a record's audio is read. Raises ValueError where that fails."""
     if item.record is None:
-        return Recording(item.path, item.domain, item.duration_seconds)
+        text = manifest.read_text(item.metadata)
+        return Recording(item.path, item.domain, item.duration_seconds, *text)
     return _recording(*records.shard(item.path).read(item.record))
 
 
@@ -96,7 +102,8 @@ def _recording(audio: files.AudioBytes, metadata: dict) -> Recording:
     duration = metadata.get("duration_s")
     if not isinstance(duration, (int, float)):
         duration = files.duration_seconds(audio)
-    return Recording(audio, str(metadata.get("domain", "audio")), float(duration))
+    return Recording(audio, str(metadata.get("domain", "audio")), float(duration),
+                     *manifest.read_text(metadata))  # fmt: skip
 
 
 def parse(text: str) -> list[tuple[str, float | None]]:

@@ -14,7 +14,7 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec.inference import Codec, encode
-from moss_tok.config import CodecConfig
+from moss_tok.config import TASKS, CodecConfig
 from moss_tok.data import sources
 from moss_tok.evaluation import metrics
 
@@ -24,10 +24,11 @@ _MIN_STOI_SECONDS = 1.0  # STOI looks at 0.4 s at a time; of a single short word
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A reference recording: [C, S] float32, and its domain."""
+    """A reference recording: [C, S] float32, its domain, and what is said in it, if known."""
 
     wav: np.ndarray
     domain: str
+    text: str = ""
 
 
 # Metric averages: {domain: {system: {metric: mean}}}.
@@ -51,7 +52,9 @@ def read_clips(
         except ValueError as error:
             say(f"warning: {error}; not evaluated")
         else:
-            clips.append(Clip(files.to_channels(wav, channels), recording.domain))
+            whole = recording.task == TASKS[0] and recording.duration_seconds <= _MAX_SECONDS
+            text = recording.text if whole else ""
+            clips.append(Clip(files.to_channels(wav, channels), recording.domain, text))
     if not clips:
         raise ValueError("none of the evaluation recordings can be read")
     return clips

@@ -1,7 +1,8 @@
 """Saving and restoring the train state, each step a checkpoint that `moss_tok.load` reads.
 
 Beside config.json, a step holds `params/` (the averaged weights, if there is an average),
-`discriminators/` in the adversarial stage, and `state/`: everything else that a step changes.
+`discriminators/` in the adversarial stage, `language/` and its files where there is a language
+model, and `state/`: everything else that a step changes.
 """
 
 import shutil
@@ -13,6 +14,8 @@ import orbax.checkpoint as ocp
 from moss_tok import sharding, storage
 from moss_tok.codec import pretrained
 from moss_tok.config import CodecConfig, TrainConfig
+from moss_tok.language import pretrained as language_models
+from moss_tok.language.config import LanguageConfig
 from moss_tok.training.state import TrainState
 
 _DISCRIMINATORS = "discriminators"
@@ -24,9 +27,16 @@ class Checkpoints:
     Saving goes on in the background; leaving the context waits for it.
     """
 
-    def __init__(self, workdir: storage.Path, codec: CodecConfig, config: TrainConfig):
+    def __init__(
+        self,
+        workdir: storage.Path,
+        codec: CodecConfig,
+        config: TrainConfig,
+        texts: dict[str, str] | None = None,
+    ):
+        """Of the run `config`; `texts` are files that every step gets, by name."""
         self._folder = storage.absolute(workdir) / pretrained.STEPS_FOLDER
-        self._codec = codec
+        self._codec, self._texts = codec, texts or {}
         self._keep, self._keep_every = config.keep_checkpoints, config.keep_every
         # The handler writes into the folder at once, so it has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -64,12 +74,14 @@ class Checkpoints:
         self.wait()
         self._folder.mkdir(exist_ok=True)
         folder = self._folder / pretrained.step_name(int(state.step))
-        trees = {"params": state.best_params, "state": _flat(_rest(state))}
+        trees = _split(state.best_params) | {"state": _flat(_rest(state))}
         if state.discriminators is not None:
             trees[_DISCRIMINATORS] = state.discriminators
         self._check_space(trees)
         try:
-            self._saver.save(folder, args=pretrained.CheckpointArgs(self._codec, trees))
+            self._saver.save(
+                folder, args=pretrained.CheckpointArgs(self._codec, trees, self._texts)
+            )
         except OSError as error:
             raise ValueError(
                 f"{folder}: the checkpoint could not be written ({error.strerror}); "
@@ -145,8 +157,27 @@ def load_discriminators(path: str, shapes: Any) -> Any | None:
     return pretrained.read_tree(folder, shapes)
 
 
+def load_language(path: str, config: LanguageConfig, shapes: Any) -> Any | None:
+    """The language model of a checkpoint or workdir, or None if it has not the one of `config`."""
+    folder = pretrained.find_checkpoint(path)
+    found = language_models.load_config(folder)
+    if found is None or found[0] != config:
+        return None
+    return pretrained.read_tree(folder / language_models.TREE, shapes)
+
+
+def _split(params: Any) -> dict[str, Any]:
+    """Parameters by folder: what encode and decode need, and the language model."""
+    codec = {name: tree for name, tree in params.items() if name != language_models.TREE}
+    rest = {name: params[name] for name in params.keys() - codec.keys()}
+    return {"params": codec, **rest}
+
+
 def _restore(folder: storage.Path, like: TrainState) -> TrainState:
-    best = pretrained.read_tree(folder / "params", like.best_params)
+    best: dict[str, Any] = {}
+    for name, shapes in _split(like.best_params).items():
+        tree = pretrained.read_tree(folder / name, shapes)
+        best |= tree if name == "params" else {name: tree}
     discriminators = like.discriminators
     if discriminators is not None:
         discriminators = pretrained.read_tree(folder / _DISCRIMINATORS, discriminators)

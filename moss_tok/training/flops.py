@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_tok.config import CodecConfig, PatchConfig, TrainConfig, TransformerConfig
+from moss_tok.language.config import LanguageConfig
 from moss_tok.training.discriminators import Discriminators
 
 
@@ -42,6 +43,16 @@ def codec_flops(codec: CodecConfig, num_samples: int) -> dict[str, float]:
     return found
 
 
+def language_flops(language: LanguageConfig, num_frames: int, num_tokens: int) -> float:
+    """Forward FLOPs of the semantic head on an item of `num_frames` and `num_tokens` of text."""
+    c, size = language, 2 + num_frames + num_tokens
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    weights = c.num_layers * c.model_dim * (heads + 3 * c.mlp_dim)
+    attended = 2 * c.num_layers * c.num_heads * c.head_dim * size * (size + 1) / 2
+    outer = c.latents_dim * c.model_dim * num_frames + c.model_dim * c.vocab_size * (num_tokens + 1)
+    return 2.0 * (weights * size + attended + outer)
+
+
 def discriminator_flops(config: TrainConfig, codec: CodecConfig, num_samples: int) -> float:
     """Forward FLOPs of all discriminators on one item."""
     model = Discriminators(config.discriminators, config.dtype)
@@ -67,16 +78,24 @@ def _names(config: TrainConfig) -> list[str]:
     return [f"period_{p}" for p in c.periods] + [f"window_{w}" for w in c.windows]
 
 
-def step_flops(config: TrainConfig, codec: CodecConfig, num_samples: int) -> float:
+def step_flops(
+    config: TrainConfig,
+    codec: CodecConfig,
+    num_samples: int,
+    language: LanguageConfig | None = None,
+) -> float:
     """Useful FLOPs of a training step: a backward pass costs twice its forward pass.
 
     The discriminators see recordings and reconstructions with gradients in their parameters, then
     recordings forward and reconstructions with gradients in the audio.
     """
     forward = codec_flops(codec, num_samples)
-    total = 3 * forward["decoder"]
-    frozen = config.trainable == "decoder"
-    total += (forward["encoder"] + forward["quantizer"]) * (1 if frozen else 3)
+    total = 0 if config.trainable == "language" else 3 * forward["decoder"]
+    passes = 3 if config.trainable == "all" else 1
+    total += (forward["encoder"] + forward["quantizer"]) * passes
+    if language is not None:
+        num_frames = codec.num_frames(num_samples)
+        total += 3 * language_flops(language, num_frames, config.max_text_tokens)
     if config.adversarial:
         total += (3 + 3 + 1 + 2) * discriminator_flops(config, codec, num_samples)
     return config.batch_size * total

@@ -26,7 +26,11 @@ from moss_tok.config import (
     read_json_object,
 )
 from moss_tok.data import pipeline, sources, synthetic
-from moss_tok.evaluation import sweep
+from moss_tok.evaluation import sweep, transcription
+from moss_tok.language import pretrained as language_models
+from moss_tok.language.config import LanguageConfig
+from moss_tok.language.generate import Language
+from moss_tok.language.text import Tokenizer
 from moss_tok.training import checkpoints, writer
 from moss_tok.training.state import TrainState, init_state, state_shapes, zero_totals
 from moss_tok.training.step import segment_samples, sharded_train_step
@@ -50,7 +54,8 @@ def train(config: TrainConfig) -> bool:
     num_samples = segment_samples(config, codec)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
-    shapes = state_shapes(config, codec, mesh)
+    language, tokenizer = _language(config, codec)
+    shapes = state_shapes(config, codec, mesh, language)
     workdir = storage.to_path(config.workdir)
     _check_same_run(workdir, config)
     mirror = storage.Mirror(workdir)
@@ -58,10 +63,11 @@ def train(config: TrainConfig) -> bool:
     _write_config(workdir, config)
     counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
+    texts = language_models.files(language, tokenizer) if language else {}
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
-        saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config))
-        state = _start(config, codec, shapes, saver)
+        saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config, texts))
+        state = _start(config, codec, language, shapes, saver)
         start = int(state.step)
         log = None
         if sharding.is_main_process():
@@ -74,10 +80,13 @@ def train(config: TrainConfig) -> bool:
             num_channels=codec.num_channels,
             start=start,
             rows=sharding.local_rows(mesh, config.batch_size),
+            tokenizer=tokenizer,
         )
         stack.callback(batches.close)
         trace = stack.enter_context(_Trace(config, mirror))
-        run = Run(config, codec, shapes, mixture, eval_items, saver, log, stop, trace)
+        run = Run(
+            config, codec, language, tokenizer, shapes, mixture, eval_items, saver, log, stop, trace
+        )
         state = run.steps(state, batches)
         saver.wait()
         if int(state.step) < config.num_steps:
@@ -105,6 +114,20 @@ def _codec_config(config: TrainConfig) -> CodecConfig:
     return codec
 
 
+def _language(
+    config: TrainConfig, codec: CodecConfig
+) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
+    """The semantic head of the run and its tokenizer, if it has one."""
+    if not config.language_model:
+        return None, None
+    latents_dim = codec.quantizer.output_dim
+    if config.language_input == "latents":
+        latents_dim = codec.quantizer.input_dim
+    return language_models.find(
+        config.language_model, config.tokenizer, latents_dim, config.language_input
+    )
+
+
 def _check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
     """Refuses a workdir whose run differs in a setting that defines the result."""
     path = workdir / _CONFIG_NAME
@@ -114,9 +137,10 @@ def _check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
         return
     before = read_json_object(path)
     differences = [
-        f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE_FIELDS and before.get(name) != value
+        f"{field.name} was {before[field.name]!r}, now {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in FREE_FIELDS
+        and before.setdefault(field.name, field.default) != getattr(config, field.name)
     ]
     if differences:
         raise ValueError(f"workdir {workdir} holds another run: {'; '.join(differences)}")
@@ -166,6 +190,7 @@ def _write_config(workdir: storage.Path, config: TrainConfig) -> None:
 def _start(
     config: TrainConfig,
     codec: CodecConfig,
+    language: LanguageConfig | None,
     shapes: TrainState,
     saver: checkpoints.Checkpoints,
 ) -> TrainState:
@@ -175,17 +200,26 @@ def _start(
     if state is not None:
         _say(f"going on from step {int(state.step)}")
         return state
-    params = discriminators = None
+    params, discriminators = {}, None
+    head = language_models.start(config.language_model, language) if language else None
     if config.init_from:
-        params = sharding.whole(pretrained.load(config.init_from).params, shardings.params)
+        params = pretrained.load(config.init_from).params
+        params = {name: sharding.whole(tree, shardings.params[name])
+                  for name, tree in params.items()}  # fmt: skip
         if config.adversarial:
             discriminators = checkpoints.load_discriminators(
                 config.init_from, shapes.discriminators
             )
-        found = "generator and discriminators" if discriminators is not None else "generator"
-        _say(f"starting from the {found} of {config.init_from}")
-    init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)
-    return init(config, codec, params, discriminators)
+        found = ["generator"] + ["discriminators"] * (discriminators is not None)
+        if language and head is None:
+            shapes = shapes.params["language"]
+            head = checkpoints.load_language(config.init_from, language, shapes)
+            found += ["language model"] * (head is not None)
+        _say(f"starting from the {' and '.join(found)} of {config.init_from}")
+    if head is not None:
+        params["language"] = sharding.whole(head, shardings.params["language"])
+    init = jax.jit(init_state, static_argnums=(0, 1, 4), out_shardings=shardings)
+    return init(config, codec, params, discriminators, language)
 
 
 class _StopSignal:
@@ -241,6 +275,8 @@ class Run:
 
     config: TrainConfig
     codec: CodecConfig
+    language: LanguageConfig | None
+    tokenizer: Tokenizer | None
     shapes: TrainState  # with shardings
     mixture: sources.Mixture
     eval_items: list[AudioItem]
@@ -269,7 +305,7 @@ class Run:
         of the same step; the step after that is the last, the third one at most from the signal.
         """
         config, start = self.config, int(state.step)
-        train_step = sharded_train_step(config, self.codec, self.shapes)
+        train_step = sharded_train_step(config, self.codec, self.shapes, self.language)
         self._began, self._since = time.perf_counter(), start
         self._bar.reset(config.num_steps)
         self._bar.update(start)
@@ -357,21 +393,50 @@ class Run:
         began, step = time.perf_counter(), int(state.step)
         params = sharding.on_one_device(state.best_params, self._mesh)
         if self.log is not None:
-            self._show(step, Codec(params, self.codec))
+            head = params.get("language")
+            params = {name: tree for name, tree in params.items() if name != "language"}
+            language = head and Language(head, self.language, self.tokenizer)
+            self._show(step, Codec(params, self.codec), language)
         self._began += time.perf_counter() - began  # rates are of training alone
 
-    def _show(self, step: int, codec: Codec) -> None:
+    def _show(self, step: int, codec: Codec, language: Language | None) -> None:
         self.log.save_curves()
         _say(f"loss curves: {self.config.workdir}/curves.png")
         if not self.eval_items:
             return
         clips = sweep.read_clips(self.eval_items, codec, _say)
-        self.log.write_samples(step, sweep.samples(codec, clips), self.codec.sample_rate)
-        _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
+        table, texts = {}, []
+        if language:
+            table, text = self._understand(codec, language, [c for c in clips if c.text])
+            texts += [text] * bool(text)
         with contextlib.suppress(_StoppedError):
-            self._score(step, codec, clips)
+            if self.config.trainable != "language":
+                samples = sweep.samples(codec, clips)
+                self.log.write_samples(step, samples, self.codec.sample_rate)
+                _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
+                scores = self._score(codec, clips)
+                table |= scores
+                note = "mel_loss, stft: lower is better; stoi: higher"
+                texts.append(f"{len(clips)} clips ({note}):\n{sweep.format_table(scores)}")
+            text = "\n\n".join(texts)
+            self.log.write_evaluation(step, table, text)
+            _say(f"step {step}, unseen audio: {text}")
 
-    def _score(self, step: int, codec: Codec, clips: list[sweep.Clip]) -> None:
+    def _understand(
+        self, codec: Codec, language: Language, clips: list[sweep.Clip]
+    ) -> tuple[sweep.Table, str]:
+        """Error rates of what is understood of the recordings with texts, and some of it."""
+        if not clips:
+            return {}, ""
+        numbers = sorted({1, codec.config.quantizer.num_quantizers})
+        rates, texts = transcription.evaluate(codec, language, clips, numbers)
+        table = {"text": rates}
+        shown = list(zip(clips, texts, strict=True))[:: max(1, len(clips) // 5)][:5]
+        lines = [f"  said {clip.text!r}, understood {text!r}" for clip, text in shown]
+        title = f"{len(clips)} clips with texts (wer, cer: lower is better):"
+        return table, "\n".join([title, sweep.format_table(table), "", *lines])
+
+    def _score(self, codec: Codec, clips: list[sweep.Clip]) -> sweep.Table:
         with self._progress(len(clips), "evaluating", "clip") as bar:
 
             def progress() -> None:
@@ -379,11 +444,7 @@ class Run:
                 if self.stop.received:
                     raise _StoppedError
 
-            table = sweep.evaluate(codec, clips, sweep.bitrates(codec.config), progress)
-        text = sweep.format_table(table)
-        self.log.write_evaluation(step, table, text)
-        note = "mel_loss, stft: lower is better; stoi: higher"
-        _say(f"step {step}, unseen audio, {len(clips)} clips ({note}):\n{text}")
+            return sweep.evaluate(codec, clips, sweep.bitrates(codec.config), progress)
 
 
 class _StoppedError(Exception):

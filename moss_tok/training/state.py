@@ -14,10 +14,13 @@ from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import DOMAINS, CodecConfig, ModuleConfig, TrainConfig, TransformerConfig
+from moss_tok.language import pretrained as language_models
+from moss_tok.language.config import LanguageConfig
 from moss_tok.training.discriminators import Discriminators
 
 # What the generator's loss is made of, in each stage; and what else is logged.
 PRETRAIN_TERMS = ("reconstruction_loss", "commitment_loss", "codebook_loss")
+SEMANTIC_TERM = "semantic_loss"
 ADVERSARIAL_TERMS = ("adversarial_loss", "feature_matching_loss", "discriminator_loss")
 
 
@@ -44,7 +47,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar; also the data position: batches consumed.
-      params: Of the codec, float32.
+      params: Of the codec, float32, and of the semantic head as "language", where there is one.
       ema: Moving average of `params`; None if there is none.
       opt_state: Of the generator's optimizer.
       discriminators: Their parameters, float32; None in pretraining.
@@ -77,7 +80,10 @@ class TrainState:
 def term_names(config: TrainConfig) -> tuple[str, ...]:
     """Names of the loss terms of the stage."""
     waveform = ("waveform_loss",) if config.waveform_weight else ()
-    return PRETRAIN_TERMS + waveform + (ADVERSARIAL_TERMS if config.adversarial else ())
+    semantic = (SEMANTIC_TERM,) if config.language_model else ()
+    if config.trainable == "language":
+        return semantic
+    return PRETRAIN_TERMS + waveform + semantic + (ADVERSARIAL_TERMS if config.adversarial else ())
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
@@ -92,10 +98,11 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 
 
 def generator_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm; the codebooks may have a learning rate of their own."""
+    """AdamW with clipping by global norm; some may have a learning rate of their own."""
     peak = config.learning_rate
     groups = {
         "codebooks": _adamw(config, config.codebook_learning_rate * peak),
+        "language": _adamw(config, config.language_learning_rate * peak),
         "network": _adamw(config, peak),
     }
     clip = optax.clip_by_global_norm(config.gradient_clip)
@@ -119,28 +126,38 @@ def _adamw(config: TrainConfig, peak: float) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Any) -> Any:
-    names = ("kernel", "qkv", "out", "up", "down")
+    names = ("kernel", "qkv", "q", "k", "v", "out", "gate", "up", "down", "projection")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
 def _group(params: Any) -> Any:
     def name(path, _):
+        if path[0].key == "language":
+            return "language"
         return "codebooks" if path[-1].key == "codebooks" else "network"
 
     return jax.tree_util.tree_map_with_path(name, params)
 
 
 def trainable(config: TrainConfig, params: Any) -> Any:
-    """The part of the codec's parameters that this run trains."""
-    return {"decoder": params["decoder"]} if config.trainable == "decoder" else params
+    """The part of the parameters that this run trains."""
+    return params if config.trainable == "all" else {config.trainable: params[config.trainable]}
 
 
 def init_state(
-    config: TrainConfig, codec: CodecConfig, params: Any = None, discriminators: Any = None
+    config: TrainConfig,
+    codec: CodecConfig,
+    params: Any = None,
+    discriminators: Any = None,
+    language: LanguageConfig | None = None,
 ) -> TrainState:
     """A fresh state, a pure function of the configs and of parameters to start from."""
-    key = jax.random.key(config.seed)
-    params = _init_params(config, codec, key) if params is None else params
+    key, params = jax.random.key(config.seed), params or {}
+    if "encoder" not in params:
+        params = params | _init_params(config, codec, key)
+    if language is not None and "language" not in params:
+        head = language_models.init(language, jax.random.fold_in(key, 3))
+        params = params | {"language": head}
     discriminator_opt_state = None
     if not config.adversarial:
         discriminators = None
@@ -169,12 +186,19 @@ def zero_totals(config: TrainConfig) -> Totals:
     names = term_names(config)
     norms = ("gradient_norm", "discriminator_gradient_norm")[: 1 + config.adversarial]
     # Each its own array: they are donated.
-    metrics = {name: jnp.zeros(()) for name in ("loss", *names, *norms)}
+    counts = ("text_steps",) if SEMANTIC_TERM in names else ()
+    metrics = {name: jnp.zeros(()) for name in ("loss", *names, *norms, *counts)}
     domain_terms = {name: jnp.zeros(len(DOMAINS)) for name in ("loss", *names)}
+    domain_terms.pop(SEMANTIC_TERM, None)  # a mean over the items with text, of any domain
     return Totals(jnp.zeros(()), metrics, jnp.zeros(len(DOMAINS)), domain_terms)
 
 
-def state_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shapes(
+    config: TrainConfig,
+    codec: CodecConfig,
+    mesh: jax.sharding.Mesh,
+    language: LanguageConfig | None = None,
+) -> TrainState:
     """ShapeDtypeStructs of the state of a run, with their shardings on `mesh`.
 
     What belongs to a parameter (moments, averages) is split like it, the rest is replicated.
@@ -183,6 +207,8 @@ def state_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mes
       ValueError: A large parameter would be replicated, see `sharding.param_shardings`.
     """
     boxed = pretrained.boxed_shapes(codec)
+    if language is not None:
+        boxed = boxed | {"language": language_models.boxed_shapes(language)}
     if config.adversarial:
         boxed = boxed | jax.eval_shape(lambda: _boxed_discriminators(config, codec))
     shardings = sharding.param_shardings(boxed, mesh)
@@ -197,7 +223,7 @@ def state_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mes
         found = next((known[tail] for tail in tails if tail in known), sharding.replicated(mesh))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found)
 
-    shapes = jax.eval_shape(lambda: init_state(config, codec))
+    shapes = jax.eval_shape(lambda: init_state(config, codec, language=language))
     return jax.tree_util.tree_map_with_path(add_sharding, shapes)
 
 

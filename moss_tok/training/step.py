@@ -11,9 +11,12 @@ import optax
 from moss_tok import sharding
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import DOMAINS, CodecConfig, TrainConfig
+from moss_tok.language.config import LanguageConfig
+from moss_tok.language.model import SemanticHead
 from moss_tok.training import losses
 from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.state import (
+    SEMANTIC_TERM,
     Totals,
     TrainState,
     discriminator_optimizer,
@@ -29,9 +32,13 @@ DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
 Batch = dict[str, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
 def train_step(
-    config: TrainConfig, codec: CodecConfig, state: TrainState, batch: Batch
+    config: TrainConfig,
+    codec: CodecConfig,
+    state: TrainState,
+    batch: Batch,
+    language: LanguageConfig | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Updates `state` on a batch; an update that would not be finite is skipped and counted.
 
@@ -41,7 +48,10 @@ def train_step(
       state: Donated.
       batch: "wav" [B, C, S], S whole frames; "length" [B] valid samples; "domain" [B] indices into
         DOMAINS; "position" [B] places in the global batch; "failed_reads" [B] files that could not
-        be read on the way to each item; "stop" [B] bool, see below.
+        be read on the way to each item; "stop" [B] bool, see below. With a language model also
+        "task" [B], indices into TASKS; "text" [B, U] tokens, of which "text_length" [B] count, 0
+        for audio without text.
+      language: The semantic head, if there is one.
 
     Returns:
       The next state, and scalars: the loss, its terms, gradient norms, skipped_in_row, and whether
@@ -50,12 +60,15 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     keep_key, reseed_key = jax.random.split(key)
     batch = batch | {"keep": _quantizer_dropout(config, codec, keep_key, batch["position"])}
+    if language is not None:
+        paired = batch["text_length"] > 0
+        batch["text_weight"] = paired * len(paired) / jnp.maximum(paired.sum(), 1)
     parts = _split(batch, config.num_microbatches)
     changed, terms, norms = {}, {}, {}
 
     def generate(params):
         params = state.params | params
-        return _map_parts(functools.partial(_generate, config, codec, params), parts)
+        return _map_parts(functools.partial(_generate, config, codec, language, params), parts)
 
     params = trainable(config, state.params)
     generated, pullback, coded = jax.vjp(generate, params, has_aux=True)
@@ -83,11 +96,18 @@ def train_step(
     changed |= _averaged(config, state, changed["params"])
     changed |= _tracked_codes(config, codec, state, changed, parts, coded, reseed_key)
     metrics = {name: x.mean() for name, x in terms.items()} | norms
+    if language is not None:
+        metrics["text_steps"] = paired.any().astype(jnp.float32)
     changed["totals"] = _add_totals(state.totals, metrics, terms, parts["domain"])
     return _guarded(state, changed, metrics, batch)
 
 
-def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainState) -> Any:
+def sharded_train_step(
+    config: TrainConfig,
+    codec: CodecConfig,
+    shapes: TrainState,
+    language: LanguageConfig | None = None,
+) -> Any:
     """`train_step` on the mesh of `shapes` (`state_shapes`): jitted, the state donated.
 
     Returns:
@@ -98,7 +118,7 @@ def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainSta
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask for it
-            return train_step(config, codec, state, batch)
+            return train_step(config, codec, state, batch, language)
 
     return jax.jit(
         step,
@@ -112,7 +132,7 @@ def sharded_train_step(config: TrainConfig, codec: CodecConfig, shapes: TrainSta
 def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
     """S of a batch: `segment_seconds` in whole frames; ValueError if no mel window fits in."""
     frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
-    longest = max(config.mel_window_lengths)
+    longest = 1 if config.trainable == "language" else max(config.mel_window_lengths)
     if frames * codec.hop_length < longest:
         raise ValueError(
             f"segment_seconds must be at least {longest / codec.sample_rate:.3f} for the longest "
@@ -121,12 +141,20 @@ def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
     return frames * codec.hop_length
 
 
-def batch_shapes(config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh) -> Batch:
+def batch_shapes(
+    config: TrainConfig,
+    codec: CodecConfig,
+    mesh: jax.sharding.Mesh,
+    language: LanguageConfig | None = None,
+) -> Batch:
     """ShapeDtypeStructs of a batch, with their sharding on `mesh`."""
     wav = (codec.num_channels, segment_samples(config, codec))
     integer = ((), jnp.int32)
     kinds = {"wav": (wav, jnp.float32), "stop": ((), jnp.bool_)}
     kinds |= dict.fromkeys(("length", "domain", "position", "failed_reads"), integer)
+    if language is not None:
+        kinds |= {"task": integer, "text_length": integer}
+        kinds["text"] = ((config.max_text_tokens,), jnp.int32)
     rows = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
@@ -155,12 +183,26 @@ def _map_parts(function: Callable[[Batch], Any], parts: Batch) -> Any:
     return jax.lax.map(jax.checkpoint(function), parts)
 
 
-def _generate(config: TrainConfig, codec: CodecConfig, params: Any, part: Batch) -> tuple[Any, Any]:
-    """What the losses see (wav_hat, quantizer losses per item), and codes and projected vectors."""
-    model = CodecModel(codec, config.compute)
-    wav_hat, quantized = model.apply({"params": params}, part["wav"], part["keep"])
-    outputs = {"wav_hat": wav_hat}
-    outputs |= losses.quantizer_losses(quantized, part["keep"], part["length"], codec.hop_length)
+def _generate(
+    config: TrainConfig,
+    codec: CodecConfig,
+    language: LanguageConfig | None,
+    params: Any,
+    part: Batch,
+) -> tuple[Any, Any]:
+    """What the losses see (wav_hat, losses per item), and codes and projected vectors."""
+    apply = functools.partial(CodecModel(codec, config.compute).apply, {"params": params})
+    latents, quantized = apply(part["wav"], part["keep"], method="quantize")
+    keep, length, outputs = part["keep"], part["length"], {}
+    if config.trainable != "language":
+        outputs["wav_hat"] = apply(quantized.latents, method="audio")
+        outputs |= losses.quantizer_losses(quantized, keep, length, codec.hop_length)
+    if language is not None:
+        heard = quantized.latents if language.audio == "codes" else latents
+        text = (part[name] for name in ("task", "text", "text_length"))
+        head = SemanticHead(language, config.compute)
+        loss = head.apply({"params": params["language"]}, heard, codec.num_frames(length), *text)
+        outputs[SEMANTIC_TERM] = loss * part["text_weight"]
     return outputs, (quantized.codes, quantized.projected)
 
 
@@ -207,28 +249,31 @@ def _generator_gradient(
     """Gradient of the generator's loss in what it generated, and each term per item [M, B]."""
 
     def loss(generated, part):
-        wav, wav_hat = part["wav"], generated["wav_hat"]
         terms = {name: x for name, x in generated.items() if name.endswith("_loss")}
-        terms["reconstruction_loss"] = losses.reconstruction_loss(
-            wav,
-            wav_hat,
-            part["length"],
-            codec.sample_rate,
-            config.mel_window_lengths,
-            config.mel_floor_db,
-        )
-        if config.waveform_weight:
-            terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, part["length"])
-        if config.adversarial:
-            # One by one: no gradient of what the recording gives.
-            (real,), (fake,) = (_judge(config, discriminators, part, x) for x in (wav, wav_hat))
-            terms["adversarial_loss"] = losses.adversarial_loss(fake)
-            terms["feature_matching_loss"] = losses.feature_matching_loss(real, fake)
+        if "wav_hat" in generated:
+            terms |= _audio_terms(config, codec, discriminators, part, generated["wav_hat"])
         total = sum(getattr(config, n.replace("_loss", "_weight")) * x for n, x in terms.items())
         return total.mean() / config.num_microbatches, terms | {"loss": total}
 
     gradient = jax.grad(loss, has_aux=True)
     return _scan(lambda _, x: (None, gradient(*x)), None, (generated, parts))[1]
+
+
+def _audio_terms(
+    config: TrainConfig, codec: CodecConfig, discriminators: Any, part: Batch, wav_hat: jax.Array
+) -> dict[str, jax.Array]:
+    """What a reconstruction costs the generator, per item."""
+    wav, length = part["wav"], part["length"]
+    mel = (codec.sample_rate, config.mel_window_lengths, config.mel_floor_db)
+    terms = {"reconstruction_loss": losses.reconstruction_loss(wav, wav_hat, length, *mel)}
+    if config.waveform_weight:
+        terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, length)
+    if config.adversarial:
+        # One by one: no gradient of what the recording gives.
+        (real,), (fake,) = (_judge(config, discriminators, part, x) for x in (wav, wav_hat))
+        terms["adversarial_loss"] = losses.adversarial_loss(fake)
+        terms["feature_matching_loss"] = losses.feature_matching_loss(real, fake)
+    return terms
 
 
 def _scan(function: Callable[[Any, Any], Any], carry: Any, parts: Any) -> tuple[Any, Any]:
@@ -261,7 +306,7 @@ def _add_totals(
     totals: Totals, metrics: dict[str, jax.Array], terms: dict[str, jax.Array], domain: jax.Array
 ) -> Totals:
     member = jax.nn.one_hot(domain, len(DOMAINS))  # [M, B, domains]
-    sums = {name: jnp.einsum("mb,mbd->d", x, member) for name, x in terms.items()}
+    sums = {name: jnp.einsum("mb,mbd->d", terms[name], member) for name in totals.domain_terms}
     added = Totals(jnp.ones(()), metrics, member.sum((0, 1)), sums)
     return jax.tree.map(jnp.add, totals, added)
 
@@ -320,7 +365,7 @@ def _tracked_codes(
     used = parts["keep"][..., None] & valid[:, :, None]  # [M, B, Q, T]
     added = _histogram(codes, used, codec.quantizer.codebook_size)
     counts = _COUNT_DECAY * state.code_counts + added
-    if not config.reseed_every or config.trainable == "decoder":
+    if not config.reseed_every or config.trainable != "all":
         return {"code_counts": counts}
     trees = {name: changed[name] for name in ("params", "ema") if name in changed}
     books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}

@@ -15,7 +15,7 @@ from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.config import DOMAINS, TrainConfig, parse_json_object
 from moss_tok.evaluation import report
-from moss_tok.training.state import TrainState, learning_rate
+from moss_tok.training.state import SEMANTIC_TERM, TrainState, learning_rate
 from moss_tok.training.step import DEAD_SHARE
 
 METRICS = "metrics.jsonl"
@@ -32,6 +32,10 @@ def summarize(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     totals, counts = state.totals, np.asarray(state.code_counts)
     steps = max(float(totals.steps), 1.0)
     values: dict[str, Any] = {name: float(x) / steps for name, x in totals.metrics.items()}
+    if "text_steps" in values:
+        share, loss = values.pop("text_steps"), values.pop(SEMANTIC_TERM)
+        if share:  # else there is nothing to take the mean of
+            values[SEMANTIC_TERM] = loss / share
     for number, domain in enumerate(DOMAINS):
         items = float(totals.domain_items[number])
         for name, sums in totals.domain_terms.items() if items else ():

@@ -1,0 +1,70 @@
+"""How well a language model transcribes: word and character error rates."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from moss_tok.codec.inference import Codec
+from moss_tok.evaluation import sweep
+from moss_tok.language.generate import Language, transcribe_wavs
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation and repeated spaces; apostrophes within words stay."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    kept = (" " if unicodedata.category(c)[0] in "PS" and c != "'" else c for c in text)
+    return " ".join("".join(kept).split())
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """Word and character error rates of normalized texts, over all of them together.
+
+    Args:
+      references: What is said.
+      hypotheses: What was understood, as many.
+
+    Returns:
+      {"wer": ..., "cer": ...}, shares of the references' words and characters.
+
+    Raises:
+      ValueError: No reference with a word, other numbers of texts, or jiwer is not installed.
+    """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ValueError("error rates need jiwer: pip install 'moss_tok[language]'") from error
+    pairs = [(normalize(r), normalize(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = [(r, h) for r, h in pairs if r]
+    if not pairs:
+        raise ValueError("error rates need at least one reference with a word")
+    references, hypotheses = ([pair[i] for pair in pairs] for i in range(2))
+    rates = {"wer": jiwer.wer, "cer": jiwer.cer}
+    return {name: float(rate(references, hypotheses)) for name, rate in rates.items()}
+
+
+def evaluate(
+    codec: Codec,
+    language: Language,
+    clips: Sequence[sweep.Clip],
+    numbers: Sequence[int],
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Error rates {system: {"wer", "cer"}} from the first n codes, and the last n's texts.
+
+    Args:
+      codec: The codec.
+      language: What listens.
+      clips: Recordings with texts.
+      numbers: Of quantizers.
+    """
+    table, wavs, texts = {}, [clip.wav for clip in clips], []
+    for number in numbers:
+        texts = transcribe_wavs(codec, language, wavs, number)
+        rates = error_rates([clip.text for clip in clips], texts)
+        exact = np.mean(
+            [normalize(c.text) == normalize(t) for c, t in zip(clips, texts, strict=True)]
+        )
+        table[sweep.system_name(number)] = rates | {"exact": float(exact)}
+    return table, texts

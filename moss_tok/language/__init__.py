@@ -1,0 +1,1 @@
+"""A causal language model over audio and text: the semantic head, and speech recognition."""

@@ -1,0 +1,252 @@
+"""Text from audio: generation with a cache of keys and values, jitted and batched."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moss_tok.codec.attention import Span
+from moss_tok.codec.inference import Codec, bucket_frames, encode, valid_mask
+from moss_tok.config import TASKS, ComputeConfig, check_choice
+from moss_tok.language.config import LanguageConfig
+from moss_tok.language.model import SemanticHead, empty_cache
+from moss_tok.language.text import Tokenizer
+
+_BATCH = 16  # recordings that are transcribed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: 0: always the likeliest.
+      top_k: Only among so many of the likeliest; 0: all.
+      top_p: Only among the likeliest that make up this probability.
+      max_tokens: A text ends here at the latest.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 256
+
+    def __post_init__(self):
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature must be 0..100, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 1 <= self.max_tokens <= 65536:
+            raise ValueError(f"max_tokens must be 1..65536, got {self.max_tokens}")
+
+
+@flax.struct.dataclass
+class Language:
+    """A semantic head ready to use: a pytree whose configs are static.
+
+    Attributes:
+      params: Of `SemanticHead`, float32.
+      config: What it is.
+      tokenizer: For its texts.
+      compute: How it is computed.
+    """
+
+    params: Any
+    config: LanguageConfig = flax.struct.field(pytree_node=False)
+    tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
+    compute: ComputeConfig = flax.struct.field(pytree_node=False, default=ComputeConfig())
+
+    def apply(self, *args: Any, method: str | None = None) -> Any:
+        """Calls a method of the head with `params`."""
+        head = SemanticHead(self.config, self.compute)
+        return head.apply({"params": self.params}, *args, method=method)
+
+
+def transcribe(
+    codec: Codec,
+    language: Language,
+    codes: np.ndarray,
+    lengths: np.ndarray | None = None,
+    task: str = "transcribe",
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> list[str]:
+    """Texts of audio that is given as codes.
+
+    Args:
+      codec: The codec the codes are of; its quantizer is enough.
+      language: Trained on that codec's codes.
+      codes: [B, q, T] of the first q quantizers.
+      lengths: [B] valid frames; default: all T.
+      task: One of TASKS.
+      sampling: How tokens are chosen.
+      seed: For it, where the temperature is above 0.
+
+    Returns:
+      B texts.
+
+    Raises:
+      ValueError: An unknown task, or a language model that was trained on unquantized latents.
+    """
+    if language.config.audio != "codes":
+        raise ValueError("this language model hears latents, not codes: give it audio")
+    lengths = np.full(len(codes), codes.shape[-1]) if lengths is None else np.asarray(lengths)
+    padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
+    codes = np.pad(np.asarray(codes, np.int32), ((0, 0), (0, 0), (0, padding)))
+    return transcribe_latents(language, _quantized(codec, codes), lengths, task, sampling, seed)
+
+
+def transcribe_latents(
+    language: Language,
+    latents: jax.Array,
+    lengths: np.ndarray,
+    task: str = "transcribe",
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> list[str]:
+    """`transcribe` for frames [B, T, D] as the language model hears them."""
+    check_choice("task", task, TASKS)
+    tasks = jnp.full(len(latents), TASKS.index(task))
+    tokens, sizes = generate(
+        language, latents, jnp.asarray(lengths, jnp.int32), tasks, jax.random.key(seed), sampling
+    )
+    rows = zip(np.asarray(tokens), np.asarray(sizes), strict=True)
+    return [language.tokenizer.decode(row[:size].tolist()) for row, size in rows]
+
+
+def transcribe_wavs(
+    codec: Codec,
+    language: Language,
+    wavs: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    task: str = "transcribe",
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    progress: Callable[[], Any] = lambda: None,
+) -> list[str]:
+    """Texts of recordings [C, S], in batches of about the same length.
+
+    Args:
+      codec: With its encoder.
+      language: What listens.
+      wavs: At the codec's rate, with its channels.
+      num_quantizers: Only the first of them are heard; default: all.
+      task: One of TASKS.
+      sampling: How tokens are chosen.
+      seed: For it.
+      progress: Called after each recording.
+    """
+    hop, texts = codec.config.hop_length, [""] * len(wavs)
+    sizes = [bucket_frames(codec.config.num_frames(wav.shape[-1])) for wav in wavs]
+    for size in sorted(set(sizes)):
+        members = [i for i, s in enumerate(sizes) if s == size]
+        for start in range(0, len(members), _BATCH):
+            rows = members[start : start + _BATCH]
+            batch = np.zeros((_BATCH if len(members) > 1 else 1, wavs[0].shape[0], size * hop))
+            lengths = np.ones(len(batch), np.int32)
+            for row, i in enumerate(rows):
+                lengths[row] = wavs[i].shape[-1]
+                batch[row, :, : lengths[row]] = wavs[i]
+            latents, frames = hear(codec, language, batch.astype(np.float32), lengths,
+                                   num_quantizers)  # fmt: skip
+            found = transcribe_latents(language, latents, frames, task, sampling, seed)
+            for i, text in zip(rows, found, strict=False):
+                texts[i] = text
+                progress()
+    return texts
+
+
+def hear(
+    codec: Codec,
+    language: Language,
+    wav: np.ndarray,
+    lengths: np.ndarray,
+    num_quantizers: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What the language model hears of audio [B, C, S], [B]: frames [B, T, D] and their number."""
+    if language.config.audio == "codes":
+        codes, frames = encode(codec, wav, lengths, num_quantizers)
+        return _quantized(codec, codes), frames
+    return _latents(codec, wav, lengths), codec.config.num_frames(jnp.asarray(lengths))
+
+
+@jax.jit
+def _latents(codec: Codec, wav: jax.Array, lengths: jax.Array) -> jax.Array:
+    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0)
+    return codec.apply(wav, method="latents")
+
+
+@jax.jit
+def _quantized(codec: Codec, codes: jax.Array) -> jax.Array:
+    return codec.apply(codes, method="dequantize")
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def generate(
+    language: Language,
+    latents: jax.Array,
+    lengths: jax.Array,
+    tasks: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens that follow audio.
+
+    Args:
+      language: The head.
+      latents: [B, T, D]; what lies past the lengths changes nothing.
+      lengths: [B] valid frames.
+      tasks: [B] indices into TASKS.
+      key: For temperatures above 0.
+      sampling: How tokens are chosen.
+
+    Returns:
+      [B, max_tokens] int32, zero past the lengths, and the lengths [B]; the end is not counted.
+    """
+    batch, most, end = len(latents), sampling.max_tokens, language.config.end_id
+    latents = jnp.where(valid_mask(latents.shape[1], lengths)[..., None], latents, 0)
+    prompt = language.apply(latents, tasks, method="prompt")
+    cache = empty_cache(language.config, language.compute, batch, prompt.shape[1] + most)
+    span = Span(jnp.zeros(batch, jnp.int32), 1 + lengths)
+    _, cache = language.apply(prompt, cache, span, method="extend")
+
+    def unfinished(carry):
+        number, _, done, _, _ = carry
+        return (number < most) & ~done.all()
+
+    def step(carry):
+        number, last, done, cache, tokens = carry
+        span = Span(1 + lengths + number, jnp.ones(batch, jnp.int32))
+        logits, cache = language.apply(last, cache, span, method="next_logits")
+        chosen = choose(logits, jax.random.fold_in(key, number), sampling)
+        done |= chosen == end
+        tokens = tokens.at[:, number].set(jnp.where(done, -1, chosen))
+        return number + 1, chosen, done, cache, tokens
+
+    start = (0, jnp.full(batch, end), jnp.zeros(batch, bool), cache)
+    *_, tokens = jax.lax.while_loop(
+        unfinished, step, (*start, jnp.full((batch, most), -1, jnp.int32))
+    )
+    sizes = (tokens >= 0).sum(-1)
+    return jnp.maximum(tokens, 0), sizes
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """A token [B] for each row of logits [B, V]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(-logits, axis=-1)
+    logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    share = jax.nn.softmax(logits, axis=-1)
+    kept = jnp.cumsum(share, axis=-1) - share < sampling.top_p  # the likeliest always
+    if sampling.top_k:
+        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
+    place = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
