@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "a page of a training run or an evaluation, to look and listen",
     "export": "a function as a StableHLO artifact that runs without moss_tok",
     "tokenize": "a data set to shards of codes",
+    "transcribe": "what is said in audio or codes, by a checkpoint with a language model",
     "prepare": "folder or manifest into ArrayRecord shards for training",
     "info": "modules, parameters, rates and bitrates of a checkpoint or preset",
 }

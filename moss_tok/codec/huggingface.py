@@ -205,8 +205,8 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
 
     Args:
       path: Directory with config.json and safetensors.
-      component: "all", "encoder" or "decoder": a side comes with the quantizer, and only its
-        tensors are read.
+      component: "all", "encoder", "decoder" or "quantizer": a side comes with the quantizer, and
+        only its tensors are read.
 
     Returns:
       The config, and the parameters as a tree of float32 numpy arrays.

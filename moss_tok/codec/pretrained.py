@@ -39,7 +39,7 @@ from moss_tok.config import (
     read_json_object,
 )
 
-COMPONENTS = ("all", "encoder", "decoder")
+COMPONENTS = ("all", "encoder", "decoder", "quantizer")
 STEPS_FOLDER = "checkpoints"
 _FILES_NAME = "files.json"
 _COMMIT_MARKER = "commit_success.txt"
@@ -54,7 +54,8 @@ def load(
       path: A checkpoint, a training workdir (its newest step), either also in a bucket (gs://), a
         directory in the official Hugging Face layout, or, if huggingface_hub is installed, a Hub
         id ("OpenMOSS-Team/MOSS-Audio-Tokenizer").
-      component: "encoder" or "decoder" read only that side, and the quantizer, into memory.
+      component: "encoder" or "decoder" read only that side, and the quantizer, into memory;
+        "quantizer" that alone.
       compute: How it will be computed. The default, float32 at the highest matmul precision, is
         what makes codes repeatable.
 

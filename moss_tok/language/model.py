@@ -238,6 +238,10 @@ class SemanticHead(nn.Module):
                            precision=precision) + self.bias  # fmt: skip
         return jnp.concatenate([self.tasks[task][:, None].astype(dtype), audio], axis=1)
 
+    def score_last(self, x: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D] -> logits [B, V] of what follows."""
+        return self.model.logits(self.model(x)[0][:, -1:])[:, 0]
+
     def extend(self, x: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
         """Embeddings [B, T, D] after what the cache holds -> hidden [B, T, D], the next cache."""
         return self.model(x, cache, span)

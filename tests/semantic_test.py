@@ -1,0 +1,271 @@
+"""The semantic head in training: what it sees, what it teaches, and whole runs with it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import leaves_equal
+from run_test import small_run
+from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
+
+import moss_tok
+from moss_tok.cli.main import main
+from moss_tok.data import pipeline, sources
+from moss_tok.language import pretrained as language_models
+from moss_tok.language import text
+from moss_tok.language.config import LanguageConfig
+from moss_tok.training import loop, writer
+from moss_tok.training import state as states
+from moss_tok.training import step as steps
+
+LANGUAGE = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24, head_dim=8)
+SEMANTIC = dataclasses.replace(CONFIG, language_model="tiny", max_text_tokens=4)
+# The semantic loss alone.
+ALONE = dataclasses.replace(
+    SEMANTIC, reconstruction_weight=0.0, commitment_weight=0.0, codebook_weight=0.0, reseed_every=0
+)
+
+
+def text_batch(seed=0, batch_size=4, lengths=(3, 0, 1, 4)):
+    """`random_batch`, of which some have texts."""
+    tokens = np.random.default_rng(seed + 1).integers(0, 256, (batch_size, 4))
+    extra = {
+        "text": jnp.asarray(tokens, jnp.int32),
+        "text_length": jnp.resize(jnp.array(lengths), batch_size),
+        "task": jnp.arange(batch_size) % 3,
+    }
+    return random_batch(seed, batch_size) | extra
+
+
+def one_step(config, batch, language=LANGUAGE):
+    state = states.init_state(config, CODEC, language=language)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = steps.train_step(config, CODEC, state, batch, language)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, before)
+    return state, metrics, moved
+
+
+def largest(tree):
+    return max(jax.tree.leaves(tree))
+
+
+def test_the_text_teaches_the_encoder_through_the_quantizer():
+    config = dataclasses.replace(ALONE, weight_decay=0.0)
+    state, metrics, moved = one_step(config, text_batch())
+    assert min(jax.tree.leaves(moved["encoder"])) > 0
+    assert largest(moved["language"]) > 0
+    assert largest(moved["decoder"]) == 0  # what the text says nothing of
+    assert float(metrics["loss"]) == pytest.approx(20 * float(metrics["semantic_loss"]))
+    values = writer.summarize(config, state)
+    assert values["semantic_loss"] == pytest.approx(float(metrics["semantic_loss"]))
+
+
+def test_audio_without_text_teaches_nothing_and_changes_nothing():
+    config = dataclasses.replace(ALONE, weight_decay=0.0)
+    state, metrics, moved = one_step(config, text_batch(lengths=(0,)))
+    assert largest(moved) == 0 and float(metrics["semantic_loss"]) == 0
+    assert "semantic_loss" not in writer.summarize(config, state)
+    # In a mixed batch it counts for as much as alone: the mean is over what has text.
+    batch = text_batch(lengths=(3, 0, 0, 0))
+    _, mixed, _ = one_step(ALONE, batch)
+    _, alone, _ = one_step(ALONE, jax.tree.map(lambda x: x[:1], batch))
+    assert float(mixed["semantic_loss"]) == pytest.approx(float(alone["semantic_loss"]), rel=1e-5)
+
+
+def test_microbatches_and_other_losses_do_not_change_it():
+    batch = text_batch()
+    _, whole, _ = one_step(SEMANTIC, batch)
+    _, parts, _ = one_step(dataclasses.replace(SEMANTIC, num_microbatches=2), batch)
+    _, plain, _ = one_step(CONFIG, random_batch(), None)
+    for name in whole:
+        assert float(whole[name]) == pytest.approx(float(parts[name]), rel=1e-3), name
+    for name in states.PRETRAIN_TERMS:
+        assert float(whole[name]) == pytest.approx(float(plain[name]), rel=1e-5), name
+
+
+@pytest.mark.parametrize("audio", ["codes", "latents"])
+def test_dropout_reaches_what_the_head_hears(audio):
+    """With codes the head hears the quantizers that are kept, and no others."""
+    language = dataclasses.replace(LANGUAGE, audio=audio)
+    params = states.init_state(SEMANTIC, CODEC, language=language).params
+
+    @jax.jit
+    def loss(keep):
+        part = text_batch() | {"keep": keep, "text_weight": jnp.ones(4)}
+        return steps._generate(SEMANTIC, CODEC, language, params, part)[0]["semantic_loss"]
+
+    every = jnp.ones((4, 4), bool)
+    differs = np.asarray(loss(every) != loss(every.at[0, 2:].set(False)))
+    np.testing.assert_array_equal(differs, [audio == "codes", False, False, False])
+
+
+def test_a_frozen_codec_stays_and_is_not_decoded():
+    config = dataclasses.replace(SEMANTIC, trainable="language", init_from="x")
+    assert states.term_names(config) == ("semantic_loss",)
+    _, metrics, moved = one_step(config, text_batch())
+    assert largest([moved[side] for side in ("encoder", "quantizer", "decoder")]) == 0
+    assert largest(moved["language"]) > 0 and "reconstruction_loss" not in metrics
+
+
+def test_the_second_stage_learns_from_texts_too():
+    config = dataclasses.replace(
+        ADVERSARIAL, language_model="tiny", max_text_tokens=4, warmup_steps=0
+    )
+    _, metrics, moved = one_step(config, text_batch())
+    assert min(jax.tree.leaves(moved["encoder"])) > 0 and largest(moved["language"]) > 0
+    assert float(metrics["semantic_loss"]) > 1 and "adversarial_loss" in metrics
+
+
+def test_the_language_model_has_a_learning_rate_of_its_own():
+    config = dataclasses.replace(SEMANTIC, language_learning_rate=0.0)
+    _, _, moved = one_step(config, text_batch())
+    assert largest(moved["language"]) == 0 < largest(moved["encoder"])
+
+
+# ------------------------------------------------------------------------------------ data
+
+
+def test_texts_come_with_whole_recordings_only(tmp_path, clips):
+    rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
+    lines = {  # 0.1 s, 1 s, 0.1 s, 0.1 s: segments are of 0.256 s
+        "short": rows[2] | {"transcript": " hé "},
+        "long": rows[0] | {"transcript": "hi"},
+        "caption": rows[2] | {"transcript": None, "caption": "hum"},
+        "speakers": rows[2] | {"task": "transcribe_speakers", "transcript": "a"},
+        "too long": rows[2] | {"transcript": "four+"},
+    }
+    expected = {"short": ("hé", 0), "long": ("", 0), "caption": ("hum", 2), "speakers": ("a", 1),
+                "too long": ("", 0)}  # fmt: skip
+    for name, row in lines.items():
+        source = clips / f"{name}.jsonl"
+        source.write_text(json.dumps(row | {"split": "train"}) + "\n")
+        mixture = sources.training_mixture(str(source), 0.256)
+        stream = pipeline.batches(
+            SEMANTIC, mixture, num_samples=2048, sample_rate=8000, num_channels=1,
+            tokenizer=text.ByteTokenizer(),
+        )  # fmt: skip
+        batch = next(stream)
+        found = text.ByteTokenizer().decode(batch["text"][0][: batch["text_length"][0]].tolist())
+        assert (found, batch["task"][0]) == expected[name], name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"transcript": 7}, "transcript must be a text, got 7"),
+        ({"caption": ["x"]}, "caption must be a text"),
+        ({"task": "sing"}, "task must be one of transcribe, transcribe_speakers, caption"),
+    ],
+)
+def test_bad_manifests(clips, fields, message):
+    source = clips / "bad.jsonl"
+    source.write_text(json.dumps({"path": "0.flac"} | fields) + "\n")
+    with pytest.raises(ValueError, match=message):
+        sources.training_mixture(str(source), 1.0)
+
+
+# ------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    from data_test import make_clips
+
+    return make_clips(tmp_path_factory.mktemp("clips"), [1.0, 0.2, 0.1, 0.2, 0.2, 0.1])
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    """A run of 4 steps of both losses, and its config."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = small_run(
+        SEMANTIC, clips, folder, num_steps=4, checkpoint_every=2, num_eval_clips=2
+    )  # fmt: skip
+    assert loop.train(config)
+    return config
+
+
+def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
+    config = dataclasses.replace(finished, workdir=str(tmp_path / "run"), num_eval_clips=0)
+    for num_steps in (2, 4):
+        assert loop.train(dataclasses.replace(config, num_steps=num_steps))
+    a, b = (language_models.load(c.workdir).params for c in (finished, config))
+    assert leaves_equal(a, b)
+    assert leaves_equal(*(moss_tok.load(c.workdir).params for c in (finished, config)))
+
+
+def test_the_codec_of_a_run_needs_no_language_model(finished):
+    codec = moss_tok.load(finished.workdir)
+    assert set(codec.params) == {"encoder", "quantizer", "decoder"}
+    rows = writer.read_rows(loop.storage.to_path(finished.workdir) / writer.EVALUATION)
+    assert set(rows[-1]["table"]["text"]["4 quantizers"]) == {"wer", "cer", "exact"}
+
+
+def test_transcribe(finished, clips, tmp_path, capsys):
+    checkpoint = f"--checkpoint={finished.workdir}"
+    assert main(["encode", str(clips / "1.flac"), str(tmp_path / "1.npz"), checkpoint]) == 0
+    capsys.readouterr()
+    outputs = []
+    for source in (clips / "1.flac", tmp_path / "1.npz"):
+        assert main(["transcribe", str(source), checkpoint, "--max-tokens=5"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    (tmp_path / "bad.npz").write_bytes(b"x")
+    assert main(["transcribe", str(tmp_path), checkpoint, "--max-tokens=5"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("1.npz\t") and "failed:" in err and "bad.npz" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task=sing"], "task must be one of"),
+        (["--max-tokens=0"], "max_tokens must be 1"),
+        (["--num-quantizers=5"], "num_quantizers must be 1..4"),
+        (["--temperature=-1"], "temperature must be"),
+    ],
+)
+def test_bad_arguments_of_transcribe(finished, clips, capsys, arguments, message):
+    source = str(clips / "1.flac")
+    assert main(["transcribe", source, f"--checkpoint={finished.workdir}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_an_asr_run_starts_from_a_codec(finished, tmp_path):
+    """On a frozen codec, with the language model that came with it or a new one."""
+    config = dataclasses.replace(
+        finished, model="", init_from=finished.workdir, trainable="language", num_steps=1,
+        workdir=str(tmp_path / "run"), num_eval_clips=2,
+    )  # fmt: skip
+    assert loop.train(config)
+    assert leaves_equal(*(moss_tok.load(p).params for p in (finished.workdir, config.workdir)))
+    codec, language = moss_tok.load(config.workdir), language_models.load(config.workdir)
+    assert optax.tree.norm(language.params) > 0 and codec.config == CODEC
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable": "language"}, "trainable=language needs init_from"),
+        ({"trainable": "language", "init_from": "x", "language_model": ""}, "needs language_model"),
+        ({"trainable": "decoder", "init_from": "x"}, "leaves nothing for language_model"),
+        ({"language_input": "wav"}, "language_input must be one of codes, latents"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SEMANTIC, **changes)
+
+
+def test_no_such_language_model(clips, tmp_path):
+    config = small_run(SEMANTIC, clips, tmp_path)
+    with pytest.raises(ValueError, match="language_model must be one of tiny, small, 0.5b or a"):
+        loop.train(dataclasses.replace(config, language_model="big"))
+    with pytest.raises(ValueError, match="no such tokenizer.json"):
+        loop.train(dataclasses.replace(config, tokenizer="none"))
+    assert not (tmp_path / "run").exists()
