@@ -184,7 +184,7 @@ def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) ->
     found = encode_one(codec, wav)
     codes.write(code_file, found, wav.shape[1], c)
     for n in numbers:
-        wav_hat = decode_one(codec, found[:n])[:, : wav.shape[1]]
+        wav_hat = decode_one(codec, found, n)[:, : wav.shape[1]]
         _write_pair(_folder(folder, n, dataset), name, wav, wav_hat, c.sample_rate)
 
 
