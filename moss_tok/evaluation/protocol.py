@@ -31,7 +31,7 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import parse_json_object, read_json_object
+from moss_tok.config import parse_json_object, read_json_lines, read_json_object
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 
@@ -260,11 +260,7 @@ def score(
 
 def _read_scores(path: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut when the run was killed
-            continue
+    for row in read_json_lines(path):
         known = rows.setdefault(row.pop("name"), {})
         errors = known.get("_errors", {}) | row.pop("_errors")
         known |= row | {"_errors": errors}
