@@ -139,12 +139,7 @@ def write_evaluation(output: Path) -> Path:
         picture = folder / f"rates_{number}.png"
         report.save_rates(picture, curves, name.rpartition(", ")[2])
         pictures.append((f"{name}: quality over bitrate", picture))
-        used = [m for m in protocol.COLUMNS if any(m in means for *_, means in rows)]
-        cells = [
-            [system, str(bps or ""), *(f"{means[m]:.3f}" if m in means else "" for m in used)]
-            for system, bps, means in rows
-        ]
-        tables.append((name, [["", "bit/s", *used], *cells]))
+        tables.append((name, protocol.cells_of(rows)))
     systems = sorted({system for rows in results.values() for system, *_ in rows})
     lower = "Lower is better: mel_loss, stft, spectral_convergence. Higher: all others."
     page = Page(f"Evaluation: {output.absolute().name}", [lower], pictures,

@@ -355,20 +355,24 @@ def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str
     return rows
 
 
+def cells_of(rows: Sequence[tuple[str, int | None, dict[str, float]]]) -> list[list[str]]:
+    """A table of what `read_results` gives of a data set, its first row the column heads."""
+    used = [c for c in COLUMNS if any(c in means for *_, means in rows)]
+    cells = [
+        [system, str(bps or ""), *(f"{means[c]:.3f}" if c in means else "" for c in used)]
+        for system, bps, means in rows
+    ]
+    return [["", "bit/s", *used], *cells]
+
+
 def write_summary(output: Path) -> str:
     """Writes summary.csv and summary.md, all results under `output` in one; the latter's text."""
     table, text = [], []
     for name, found in read_results(output).items():
-        used = [c for c in COLUMNS if any(c in means for *_, means in found)]
-        text += [f"## {name}", "", "| | bit/s | " + " | ".join(used) + " |"]
-        text.append("|---" * (len(used) + 2) + "|")
+        head, *body = ["| " + " | ".join(cells) + " |" for cells in cells_of(found)]
+        text += [f"## {name}", "", head, "|---" * (head.count("|") - 1) + "|", *body, ""]
         for system, bps, means in found:
-            cells = [f"{means[c]:.3f}" if c in means else "" for c in used]
-            text.append(
-                f"| {system} | {bps if bps is not None else ''} | " + " | ".join(cells) + " |"
-            )
             table.append([name, system, bps, *(means.get(c) for c in COLUMNS)])
-        text.append("")
     for path in sorted(output.rglob("entropy.json")):
         for name, bits in read_json_object(path).items():
             text += [
