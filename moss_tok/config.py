@@ -4,6 +4,7 @@ Shapes follow the legend in `moss_tok/__init__.py`. A `CodecConfig` is hashable,
 static argument of `jax.jit`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -625,6 +626,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return parse_json_object(path.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, without lines that a kill has cut; [] without it."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(parse_json_object(line))
+    return rows
 
 
 # No real model or run needs more; beyond, arithmetic on sizes overflows somewhere.

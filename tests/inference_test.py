@@ -66,6 +66,20 @@ def test_num_quantizers_is_a_prefix(v1_tiny, wavs, n):
     assert moss_tok.decode(v1_tiny, part.codes).wav.shape == (1, 1, 9600)
 
 
+@pytest.mark.parametrize("whole_seconds", [60.0, 0.0])
+def test_one_program_decodes_all_prefixes(v1_tiny, wavs, monkeypatch, whole_seconds):
+    """At once or in chunks, and as their codes alone are decoded."""
+    monkeypatch.setattr(inference, "WHOLE_SECONDS", whole_seconds)
+    monkeypatch.setattr(inference, "CHUNK_SECONDS", 0.16)
+    codes = np.asarray(moss_tok.encode(v1_tiny, wavs[0][None]).codes[0])
+    inference.decode_one(v1_tiny, codes)
+    compiled = inference._decode._cache_size()
+    found = [inference.decode_one(v1_tiny, codes, n) for n in range(1, 9)]
+    assert inference._decode._cache_size() == compiled
+    for n, wav in enumerate(found, 1):
+        np.testing.assert_array_equal(wav, inference.decode_one(v1_tiny, codes[:n]))
+
+
 def test_under_jit_vmap_and_as_a_pytree(v1_tiny, wavs):
     wav = np.stack([wavs[0], 0.5 * wavs[0]])
     expected = moss_tok.encode(v1_tiny, wav).codes

@@ -240,6 +240,11 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     return np.ascontiguousarray(out, dtype=np.float32)
 
 
+def to_pcm16(wav: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as 16 bit little-endian integers, clipped; over 32768 they are back."""
+    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
+
+
 def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
     """Writes [C, S] as 16 bit PCM in the format of the suffix, clipped to [-1, 1].
 

@@ -101,6 +101,7 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
     import numpy as np
 
     import moss_tok
+    from moss_tok.audio import files
     from moss_tok.config import parse_json_object
 
     dtype, full_scale = _PCM[pcm]
@@ -117,7 +118,7 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
         except ValueError as error:
             raise ValueError(f"standard input, line {number}: {error}") from error
         if full_scale > 1:
-            wav = np.clip(np.round(wav * full_scale), -full_scale, full_scale - 1)
+            wav = files.to_pcm16(wav)
         sys.stdout.buffer.write(np.ascontiguousarray(wav.T).astype(dtype).tobytes())
         sys.stdout.buffer.flush()
     if stream is None:

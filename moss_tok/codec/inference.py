@@ -124,14 +124,21 @@ def decode(
     Raises:
       ValueError: Wrong shapes or type, chunk_seconds out of range, or a codec without decoder.
     """
+    return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
+
+
+def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
+    """`decode` of codes[:, :num_quantizers], by one program for all numbers."""
     check_part(codec, "decoder")
     codes = jnp.asarray(codes)
     check_shape("codes", codes, ("B", "Q", "T"))
-    codec.config.check_num_quantizers(codes.shape[1])
+    most = codec.config.check_num_quantizers(codes.shape[1])
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(f"codes must be integers, got {codes.dtype}")
     lengths = check_lengths(lengths, codes)
-    return _decode(codec, codes, lengths, _chunk_frames(codec, codes.shape[-1], chunk_seconds))
+    chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
+    number = most if num_quantizers is None else num_quantizers
+    return _decode(codec, codes, lengths, number, chunk_frames)
 
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
@@ -144,11 +151,14 @@ def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None)
     return np.asarray(codes)[0, :, :num_frames]
 
 
-def decode_one(codec: Codec, codes: np.ndarray) -> np.ndarray:
-    """`decode` of one recording [q, T] -> [C, T * hop_length], in one of few shapes."""
+def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
+    """`decode` of one recording [q, T] -> [C, T * hop_length], in one of few shapes.
+
+    `num_quantizers` (default: q) decodes the first ones only, by the same program.
+    """
     num_frames = codes.shape[-1]
     padded = np.pad(codes, ((0, 0), (0, bucket_frames(num_frames) - num_frames)))[None]
-    wav = decode(codec, padded, np.array([num_frames])).wav
+    wav = _decode_prefix(codec, padded, np.array([num_frames]), num_quantizers).wav
     return np.asarray(wav)[0, :, : num_frames * codec.config.hop_length]
 
 
@@ -185,15 +195,16 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
 
 
 @functools.partial(jax.jit, static_argnames="chunk_frames")
-def _decode(codec: Codec, codes, lengths, chunk_frames: int) -> Decoded:
+def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
+    keep = jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])
     valid = valid_mask(codes.shape[-1], lengths)
     codes = jnp.where(valid[:, None], codes.astype(jnp.int32), 0)
     if chunk_frames == codes.shape[-1]:
-        wav = codec.apply(codes, method="decode")
+        wav = codec.apply(codes, keep, method="decode")
     else:
 
         def step(caches, codes, span):
-            return codec.apply(codes, caches, span, method="decode_step")
+            return codec.apply(codes, caches, span, keep, method="decode_step")
 
         wav = _scan_chunks(codec, "decoder", step, codes, 1, chunk_frames)
         wav = wav[..., : codes.shape[-1] * codec.config.hop_length]

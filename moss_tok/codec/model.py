@@ -128,9 +128,11 @@ class CodecModel(nn.Module):
         latents, caches = self.encoder(interleave(wav), caches, span)
         return self.quantizer(latents, num_quantizers).codes, caches
 
-    def decode_step(self, codes: jax.Array, caches: Caches, span: Span) -> tuple[jax.Array, Caches]:
+    def decode_step(
+        self, codes: jax.Array, caches: Caches, span: Span, keep: jax.Array | None = None
+    ) -> tuple[jax.Array, Caches]:
         """A chunk [B, q, T] of streams -> [B, C, T * hop_length], and the next caches."""
-        stream, caches = self.decoder(self.quantizer.decode(codes), caches, span)
+        stream, caches = self.decoder(self.quantizer.decode(codes, keep), caches, span)
         return deinterleave(stream, self.config.num_channels), caches
 
     def audio(self, latents: jax.Array) -> jax.Array:

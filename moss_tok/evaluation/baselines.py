@@ -83,7 +83,7 @@ def _codec2(mode: str) -> Coder:
         mono = files.resample(wav.mean(0, keepdims=True), sample_rate, _CODEC2_RATE)[0]
         with tempfile.TemporaryDirectory() as folder:
             source, coded, decoded = (Path(folder) / n for n in ("in.raw", "coded", "out.raw"))
-            source.write_bytes((np.clip(mono, -1, 1) * 32767).astype("<i2").tobytes())
+            source.write_bytes(files.to_pcm16(mono).tobytes())
             _run("c2enc", mode, str(source), str(coded))
             _run("c2dec", mode, str(coded), str(decoded))
             found = np.frombuffer(decoded.read_bytes(), "<i2").astype(np.float32) / 32768

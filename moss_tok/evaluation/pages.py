@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_tok.audio import files
-from moss_tok.config import read_json_object
+from moss_tok.config import read_json_lines, read_json_object
 from moss_tok.evaluation import metrics, protocol, report
 
 _CLIPS = 8  # of a data set
@@ -140,12 +139,7 @@ def write_evaluation(output: Path) -> Path:
         picture = folder / f"rates_{number}.png"
         report.save_rates(picture, curves, name.rpartition(", ")[2])
         pictures.append((f"{name}: quality over bitrate", picture))
-        used = [m for m in protocol.COLUMNS if any(m in means for *_, means in rows)]
-        cells = [
-            [system, str(bps or ""), *(f"{means[m]:.3f}" if m in means else "" for m in used)]
-            for system, bps, means in rows
-        ]
-        tables.append((name, [["", "bit/s", *used], *cells]))
+        tables.append((name, protocol.cells_of(rows)))
     systems = sorted({system for rows in results.values() for system, *_ in rows})
     lower = "Lower is better: mel_loss, stft, spectral_convergence. Higher: all others."
     page = Page(f"Evaluation: {output.absolute().name}", [lower], pictures,
@@ -206,11 +200,11 @@ def write_run(workdir: Path) -> Path:
     config = workdir / "train_config.json"
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
-    rows = _json_lines(workdir / "metrics.jsonl")
+    rows = read_json_lines(workdir / "metrics.jsonl")
     pictures = [("Losses and codebooks", workdir / "curves.png")]
     pictures = [(caption, file) for caption, file in pictures if file.exists()]
     tables = []
-    evaluations = _json_lines(workdir / "evaluation.jsonl")
+    evaluations = read_json_lines(workdir / "evaluation.jsonl")
     for domain, found in (evaluations[-1]["table"] if evaluations else {}).items():
         names = [m for m in metrics.METRICS if any(m in means for means in found.values())]
         body = [
@@ -256,8 +250,3 @@ def _samples(folder: Path) -> list[Clip]:
 def _leading_number(file: Path) -> int:
     number = file.stem.partition("_")[2].partition("_")[0]
     return int(number) if number.isdecimal() else 0
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]

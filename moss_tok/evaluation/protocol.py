@@ -31,7 +31,7 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import parse_json_object, read_json_object
+from moss_tok.config import parse_json_object, read_json_lines, read_json_object
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 
@@ -184,7 +184,7 @@ def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) ->
     found = encode_one(codec, wav)
     codes.write(code_file, found, wav.shape[1], c)
     for n in numbers:
-        wav_hat = decode_one(codec, found[:n])[:, : wav.shape[1]]
+        wav_hat = decode_one(codec, found, n)[:, : wav.shape[1]]
         _write_pair(_folder(folder, n, dataset), name, wav, wav_hat, c.sample_rate)
 
 
@@ -260,11 +260,7 @@ def score(
 
 def _read_scores(path: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut when the run was killed
-            continue
+    for row in read_json_lines(path):
         known = rows.setdefault(row.pop("name"), {})
         errors = known.get("_errors", {}) | row.pop("_errors")
         known |= row | {"_errors": errors}
@@ -359,20 +355,24 @@ def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str
     return rows
 
 
+def cells_of(rows: Sequence[tuple[str, int | None, dict[str, float]]]) -> list[list[str]]:
+    """A table of what `read_results` gives of a data set, its first row the column heads."""
+    used = [c for c in COLUMNS if any(c in means for *_, means in rows)]
+    cells = [
+        [system, str(bps or ""), *(f"{means[c]:.3f}" if c in means else "" for c in used)]
+        for system, bps, means in rows
+    ]
+    return [["", "bit/s", *used], *cells]
+
+
 def write_summary(output: Path) -> str:
     """Writes summary.csv and summary.md, all results under `output` in one; the latter's text."""
     table, text = [], []
     for name, found in read_results(output).items():
-        used = [c for c in COLUMNS if any(c in means for *_, means in found)]
-        text += [f"## {name}", "", "| | bit/s | " + " | ".join(used) + " |"]
-        text.append("|---" * (len(used) + 2) + "|")
+        head, *body = ["| " + " | ".join(cells) + " |" for cells in cells_of(found)]
+        text += [f"## {name}", "", head, "|---" * (head.count("|") - 1) + "|", *body, ""]
         for system, bps, means in found:
-            cells = [f"{means[c]:.3f}" if c in means else "" for c in used]
-            text.append(
-                f"| {system} | {bps if bps is not None else ''} | " + " | ".join(cells) + " |"
-            )
             table.append([name, system, bps, *(means.get(c) for c in COLUMNS)])
-        text.append("")
     for path in sorted(output.rglob("entropy.json")):
         for name, bits in read_json_object(path).items():
             text += [

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
-from moss_tok.codec.inference import Codec, encode
+from moss_tok.codec.inference import Codec, decode_one, encode
 from moss_tok.config import TASKS, CodecConfig
 from moss_tok.data import sources
 from moss_tok.evaluation import metrics
@@ -91,20 +89,9 @@ def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[i
     size = wav.shape[-1]
     doublings = max(0, math.ceil(math.log2(size / codec.config.sample_rate)))
     padded = np.pad(wav, ((0, 0), (0, codec.config.sample_rate * 2**doublings - size)))
-    codes = encode(codec, padded[None], jnp.array([size])).codes
-    wavs = np.asarray(_decode_prefixes(codec, codes, jnp.array(list(numbers))))
-    return {n: np.clip(x[:, :size], -1, 1) for n, x in zip(numbers, wavs, strict=True)}
-
-
-@jax.jit
-def _decode_prefixes(codec: Codec, codes: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Codes [1, Q, T], numbers [N] of quantizers -> audio [N, C, S], in one program.
-
-    What follows the clip in `codes` does not matter: the decoder is causal.
-    """
-    keep = jnp.arange(codes.shape[1]) < numbers[:, None]
-    codes = jnp.broadcast_to(codes, (numbers.size, *codes.shape[1:]))
-    return codec.model.apply({"params": codec.params}, codes, keep, method="decode")
+    codes = np.asarray(encode(codec, padded[None], np.array([size])).codes)[0]
+    # What follows the clip does not matter: the decoder is causal.
+    return {n: np.clip(decode_one(codec, codes, n)[:, :size], -1, 1) for n in numbers}
 
 
 def evaluate(

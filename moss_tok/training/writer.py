@@ -13,7 +13,7 @@ import tensorboardX
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.config import DOMAINS, TrainConfig, parse_json_object
+from moss_tok.config import DOMAINS, TrainConfig, read_json_lines
 from moss_tok.evaluation import report
 from moss_tok.training.state import SEMANTIC_TERM, TrainState, learning_rate
 from moss_tok.training.step import DEAD_SHARE
@@ -139,13 +139,4 @@ def _open(path: Path, step: int) -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a file of this module."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = parse_json_object(line)
-        except ValueError:  # a kill can leave half a line at the end
-            break
-        if not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
-    return rows
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
