@@ -220,6 +220,25 @@ def test_transcribe(finished, clips, tmp_path, capsys):
     assert out.startswith("1.npz\t") and "failed:" in err and "bad.npz" in err
 
 
+def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = [{"path": str(clips / f"{i}.flac"), "transcript": t} for i, t in ((0, "a b"), (1, None))]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = [f"--checkpoint={finished.workdir}", f"--dataset={data}", "--num-quantizers=1,4"]
+    out = f"--output={tmp_path / 'out'}"
+    assert main(["evaluate", *options, out, "--metrics=stft,wer", "--name=m"]) == 0
+    for number in (1, 4):
+        folder = tmp_path / "out" / "m" / f"rvq{number}"
+        found = json.loads((folder / "results.json").read_text())["data"]
+        assert {"stft", "wer", "cer"} <= found.keys()
+        texts = (folder / "data" / "texts.jsonl").read_text().splitlines()
+        assert [json.loads(t)["text"] for t in texts] == ["a b"]
+    assert "wer" in (tmp_path / "out" / "summary.md").read_text()
+    data.write_text(json.dumps(rows[1]) + "\n")
+    assert main(["evaluate", *options, f"--output={tmp_path / 'o'}", "--metrics=wer"]) == 2
+    assert "whose lines have a transcript" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-quantizers", default="", metavar="N,...", help="1,2,4..8 or all (powers of two)"
     )
-    parser.add_argument("--metrics", default="", metavar="M,...", help="which (all)")
+    parser.add_argument(
+        "--metrics", default="", metavar="M,...",
+        help="which (all); wer and cer need a checkpoint with a language model, and transcripts",
+    )  # fmt: skip
     parser.add_argument(
         "--baselines", default="", metavar="B,...",
         help="opus:KBPS, codec2:BPS (by their tools), NAME=FOLDER of reconstructions",
@@ -39,9 +43,11 @@ def run(args: argparse.Namespace) -> None:
     import moss_tok
     from moss_tok.cli import arguments
     from moss_tok.codec import pretrained
-    from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep
+    from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep, transcription
 
-    names = [m.strip() for m in args.metrics.split(",") if m.strip()] or list(metrics.METRICS)
+    wanted = [m.strip() for m in args.metrics.split(",") if m.strip()]
+    names = [m for m in wanted if m not in protocol.TEXT_METRICS]
+    names = names if wanted else list(metrics.METRICS)
     metrics.check(names)
     if args.num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {args.num_workers}")
@@ -49,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if len({d.name for d in datasets}) < len(datasets):
         raise ValueError("two data sets have the same file name")
     others = baselines.parse(args.baselines)
+    language = _language(args.checkpoint, datasets, wanted)
     codec = moss_tok.load(args.checkpoint)
     config = codec.config
     most = config.quantizer.num_quantizers
@@ -83,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
         show(files, dataset, f"{dataset.name}, reconstructed")
         for n in numbers:
             rate(dataset, folder / f"rvq{n}", round(config.bitrate(n)))
+        for n in numbers if language and any(dataset.texts) else ():
+            transcription.write_dataset(codec, language, dataset, n, folder)
         protocol.write_entropy(folder, dataset, config.quantizer.codebook_size)
         for other in others:
             where = Path(args.output) / other.name
@@ -92,3 +101,26 @@ def run(args: argparse.Namespace) -> None:
             rate(dataset, where, other.bps)
     print(protocol.write_summary(Path(args.output)))
     print(pages.write_evaluation(Path(args.output)))
+
+
+def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | None:
+    """The checkpoint's language model, if there is one, texts to score it by, and a wish to."""
+    from moss_tok.codec import pretrained
+    from moss_tok.evaluation import protocol
+    from moss_tok.language import pretrained as language_models
+
+    asked = bool(set(wanted) & set(protocol.TEXT_METRICS))
+    if wanted and not asked:
+        return None
+    if not any(text for dataset in datasets for text in dataset.texts):
+        if asked:
+            raise ValueError("wer and cer need a data set whose lines have a transcript")
+        return None
+    found = language_models.load_config(pretrained.find_checkpoint(checkpoint))
+    if found and found[0].audio == "codes":
+        return language_models.load(checkpoint)
+    if asked:
+        raise ValueError(
+            f"wer and cer need a language model that hears codes, {checkpoint} has none"
+        )
+    return None

@@ -28,16 +28,18 @@ from typing import Any
 
 import numpy as np
 
-from moss_tok.audio import files
+from moss_tok.audio import files, manifest
 from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import parse_json_object, read_json_lines, read_json_object
+from moss_tok.config import TASKS, parse_json_object, read_json_lines, read_json_object
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 
 _AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
+# Of a language model that listens to the codes, see `transcription`.
+TEXT_METRICS = ("wer", "cer")
 # The last two are of torch models: kept where the official toolkit has written them.
-COLUMNS = (*metrics.METRICS, "sim", "utmos")
+COLUMNS = (*metrics.METRICS, *TEXT_METRICS, "sim", "utmos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Dataset:
       name: Of its folder in the results.
       path: Its JSONL file.
       items: (path of the audio, name of the FLAC file it becomes, domain or "").
+      texts: What is said in each, "" where unknown.
     """
 
     name: str
     path: Path
     items: tuple[tuple[Path, str, str], ...]
+    texts: tuple[str, ...]
 
     def output_names(self) -> list[str]:
         """Names of the files."""
@@ -69,7 +73,7 @@ def read_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    items = []
+    items, texts = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             if not line.strip():
@@ -86,9 +90,11 @@ def read_dataset(path: str | Path) -> Dataset:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem).strip("._") or "audio"
         domain = str(fields.get("domain") or "")
         items.append((audio, f"{len(items):06d}_{stem}.flac", domain))
+        text, task = manifest.read_text(fields)
+        texts.append(text if task == TASKS[0] else "")
     if not items:
         raise ValueError(f"{path}: no lines")
-    return Dataset(path.stem, path.absolute(), tuple(items))
+    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts))
 
 
 def parse_numbers(text: str, most: int) -> list[int]:
@@ -131,7 +137,7 @@ def reconstruct(
       ValueError: A recording that cannot be read, or results of another codec or data set.
     """
     for n in numbers:
-        _begin(_folder(folder, n, dataset), _manifest(dataset, model, n))
+        _begin(_folder(folder, n, dataset), _describe(dataset, model, n))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
     for audio, name, _ in dataset.items:
         code_file = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
@@ -148,7 +154,7 @@ def reconstruct_by(
     model = {"adapter": "baseline", "name": baseline.name, "sample_rate": sample_rate,
              "channels": num_channels, "bps": baseline.bps}  # fmt: skip
     rated = folder / dataset.name
-    _begin(rated, _manifest(dataset, model, None))
+    _begin(rated, _describe(dataset, model, None))
     for audio, name, _ in dataset.items:
         if not _is_written(rated, name):
             wav = _reference(audio, sample_rate, num_channels)
@@ -158,14 +164,14 @@ def reconstruct_by(
         yield name
 
 
-def _begin(rated: Path, manifest: dict[str, Any]) -> None:
+def _begin(rated: Path, described: dict[str, Any]) -> None:
     """Makes the folder of a system and a data set, or checks that it is theirs."""
     file = rated / "manifest.json"
-    if file.exists() and read_json_object(file) != manifest:
+    if file.exists() and read_json_object(file) != described:
         raise ValueError(f"{rated}: holds results of another codec or data set")
     for kind in ("gt_audios", "syn_audios"):
         (rated / kind).mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    files.write_text(file, json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 def _reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndarray:
@@ -196,7 +202,7 @@ def _is_written(folder: Path, name: str) -> bool:
     return all((folder / kind / name).exists() for kind in ("gt_audios", "syn_audios"))
 
 
-def _manifest(dataset: Dataset, model: dict[str, Any], number: int | None) -> dict[str, Any]:
+def _describe(dataset: Dataset, model: dict[str, Any], number: int | None) -> dict[str, Any]:
     digest = hashlib.sha256(dataset.path.read_bytes()).hexdigest()
     return {
         "schema_version": 1,
@@ -313,6 +319,20 @@ def _means(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, f
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
+def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None:
+    """Adds means over a data set to OUTPUT/MODEL/rvqN/results.json."""
+    path = folder / "results.json"
+    results = read_json_object(path) if path.exists() else {}
+    results.setdefault(dataset.name, {}).update(means)
+    files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def read_code_file(folder: Path, dataset: Dataset, name: str) -> np.ndarray:
+    """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET."""
+    with np.load(folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name) as file:
+        return file["codes"]
+
+
 def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndarray:
     """Bits per code that each quantizer uses on a data set, [Q]: entropy of its histogram.
 
@@ -321,8 +341,7 @@ def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndar
     """
     counts: Any = 0
     for name in dataset.output_names():
-        with np.load(folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name) as file:
-            rows = file["codes"].astype(np.int64)
+        rows = read_code_file(folder, dataset, name).astype(np.int64)
         counts = counts + np.stack([np.bincount(r, minlength=codebook_size) for r in rows])
     shares = counts / counts.sum(1, keepdims=True)
     bits = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)

@@ -1,14 +1,20 @@
-"""How well a language model transcribes: word and character error rates."""
+"""How well a language model transcribes: word and character error rates.
 
+For `moss-tok evaluate` what was understood goes into OUTPUT/MODEL/rvqN/DATASET/texts.jsonl.
+"""
+
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
-from moss_tok.evaluation import sweep
-from moss_tok.language.generate import Language, transcribe_wavs
+from moss_tok.evaluation import protocol, sweep
+from moss_tok.language.generate import Language, transcribe, transcribe_wavs
 
 
 def normalize(text: str) -> str:
@@ -68,3 +74,27 @@ def evaluate(
         )
         table[sweep.system_name(number)] = rates | {"exact": float(exact)}
     return table, texts
+
+
+def write_dataset(
+    codec: Codec, language: Language, dataset: protocol.Dataset, number: int, folder: Path
+) -> dict[str, float]:
+    """Error rates on the reconstructed data set of OUTPUT/MODEL from its first `number` codes.
+
+    They go into results.json as "wer" and "cer". Recordings without a text do not count.
+
+    Raises:
+      ValueError: As `error_rates`, or a language model that hears no codes.
+    """
+    rows = []
+    for name, text in zip(dataset.output_names(), dataset.texts, strict=True):
+        if text:
+            codes = protocol.read_code_file(folder, dataset, name)[None, :number]
+            understood = transcribe(codec, language, codes)[0]
+            rows.append({"name": name, "text": text, "understood": understood})
+    where = folder / f"rvq{number}"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files.write_text(where / dataset.name / "texts.jsonl", lines)
+    rates = error_rates([r["text"] for r in rows], [r["understood"] for r in rows])
+    protocol.write_means(where, dataset, rates)
+    return rates
