@@ -349,6 +349,13 @@ class TrainConfig:
     augment_loudness_db: str = _flag(
         "", "LOW:HIGH: segments are set to a random level (dB re full scale, RMS) in between"
     )
+    augment_speed: float = _flag(
+        0.0, "recordings are played up to this share faster or slower, which moves pitch, too",
+        at_least=0, at_most=0.5,
+    )  # fmt: skip
+    augment_shift_seconds: float = _flag(
+        0.0, "up to so much silence before what leaves room for it", at_least=0, at_most=600
+    )
     max_text_tokens: int = _count(
         128, "longest text; audio with a longer one counts as without", at_least=1
     )
@@ -392,6 +399,10 @@ class TrainConfig:
     waveform_weight: float = _weight(0.0, "weight of the relative L1 distance of the waveforms")
     commitment_weight: float = _weight(0.25, "weight of the commitment loss")
     codebook_weight: float = _weight(1.0, "weight of the codebook loss")
+    language_mask: float = _flag(
+        0.0, "up to this share of the frames, in two spans, is hidden from the language model",
+        at_least=0, at_most=1,
+    )  # fmt: skip
     semantic_weight: float = _weight(20.0, "weight of the cross-entropy of the text")
     adversarial_weight: float = _weight(1.0, "weight of the adversarial loss")
     feature_matching_weight: float = _weight(2.0, "weight of the feature matching loss")

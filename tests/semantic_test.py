@@ -103,6 +103,20 @@ def test_dropout_reaches_what_the_head_hears(audio):
     np.testing.assert_array_equal(differs, [audio == "codes", False, False, False])
 
 
+def test_hidden_frames():
+    config = dataclasses.replace(SEMANTIC, language_mask=0.5)
+    batch = text_batch() | {"length": jnp.array([2048, 1024, 16, 2048])}
+    hidden = np.stack([
+        steps._hidden_frames(config, CODEC, jax.random.key(seed), batch) for seed in range(40)
+    ])  # fmt: skip
+    assert hidden.shape == (40, 4, 128)
+    assert 0.1 < hidden[:, 0].mean() < 0.4 and hidden[:, 0].mean(-1).max() <= 0.52
+    assert not hidden[:, 1, 64:].any() and hidden[:, 1, :64].any()
+    assert (hidden[:, 0] != hidden[:, 3]).any()
+    _, metrics, moved = one_step(config, text_batch())
+    assert np.isfinite(metrics["semantic_loss"]) and largest(moved["encoder"]) > 0
+
+
 def test_a_frozen_codec_stays_and_is_not_decoded():
     config = dataclasses.replace(SEMANTIC, trainable="language", init_from="x")
     assert states.term_names(config) == ("semantic_loss",)
@@ -151,6 +165,26 @@ def test_texts_come_with_whole_recordings_only(tmp_path, clips):
         batch = next(stream)
         found = text.ByteTokenizer().decode(batch["text"][0][: batch["text_length"][0]].tolist())
         assert (found, batch["task"][0]) == expected[name], name
+
+
+def test_speed_and_shift(clips):
+    """Faster and slower recordings keep their text as long as they fit; silence comes before."""
+    row = {"path": "2.flac", "split": "train", "transcript": "x"}  # 0.1 s, of 0.256 s
+    source = clips / "one.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    config = dataclasses.replace(SEMANTIC, augment_speed=0.3, augment_shift_seconds=0.05)
+    stream = pipeline.batches(
+        config, sources.training_mixture(str(source), 0.256), num_samples=2048, sample_rate=8000,
+        num_channels=1, tokenizer=text.ByteTokenizer(),
+    )  # fmt: skip
+    silent, sizes = [], []
+    for _ in range(8):
+        batch = next(stream)
+        assert (batch["text_length"] == 1).all()
+        silent += [int(np.argmax(wav[0] != 0)) for wav in batch["wav"]]
+        sizes += [int(n) - s for n, s in zip(batch["length"], silent[-4:], strict=True)]
+    assert max(silent) <= 400 and len(set(silent)) > 10
+    assert 610 <= min(sizes) < 700 and 1000 < max(sizes) <= 1150
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ from moss_tok.config import (
     check_choice,
     load_codec_config,
 )
+from moss_tok.language import pretrained as language_models
+from moss_tok.language.config import LanguageConfig
 from moss_tok.training import flags as train_flags
 from moss_tok.training import flops, state, step
 
@@ -88,10 +90,11 @@ def lower(
     function: str, config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh, precision: str
 ) -> jax.stages.Lowered:
     """The train step of a run, or encode or decode of a batch like its batches."""
-    batch = step.batch_shapes(config, codec, mesh)
+    language, _ = language_models.of_run(config, codec)
+    batch = step.batch_shapes(config, codec, mesh, language)
     if function == "train_step":
-        shapes = state.state_shapes(config, codec, mesh)
-        return step.sharded_train_step(config, codec, shapes).lower(shapes, batch)
+        shapes = state.state_shapes(config, codec, mesh, language)
+        return step.sharded_train_step(config, codec, shapes, language).lower(shapes, batch)
     ready = moss_tok.Codec(_params(codec, mesh), codec, PRECISIONS[precision])
     argument = batch["wav"]
     if function == "decode":
@@ -122,6 +125,8 @@ def kernel_costs(
     compute: ComputeConfig,
     seconds: float,
     items: float,
+    language: LanguageConfig | None = None,
+    num_tokens: int = 0,
 ) -> hlo.Costs:
     """FLOPs and bytes of the attention kernels, whose insides the HLO does not show.
 
@@ -134,15 +139,20 @@ def kernel_costs(
       compute: How they compute.
       seconds: Of an item.
       items: Of a batch on one chip, all its heads; a share of an item where those are split.
+      language: The language model, whose kernels are those of no stage.
+      num_tokens: Of its text.
     """
     total = hlo.Costs()
     half = compute.dtype == "bfloat16"
     passes = 1 if half else hlo.PASSES.get(compute.precision, 1)
     for name, times in kernels.items():
-        side, number = re.search(r"(encoder|decoder)/stage_(\d+)", name).groups()
-        module = getattr(codec, side)[int(number)]
-        window = codec.windows(side)[int(number)]
-        frames = round(codec.stage_rates(side)[int(number)] * seconds)
+        if stage := re.search(r"(encoder|decoder)/stage_(\d+)", name):
+            side, number = stage[1], int(stage[2])
+            module, window = getattr(codec, side)[number], codec.windows(side)[number]
+            frames = round(codec.stage_rates(side)[number] * seconds)
+        else:
+            module = language
+            window = frames = round(codec.frame_rate * seconds) + 2 + num_tokens
         size = attention.splash_block(frames, min(window, frames))
         blocks = -(-frames // size)
         seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
@@ -163,6 +173,7 @@ def report(
     precision: str,
 ) -> bool:
     """Compiles a function, prints what it costs, and returns whether it fits."""
+    language, _ = language_models.of_run(config, codec)
     began = time.perf_counter()
     compiled = lower(function, config, codec, mesh, precision).compile()
     seconds = time.perf_counter() - began
@@ -176,13 +187,14 @@ def report(
     items = config.batch_size / mesh.size
     if function == "train_step":
         items, compute = items / config.num_microbatches, config.compute
-        useful = flops.step_flops(config, codec, num_samples)
+        useful = flops.step_flops(config, codec, num_samples, language)
     else:
         compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
         parts = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
         useful = config.batch_size * sum(sides[part] for part in parts)
     audio = num_samples / codec.sample_rate
-    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items))
+    text = (language, config.max_text_tokens)
+    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text))
     estimate = Estimate(chip, mesh.size, costs, useful)
     print(f"{function}, compiled in {seconds:.0f} s")
     print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
@@ -313,6 +325,9 @@ def main() -> None:
     mesh = get_mesh(topology, config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
     count = sum(x.size for x in jax.tree.leaves(_params(codec, mesh)))
+    language, _ = language_models.of_run(config, codec)
+    if language is not None:
+        count += sum(x.size for x in jax.tree.leaves(language_models.boxed_shapes(language)))
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
     print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters; "

@@ -15,7 +15,7 @@ import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.config import DOMAINS, TASKS, TrainConfig
-from moss_tok.data.sources import Mixture, Recording, Source
+from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
 
 _TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
@@ -43,11 +43,12 @@ class Segment(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         """An item of a batch, see `batches`."""
-        index, wav, recording = int(element), None, None
+        index, wav, text = int(element), None, ("", TASKS[0])
+        domain = "other"
         failed = np.full((_TRIES, 2), -1, np.int64)
         for attempt in range(_TRIES):
             try:
-                wav, recording = self._read(index, rng)
+                wav, domain, text = self._read(index, rng)
             except ValueError:
                 failed[attempt] = self._number, index
             else:
@@ -58,21 +59,16 @@ class Segment(grain.transforms.RandomMap):
             wav = np.zeros((self._num_channels, 0), np.float32)
         wav = self._augment(wav, rng)
         padding = self._num_samples - wav.shape[-1]
-        domain = recording.domain if recording else "other"
-        text = {} if self._tokenizer is None else self._text(recording)
-        return text | {
+        tokens = {} if self._tokenizer is None else self._tokens(*text)
+        return tokens | {
             "wav": np.pad(wav, ((0, 0), (0, padding))),
             "length": np.int32(wav.shape[-1]),
             "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
             "failed": failed,
         }
 
-    def _text(self, recording: Recording | None) -> Batch:
-        """Tokens of what is said; none where the segment is only a part of the recording."""
-        most, tokens, task = self._config.max_text_tokens, [], TASKS[0]
-        seconds = self._num_samples / self._sample_rate
-        if recording is not None and recording.duration_seconds <= seconds:
-            tokens, task = self._tokenizer.encode(recording.text), recording.task
+    def _tokens(self, text: str, task: str) -> Batch:
+        most, tokens = self._config.max_text_tokens, self._tokenizer.encode(text)
         tokens = tokens if len(tokens) <= most else []
         return {
             "text": np.pad(np.array(tokens, np.int32), (0, most - len(tokens))),
@@ -80,13 +76,25 @@ class Segment(grain.transforms.RandomMap):
             "task": np.int32(TASKS.index(task)),
         }
 
-    def _read(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Recording]:
+    def _read(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, str, tuple[str, str]]:
+        """Audio, domain, text and task; no text where the segment is a part of the recording."""
         recording = self._source[index]
-        seconds = self._num_samples / self._sample_rate
+        rate = self._sample_rate
+        if self._config.augment_speed:
+            speed = 1 + rng.uniform(-self._config.augment_speed, self._config.augment_speed)
+            rate = round(rate / speed)  # as which it is read, not as which it is taken
+        seconds = self._num_samples / rate
         start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
-        wav = files.read_segment(recording.audio, start, seconds, self._sample_rate)
+        wav = files.read_segment(recording.audio, start, seconds, rate)
         wav = files.to_channels(wav, self._num_channels)[:, : self._num_samples]
-        return wav, recording
+        if self._config.augment_shift_seconds:
+            room = self._config.augment_shift_seconds * self._sample_rate
+            room = min(self._num_samples - wav.shape[1], round(room))
+            wav = np.pad(wav, ((0, 0), (int(rng.integers(room + 1)), 0)))
+        text = recording.text if recording.duration_seconds <= seconds else ""
+        return wav, recording.domain, (text, recording.task)
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Sets the level, as far as the peak stays within full scale."""

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from moss_tok import storage
 from moss_tok.codec import pretrained
-from moss_tok.config import ComputeConfig
+from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig
 from moss_tok.language import config as configs
 from moss_tok.language import qwen, text
 from moss_tok.language.config import LanguageConfig
@@ -64,19 +64,31 @@ def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:
     return found | {_TOKENIZER: tokenizer.json} if tokenizer.json else found
 
 
+def of_run(
+    config: TrainConfig, codec: CodecConfig
+) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
+    """The language model that a run is to train, and its tokenizer; None twice for none.
+
+    Raises:
+      ValueError: No such model, or a tokenizer that does not fit.
+    """
+    if not config.language_model:
+        return None, None
+    quantizer, audio = codec.quantizer, config.language_input
+    latents_dim = quantizer.output_dim if audio == "codes" else quantizer.input_dim
+    return find(config.language_model, config.tokenizer, latents_dim, audio)
+
+
 def find(
     model: str, tokenizer: str, latents_dim: int, audio: str
 ) -> tuple[LanguageConfig, Tokenizer]:
-    """The model that a run is to train.
+    """`of_run` by its parts.
 
     Args:
       model: A preset, or a directory with Qwen2.5 weights.
       tokenizer: A tokenizer.json or its folder, "bytes"; "": the directory's, or bytes.
       latents_dim: Width of the codec's frames.
       audio: "codes" or "latents".
-
-    Raises:
-      ValueError: Neither, or a tokenizer that does not fit.
     """
     folder = storage.to_path(model)
     if model in configs.PRESETS:

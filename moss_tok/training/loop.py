@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> bool:
     num_samples = segment_samples(config, codec)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
-    language, tokenizer = _language(config, codec)
+    language, tokenizer = language_models.of_run(config, codec)
     shapes = state_shapes(config, codec, mesh, language)
     workdir = storage.to_path(config.workdir)
     _check_same_run(workdir, config)
@@ -112,20 +112,6 @@ def _codec_config(config: TrainConfig) -> CodecConfig:
                 f"init_from {config.init_from} holds another model than {config.model}"
             )
     return codec
-
-
-def _language(
-    config: TrainConfig, codec: CodecConfig
-) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
-    """The semantic head of the run and its tokenizer, if it has one."""
-    if not config.language_model:
-        return None, None
-    latents_dim = codec.quantizer.output_dim
-    if config.language_input == "latents":
-        latents_dim = codec.quantizer.input_dim
-    return language_models.find(
-        config.language_model, config.tokenizer, latents_dim, config.language_input
-    )
 
 
 def _check_same_run(workdir: storage.Path, config: TrainConfig) -> None:

@@ -62,6 +62,9 @@ def train_step(
     batch = batch | {"keep": _quantizer_dropout(config, codec, keep_key, batch["position"])}
     if language is not None:
         paired = batch["text_length"] > 0
+        if config.language_mask:
+            mask_key = jax.random.fold_in(key, 2)
+            batch["hidden"] = _hidden_frames(config, codec, mask_key, batch)
         batch["text_weight"] = paired * len(paired) / jnp.maximum(paired.sum(), 1)
     parts = _split(batch, config.num_microbatches)
     changed, terms, norms = {}, {}, {}
@@ -199,6 +202,8 @@ def _generate(
         outputs |= losses.quantizer_losses(quantized, keep, length, codec.hop_length)
     if language is not None:
         heard = quantized.latents if language.audio == "codes" else latents
+        if "hidden" in part:
+            heard = jnp.where(part["hidden"][..., None], 0, heard)
         text = (part[name] for name in ("task", "text", "text_length"))
         head = SemanticHead(language, config.compute)
         loss = head.apply({"params": params["language"]}, heard, codec.num_frames(length), *text)
@@ -347,6 +352,25 @@ def _quantizer_dropout(
         return jnp.arange(most) < jnp.where(drop, number, most)
 
     return jax.vmap(draw)(positions)
+
+
+def _hidden_frames(
+    config: TrainConfig, codec: CodecConfig, key: jax.Array, batch: Batch
+) -> jax.Array:
+    """Frames [B, T] that the language model does not hear: two spans of each item.
+
+    SpecAugment's masks in time (arXiv 1904.08779).
+    """
+    num_frames = codec.num_frames(batch["wav"].shape[-1])
+    frames = jnp.arange(num_frames)
+
+    def draw(position, size):
+        width, start = jax.random.uniform(jax.random.fold_in(key, position), (2, 2))
+        width = width * size * config.language_mask / 2
+        start = start * (size - width)
+        return ((frames[:, None] >= start) & (frames[:, None] < start + width)).any(-1)
+
+    return jax.vmap(draw)(batch["position"], codec.num_frames(batch["length"]))
 
 
 def _tracked_codes(
