@@ -1,0 +1,164 @@
+r"""What the codes say of the words: probes of the first quantizer, and the loss of texts.
+
+    python experiments/semantic.py probe --data=digits.jsonl --checkpoint=runs/with \
+        --checkpoint=runs/without
+    python experiments/semantic.py gap --data=sentences.jsonl --checkpoint=runs/asr
+
+`probe`: how well a linear classifier tells transcripts apart that occur many times (digits) by the
+codes of the first quantizers, on the test split. `gap`: cross-entropy of each test text given its
+own audio, another recording's of the same length, and none.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import moss_tok
+from moss_tok.audio import files, manifest
+from moss_tok.codec import inference
+from moss_tok.language import generate
+from moss_tok.language import pretrained as language_models
+
+PARTS = 4  # of a recording, each with a histogram of its own
+
+
+def read(codec, items):
+    """Recordings [C, S] and texts of the items that have one."""
+    found = []
+    for item in items:
+        text, _ = manifest.read_text(item.metadata)
+        if text:
+            wav = files.read(item.path, codec.config.sample_rate, codec.config.num_channels)
+            found.append((wav, text))
+    return found
+
+
+def split(data, name):
+    """The items of a split of a manifest."""
+    return [item for item in manifest.find_items(data) if item.split == name]
+
+
+def interval(values, draw=lambda x: x.mean(-1)):
+    """95 % bootstrap interval of the mean of [N] values over N recordings."""
+    values, random = np.asarray(values, np.float64), np.random.default_rng(0)
+    means = draw(values[random.integers(0, len(values), (10000, len(values)))])
+    return np.percentile(means, [2.5, 97.5])
+
+
+def histograms(codec, recordings, num_quantizers):
+    """Shares of each code in each part of each recording: [N, PARTS * Q * K]."""
+    size = codec.config.quantizer.codebook_size
+    rows = []
+    for wav, _ in recordings:
+        codes = inference.encode_one(codec, wav)[:num_quantizers]
+        parts = np.array_split(codes, PARTS, axis=1)
+        counts = [np.bincount(row, minlength=size) for part in parts for row in part]
+        rows.append(np.concatenate(counts) / codes.shape[1])
+    return np.sqrt(np.array(rows, np.float32))
+
+
+def fit(features, labels, num_classes, decay=1e-3, num_steps=500):
+    """Weights of a multinomial logistic regression."""
+    optimizer = optax.adamw(0.05, weight_decay=decay)
+
+    def loss(weights):
+        logits = features @ weights
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(_, carry):
+        weights, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    weights = jnp.zeros((features.shape[1], num_classes))
+    return jax.lax.fori_loop(0, num_steps, step, (weights, optimizer.init(weights)))[0]
+
+
+def probe(args):
+    """Prints the accuracy of probes of each checkpoint, and of differences to the last one."""
+    correct = {}
+    numbers = [int(n) for n in args.num_quantizers.split(",")]
+    for checkpoint in args.checkpoint:
+        codec = moss_tok.load(checkpoint, component="encoder")
+        train, test = (read(codec, split(args.data, name)) for name in ("train", "test"))
+        names = sorted({text for _, text in train})
+        labels = [np.array([names.index(text) for _, text in part]) for part in (train, test)]
+        for number in numbers:
+            features = [histograms(codec, part, number) for part in (train, test)]
+            weights = fit(jnp.asarray(features[0]), jnp.asarray(labels[0]), len(names))
+            guesses = np.argmax(features[1] @ np.asarray(weights), axis=1)
+            correct[checkpoint, number] = guesses == labels[1]
+    print(f"{len(train)} training, {len(test)} test recordings, {len(names)} texts; 95 % intervals")
+    print("| checkpoint | quantizers | accuracy | above the last checkpoint |\n|---|---|---|---|")
+    for (checkpoint, number), right in correct.items():
+        more = right.astype(float) - correct[args.checkpoint[-1], number]
+        cells = "{:.3f} ({:.3f} to {:.3f})".format(right.mean(), *interval(right))
+        gained = "{:+.3f} ({:+.3f} to {:+.3f})".format(more.mean(), *interval(more))
+        print(f"| {checkpoint} | {number} | {cells} | {gained} |", flush=True)
+
+
+def gap(args):
+    """Prints the mean loss per token with the right, a wrong, and no audio, and the gaps."""
+    (checkpoint,) = args.checkpoint
+    codec, language = moss_tok.load(checkpoint, "encoder"), language_models.load(checkpoint)
+    recordings = read(codec, split(args.data, "test"))
+    recordings = [r for r in recordings if r[0].shape[1] <= args.seconds * codec.config.sample_rate]
+    if len(recordings) < 2:
+        sys.exit(f"error: {args.data}: fewer than 2 test recordings with a text within --seconds")
+    losses = np.array([
+        [loss(codec, language, wav, text) for wav in (own, other(recordings, i), own[:, :0])]
+        for i, (own, text) in enumerate(recordings)
+    ])  # fmt: skip
+    print(f"{len(losses)} test recordings, nats per token; 95 % intervals over recordings")
+    for name, column in zip(("right audio", "wrong audio", "no audio"), losses.T, strict=True):
+        cells = "{:.3f} ({:.3f} to {:.3f})".format(column.mean(), *interval(column))
+        print(f"| {name} | {cells} |")
+    for name, column in (("wrong - right", 1), ("none - right", 2)):
+        difference = losses[:, column] - losses[:, 0]
+        cells = "{:+.4f} ({:+.4f} to {:+.4f})".format(difference.mean(), *interval(difference))
+        print(f"| {name} | {cells} |")
+
+
+def other(recordings, i):
+    """The next recording, cut or repeated to the length of recording i."""
+    wav, size = recordings[(i + 1) % len(recordings)][0], recordings[i][0].shape[1]
+    return np.tile(wav, -(-size // wav.shape[1]))[:, :size]
+
+
+def loss(codec, language, wav, text):
+    """Cross-entropy per token of a text given audio [C, S], S may be 0."""
+    tokens = np.array([language.tokenizer.encode(text)], np.int32)
+    size = wav.shape[1]
+    frames = inference.bucket_frames(max(1, codec.config.num_frames(size)))
+    padded = np.pad(wav, ((0, 0), (0, frames * codec.config.hop_length - size)))[None]
+    latents, lengths = generate.hear(codec, language, padded, np.array([size]))
+    padding = -tokens.shape[1] % 32
+    arguments = (latents, lengths, jnp.zeros(1, jnp.int32),
+                 np.pad(tokens, ((0, 0), (0, padding))), jnp.array([tokens.shape[1]]))  # fmt: skip
+    return float(_apply(language, *arguments)[0])
+
+
+@jax.jit
+def _apply(language, *arguments):
+    return language.apply(*arguments)
+
+
+def main():
+    """Runs a study."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=["probe", "gap"])
+    parser.add_argument("--data", required=True, help="manifest with transcripts and both splits")
+    parser.add_argument("--checkpoint", required=True, action="append")
+    parser.add_argument("--num-quantizers", default="1,4", help="that the probes see")
+    parser.add_argument("--seconds", type=float, default=20, help="longer ones are left out of gap")
+    args = parser.parse_args()
+    {"probe": probe, "gap": gap}[args.study](args)
+
+
+if __name__ == "__main__":
+    main()
