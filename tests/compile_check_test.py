@@ -12,6 +12,7 @@ import pytest
 
 from moss_tok import config
 from moss_tok.codec import attention
+from moss_tok.language.config import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
@@ -190,6 +191,12 @@ def test_costs_of_an_attention_kernel():
     assert attention.splash_block(frames, frames) == 256
     assert found.flops == heads * 2 * 2 * 256 * 256 * module.head_dim
     assert found.hbm_bytes == heads * 256 * 128 * 2 * (2 + 3)
+    language = LanguageConfig(8, 257, 256, 128, 1, 2, 1, 64)
+    names = {"jit(f)/SemanticHead/model/layers/splash_mha_fwd": 2.0}
+    found = compile_check.kernel_costs(
+        names, codec, compute, 200 / codec.frame_rate, 3, language, 54
+    )
+    assert found.flops == 2 * 3 * 2 * 2 * 2 * 256 * 256 * 64
 
 
 @pytest.mark.parametrize("source", [["--model=nano"], ["--init_from=CODEC"]])

@@ -9,6 +9,8 @@ from conftest import micro_config
 
 from moss_tok.codec.transformer import Stage
 from moss_tok.config import ComputeConfig, TrainConfig
+from moss_tok.language.config import LanguageConfig
+from moss_tok.language.model import SemanticHead
 from moss_tok.training import flops
 from moss_tok.training.discriminators import Discriminators
 
@@ -52,6 +54,16 @@ def test_discriminators_count_what_xla_counts(changes):
     assert expected == pytest.approx(found, rel=0.1)
 
 
+def test_a_language_model_counts_what_xla_counts():
+    """Dense attention computes both triangles, which has no weight at these widths."""
+    config = LanguageConfig(128, 1000, 0, 512, 1, 4, 2, 2048)
+    head, (num_frames, num_tokens) = SemanticHead(config, COMPUTE), (40, 20)
+    latents, one = jnp.zeros((1, num_frames, 128)), jnp.ones(1, jnp.int32)
+    batch = (latents, num_frames * one, one, jnp.zeros((1, num_tokens), jnp.int32), one)
+    found = counted(head.apply, head.init(jax.random.key(0), *batch), *batch)
+    assert flops.language_flops(config, num_frames, num_tokens) == pytest.approx(found, rel=0.03)
+
+
 def test_a_step_costs_more_with_discriminators_and_less_with_frozen_parts():
     codec, config = micro_config(), TrainConfig(batch_size=4)
     plain = flops.step_flops(config, codec, 2048)
@@ -60,3 +72,9 @@ def test_a_step_costs_more_with_discriminators_and_less_with_frozen_parts():
     assert flops.step_flops(judged, codec, 2048) > plain
     frozen = dataclasses.replace(config, trainable="decoder", init_from="x")
     assert flops.step_flops(frozen, codec, 2048) < plain
+    language = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24)
+    heard = dataclasses.replace(config, language_model="tiny")
+    added = 4 * 3 * flops.language_flops(language, codec.num_frames(2048), config.max_text_tokens)
+    assert flops.step_flops(heard, codec, 2048, language) == plain + added
+    alone = dataclasses.replace(heard, trainable="language", init_from="x")
+    assert added < flops.step_flops(alone, codec, 2048, language) < plain + added

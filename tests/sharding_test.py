@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
+from semantic_test import LANGUAGE, SEMANTIC, text_batch
+from training_test import ADVERSARIAL, CODEC, random_batch
 
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.config import ComputeConfig, DiscriminatorConfig
+from moss_tok.language import pretrained as language_models
 from moss_tok.training import state as states
 from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.step import sharded_train_step
@@ -24,10 +26,12 @@ def boxed_discriminators():
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, 4096)))["params"]
 
 
-@pytest.mark.parametrize("name", ["v1", "nano", "tiny", "discriminators"])
+@pytest.mark.parametrize("name", ["v1", "nano", "tiny", "discriminators", "language"])
 def test_every_logical_name_has_a_rule(name):
     if name == "discriminators":
         boxed = boxed_discriminators()
+    elif name == "language":
+        boxed = language_models.boxed_shapes(LANGUAGE)
     else:
         boxed = pretrained.boxed_shapes(moss_tok.preset(name))
     boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
@@ -54,7 +58,7 @@ def test_a_mesh_gives_the_same_codes(micro, rng, attention):
     np.testing.assert_array_equal(codes, moss_tok.encode(micro, wav).codes)
 
 
-@pytest.mark.parametrize("base", [CONFIG, ADVERSARIAL], ids=lambda c: c.stage)
+@pytest.mark.parametrize("base", [SEMANTIC, ADVERSARIAL], ids=lambda c: c.stage)
 def test_meshes_train_alike(base, monkeypatch):
     """Losses and parameters of 5 steps of SGD, and the first gradients: what it accumulates first.
 
@@ -64,23 +68,27 @@ def test_meshes_train_alike(base, monkeypatch):
     # Convolutions in a loop are slow on CPUs: the discriminators get all at once.
     microbatches = 1 if base.adversarial else 2
     config = dataclasses.replace(base, batch_size=8, num_microbatches=microbatches)
+    language = LANGUAGE if config.language_model else None
 
     def train(text):
         mesh = sharding.make_mesh(text)
-        shapes = states.state_shapes(config, CODEC, mesh)
+        shapes = states.state_shapes(config, CODEC, mesh, language)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        init = jax.jit(states.init_state, static_argnums=(0, 1), out_shardings=shardings)
-        state, step = init(config, CODEC), sharded_train_step(config, CODEC, shapes)
+        init = jax.jit(states.init_state, static_argnums=(0, 1, 4), out_shardings=shardings)
+        state = init(config, CODEC, None, None, language)
+        step = sharded_train_step(config, CODEC, shapes, language)
         start = jax.device_get((state.params, state.discriminators))
         rows, first = [], None
         for seed in range(5):
-            batch = jax.tree.map(np.asarray, random_batch(seed, 8))
+            batch = text_batch(seed, 8) if language else random_batch(seed, 8)
+            batch = jax.tree.map(np.asarray, batch)
             state, metrics = step(state, sharding.global_batch(mesh, 8, batch))
             rows.append({k: float(v) for k, v in metrics.items()})
             opt_states = (state.opt_state, state.discriminator_opt_state)
             first = jax.device_get(opt_states) if first is None else first
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         gradients = [x for _, x in optax.tree.get_all_with_path(first, "trace")]
+        gradients = [tree for tree in gradients if jax.tree.leaves(tree)]
         params = jax.device_get((state.params, state.discriminators))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)
         assert all(max(jax.tree.leaves(tree)) > 1e-4 for tree in moved if tree is not None)
@@ -92,7 +100,7 @@ def test_meshes_train_alike(base, monkeypatch):
         for expected, row in zip(rows, found, strict=True):
             for name in (name for name in expected if name.endswith("loss")):
                 assert row[name] == pytest.approx(expected[name], rel=1e-4), (text, name)
-        assert len(gradients) == 2 + base.adversarial  # codebooks, the rest, discriminators
+        assert len(gradients) == 3  # codebooks, the rest, language model or discriminators
         for expected, got in zip(gradients, found_gradients, strict=True):
             difference = optax.tree.norm(optax.tree.sub(got, expected))
             assert 0 < optax.tree.norm(expected), text
