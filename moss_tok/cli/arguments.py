@@ -10,13 +10,18 @@ from typing import Any
 
 def add_codec(parser: argparse.ArgumentParser) -> None:
     """--checkpoint and --num-quantizers."""
+    add_checkpoint(parser)
+    add_num_quantizers(parser)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint."""
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="C",
         help="checkpoint, training workdir, official directory or Hub id",
     )
-    add_num_quantizers(parser)
 
 
 def add_num_quantizers(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,12 @@ import argparse
 import os
 from typing import Any
 
+from moss_tok.cli import arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="C",
-        help="checkpoint, training workdir, official directory or Hub id",
-    )  # fmt: skip
+    arguments.add_checkpoint(parser)
     parser.add_argument(
         "--dataset", required=True, action="append", metavar="D.jsonl",
         help="a path of audio per line, may be given several times",
@@ -41,7 +40,6 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import moss_tok
-    from moss_tok.cli import arguments
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep, transcription
 

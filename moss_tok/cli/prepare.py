@@ -39,11 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import shlex
-    import sys
     from pathlib import Path
 
-    import tqdm
-
+    from moss_tok.cli import arguments
     from moss_tok.data import prepare
 
     if args.num_workers < 1:
@@ -61,12 +59,9 @@ def run(args: argparse.Namespace) -> None:
         prepare.run_beam(folder, shards, settings, args.runner, shlex.split(args.beam_flags))
     else:
         work = prepare.run_local(folder, shards, settings, min(args.num_workers, len(shards)))
-        terminal = sys.stderr.isatty()
-        for done, _ in enumerate(
-            tqdm.tqdm(work, total=total, disable=not terminal, unit="file"), 1
-        ):
-            if not terminal and (done % 1000 == 0 or done == total):
-                print(f"{done}/{total} files", flush=True)
+        with arguments.counter(total, args.output) as count:
+            for _ in work:
+                count()
     summary = prepare.finish(args.output, shards)
     for domain, hours in summary["hours"].items():
         print(f"{domain:<12} {hours:10.2f} h")
