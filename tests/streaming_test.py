@@ -290,15 +290,22 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
         ({0: wav.repeat(2, 0)}, r"must have the shape \[1, S\]"),
         ({0: (1000 * wav).astype(np.int16)}, "must be floating point"),
         ({0: wav * np.nan}, "not finite"),
+        ({0: np.full((1, 9), 1e300)}, "not finite"),
+        ({0: wav, True: wav}, "slot must be 0..1, got True"),
         (wav, "has 2 slots: say which"),
     ]:
         with pytest.raises(ValueError, match=message):
             stream.push(block)
     with pytest.raises(ValueError, match="sample_rate must be 24000 for this codec, got 16000"):
         stream.push({0: wav}, 16000)
-    np.testing.assert_array_equal(stream.push({0: wav}, 24000)[0], expected)
+    with pytest.raises(ValueError, match="sample_rate must be 24000"):
+        stream.push({0: wav}, np.array([24000, 16000]))
+    np.testing.assert_array_equal(stream.push({0: wav}, np.int64(24000))[0], expected)
     with pytest.raises(ValueError, match="slot 1 is finished"):
         stream.finish([1])
+    for call in (stream.finish, stream.reset):
+        with pytest.raises(ValueError, match="slots must be a list of integers, got 1"):
+            call(1)
     assert stream.push({}) == {}
     stream.reset([1])
     np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
@@ -321,17 +328,30 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
 
 
 def test_errors_of_the_steps(v1_tiny):
-    state = streaming.init_encoder_stream(v1_tiny, 2)
+    state = moss_tok.init_encoder_stream(v1_tiny, 2)
+    other = moss_tok.init_decoder_stream(v1_tiny, 2)
     wav, codes = np.zeros((2, 1, 1920), np.float32), np.zeros((2, 8, 1), np.int32)
     for call, message in [
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[:1]), "wav must have the shape"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[..., :-1]), "whole frames of 1920"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav.astype(int)), "floating point"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, None, 9), "num_quantizers must be"),
-        (lambda: moss_tok.decode_step(v1_tiny, state, codes[0]), "codes must have the shape"),
-        (lambda: moss_tok.decode_step(v1_tiny, state, codes * 1.0), "codes must be integers"),
-        (lambda: moss_tok.init_encoder_stream(v1_tiny, 0), "batch_size must be at least 1"),
+        (lambda: moss_tok.decode_step(v1_tiny, other, codes[0]), "codes must have the shape"),
+        (lambda: moss_tok.decode_step(v1_tiny, other, codes * 1.0), "codes must be integers"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav, np.array([0, 1.0])), "got float64"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav, [True, False]), "got bool"),
+        (lambda: moss_tok.reset_streams(state, np.ones(3, bool)), r"slots must .*\[2\].*\[3\]"),
+        (lambda: moss_tok.encode_step(v1_tiny, other, wav), "state must be one of init_encoder"),
+        (lambda: moss_tok.decode_step(v1_tiny, state, codes), "state must be one of init_decoder"),
+        (lambda: moss_tok.encode_step(v1_tiny, None, wav), "state must be one of init_encoder"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),
+        (lambda: moss_tok.reset_streams(state, np.arange(2)), "slots must be booleans"),
+        (lambda: moss_tok.init_encoder_stream(v1_tiny, 0), "batch_size must be .* got 0"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, num_slots=0), "num_slots must be .* got 0"),
+        (lambda: moss_tok.DecoderStream(v1_tiny, num_slots=1.5), "num_slots must be .* got 1.5"),
         (lambda: moss_tok.EncoderStream(v1_tiny, chunk_frames=()), "chunk_frames must be"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, chunk_frames=4), "chunk_frames must be"),
         (lambda: moss_tok.EncoderStream(v1_tiny, 9), "num_quantizers must be"),
     ]:
         with pytest.raises(ValueError, match=message):

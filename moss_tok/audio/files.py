@@ -272,16 +272,28 @@ def write_blocks(
     options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
 
     def write_to(file: object) -> None:
+        with _named_failures(path):
+            out = soundfile.SoundFile(file, "w", sample_rate, num_channels, **options)
         try:
-            with soundfile.SoundFile(file, "w", sample_rate, num_channels, **options) as out:
-                for block in blocks:
-                    if not np.isfinite(block).all():
-                        raise ValueError(f"{path}: audio to write must be finite")
+            for block in blocks:  # what goes wrong in here is no failure to write
+                if not np.isfinite(block).all():
+                    raise ValueError(f"{path}: audio to write must be finite")
+                with _named_failures(path):
                     out.write(np.clip(block, -1, 1).T)
-        except (soundfile.LibsndfileError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"{path}: could not be written ({error})") from error
+        finally:
+            with _named_failures(path):
+                out.close()
 
     write_atomically(path, write_to)
+
+
+@contextlib.contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Turns libsndfile's errors into ValueError that names the file."""
+    try:
+        yield
+    except (soundfile.SoundFileError, AssertionError) as error:  # the latter where disks are full
+        raise ValueError(f"{path}: could not be written ({error})") from error
 
 
 def check_output(path: str | Path) -> None:

@@ -151,22 +151,44 @@ class Cache:
     keys: jax.Array
     values: jax.Array
 
+    @property
+    def num_frames(self) -> int:
+        """R."""
+        return self.keys.shape[-2]
+
+    def layer(self, index: jax.Array) -> "Cache":
+        """One layer: [B, N, R, H]."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+
+    def replace_layer(self, index: jax.Array, layer: "Cache") -> "Cache":
+        """With another layer [B, N, R, H] at `index`."""
+        put = jax.lax.dynamic_update_index_in_dim
+        return jax.tree.map(lambda x, new: put(x, new, index, 0), self, layer)
+
     def fresh(self, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
-        """What `write` needs of a chunk's k, v [B, N, T, H]: the last R of its real frames."""
-        num_frames, size = k.shape[2], self.keys.shape[-2]
+        """What is kept of a chunk's k, v [B, N, T, H] for `write`; this is one layer.
+
+        The chunk itself, or, if it has more than R frames, the layer as it is next.
+        """
+        num_frames, size = k.shape[2], self.num_frames
         if num_frames <= size:
             return Cache(k, v)
-        i = jnp.maximum(span.count[:, None] - size + jnp.arange(size), 0)  # [B, R]
-        return Cache(*(jnp.take_along_axis(x, i[:, None, :, None], axis=2) for x in (k, v)))
+        first = span.count[:, None] - size  # of the last R frames, in the chunk
+        i = first + (jnp.arange(size) - span.start[:, None] - first) % max(size, 1)
+        i = i[:, None, :, None]  # [B, 1, R, 1]: what comes to each place, below 0: nothing
 
-    def write(self, span: Span, fresh: "Cache", num_frames: int) -> "Cache":
-        """Puts in what `fresh` kept of a chunk of `num_frames`, of all layers: [L, B, N, T, H]."""
-        batch, size, count = self.keys.shape[1], self.keys.shape[3], span.count[:, None]
-        if not size:
-            return self
-        i = jnp.arange(fresh.keys.shape[3]) + (count - size if num_frames > size else 0)  # [B, T]
-        kept = (i >= 0) & (i < count) & (i >= count - size)
-        place = jnp.where(kept, (span.start[:, None] + i) % size, size)  # [B, T]; size: nowhere
+        def put(ring, new):
+            new = jnp.take_along_axis(new, jnp.maximum(i, 0), axis=2)
+            return jnp.where(i >= 0, new.astype(ring.dtype), ring)
+
+        return Cache(put(self.keys, k), put(self.values, v))
+
+    def write(self, span: Span, fresh: "Cache") -> "Cache":
+        """Puts in what `fresh` kept of a chunk of at most R frames, of all layers."""
+        batch, size, num_frames = self.keys.shape[1], self.num_frames, fresh.num_frames
+        i = jnp.arange(num_frames)
+        place = (span.start[:, None] + i) % size  # [B, T]
+        place = jnp.where(i < span.count[:, None], place, size)  # nowhere
 
         def put(ring, new):
             rows = ring.at[:, jnp.arange(batch)[:, None], :, place]

@@ -264,7 +264,6 @@ def check_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
     if not isinstance(lengths, jax.Array):  # before 64 bits become 32
         lengths = np.asarray(lengths)
         lengths = np.clip(lengths, 0, x.shape[-1]) if lengths.dtype.kind in "iu" else lengths
-    lengths = jnp.asarray(lengths)
     if lengths.shape != x.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths must be integers of the shape [{x.shape[0]}], "

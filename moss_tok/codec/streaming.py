@@ -6,6 +6,7 @@ Algorithmic latency is one code frame.
 """
 
 import functools
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,11 +71,12 @@ def encode_step(
       The next state, and codes [B, num_quantizers, T] int32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes or types, num_quantizers out of range, or a codec without encoder.
+      ValueError: Wrong shapes or types, num_quantizers out of range, a codec without encoder, or a
+        state of its decoder.
     """
     c = codec.config
     num_quantizers = c.check_num_quantizers(num_quantizers)
-    check_part(codec, "encoder")
+    _check_state(codec, "encoder", state)
     wav = jnp.asarray(wav)
     check_shape("wav", wav, (state.position.shape[0], c.num_channels, "T * hop_length"))
     if wav.shape[-1] % c.hop_length:
@@ -101,9 +103,9 @@ def decode_step(
       The next state, and wav [B, C, T * hop_length] float32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes or types, or a codec without decoder.
+      ValueError: Wrong shapes or types, a codec without decoder, or a state of its encoder.
     """
-    check_part(codec, "decoder")
+    _check_state(codec, "decoder", state)
     codes = jnp.asarray(codes)
     check_shape("codes", codes, (state.position.shape[0], "Q", "T"))
     codec.config.check_num_quantizers(codes.shape[1])
@@ -112,12 +114,32 @@ def decode_step(
     return _decode_step(codec, state, codes, check_lengths(lengths, codes))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
     """Begins anew the streams where `slots`, bool [B], is true; the others go on.
 
     What they have heard is overwritten, so that not even NaN is left of it.
+
+    Args:
+      state: Donated: use the returned one from now on.
+      slots: bool [B].
+
+    Returns:
+      The next state.
+
+    Raises:
+      ValueError: `slots` of another shape or type.
     """
+    slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)
+    if slots.shape != state.position.shape or slots.dtype != bool:
+        raise ValueError(
+            f"slots must be booleans of the shape {list(state.position.shape)}, "
+            f"got {slots.dtype} {list(slots.shape)}"
+        )
+    return _reset_streams(state, slots)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
 
     def clear(ring):
         return jnp.where(slots[:, None, None, None], 0, ring)
@@ -127,8 +149,7 @@ def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
 
 def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
     check_part(codec, side)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_count("batch_size", batch_size)
 
     def init():
         caches = empty_caches(codec.config, codec.compute, side, batch_size)
@@ -146,6 +167,24 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
         return sharding.fitting(weight.sharding.mesh, names, x.shape)
 
     return jax.jit(init, out_shardings=jax.tree.map(place, jax.eval_shape(init)))()
+
+
+def _check_state(codec: Codec, side: str, state: StreamState) -> None:
+    """Raises ValueError unless the state is one of that side: the other's fits it, silently."""
+    check_part(codec, side)
+    windows = codec.config.windows(side)
+    stages = {f"stage_{i}" for i, window in enumerate(windows) if window is not None}
+    if not isinstance(state, StreamState) or state.caches.keys() != stages:
+        raise ValueError(f"state must be one of init_{side}_stream of this codec")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 @functools.partial(jax.jit, static_argnames="num_quantizers", donate_argnames="state")
@@ -176,10 +215,29 @@ class _Stream:
     _side: str
     _what: str  # is pushed
 
-    def __init__(self, codec: Codec, num_slots: int, chunk_frames: Sequence[int], source: Any):
-        sizes = sorted(set(chunk_frames))
-        if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
-            raise ValueError(f"chunk_frames must be positive integers, got {chunk_frames!r}")
+    def __init__(
+        self,
+        codec: Codec,
+        num_quantizers: int | None = None,
+        num_slots: int = 1,
+        chunk_frames: Sequence[int] = CHUNK_FRAMES,
+        source: Iterable[np.ndarray] | None = None,
+    ):
+        """Compiles.
+
+        Args:
+          codec: A codec with this side.
+          num_quantizers: The first 1..Q codes of each frame; default: all.
+          num_slots: Streams side by side.
+          chunk_frames: How many frames may be computed at once; what comes is cut into these.
+          source: Blocks to iterate over.
+        """
+        _check_count("num_slots", num_slots)
+        if source is not None and not isinstance(source, Iterable):
+            raise ValueError(f"source must be an iterable of blocks, got {source!r}")
+        sizes = _sizes(chunk_frames)
+        self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
+        self._unit = codec.config.hop_length if self._side == "encoder" else 1  # of a frame
         self._codec, self._config, self._sizes, self._source = codec, codec.config, sizes, source
         self._state = _init(codec, self._side, num_slots)
         self._buffers = [self._nothing()] * num_slots
@@ -203,10 +261,10 @@ class _Stream:
           ValueError: A wrong block or rate, a slot that does not exist or is finished. No slot is
             changed.
         """
-        if sample_rate not in (None, self._config.sample_rate):
-            raise ValueError(
-                f"sample_rate must be {self._config.sample_rate} for this codec, got {sample_rate}"
-            )
+        wanted = self._config.sample_rate
+        fits = isinstance(sample_rate, numbers.Real) and sample_rate == wanted
+        if sample_rate is not None and not fits:
+            raise ValueError(f"sample_rate must be {wanted} for this codec, got {sample_rate!r}")
         several = isinstance(block, Mapping)
         blocks = self._checked(block if several else {self._only_slot(): block})
         for slot, x in blocks.items():
@@ -298,9 +356,11 @@ class _Stream:
     def _check_slots(self, slots: Iterable[int], finished: bool = False) -> list[int]:
         if self._state is None:
             raise ValueError("the stream is closed")
+        if not isinstance(slots, Iterable):
+            raise ValueError(f"slots must be a list of integers, got {slots!r}")
         slots, most = list(slots), len(self._buffers) - 1
         for slot in slots:
-            if not isinstance(slot, (int, np.integer)) or not 0 <= slot <= most:
+            if not _is_integer(slot) or not 0 <= slot <= most:
                 raise ValueError(f"slot must be 0..{most}, got {slot!r}")
             if self._finished[slot] and not finished:
                 raise ValueError(f"the stream of slot {slot} is finished: reset it to begin anew")
@@ -317,6 +377,14 @@ class _Stream:
         return found
 
 
+def _sizes(chunk_frames: Sequence[int]) -> list[int]:
+    """The sizes of chunks, smallest first."""
+    sizes = list(chunk_frames) if isinstance(chunk_frames, Iterable) else []
+    if not sizes or not all(_is_integer(n) and n >= 1 for n in sizes):
+        raise ValueError(f"chunk_frames must be positive integers, got {chunk_frames!r}")
+    return sorted({int(n) for n in sizes})
+
+
 class EncoderStream(_Stream):
     """Audio in blocks of any length to codes.
 
@@ -330,27 +398,6 @@ class EncoderStream(_Stream):
     """
 
     _side, _what = "encoder", "audio"
-
-    def __init__(
-        self,
-        codec: Codec,
-        num_quantizers: int | None = None,
-        num_slots: int = 1,
-        chunk_frames: Sequence[int] = CHUNK_FRAMES,
-        source: Iterable[np.ndarray] | None = None,
-    ):
-        """Compiles.
-
-        Args:
-          codec: A codec with an encoder.
-          num_quantizers: The first 1..Q codes of each frame; default: all.
-          num_slots: Streams side by side.
-          chunk_frames: How many frames may be computed at once; what comes is cut into these.
-          source: Blocks [C, S] to iterate over.
-        """
-        self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
-        self._unit = codec.config.hop_length
-        super().__init__(codec, num_slots, chunk_frames, source)
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._state, out = encode_step(
@@ -373,9 +420,11 @@ class EncoderStream(_Stream):
             raise ValueError(f"must have the shape [{channels}, S], got {list(wav.shape)}")
         if wav.dtype.kind != "f":
             raise ValueError(f"must be floating point in [-1, 1], got {wav.dtype}")
+        with np.errstate(over="ignore"):  # float64 may hold what float32 does not
+            wav = wav.astype(np.float32)
         if not np.isfinite(wav).all():
             raise ValueError("has samples that are not finite numbers")
-        return wav.astype(np.float32)
+        return wav
 
 
 class DecoderStream(_Stream):
@@ -384,19 +433,7 @@ class DecoderStream(_Stream):
     Otherwise like `EncoderStream`.
     """
 
-    _side, _what, _unit = "decoder", "codes", 1
-
-    def __init__(
-        self,
-        codec: Codec,
-        num_quantizers: int | None = None,
-        num_slots: int = 1,
-        chunk_frames: Sequence[int] = CHUNK_FRAMES,
-        source: Iterable[np.ndarray] | None = None,
-    ):
-        """Compiles; `num_quantizers` is the q of all blocks."""
-        self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
-        super().__init__(codec, num_slots, chunk_frames, source)
+    _side, _what = "decoder", "codes"
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._state, out = decode_step(self._codec, self._state, chunk, lengths)

@@ -124,6 +124,21 @@ class Block(nn.Module):
         return scale.astype(self.compute.dtype)
 
 
+class LongChunkBlock(Block):
+    """A block that puts its layer of the cache, which is carried along, in place.
+
+    So there is one cache, not two. Short chunks, which change little of it, are faster without.
+    """
+
+    def __call__(
+        self, carry: tuple[jax.Array, Cache], index: jax.Array, table: jax.Array, span: Span
+    ) -> tuple[tuple[jax.Array, Cache], None]:
+        """[B, T, D] and the cache of all layers, of which this is `index` -> the next ones."""
+        x, cache = carry
+        x, fresh = super().__call__(x, cache.layer(index), table, span)
+        return (x, cache.replace_layer(index, fresh)), None
+
+
 class Stage(nn.Module):
     """Input projection, `num_layers` blocks, output projection."""
 
@@ -148,24 +163,32 @@ class Stage(nn.Module):
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
         table = attention.rope_table(positions, c.head_dim, c.max_period)
-        block = Block
-        if self.compute.remat != "none":
-            policy = REMAT_POLICIES[self.compute.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        # The cache is read layer by layer and written once, so that it need not be copied.
-        layers = layers(c, self.compute, self.window, name="layers")
-        x, fresh = layers(x, cache, table, span)
-        if cache is not None:
-            cache = cache.write(span, fresh, x.shape[1])
+        if cache is not None and x.shape[1] > cache.num_frames:
+            layers = self._layers(LongChunkBlock)
+            (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
+        else:
+            # The cache is read layer by layer and written once, so that it need not be copied.
+            x, fresh = self._layers(self._block())(x, cache, table, span)
+            cache = None if cache is None else cache.write(span, fresh)
         if c.output_projection:
             axes = ("embed", "width")
             x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
         return x, cache
+
+    def _block(self) -> type[Block]:
+        if self.compute.remat == "none":
+            return Block
+        policy = REMAT_POLICIES[self.compute.remat]
+        return nn.remat(Block, policy=policy, prevent_cse=False)
+
+    def _layers(self, block: type[Block]) -> nn.Module:
+        """The blocks under one scan over their parameters, and over the second argument."""
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(self.config, self.compute, self.window, name="layers")

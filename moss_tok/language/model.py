@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
         table = attention.rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x, fresh = self.layers(x, cache, table, span)
         if cache is not None:
-            cache = cache.write(span, fresh, x.shape[1])
+            cache = cache.write(span, fresh)
         return self.norm(x), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
