@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok
 from moss_tok import sharding
+from moss_tok.cli.main import main
 from moss_tok.codec import attention, inference, pretrained, streaming
 from moss_tok.config import ComputeConfig
 from moss_tok.training.state import init_state
@@ -357,6 +358,12 @@ def test_errors_of_the_steps(v1_tiny):
         with pytest.raises(ValueError, match=message):
             call()
     moss_tok.encode_step(v1_tiny, state, wav)  # none of them took the state
+
+
+def test_closed_standard_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["stream", "--checkpoint", "none"]) == 2
+    assert capsys.readouterr().err == "error: standard input is closed\n"
 
 
 def test_a_window_of_one_frame():

@@ -29,9 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    import sys
+
     import moss_tok
     from moss_tok.audio import files
 
+    if not args.input and sys.stdin is None:  # as after `<&-`
+        raise ValueError("standard input is closed")
     if args.output and not args.input:
         raise ValueError("--output is for --input")
     if args.input and args.decode:
