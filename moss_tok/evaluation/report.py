@@ -28,18 +28,17 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
 
 def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws the losses, norms and codebook health of metrics.jsonl rows; nothing without rows."""
-    names = [
-        n for n in (rows[-1] if rows else ()) if n.endswith(("loss", "_norm")) and "/" not in n
-    ]
-    names += [n for n in ("codebook_perplexity", "dead_codes") if rows and n in rows[-1]]
-    rows = [r for r in rows if all(isinstance(r.get(n), (float, list)) for n in names)]
-    if not names or not rows:
+    found = dict.fromkeys(n for row in rows for n in row)  # a row may lack the loss of texts
+    names = [n for n in found if n.endswith(("loss", "_norm")) and "/" not in n]
+    names += [n for n in ("codebook_perplexity", "dead_codes") if n in found]
+    if not names:
         return
     num_rows = -(-len(names) // 2)
     figure, axes = _figure(num_rows, (11, 2.0 * num_rows), num_columns=2)
-    steps = [r["step"] for r in rows]
     for axis, name in zip(axes, names, strict=False):
-        values = np.asarray([r[name] for r in rows])
+        known = [r for r in rows if isinstance(r.get(name), (float, list))]
+        values = np.asarray([r[name] for r in known])
+        steps = [r["step"] for r in known]
         axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
         axis.set(ylabel=name.replace("_", " "))
         if name.endswith(("loss", "_norm")) and (values > 0).all():
@@ -47,8 +46,11 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:.3g}")
         axis.grid(alpha=0.3)
-    for axis in axes[-2:]:
+    for axis in axes[max(0, len(names) - 2) : len(names)]:
         axis.set(xlabel="step")
+        axis.tick_params(labelbottom=True)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
     _save(figure, path)
 
 
