@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_tok.audio import files
-from moss_tok.config import read_json_lines, read_json_object
+from moss_tok.config import is_number, read_json_lines, read_json_object
 from moss_tok.evaluation import metrics, protocol, report
 
 _CLIPS = 8  # of a data set
@@ -200,11 +200,12 @@ def write_run(workdir: Path) -> Path:
     config = workdir / "train_config.json"
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
-    rows = read_json_lines(workdir / "metrics.jsonl")
+    rows = [r for r in read_json_lines(workdir / "metrics.jsonl") if "step" in r]
     pictures = [("Losses and codebooks", workdir / "curves.png")]
     pictures = [(caption, file) for caption, file in pictures if file.exists()]
     tables = []
     evaluations = read_json_lines(workdir / "evaluation.jsonl")
+    evaluations = [e for e in evaluations if {"step", "table"} <= e.keys()]
     for domain, found in (evaluations[-1]["table"] if evaluations else {}).items():
         names = [m for m in metrics.METRICS if any(m in means for means in found.values())]
         body = [
@@ -225,7 +226,10 @@ def _speed(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["No step has been logged yet."]
     last = rows[-1]
-    notes = [f"Step {last['step']}, loss {last.get('loss', float('nan')):.4g}."]
+    loss = last.get("loss")
+    notes = [
+        f"Step {last['step']}, " + (f"loss {loss:.4g}." if is_number(loss) else "no finite loss.")
+    ]
     if "audio_seconds_per_second" in last:
         notes.append(f"{last['audio_seconds_per_second']:.3g} s of audio per s at the end.")
     return notes
