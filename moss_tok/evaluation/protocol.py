@@ -22,6 +22,7 @@ import io
 import json
 import multiprocessing
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -374,9 +375,13 @@ def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None
 
 
 def read_code_file(folder: Path, dataset: Dataset, name: str) -> np.ndarray:
-    """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET."""
-    with np.load(folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name) as file:
-        return file["codes"]
+    """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET; ValueError where it is broken."""
+    path = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
+    try:
+        with np.load(path) as file:
+            return file["codes"]
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no .npz file of codes; delete it to make it again") from error
 
 
 def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndarray:
