@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 
@@ -123,13 +124,17 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
     shutil.copytree(evaluated, folder)
     path = folder / "out" / "tiny" / "rvq2" / "results.json"
     results = json.loads(path.read_text())
-    results["speech"]["utmos"] = 3.5
+    results["speech"] |= {"utmos": 3.5, "sim": math.nan}
     path.write_text(json.dumps(results))
     dataset = protocol.read_dataset(folder / "speech.jsonl")
     rows = protocol._read_scores(path.parent / "speech" / "scores.jsonl")
     protocol.write_results(path.parent / "speech", dataset, rows, ["mel_loss"], 150)
-    assert json.loads(path.read_text())["speech"]["utmos"] == 3.5
+    written = json.loads(path.read_text())["speech"]
+    assert (written["utmos"], math.isnan(written["sim"])) == (3.5, True)
     assert "| utmos |" in protocol.write_summary(folder / "out")
+    assert main(["report", str(folder / "out")]) == 0
+    text = (folder / "out" / "report.html").read_text()
+    assert "<th>utmos</th>" in text and "<td>3.500</td>" in text
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,8 @@ def test_page_of_an_evaluation(evaluated):
     kinds = {file.suffix for file in files}
     assert kinds == {".png", ".flac"}
     text = page.read_text()
-    for part in ("speech: 000000_a_b0", "<option>mixed", "tiny/rvq8", "reference", "mel_loss"):
+    for part in ("speech: 000000_a_b0", "<option>mixed", "tiny/rvq8", "reference", "mel_loss",
+                 "<h2>Bits used of a code, tiny on mixed"):  # fmt: skip
         assert part in text
 
 

@@ -35,7 +35,6 @@ from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.config import (
     TASKS,
-    is_number,
     parse_json_object,
     read_json_lines,
     read_json_object,
@@ -354,9 +353,11 @@ def _read_means(path: Path) -> dict[str, dict[str, Any]]:
     """A results.json, {} without it; ValueError where it is none."""
     results = read_json_object(path) if path.exists() else {}
     for name, entry in results.items():
+        if name == "bps":  # where the official toolkit has once had it
+            continue
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: {name} must be a JSON object, got {entry!r}")
-        if odd := [m for m in (*COLUMNS, "bps") if not is_number(entry.get(m, 0))]:
+        if odd := [m for m in (*COLUMNS, "bps") if not isinstance(entry.get(m, 0), (int, float))]:
             raise ValueError(f"{path}: {odd[0]} of {name} must be a number, got {entry[odd[0]]!r}")
     return results
 
@@ -413,10 +414,10 @@ def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str
         results = _read_means(path)
         system, bps = (
             path.parent.relative_to(output).as_posix(),
-            results.get("_meta", {}).get("bps"),
+            results.get("bps", results.get("_meta", {}).get("bps")),
         )
         for name, entry in results.items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "bps":
                 rows.setdefault(name, []).append((system, bps, entry))
                 for domain, means in entry.get("_domains", {}).items():
                     rows.setdefault(f"{name}, {domain}", []).append((system, bps, means))
