@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 
@@ -123,13 +124,17 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
     shutil.copytree(evaluated, folder)
     path = folder / "out" / "tiny" / "rvq2" / "results.json"
     results = json.loads(path.read_text())
-    results["speech"]["utmos"] = 3.5
+    results["speech"] |= {"utmos": 3.5, "sim": math.nan}
     path.write_text(json.dumps(results))
     dataset = protocol.read_dataset(folder / "speech.jsonl")
     rows = protocol._read_scores(path.parent / "speech" / "scores.jsonl")
     protocol.write_results(path.parent / "speech", dataset, rows, ["mel_loss"], 150)
-    assert json.loads(path.read_text())["speech"]["utmos"] == 3.5
+    written = json.loads(path.read_text())["speech"]
+    assert (written["utmos"], math.isnan(written["sim"])) == (3.5, True)
     assert "| utmos |" in protocol.write_summary(folder / "out")
+    assert main(["report", str(folder / "out")]) == 0
+    text = (folder / "out" / "report.html").read_text()
+    assert "<th>utmos</th>" in text and "<td>3.500</td>" in text
 
 
 @pytest.mark.parametrize(
@@ -140,10 +145,17 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
         ('{"path": "no.wav"}', "line 1: no such file"),
         ('{"file": "in.wav"}', "line 1: no path; it goes under one of audio_path"),
         ("[1]", "line 1: expected a JSON object"),
+        ('{"path": "in.wav"}\n{"path": "bad.wav"}', "line 2: .*bad.wav"),
+        ('{"path": "empty.wav"}', "line 1: .*empty.wav: empty audio"),
     ],
 )
 def test_bad_data_sets(tmp_path, text, message):
     soundfile.write(tmp_path / "in.wav", np.zeros(100), 24000)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
+    (tmp_path / "bad.wav").write_bytes(b"RIFFnothing")
+    (tmp_path / "_a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="must not begin with _"):
+        protocol.read_dataset(tmp_path / "_a.jsonl")
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         protocol.read_dataset(tmp_path / "a.jsonl")
@@ -158,12 +170,53 @@ def test_bad_data_sets(tmp_path, text, message):
         (["--metrics", "snr"], "unknown metric 'snr'"),
         (["--num-workers", "0"], "num_workers must be at least 1"),
         (["--dataset", "speech.jsonl"], "two data sets have the same file name"),
+        (["--metrics", ","], "unknown metric ''"),
+        (["--checkpoint", "no"], "no: no such checkpoint"),
+        (["--output", ""], "output must be a folder"),
+        (["--output", "speech.jsonl"], "output must be a folder, got 'speech.jsonl'"),
+        (["--output", "."], "is not empty, and has no results to go on with"),
+        (["--name", ".."], "must be a folder's name"),
+        (["--name", "a/b"], "must be a folder's name"),
+        (["--baselines", "mp3:64"], "baselines must be opus:KBPS"),
+        (["--baselines", "../x=out"], "must be a folder's name"),
+        (["--baselines", "x=out,x=out"], "x more than once"),
+        (["--baselines", "tiny=out"], "a baseline is called tiny like the codec"),
+        (["--baselines", "x=empty"], "x: no reconstruction called a b0"),
     ],
 )
 def test_errors(evaluated, monkeypatch, capsys, extra, message):
     monkeypatch.chdir(evaluated)
-    assert run("speech", extra=extra) == 2
+    (evaluated / "empty").mkdir(exist_ok=True)
+    before = set(evaluated.rglob("*"))
+    assert run("speech", extra=["--output", "new", *extra]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    if "pesq-nb" not in extra:  # known when all is reconstructed
+        assert set(evaluated.rglob("*")) == before
+
+
+def test_another_data_set_of_the_name(evaluated, tmp_path, monkeypatch, capsys):
+    """It shares the codes, so that it is refused at bitrates that were not there, too."""
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluated, folder)
+    monkeypatch.chdir(folder)
+    before = set(folder.rglob("*"))
+    assert run("speech", extra=["--num-quantizers", "4"]) == 2
+    assert "holds results of another codec or data set" in capsys.readouterr().err
+    assert set(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", "expected a JSON object"), ('{"a": 5}', "a must be a JSON object, got 5"),
+     ('{"a": {"stoi": "x"}}', "stoi of a must be a number, got 'x'")],
+)  # fmt: skip
+def test_broken_results(tmp_path, capsys, text, message):
+    (tmp_path / "rvq1").mkdir()
+    (tmp_path / "rvq1" / "results.json").write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_numbers():
@@ -190,7 +243,8 @@ def test_page_of_an_evaluation(evaluated):
     kinds = {file.suffix for file in files}
     assert kinds == {".png", ".flac"}
     text = page.read_text()
-    for part in ("speech: 000000_a_b0", "<option>mixed", "tiny/rvq8", "reference", "mel_loss"):
+    for part in ("speech: 000000_a_b0", "<option>mixed", "tiny/rvq8", "reference", "mel_loss",
+                 "<h2>Bits used of a code, tiny on mixed"):  # fmt: skip
         assert part in text
 
 

@@ -189,13 +189,25 @@ def test_another_codec_or_setting_does_not_go_on(root, whole, tmp_path, capsys):
         (["--shard-index", "2", "--num-shards", "2"], "shard-index must be 0..1, got 2"),
         (["--batch-seconds", "0"], "batch_seconds must be above 0"),
         (["--num-quantizers", "5"], "num_quantizers must be 1..4"),
+        (["--num-quantizers", "0"], "num_quantizers must be 1..4"),
+        (["--batch-seconds", "inf"], "batch_seconds must be above 0 and finite, got inf"),
+        (["--verify", "-1"], "verify must be at least 0"),
+        (["--output", ""], "output must be a folder"),
+        (["--output", "SRC/0.wav"], "output must be a folder"),
         (["--output", "SRC"], "is not empty, and has no plan.json"),
     ],
 )
 def test_errors(root, tmp_path, capsys, options, message):
-    options = [str(root / "in") if x == "SRC" else x for x in options]
+    options = [x.replace("SRC", str(root / "in")) for x in options]
     assert run(root, "in", tmp_path / "out", *options) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_source(root, capsys):
+    with pytest.raises(ValueError, match="no source of recordings"):
+        tokenize.find_items("")
 
 
 def test_two_recordings_of_one_name(root, tmp_path):

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep, transcription
 
-    wanted = [m.strip() for m in args.metrics.split(",") if m.strip()]
+    wanted = [m.strip() for m in args.metrics.split(",")] if args.metrics else []
     names = [m for m in wanted if m not in protocol.TEXT_METRICS]
     names = names if wanted else list(metrics.METRICS)
     metrics.check(names)
@@ -52,25 +52,17 @@ def run(args: argparse.Namespace) -> None:
     datasets = [protocol.read_dataset(path) for path in args.dataset]
     if len({d.name for d in datasets}) < len(datasets):
         raise ValueError("two data sets have the same file name")
-    others = baselines.parse(args.baselines)
-    language = _language(args.checkpoint, datasets, wanted)
-    codec = moss_tok.load(args.checkpoint)
-    config = codec.config
-    most = config.quantizer.num_quantizers
+    config = pretrained.load_config(args.checkpoint)
     numbers = sweep.bitrates(config)
     if args.num_quantizers:
-        numbers = protocol.parse_numbers(args.num_quantizers, most)
-    name = args.name or Path(args.checkpoint).absolute().name
+        numbers = protocol.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
+    name = baselines.check_name(args.name or Path(args.checkpoint).absolute().name)
+    others = _others(args.baselines, name, datasets)
+    protocol.check_output(args.output)
+    language = _language(args.checkpoint, datasets, wanted)
+    codec = moss_tok.load(args.checkpoint)
     folder = Path(args.output) / name
-    model = {
-        "adapter": "moss_tok",
-        "name": name,
-        "fingerprint": pretrained.fingerprint(codec),
-        "sample_rate": config.sample_rate,
-        "channels": config.num_channels,
-        "frame_rate": config.frame_rate,
-        "bps_per_quantizer": config.bitrate(1),
-    }
+    model = _describe(name, codec)
 
     def show(files, dataset, title):
         with arguments.counter(len(dataset.items), title) as count:
@@ -99,6 +91,33 @@ def run(args: argparse.Namespace) -> None:
             rate(dataset, where, other.bps)
     print(protocol.write_summary(Path(args.output)))
     print(pages.write_evaluation(Path(args.output)))
+
+
+def _describe(name: str, codec: Any) -> dict[str, Any]:
+    """What the manifests say of the codec."""
+    from moss_tok.codec import pretrained
+
+    config = codec.config
+    return {
+        "adapter": "moss_tok",
+        "name": name,
+        "fingerprint": pretrained.fingerprint(codec),
+        "sample_rate": config.sample_rate,
+        "channels": config.num_channels,
+        "frame_rate": config.frame_rate,
+        "bps_per_quantizer": config.bitrate(1),
+    }
+
+
+def _others(text: str, name: str, datasets: list[Any]) -> list[Any]:
+    """The baselines, which have what they need."""
+    from moss_tok.evaluation import baselines
+
+    others = baselines.parse(text)
+    if name in [other.name.partition("/")[0] for other in others]:
+        raise ValueError(f"a baseline is called {name} like the codec; give it another --name")
+    baselines.check(others, [audio for dataset in datasets for audio, *_ in dataset.items])
+    return others
 
 
 def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | None:

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     import moss_tok
     from moss_tok import config, sharding
+    from moss_tok.codec import pretrained
     from moss_tok.data import tokenize
 
     config.check_choice("precision", args.precision, tuple(config.PRECISIONS))
@@ -51,15 +52,17 @@ def run(args: argparse.Namespace) -> None:
     if args.num_shards is None:
         sharding.connect("", 1, 0)
         args.shard_index, args.num_shards = jax.process_index(), jax.process_count()
-    if args.num_shards < 1:
-        raise ValueError(f"num-shards must be at least 1, got {args.num_shards}")
+    tokenize.check_share(args.shard_index, args.num_shards)
+    if args.verify < 0:
+        raise ValueError(f"verify must be at least 0, got {args.verify}")
+    settings = tokenize.Settings(
+        pretrained.load_config(args.checkpoint).check_num_quantizers(args.num_quantizers),
+        args.format, args.shard_hours, args.batch_seconds, args.num_workers,
+    )  # fmt: skip
+    tokenize.check_folder(args.output)
+    items = tokenize.find_items(args.input)
     compute = config.PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)
-    settings = tokenize.Settings(
-        codec.config.check_num_quantizers(args.num_quantizers), args.format, args.shard_hours,
-        args.batch_seconds, args.num_workers,
-    )  # fmt: skip
-    items = tokenize.find_items(args.input)
     plan = tokenize.plan(codec, items, args.output, settings)
     seconds = sum(item.duration_seconds for _, item in items)
     print(f"{len(items)} recordings, {seconds / 3600:.2f} h, {len(plan.shards)} shards", flush=True)

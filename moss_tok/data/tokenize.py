@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,8 +58,8 @@ class Settings:
     def __post_init__(self):
         check_choice("format", self.format, FORMATS)
         for name in ("shard_hours", "batch_seconds", "num_workers"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass
@@ -100,6 +101,8 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     Raises:
       ValueError: Nothing there, or two recordings with one id.
     """
+    if not source:
+        raise ValueError("no source of recordings was given")
     path = storage.to_path(source)
     listing = path / "manifest.jsonl" if path.is_dir() else None
     shards = sorted(path.glob(f"*{records.SUFFIX}")) if path.is_dir() else []
@@ -174,7 +177,25 @@ def plan(
     return Plan(folder, settings, shards)
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError unless codes can go there: a new or empty folder, or one with a plan."""
+    path = storage.to_local_path(folder)
+    if not folder or (path.exists() and not path.is_dir()):
+        raise ValueError(f"output must be a folder, got {str(folder)!r}")
+    if not (path / "plan.json").exists() and path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty, and has no plan.json to go on with")
+
+
+def check_share(shard_index: int, num_shards: int) -> None:
+    """Raises ValueError unless `shard_index` is one of `num_shards` parts of the work."""
+    if num_shards < 1:
+        raise ValueError(f"num-shards must be at least 1, got {num_shards}")
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard-index must be 0..{num_shards - 1}, got {shard_index}")
+
+
 def _check_plan(folder: Path, written: dict[str, Any]) -> None:
+    check_folder(folder)
     path = folder / "plan.json"
     if path.exists():
         found = read_json_object(path)
@@ -183,8 +204,6 @@ def _check_plan(folder: Path, written: dict[str, Any]) -> None:
             listing = "; ".join(f"{k}: {found.get(k)}, now {written[k]}" for k in differing)
             raise ValueError(f"{folder} holds codes of another run: {listing}")
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and has no plan.json to go on with")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(written, indent=2) + "\n")
 
@@ -208,8 +227,7 @@ def run(
     Raises:
       ValueError: shard_index out of range.
     """
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(f"shard-index must be 0..{num_shards - 1}, got {shard_index}")
+    check_share(shard_index, num_shards)
     statistics, began = Statistics(), time.perf_counter()
     mesh = sharding.make_mesh("data:-1", jax.local_devices())
     encoder = _Encoder(codec, plan.settings, mesh, statistics)

@@ -1,10 +1,11 @@
 """Other codecs to compare with: Opus and Codec2 by their tools, and folders of reconstructions."""
 
+import collections
 import dataclasses
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,48 @@ class Baseline:
       name: Folder of its results: "opus/6kbps", "codec2/3200bps", or what the user calls a folder.
       bps: Nominal bits per second; None for a folder, whose rate nobody knows.
       code: What it does.
+      stems: Names of the recordings of a folder; None where any can be coded.
     """
 
     name: str
     bps: int | None
     code: Coder
+    stems: frozenset[str] | None = None
 
 
 def parse(text: str) -> list[Baseline]:
     """Baselines of "opus:6,codec2:3200,NAME=FOLDER": kbit/s, bit/s, and any reconstructions.
 
     Raises:
-      ValueError: Another form or rate, tools that are not installed, no such folder.
+      ValueError: Another form or rate, tools that are not installed, no such folder, or one name
+        twice.
     """
-    return [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
+    found = [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
+    names = collections.Counter(baseline.name for baseline in found)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"baselines has {repeated[0]} more than once")
+    return found
+
+
+def check(found: Sequence[Baseline], recordings: Sequence[Path]) -> None:
+    """Raises ValueError where a folder lacks the reconstruction of a recording."""
+    for baseline in found:
+        for audio in recordings if baseline.stems is not None else ():
+            if audio.stem not in baseline.stems:
+                raise ValueError(f"{baseline.name}: no reconstruction called {audio.stem}")
+
+
+def check_name(name: str) -> str:
+    """Returns the name of a codec, which becomes a folder of the output.
+
+    Raises:
+      ValueError: It would not, or hides what else is there.
+    """
+    if not name.strip(".") or "/" in name or name == "report":
+        raise ValueError(
+            f"the name of a codec must be a folder's name, and not report, got {name!r}"
+        )
+    return name
 
 
 def _parse_one(part: str) -> Baseline:
@@ -48,7 +77,9 @@ def _parse_one(part: str) -> Baseline:
     if equals:
         if not (name and Path(folder).is_dir()):
             raise ValueError(f"{part}: NAME=FOLDER needs a name and a folder that exists")
-        return Baseline(name, None, _from_folder(Path(folder)))
+        recordings = _find_files(Path(folder))
+        code = _from_folder(Path(folder), recordings)
+        return Baseline(check_name(name), None, code, frozenset(recordings))
     kind, _, rate = part.partition(":")
     if kind not in _TOOLS or not rate.isdecimal():
         raise ValueError(
@@ -101,12 +132,16 @@ def _run(*command: str) -> None:
         raise ValueError(f"{command[0]} failed: {reason}") from error
 
 
-def _from_folder(folder: Path) -> Coder:
-    """Finds the file of the same name, whatever its suffix."""
+def _find_files(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in files.SUFFIXES:
             found.setdefault(path.stem, path)
+    return found
+
+
+def _from_folder(folder: Path, found: dict[str, Path]) -> Coder:
+    """Takes the file of the same name, whatever its suffix."""
 
     def code(audio: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
         if audio.stem not in found:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_tok.audio import files
-from moss_tok.config import read_json_lines, read_json_object
+from moss_tok.config import is_number, read_json_lines, read_json_object
 from moss_tok.evaluation import metrics, protocol, report
 
 _CLIPS = 8  # of a data set
@@ -48,6 +48,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; p
   color: #222; background: #fff }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 img { max-width: 100%; height: auto; display: block }
+.plot { min-width: 44rem }
 audio { width: 100% }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
@@ -85,8 +86,8 @@ def write_page(path: Path, page: Page) -> None:
     parts += [f"<p>{escape(note)}</p>" for note in page.notes]
     for caption, file in page.pictures:
         parts.append(
-            f'<h2>{escape(caption)}</h2><a href="{link(file)}">'
-            f'<img src="{link(file)}" alt="{escape(caption)}"></a>'
+            f'<h2>{escape(caption)}</h2><div class="wide"><a href="{link(file)}">'
+            f'<img class="plot" src="{link(file)}" alt="{escape(caption)}"></a></div>'
         )
     if page.clips:
         options = "".join(f"<option>{escape(clip.title)}</option>" for clip in page.clips)
@@ -140,6 +141,11 @@ def write_evaluation(output: Path) -> Path:
         report.save_rates(picture, curves, name.rpartition(", ")[2])
         pictures.append((f"{name}: quality over bitrate", picture))
         tables.append((name, protocol.cells_of(rows)))
+    for path in sorted(output.rglob("entropy.json")):
+        for name, bits in read_json_object(path).items():
+            caption = f"Bits used of a code, {path.parent.relative_to(output)} on {name}"
+            head = ["quantizer", *map(str, range(1, len(bits) + 1))]
+            tables.append((caption, [head, ["bits", *(f"{b:.1f}" for b in bits)]]))
     systems = sorted({system for rows in results.values() for system, *_ in rows})
     lower = "Lower is better: mel_loss, stft, spectral_convergence. Higher: all others."
     page = Page(f"Evaluation: {output.absolute().name}", [lower], pictures,
@@ -149,7 +155,7 @@ def write_evaluation(output: Path) -> Path:
 
 
 def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
-    """The first recordings of each data set: the reference, and each system at some bitrates."""
+    """Some recordings of each data set: the reference, and each system at some bitrates."""
     chosen: dict[str, list[str]] = {}  # data set -> folders of systems
     for system in systems:
         for manifest in sorted((output / system).glob("*/manifest.json")):
@@ -158,7 +164,8 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
     for dataset, names in chosen.items():
         names = [n for group in _groups(names) for n in _spread(group, _VERSIONS)]
         first = output / names[-1] / dataset
-        for file in read_json_object(first / "manifest.json")["dataset"]["output_names"][:_CLIPS]:
+        found = read_json_object(first / "manifest.json")["dataset"]["output_names"]
+        for file in _spread(found, _CLIPS):
             sources = [("reference", first / "gt_audios" / file)]
             sources += [(n, output / n / dataset / "syn_audios" / file) for n in names]
             versions = []
@@ -200,11 +207,12 @@ def write_run(workdir: Path) -> Path:
     config = workdir / "train_config.json"
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
-    rows = read_json_lines(workdir / "metrics.jsonl")
+    rows = [r for r in read_json_lines(workdir / "metrics.jsonl") if "step" in r]
     pictures = [("Losses and codebooks", workdir / "curves.png")]
     pictures = [(caption, file) for caption, file in pictures if file.exists()]
     tables = []
     evaluations = read_json_lines(workdir / "evaluation.jsonl")
+    evaluations = [e for e in evaluations if {"step", "table"} <= e.keys()]
     for domain, found in (evaluations[-1]["table"] if evaluations else {}).items():
         names = [m for m in metrics.METRICS if any(m in means for means in found.values())]
         body = [
@@ -225,7 +233,10 @@ def _speed(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["No step has been logged yet."]
     last = rows[-1]
-    notes = [f"Step {last['step']}, loss {last.get('loss', float('nan')):.4g}."]
+    loss = last.get("loss")
+    notes = [
+        f"Step {last['step']}, " + (f"loss {loss:.4g}." if is_number(loss) else "no finite loss.")
+    ]
     if "audio_seconds_per_second" in last:
         notes.append(f"{last['audio_seconds_per_second']:.3g} s of audio per s at the end.")
     return notes

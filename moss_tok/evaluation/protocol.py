@@ -16,11 +16,13 @@ and beside it what a run goes on from, and what its report needs:
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import json
 import multiprocessing
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,7 +33,12 @@ import numpy as np
 from moss_tok.audio import files, manifest
 from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import TASKS, parse_json_object, read_json_lines, read_json_object
+from moss_tok.config import (
+    TASKS,
+    parse_json_object,
+    read_json_lines,
+    read_json_object,
+)
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 
@@ -68,23 +75,17 @@ def read_dataset(path: str | Path) -> Dataset:
 
     Raises:
       ValueError: No such file, a line that is blank or no object or has no path, audio that is
-        missing, or no lines.
+        missing, empty or none, no lines, or a file name that results.json has another use for.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if path.stem.startswith("_"):
+        raise ValueError(f"{path}: the name of a data set must not begin with _")
     items, texts = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            if not line.strip():
-                raise ValueError("a blank line")
-            fields = parse_json_object(line)
-            audio = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
-            if audio is None:
-                raise ValueError(f"no path; it goes under one of {', '.join(_AUDIO_KEYS)}")
-            audio = path.parent / Path(str(audio)).expanduser()
-            if not audio.is_file():
-                raise ValueError(f"no such file: {audio}")
+            fields, audio = _parse_line(line, path.parent)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem).strip("._") or "audio"
@@ -95,6 +96,33 @@ def read_dataset(path: str | Path) -> Dataset:
     if not items:
         raise ValueError(f"{path}: no lines")
     return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts))
+
+
+def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path]:
+    """What a line says, and its recording, which has audio by its header."""
+    if not line.strip():
+        raise ValueError("a blank line")
+    fields = parse_json_object(line)
+    audio = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
+    if audio is None:
+        raise ValueError(f"no path; it goes under one of {', '.join(_AUDIO_KEYS)}")
+    audio = folder / Path(str(audio)).expanduser()
+    if not audio.is_file():
+        raise ValueError(f"no such file: {audio}")
+    if not files.duration_seconds(audio):
+        raise ValueError(f"{audio}: empty audio")
+    return fields, audio
+
+
+def check_output(output: str) -> None:
+    """Raises ValueError unless results can go there: a new or empty folder, or one with some."""
+    path = Path(output)
+    if not output or (path.exists() and not path.is_dir()):
+        raise ValueError(f"output must be a folder, got {output!r}")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (any(path.glob("*/*/manifest.json")) or any(path.glob("*/*/*/manifest.json"))):
+        raise ValueError(f"{path} is not empty, and has no results to go on with")
 
 
 def parse_numbers(text: str, most: int) -> list[int]:
@@ -136,6 +164,9 @@ def reconstruct(
     Raises:
       ValueError: A recording that cannot be read, or results of another codec or data set.
     """
+    for path in folder.glob(f"rvq*/{glob.escape(dataset.name)}/manifest.json"):
+        n = path.parents[1].name.removeprefix("rvq")  # all share the codes, and must be of one run
+        _check_manifest(path, _describe(dataset, model, int(n) if n.isdecimal() else None))
     for n in numbers:
         _begin(_folder(folder, n, dataset), _describe(dataset, model, n))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
@@ -167,11 +198,15 @@ def reconstruct_by(
 def _begin(rated: Path, described: dict[str, Any]) -> None:
     """Makes the folder of a system and a data set, or checks that it is theirs."""
     file = rated / "manifest.json"
-    if file.exists() and read_json_object(file) != described:
-        raise ValueError(f"{rated}: holds results of another codec or data set")
+    _check_manifest(file, described)
     for kind in ("gt_audios", "syn_audios"):
         (rated / kind).mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _check_manifest(file: Path, described: dict[str, Any]) -> None:
+    if file.exists() and read_json_object(file) != described:
+        raise ValueError(f"{file.parent}: holds results of another codec or data set")
 
 
 def _reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndarray:
@@ -266,7 +301,7 @@ def score(
 
 def _read_scores(path: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for row in read_json_lines(path):
+    for row in (r for r in read_json_lines(path) if {"name", "_errors"} <= r.keys()):
         known = rows.setdefault(row.pop("name"), {})
         errors = known.get("_errors", {}) | row.pop("_errors")
         known |= row | {"_errors": errors}
@@ -294,7 +329,7 @@ def write_results(
       ValueError: A metric that is defined for no file.
     """
     path = folder.parent / "results.json"
-    results = read_json_object(path) if path.exists() else {}
+    results = _read_means(path)
     entry = results.setdefault(dataset.name, {})
     entry |= _means(rows, names)
     if missing := [name for name in names if name not in entry]:
@@ -314,6 +349,19 @@ def write_results(
     files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
 
 
+def _read_means(path: Path) -> dict[str, dict[str, Any]]:
+    """A results.json, {} without it; ValueError where it is none."""
+    results = read_json_object(path) if path.exists() else {}
+    for name, entry in results.items():
+        if name == "bps":  # where the official toolkit has once had it
+            continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: {name} must be a JSON object, got {entry!r}")
+        if odd := [m for m in (*COLUMNS, "bps") if not isinstance(entry.get(m, 0), (int, float))]:
+            raise ValueError(f"{path}: {odd[0]} of {name} must be a number, got {entry[odd[0]]!r}")
+    return results
+
+
 def _means(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
     found = {name: [row[name] for row in rows.values() if name in row] for name in names}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
@@ -322,15 +370,19 @@ def _means(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, f
 def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None:
     """Adds means over a data set to OUTPUT/MODEL/rvqN/results.json."""
     path = folder / "results.json"
-    results = read_json_object(path) if path.exists() else {}
+    results = _read_means(path)
     results.setdefault(dataset.name, {}).update(means)
     files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
 
 
 def read_code_file(folder: Path, dataset: Dataset, name: str) -> np.ndarray:
-    """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET."""
-    with np.load(folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name) as file:
-        return file["codes"]
+    """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET; ValueError where it is broken."""
+    path = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
+    try:
+        with np.load(path) as file:
+            return file["codes"]
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no .npz file of codes; delete it to make it again") from error
 
 
 def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndarray:
@@ -359,13 +411,13 @@ def read_results(output: Path) -> dict[str, list[tuple[str, int | None, dict[str
     """
     rows: dict[str, list[tuple[str, Any, dict[str, float]]]] = {}
     for path in sorted(output.rglob("results.json")):
-        results = read_json_object(path)
+        results = _read_means(path)
         system, bps = (
             path.parent.relative_to(output).as_posix(),
-            results.get("_meta", {}).get("bps"),
+            results.get("bps", results.get("_meta", {}).get("bps")),
         )
         for name, entry in results.items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "bps":
                 rows.setdefault(name, []).append((system, bps, entry))
                 for domain, means in entry.get("_domains", {}).items():
                     rows.setdefault(f"{name}, {domain}", []).append((system, bps, means))

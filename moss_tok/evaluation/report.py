@@ -108,7 +108,11 @@ def save_rates(
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    shown = [axis.get_legend_handles_labels() for axis in axes]
+    labels = {name: line for lines, names in shown for line, name in zip(lines, names, strict=True)}
+    figure.legend(
+        labels.values(), labels.keys(), fontsize="small", loc="outside upper left", ncols=5
+    )
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     _save(figure, path)
