@@ -285,3 +285,15 @@ def test_rates_with_published_values(tmp_path):
     report.save_rates(tmp_path / "a.png", curves, "speech")
     report.save_rates(tmp_path / "b.png", curves, "other")
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size
+
+
+def test_a_system_has_one_color(tmp_path, monkeypatch):
+    """Also where the first of them lacks a metric."""
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    curves = {"a": [(1000, {"stoi": 0.9})], "b": [(1000, {"stoi": 0.8, "sim": 0.5})]}
+    report.save_rates(tmp_path / "a.png", curves, "other")
+    lines = [line for axis in figures[0].axes for line in axis.get_lines()]
+    colors = {(line.get_label(), line.get_color()) for line in lines}
+    assert len(lines) == 3 and len(colors) == 2
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["a", "b"]

@@ -34,18 +34,19 @@ def start_two(*configs):
     ]
 
 
-def start_two_by_slurm(*configs):
-    """The same, connected by what Slurm says; jax takes its port from the job's number."""
+def slurm_environments():
+    """What Slurm says to each of two processes; jax takes its port from the job's number."""
     port = free_port(61_440 + os.getpid() % 4096)
     common = {"SLURM_JOB_ID": str(port - 61_440), "SLURM_STEP_NODELIST": "127.0.0.1",
               "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
+    return [common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+
+
+def start_two_by_slurm(*configs):
+    """`start_two`, connected by what Slurm says."""
     return [
-        start(
-            config,
-            num_devices=2,
-            environment=common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
-        )
-        for n, config in enumerate(configs)
+        start(config, num_devices=2, environment=environment)
+        for config, environment in zip(configs, slurm_environments(), strict=True)
     ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import GOLDEN, micro_config
+from processes_test import finish, slurm_environments
 
 import moss_tok
 from moss_tok import sharding
@@ -134,6 +135,33 @@ def test_machines_share_the_work(root, whole, tmp_path, capsys):
         read_codes(out)
     assert run(root, "in", out, "--shard-index", "0", "--num-shards", "2") == 0
     assert contents(out) == contents(whole)
+
+
+def test_processes_of_jax_distributed_share_the_work(root, whole, tmp_path):
+    """Two processes of two devices, started at once, write what one writes."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "moss_tok", "tokenize", str(root / "in"), "--output", str(out),
+               "--checkpoint", str(root / "codec"), "--shard-hours", "0.0006",
+               "--batch-seconds", "2"]  # fmt: skip
+    devices = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
+    processes = [
+        subprocess.Popen(command, env=os.environ | devices | environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for environment in slurm_environments()
+    ]  # fmt: skip
+    outputs = finish(processes)
+    assert all("10 items" in output and "2 failures" in output for output in outputs), outputs
+    for path in whole.rglob("*"):
+        if path.is_file():
+            assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_plan_that_is_being_written(tmp_path):
+    (tmp_path / ".incomplete-1").touch()
+    tokenize.check_folder(tmp_path)
+    (tmp_path / "other").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        tokenize.check_folder(tmp_path)
 
 
 def test_on_all_devices(root, tmp_path, whole, monkeypatch):

@@ -17,6 +17,7 @@ import soxr
 from moss_tok import storage
 
 _WRITE_FRAMES = 65536
+INCOMPLETE = ".incomplete-"  # what names of unfinished files begin with
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
 
@@ -308,7 +309,7 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
     """Calls `write_to` with a binary file that becomes `path` when it returns."""
     path = storage.to_local_path(path)
     check_parent(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".incomplete-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=INCOMPLETE)
     try:
         with os.fdopen(handle, "w+b") as file:
             write_to(file)

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     config.check_choice("precision", args.precision, tuple(config.PRECISIONS))
     if (args.shard_index is None) != (args.num_shards is None):
         raise ValueError("--shard-index and --num-shards go together")
-    if args.num_shards is None:
+    together = args.num_shards is None  # processes of jax.distributed end together
+    if together:
         sharding.connect("", 1, 0)
         args.shard_index, args.num_shards = jax.process_index(), jax.process_count()
     tokenize.check_share(args.shard_index, args.num_shards)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{done.audio_seconds:.0f} s of audio in {done.seconds:.0f} s; padding "
               f"{done.padded_seconds / done.audio_seconds - 1:.1%}, device idle "
               f"{1 - done.device_seconds / done.seconds:.0%}")  # fmt: skip
-    summary = tokenize.finish(plan)
+    summary = tokenize.wait(plan) if together else tokenize.finish(plan)
     if summary is None:
         print(f"{args.output}: this part is done, others are not")
         return

@@ -182,7 +182,10 @@ def check_folder(folder: str | Path) -> None:
     path = storage.to_local_path(folder)
     if not folder or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {str(folder)!r}")
-    if not (path / "plan.json").exists() and path.exists() and any(path.iterdir()):
+    names = {p.name for p in path.iterdir()} if path.exists() else set()
+    # Another process may be about to write the plan.
+    is_new = all(name.startswith(files.INCOMPLETE) for name in names)
+    if "plan.json" not in names and not is_new:
         raise ValueError(f"{path} is not empty, and has no plan.json to go on with")
 
 
@@ -259,7 +262,7 @@ def _write_shard(encoder, pool, plan, name, items, progress) -> None:
     encoder.flush(found)
     rows = [(key, item, *found[key]) for key, item in items if key in found]
     write = _WRITERS[plan.settings.format]
-    temporary = plan.folder / f".incomplete-{name}"
+    temporary = plan.folder / f"{files.INCOMPLETE}{name}"
     try:
         write(temporary, rows)
         temporary.rename(plan.folder / name)
@@ -429,6 +432,17 @@ def finish(plan: Plan) -> dict[str, Any] | None:
     text = "".join(json.dumps(row) + "\n" for row in failures)
     files.write_text(plan.folder / "failures.jsonl", text)
     files.write_text(plan.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
+    """`finish`, once the other processes of this run are done, too.
+
+    jax.distributed gives the others five minutes from the end of the first, and ends all if one has
+    died.
+    """
+    while (summary := finish(plan)) is None:
+        time.sleep(poll_seconds)
     return summary
 
 

@@ -92,18 +92,24 @@ def save_rates(
     names = list(dict.fromkeys(m for rows in curves.values() for _, means in rows for m in means))
     if not names:
         return
+    systems = [*curves, *dict.fromkeys(row[0] for row in _PUBLISHED)]
+    colors = {system: f"C{i}" for i, system in enumerate(systems)}  # the same for every metric
     num_rows = -(-len(names) // 2)
     figure, axes = _figure(num_rows, (11, 3.0 * num_rows), num_columns=2)
     for axis, name in zip(axes, names, strict=False):
         for system, rows in curves.items():
             points = [(bps, means[name]) for bps, means in rows if name in means]
-            axis.plot(*zip(*points, strict=True), marker="o", label=system)
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", color=colors[system], label=system
+                )
         column = _PUBLISHED_COLUMNS.get((domain, name))
         for system in dict.fromkeys(row[0] for row in _PUBLISHED) if column else ():
             points = [(row[1], row[column]) for row in _PUBLISHED if row[0] == system]
             axis.plot(
-                *zip(*points, strict=True), ":o", fillstyle="none", label=f"{system}, published"
-            )
+                *zip(*points, strict=True), ":o", fillstyle="none", color=colors[system],
+                label=f"{system}, published",
+            )  # fmt: skip
         axis.set(ylabel=name, xlabel="bit/s", xscale="log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
