@@ -23,6 +23,7 @@ CODEC = [
 TRAIN = [
     "array_record>=0.7",
     "grain>=0.2.18",
+    "jiwer>=3",
     "matplotlib>=3.8",
     "msgpack",
     "optax>=0.2.6",
@@ -31,7 +32,7 @@ TRAIN = [
 BEAM = ["apache-beam>=2.60"]
 GCS = ["gcsfs"]
 EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
-LANGUAGE = ["jiwer>=3", "tokenizers>=0.20"]
+LANGUAGE = ["tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
 TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 

@@ -13,6 +13,8 @@ The names below are imported when they are first used, so `import moss_tok` cost
 """
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 _WHERE = {
     "Codec": "moss_tok.codec.inference",
@@ -37,7 +39,15 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'moss_tok' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+def import_on_use(package: str, where: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose names are in the modules that `where` says."""
+
+    def get(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(where[name]), name)
+
+    return get
+
+
+__getattr__ = import_on_use(__name__, _WHERE)

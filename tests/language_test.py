@@ -20,6 +20,11 @@ from moss_tok.language.generate import Language, Sampling
 CONFIG = LanguageConfig(8, 257, 256, 32, 2, 4, 2, 48, head_dim=8)
 
 
+def score_last(head, x):
+    """Embeddings [B, T, D] -> logits [B, V] of what follows."""
+    return head.model.logits(head.model(x)[0][:, -1:])[:, 0]
+
+
 @pytest.fixture(scope="module")
 def language():
     return Language(language_models.init(CONFIG, jax.random.key(0)), CONFIG, text.ByteTokenizer())
@@ -83,7 +88,7 @@ def test_generation_is_the_likeliest_text(language, batch, attention):
                 prefix[item, : 1 + int(frames[item])],
                 language.params["model"]["embedding"][jnp.array([256, *tokens[item, :number]])],
             ])  # fmt: skip
-            logits = language.apply(x[None], method="score_last")
+            logits = language.apply(x[None], method=score_last)
             assert int(jnp.argmax(logits[0])) == int(tokens[item, number])
 
 
@@ -227,7 +232,7 @@ def test_qwen_weights_give_qwens_logits(tmp_path, rng):
     tokens = rng.integers(0, 40, 9)
     embedded = jnp.asarray(weights["model.embed_tokens.weight"][tokens])[None]
     language = Language(params, config, tokenizer)
-    found = [language.apply(embedded[:, : t + 1], method="score_last")[0] for t in range(9)]
+    found = [language.apply(embedded[:, : t + 1], method=score_last)[0] for t in range(9)]
     np.testing.assert_allclose(found, qwen_logits(weights, tokens), rtol=1e-4, atol=1e-4)
 
 

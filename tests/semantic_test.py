@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import leaves_equal
+from conftest import GOLDEN, leaves_equal
 from run_test import small_run
 from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 
@@ -26,8 +26,9 @@ LANGUAGE = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24, head_dim=8)
 SEMANTIC = dataclasses.replace(CONFIG, language_model="tiny", max_text_tokens=4)
 # The semantic loss alone.
 ALONE = dataclasses.replace(
-    SEMANTIC, reconstruction_weight=0.0, commitment_weight=0.0, codebook_weight=0.0, reseed_every=0
-)
+    SEMANTIC, reconstruction_weight=0.0, commitment_weight=0.0, codebook_weight=0.0, reseed_every=0,
+    weight_decay=0.0,
+)  # fmt: skip
 
 
 def text_batch(seed=0, batch_size=4, lengths=(3, 0, 1, 4)):
@@ -54,21 +55,19 @@ def largest(tree):
 
 
 def test_the_text_teaches_the_encoder_through_the_quantizer():
-    config = dataclasses.replace(ALONE, weight_decay=0.0)
-    state, metrics, moved = one_step(config, text_batch())
+    state, metrics, moved = one_step(ALONE, text_batch())
     assert min(jax.tree.leaves(moved["encoder"])) > 0
     assert largest(moved["language"]) > 0
     assert largest(moved["decoder"]) == 0  # what the text says nothing of
     assert float(metrics["loss"]) == pytest.approx(20 * float(metrics["semantic_loss"]))
-    values = writer.summarize(config, state)
+    values = writer.summarize(ALONE, state)
     assert values["semantic_loss"] == pytest.approx(float(metrics["semantic_loss"]))
 
 
 def test_audio_without_text_teaches_nothing_and_changes_nothing():
-    config = dataclasses.replace(ALONE, weight_decay=0.0)
-    state, metrics, moved = one_step(config, text_batch(lengths=(0,)))
+    state, metrics, moved = one_step(ALONE, text_batch(lengths=(0,)))
     assert largest(moved) == 0 and float(metrics["semantic_loss"]) == 0
-    assert "semantic_loss" not in writer.summarize(config, state)
+    assert "semantic_loss" not in writer.summarize(ALONE, state)
     # In a mixed batch it counts for as much as alone: the mean is over what has text.
     batch = text_batch(lengths=(3, 0, 0, 0))
     _, mixed, _ = one_step(ALONE, batch)
@@ -80,11 +79,11 @@ def test_microbatches_and_other_losses_do_not_change_it():
     batch = text_batch()
     _, whole, _ = one_step(SEMANTIC, batch)
     _, parts, _ = one_step(dataclasses.replace(SEMANTIC, num_microbatches=2), batch)
-    _, plain, _ = one_step(CONFIG, random_batch(), None)
     for name in whole:
         assert float(whole[name]) == pytest.approx(float(parts[name]), rel=1e-3), name
+    plain = json.loads((GOLDEN / "train_step.json").read_text())["pretrain"]
     for name in states.PRETRAIN_TERMS:
-        assert float(whole[name]) == pytest.approx(float(plain[name]), rel=1e-5), name
+        assert float(whole[name]) == pytest.approx(plain[name], rel=1e-3), name
 
 
 @pytest.mark.parametrize("audio", ["codes", "latents"])
@@ -136,8 +135,21 @@ def test_the_second_stage_learns_from_texts_too():
 
 def test_the_language_model_has_a_learning_rate_of_its_own():
     config = dataclasses.replace(SEMANTIC, language_learning_rate=0.0)
-    _, _, moved = one_step(config, text_batch())
+    params = states.init_state(config, CODEC, language=LANGUAGE).params
+    optimizer = states.generator_optimizer(config)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.ones_like, params), optimizer.init(params), params
+    )
+    moved = jax.tree.map(lambda x: float(np.abs(x).max()), updates)
     assert largest(moved["language"]) == 0 < largest(moved["encoder"])
+
+
+def test_optimizers_without_it_are_what_they_were():
+    """Or a run that began before there were language models could not go on."""
+    params = jax.eval_shape(lambda: states.init_state(CONFIG, CODEC).params)
+    for config, groups in ((CONFIG, 2), (SEMANTIC, 3)):
+        state = states.generator_optimizer(config).init(jax.tree.map(jnp.zeros_like, params))
+        assert len(state[1].inner_states) == groups
 
 
 # ------------------------------------------------------------------------------------ data
@@ -321,4 +333,8 @@ def test_no_such_language_model(clips, tmp_path):
         loop.train(dataclasses.replace(config, language_model="big"))
     with pytest.raises(ValueError, match="no such tokenizer.json"):
         loop.train(dataclasses.replace(config, tokenizer="none"))
+    for changes in ({"max_text_tokens": 1}, {"segment_seconds": 0.1}, {"train_data": ""}):
+        changed = dataclasses.replace(config, mel_windows="64", **changes)
+        with pytest.raises(ValueError, match="train_data has no recording of at most"):
+            loop.train(changed)
     assert not (tmp_path / "run").exists()

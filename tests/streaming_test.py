@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_the_length(micro, function):
             args = (jnp.zeros((1, 1, num_frames * 16)), jnp.array([num_frames]), 4, 50)
             compiled = inference._encode.lower(micro, *args).compile()
         else:
-            args = (jnp.zeros((1, 4, num_frames), jnp.int32), jnp.array([num_frames]), 50)
+            args = (jnp.zeros((1, 4, num_frames), jnp.int32), jnp.array([num_frames]), 4, 50)
             compiled = inference._decode.lower(micro, *args).compile()
         memory = compiled.memory_analysis()
         in_and_out = 4 * (16 + 4) * num_frames

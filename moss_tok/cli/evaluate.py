@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             rate(dataset, folder / f"rvq{n}", round(config.bitrate(n)))
         for n in numbers if language and any(dataset.texts) else ():
             transcription.write_dataset(codec, language, dataset, n, folder)
-        protocol.write_entropy(folder, dataset, config.quantizer.codebook_size)
+        protocol.write_entropy(folder, dataset, config)
         for other in others:
             where = Path(args.output) / other.name
             shape = config.sample_rate, config.num_channels

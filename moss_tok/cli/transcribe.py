@@ -84,5 +84,5 @@ def _transcribe(
     rows = codes.read(path, codec.config).codes
     if args.num_quantizers is not None and args.num_quantizers > len(rows):
         raise ValueError(f"{path}: num_quantizers must be 1..{len(rows)}, the file has no more")
-    rows = rows[None, : args.num_quantizers]
-    return generate.transcribe(codec, language, rows, None, args.task, sampling, args.seed)[0]
+    options = (None, args.task, sampling, args.seed, args.num_quantizers)
+    return generate.transcribe(codec, language, rows[None], *options)[0]

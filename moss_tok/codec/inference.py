@@ -196,7 +196,7 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
 
 @functools.partial(jax.jit, static_argnames="chunk_frames")
 def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
-    keep = jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])
+    keep = prefix_mask(codes, num_quantizers)
     valid = valid_mask(codes.shape[-1], lengths)
     codes = jnp.where(valid[:, None], codes.astype(jnp.int32), 0)
     if chunk_frames == codes.shape[-1]:
@@ -239,6 +239,11 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
 def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
     """Bool [B, size]: what lies before the lengths [B]."""
     return jnp.arange(size) < lengths[:, None]
+
+
+def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
+    """Bool [B, q] for codes [B, q, T]: the first quantizers, how many may be traced."""
+    return jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])
 
 
 def check_part(codec: Codec, name: str) -> None:

@@ -117,9 +117,9 @@ class CodecModel(nn.Module):
         """Codes [B, q, T] -> [B, C, S]; keep bool [B, q] leaves quantizers out per item."""
         return self.audio(self.quantizer.decode(codes, keep))
 
-    def dequantize(self, codes: jax.Array) -> jax.Array:
-        """Codes [B, q, T] -> quantized latents [B, T, D]."""
-        return self.quantizer.decode(codes)
+    def dequantize(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Codes [B, q, T] -> quantized latents [B, T, D]; keep as in `decode`."""
+        return self.quantizer.decode(codes, keep)
 
     def encode_step(
         self, wav: jax.Array, num_quantizers: int, caches: Caches, span: Span

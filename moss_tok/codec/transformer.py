@@ -10,8 +10,7 @@ from moss_tok.codec import attention
 from moss_tok.codec.attention import Cache, Span
 from moss_tok.config import ComputeConfig, TransformerConfig
 
-# What `ComputeConfig.remat` keeps for the backward pass.
-REMAT_POLICIES = {
+_REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
@@ -20,13 +19,40 @@ REMAT_POLICIES = {
 }
 
 
-def _kernel(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> jax.Array:
-    """A float32 weight [num_in input axes, output axes], in the compute dtype."""
-    init = nn.initializers.lecun_normal(
-        in_axis=tuple(range(num_in)), out_axis=tuple(range(num_in, len(shape)))
-    )
+def parameter(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> jax.Array:
+    """A float32 weight [num_in input axes, output axes], in the compute dtype; a bias starts at 0.
+
+    Args:
+      module: Whose parameter it is.
+      name: What it is called.
+      shape: Its axes.
+      axes: Their logical names.
+      num_in: How many of them are inputs; 0: it is a bias.
+      dtype: What it is computed in.
+    """
+    init = nn.initializers.zeros
+    if num_in:
+        in_axis, out_axis = tuple(range(num_in)), tuple(range(num_in, len(shape)))
+        init = nn.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
     init = nn.with_logical_partitioning(init, axes)
     return module.param(name, init, shape, jnp.float32).astype(dtype)
+
+
+def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") -> type[nn.Module]:
+    """`num_layers` of `block` under one scan, over their parameters and the second argument.
+
+    So compile time does not grow with the depth.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 class Projection(nn.Module):
@@ -40,7 +66,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, in] -> [B, T, features]."""
         shape = (x.shape[-1], self.features)
-        kernel = _kernel(self, "kernel", shape, self.axes, 1, self.compute.dtype)
+        kernel = parameter(self, "kernel", shape, self.axes, 1, self.compute.dtype)
         x = x.astype(self.compute.dtype)
         return jnp.einsum("bti,io->bto", x, kernel, precision=self.compute.precision)
 
@@ -60,8 +86,8 @@ class SelfAttention(nn.Module):
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         d, n, h = c.model_dim, c.num_heads, c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
-        qkv = _kernel(self, "qkv", (d, 3, n, h), axes, 1, dtype)
-        out = _kernel(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
+        qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
+        out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
         q, k, v = jnp.einsum("btd,dcnh->cbnth", x, qkv, precision=precision)
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
         if past is None:
@@ -82,8 +108,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
-        up = _kernel(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
-        down = _kernel(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype)
+        up = parameter(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
+        down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype)
         x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
         x = jax.nn.gelu(x, approximate=False)
         return jnp.einsum("btf,fd->btd", x, down, precision=precision)
@@ -163,32 +189,16 @@ class Stage(nn.Module):
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
         table = attention.rope_table(positions, c.head_dim, c.max_period)
+        of_block = (c, self.compute, self.window)
         if cache is not None and x.shape[1] > cache.num_frames:
-            layers = self._layers(LongChunkBlock)
+            layers = scan_layers(LongChunkBlock, c.num_layers)(*of_block, name="layers")
             (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
         else:
             # The cache is read layer by layer and written once, so that it need not be copied.
-            x, fresh = self._layers(self._block())(x, cache, table, span)
+            layers = scan_layers(Block, c.num_layers, self.compute.remat)
+            x, fresh = layers(*of_block, name="layers")(x, cache, table, span)
             cache = None if cache is None else cache.write(span, fresh)
         if c.output_projection:
             axes = ("embed", "width")
             x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
         return x, cache
-
-    def _block(self) -> type[Block]:
-        if self.compute.remat == "none":
-            return Block
-        policy = REMAT_POLICIES[self.compute.remat]
-        return nn.remat(Block, policy=policy, prevent_cse=False)
-
-    def _layers(self, block: type[Block]) -> nn.Module:
-        """The blocks under one scan over their parameters, and over the second argument."""
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=self.config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scan(self.config, self.compute, self.window, name="layers")

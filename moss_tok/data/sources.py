@@ -49,6 +49,11 @@ class FileSource:
     def __getitem__(self, index: int) -> Recording:
         return open_item(self._items[self._owners[index]])
 
+    def texts(self, seconds: float) -> list[str]:
+        """Those of recordings that are no longer than that."""
+        items = (item for item in self._items if item.duration_seconds <= seconds)
+        return [text for item in items if (text := manifest.read_text(item.metadata)[0])]
+
     def name(self, index: int) -> str:
         """What the log calls a segment's file."""
         return item_name(self._items[self._owners[index]])

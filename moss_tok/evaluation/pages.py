@@ -10,7 +10,7 @@ from typing import Any
 
 from moss_tok.audio import files
 from moss_tok.config import is_number, read_json_lines, read_json_object
-from moss_tok.evaluation import metrics, protocol, report
+from moss_tok.evaluation import protocol, report
 
 _CLIPS = 8  # of a data set
 _VERSIONS = 4  # bitrates of a system
@@ -214,7 +214,7 @@ def write_run(workdir: Path) -> Path:
     evaluations = read_json_lines(workdir / "evaluation.jsonl")
     evaluations = [e for e in evaluations if {"step", "table"} <= e.keys()]
     for domain, found in (evaluations[-1]["table"] if evaluations else {}).items():
-        names = [m for m in metrics.METRICS if any(m in means for means in found.values())]
+        names = list(dict.fromkeys(m for means in found.values() for m in means))
         body = [
             [s, *(f"{means[m]:.3f}" if m in means else "" for m in names)]
             for s, means in found.items()

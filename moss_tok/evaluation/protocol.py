@@ -22,7 +22,6 @@ import io
 import json
 import multiprocessing
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,6 +34,7 @@ from moss_tok.codec import codes
 from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.config import (
     TASKS,
+    CodecConfig,
     parse_json_object,
     read_json_lines,
     read_json_object,
@@ -346,7 +346,7 @@ def write_results(
     }
     if bps is not None:
         results.setdefault("_meta", {})["bps"] = bps
-    files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
+    _write_results(path, results)
 
 
 def _read_means(path: Path) -> dict[str, dict[str, Any]]:
@@ -372,20 +372,20 @@ def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None
     path = folder / "results.json"
     results = _read_means(path)
     results.setdefault(dataset.name, {}).update(means)
+    _write_results(path, results)
+
+
+def _write_results(path: Path, results: dict[str, Any]) -> None:
     files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def read_code_file(folder: Path, dataset: Dataset, name: str) -> np.ndarray:
+def read_codes(folder: Path, dataset: Dataset, name: str, config: CodecConfig) -> np.ndarray:
     """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET; ValueError where it is broken."""
     path = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
-    try:
-        with np.load(path) as file:
-            return file["codes"]
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: no .npz file of codes; delete it to make it again") from error
+    return codes.read(path, config).codes
 
 
-def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndarray:
+def write_entropy(folder: Path, dataset: Dataset, config: CodecConfig) -> np.ndarray:
     """Bits per code that each quantizer uses on a data set, [Q]: entropy of its histogram.
 
     They go into OUTPUT/MODEL/entropy.json, by data set. Too little audio makes them too low: a
@@ -393,8 +393,9 @@ def write_entropy(folder: Path, dataset: Dataset, codebook_size: int) -> np.ndar
     """
     counts: Any = 0
     for name in dataset.output_names():
-        rows = read_code_file(folder, dataset, name).astype(np.int64)
-        counts = counts + np.stack([np.bincount(r, minlength=codebook_size) for r in rows])
+        rows = read_codes(folder, dataset, name, config)
+        size = config.quantizer.codebook_size
+        counts = counts + np.stack([np.bincount(r, minlength=size) for r in rows])
     shares = counts / counts.sum(1, keepdims=True)
     bits = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
     path = folder / "entropy.json"

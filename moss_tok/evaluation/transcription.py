@@ -14,7 +14,7 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
 from moss_tok.evaluation import protocol, sweep
-from moss_tok.language.generate import Language, transcribe, transcribe_wavs
+from moss_tok.language.generate import Language, transcribe_codes, transcribe_wavs
 
 
 def normalize(text: str) -> str:
@@ -41,7 +41,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     try:
         import jiwer
     except ImportError as error:
-        raise ValueError("error rates need jiwer: pip install 'moss_tok[language]'") from error
+        raise ValueError("error rates need jiwer: pip install 'moss_tok[train]'") from error
     pairs = [(normalize(r), normalize(h)) for r, h in zip(references, hypotheses, strict=True)]
     pairs = [(r, h) for r, h in pairs if r]
     if not pairs:
@@ -86,12 +86,12 @@ def write_dataset(
     Raises:
       ValueError: As `error_rates`, or a language model that hears no codes.
     """
-    rows = []
-    for name, text in zip(dataset.output_names(), dataset.texts, strict=True):
-        if text:
-            codes = protocol.read_code_file(folder, dataset, name)[None, :number]
-            understood = transcribe(codec, language, codes)[0]
-            rows.append({"name": name, "text": text, "understood": understood})
+    names = [n for n, text in zip(dataset.output_names(), dataset.texts, strict=True) if text]
+    codes = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
+    understood = transcribe_codes(codec, language, codes, number)
+    texts = (text for text in dataset.texts if text)
+    rows = [{"name": n, "text": t, "understood": u}
+            for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
     where = folder / f"rvq{number}"
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     files.write_text(where / dataset.name / "texts.jsonl", lines)

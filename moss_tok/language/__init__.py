@@ -1,6 +1,6 @@
 """A causal language model over audio and text: the semantic head, and speech recognition."""
 
-import importlib
+from moss_tok import import_on_use
 
 _WHERE = {
     "Language": "moss_tok.language.generate",
@@ -8,13 +8,10 @@ _WHERE = {
     "Sampling": "moss_tok.language.generate",
     "load": "moss_tok.language.pretrained",
     "transcribe": "moss_tok.language.generate",
+    "transcribe_codes": "moss_tok.language.generate",
     "transcribe_wavs": "moss_tok.language.generate",
 }
 
 __all__ = sorted(_WHERE)
 
-
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'moss_tok.language' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__ = import_on_use(__name__, _WHERE)

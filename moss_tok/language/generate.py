@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok.codec.attention import Span
-from moss_tok.codec.inference import Codec, bucket_frames, encode, valid_mask
+from moss_tok.codec.inference import (
+    Codec,
+    bucket_frames,
+    check_lengths,
+    check_shape,
+    encode,
+    prefix_mask,
+    valid_mask,
+)
 from moss_tok.config import TASKS, ComputeConfig, check_choice
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead, empty_cache
@@ -77,48 +85,55 @@ def transcribe(
     task: str = "transcribe",
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    num_quantizers: int | None = None,
 ) -> list[str]:
     """Texts of audio that is given as codes.
 
     Args:
       codec: The codec the codes are of; its quantizer is enough.
       language: Trained on that codec's codes.
-      codes: [B, q, T] of the first q quantizers.
+      codes: [B, q, T] integers in [0, codebook_size), of the first q quantizers.
       lengths: [B] valid frames; default: all T.
       task: One of TASKS.
       sampling: How tokens are chosen.
       seed: For it, where the temperature is above 0.
+      num_quantizers: Only the first of the q are heard, by the same program; default: all.
 
     Returns:
       B texts.
 
     Raises:
-      ValueError: An unknown task, or a language model that was trained on unquantized latents.
+      ValueError: An unknown task, wrong shapes or types, or a language model that was trained on
+        unquantized latents.
     """
     if language.config.audio != "codes":
         raise ValueError("this language model hears latents, not codes: give it audio")
-    lengths = np.full(len(codes), codes.shape[-1]) if lengths is None else np.asarray(lengths)
+    codes = np.asarray(codes)
+    check_shape("codes", codes, ("B", "Q", "T"))
+    codec.config.check_num_quantizers(codes.shape[1])
+    if codes.dtype.kind not in "iu":
+        raise ValueError(f"codes must be integers, got {codes.dtype}")
+    lengths = check_lengths(lengths, codes)
     padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
-    codes = np.pad(np.asarray(codes, np.int32), ((0, 0), (0, 0), (0, padding)))
-    return transcribe_latents(language, _quantized(codec, codes), lengths, task, sampling, seed)
+    codes = np.pad(codes.astype(np.int32), ((0, 0), (0, 0), (0, padding)))
+    latents = _quantized(codec, codes, num_quantizers or codes.shape[1])
+    return _write(language, latents, lengths, task, sampling, seed)
 
 
-def transcribe_latents(
+def transcribe_codes(
+    codec: Codec,
     language: Language,
-    latents: jax.Array,
-    lengths: np.ndarray,
-    task: str = "transcribe",
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
+    codes: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    **options: Any,
 ) -> list[str]:
-    """`transcribe` for frames [B, T, D] as the language model hears them."""
-    check_choice("task", task, TASKS)
-    tasks = jnp.full(len(latents), TASKS.index(task))
-    tokens, sizes = generate(
-        language, latents, jnp.asarray(lengths, jnp.int32), tasks, jax.random.key(seed), sampling
-    )
-    rows = zip(np.asarray(tokens), np.asarray(sizes), strict=True)
-    return [language.tokenizer.decode(row[:size].tolist()) for row, size in rows]
+    """`transcribe` of recordings [q, T], in batches of about the same length."""
+
+    def read(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
+        options_ = options | {"num_quantizers": num_quantizers}
+        return transcribe(codec, language, batch, lengths, **options_)
+
+    return _in_batches(codes, 1, read)
 
 
 def transcribe_wavs(
@@ -129,7 +144,6 @@ def transcribe_wavs(
     task: str = "transcribe",
     sampling: Sampling = Sampling(),
     seed: int = 0,
-    progress: Callable[[], Any] = lambda: None,
 ) -> list[str]:
     """Texts of recordings [C, S], in batches of about the same length.
 
@@ -141,25 +155,32 @@ def transcribe_wavs(
       task: One of TASKS.
       sampling: How tokens are chosen.
       seed: For it.
-      progress: Called after each recording.
     """
-    hop, texts = codec.config.hop_length, [""] * len(wavs)
-    sizes = [bucket_frames(codec.config.num_frames(wav.shape[-1])) for wav in wavs]
+
+    def read(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
+        heard = hear(codec, language, batch, lengths, num_quantizers)
+        return _write(language, *heard, task, sampling, seed)
+
+    return _in_batches(wavs, codec.config.hop_length, read)
+
+
+def _in_batches(
+    recordings: Sequence[np.ndarray], unit: int, read: Callable[[np.ndarray, np.ndarray], list[str]]
+) -> list[str]:
+    """Calls `read` (batch [B, *, size], lengths [B]) for recordings [*, S], `unit` of S a frame."""
+    texts = [""] * len(recordings)
+    sizes = [bucket_frames(-(-x.shape[-1] // unit)) * unit for x in recordings]
     for size in sorted(set(sizes)):
         members = [i for i, s in enumerate(sizes) if s == size]
+        most = _BATCH if len(members) > 1 else 1  # two shapes for each size
         for start in range(0, len(members), _BATCH):
             rows = members[start : start + _BATCH]
-            batch = np.zeros((_BATCH if len(members) > 1 else 1, wavs[0].shape[0], size * hop))
-            lengths = np.ones(len(batch), np.int32)
-            for row, i in enumerate(rows):
-                lengths[row] = wavs[i].shape[-1]
-                batch[row, :, : lengths[row]] = wavs[i]
-            latents, frames = hear(codec, language, batch.astype(np.float32), lengths,
-                                   num_quantizers)  # fmt: skip
-            found = transcribe_latents(language, latents, frames, task, sampling, seed)
-            for i, text in zip(rows, found, strict=False):
+            padded = rows + rows[:1] * (most - len(rows))
+            lengths = np.array([recordings[i].shape[-1] for i in padded], np.int32)
+            batch = [np.pad(recordings[i], ((0, 0), (0, size - n)))
+                     for i, n in zip(padded, lengths, strict=True)]  # fmt: skip
+            for i, text in zip(rows, read(np.stack(batch), lengths), strict=False):
                 texts[i] = text
-                progress()
     return texts
 
 
@@ -171,10 +192,27 @@ def hear(
     num_quantizers: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What the language model hears of audio [B, C, S], [B]: frames [B, T, D] and their number."""
+    most = codec.config.check_num_quantizers(num_quantizers)
     if language.config.audio == "codes":
-        codes, frames = encode(codec, wav, lengths, num_quantizers)
-        return _quantized(codec, codes), frames
+        codes, frames = encode(codec, wav, lengths)  # all: one program for every number
+        return _quantized(codec, codes, most), frames
     return _latents(codec, wav, lengths), codec.config.num_frames(jnp.asarray(lengths))
+
+
+def _write(
+    language: Language,
+    latents: jax.Array,
+    lengths: jax.Array,
+    task: str,
+    sampling: Sampling,
+    seed: int,
+) -> list[str]:
+    """Texts of frames [B, T, D] as `hear` gives them."""
+    check_choice("task", task, TASKS)
+    tasks = jnp.full(len(latents), TASKS.index(task))
+    tokens, sizes = generate(language, latents, lengths, tasks, jax.random.key(seed), sampling)
+    rows = zip(np.asarray(tokens), np.asarray(sizes), strict=True)
+    return [language.tokenizer.decode(row[:size].tolist()) for row, size in rows]
 
 
 @jax.jit
@@ -184,8 +222,9 @@ def _latents(codec: Codec, wav: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _quantized(codec: Codec, codes: jax.Array) -> jax.Array:
-    return codec.apply(codes, method="dequantize")
+def _quantized(codec: Codec, codes: jax.Array, num_quantizers: int) -> jax.Array:
+    keep = prefix_mask(codes, num_quantizers)
+    return codec.apply(codes, keep, method="dequantize")
 
 
 @functools.partial(jax.jit, static_argnames="sampling")

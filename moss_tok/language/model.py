@@ -12,19 +12,9 @@ from flax import linen as nn
 
 from moss_tok.codec import attention
 from moss_tok.codec.attention import Cache, Span
-from moss_tok.codec.transformer import REMAT_POLICIES
+from moss_tok.codec.transformer import parameter, scan_layers
 from moss_tok.config import TASKS, ComputeConfig
 from moss_tok.language.config import LanguageConfig
-
-
-def _param(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> jax.Array:
-    """A float32 parameter in the compute dtype; without inputs it starts at 0."""
-    init = nn.initializers.zeros
-    if num_in:
-        in_axis, out_axis = tuple(range(num_in)), tuple(range(num_in, len(shape)))
-        init = nn.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
-    init = nn.with_logical_partitioning(init, axes)
-    return module.param(name, init, shape, jnp.float32).astype(dtype)
 
 
 class Norm(nn.Module):
@@ -58,8 +48,8 @@ class GroupedAttention(nn.Module):
         projected = {}
         for name, n in heads.items():
             axes = ("embed", "heads", "head_dim")
-            kernel = _param(self, name, (c.model_dim, n, c.head_dim), axes, 1, dtype)
-            bias = _param(self, f"{name}_bias", (n, c.head_dim), axes[1:], 0, dtype)
+            kernel = parameter(self, name, (c.model_dim, n, c.head_dim), axes, 1, dtype)
+            bias = parameter(self, f"{name}_bias", (n, c.head_dim), axes[1:], 0, dtype)
             y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=precision)
             projected[name] = y + bias[:, None]
         q, k = (attention.apply_rope(projected[name], table) for name in "qk")
@@ -77,7 +67,7 @@ class GroupedAttention(nn.Module):
             y = attention.attend_cached(q, shared(k), shared(v), before, span.start, precision)
         fresh = None if past is None else past.fresh(span, k, v)
         shape = (c.num_heads, c.head_dim, c.model_dim)
-        out = _param(self, "out", shape, ("heads", "head_dim", "embed"), 2, dtype)
+        out = parameter(self, "out", shape, ("heads", "head_dim", "embed"), 2, dtype)
         return jnp.einsum("bnth,nhd->btd", y, out, precision=precision), fresh
 
 
@@ -92,8 +82,8 @@ class SwiGLU(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         shape, axes = (c.model_dim, c.mlp_dim), ("embed", "mlp")
-        gate, up = (_param(self, name, shape, axes, 1, dtype) for name in ("gate", "up"))
-        down = _param(self, "down", shape[::-1], axes[::-1], 1, dtype)
+        gate, up = (parameter(self, name, shape, axes, 1, dtype) for name in ("gate", "up"))
+        down = parameter(self, "down", shape[::-1], axes[::-1], 1, dtype)
         gate, up = (jnp.einsum("btd,df->btf", x, w, precision=precision) for w in (gate, up))
         return jnp.einsum("btf,fd->btd", nn.silu(gate) * up, down, precision=precision)
 
@@ -125,21 +115,10 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Declares the parameters."""
-        c, block = self.config, Block
+        c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.model_dim), jnp.float32)
-        if self.compute.remat != "none":
-            policy = REMAT_POLICIES[self.compute.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        self.layers = layers(c, self.compute)
+        self.layers = scan_layers(Block, c.num_layers, self.compute.remat)(c, self.compute)
         self.norm = Norm(c.norm_epsilon)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -187,8 +166,8 @@ class SemanticHead(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("width", "embed"))
         self.tasks = self.param("tasks", init, (len(TASKS), c.model_dim), jnp.float32)
         shape, axes = (c.latents_dim, c.model_dim), ("width", "embed")
-        self.projection = _param(self, "projection", shape, axes, 1, self.compute.dtype)
-        self.bias = _param(self, "bias", shape[1:], axes[1:], 0, self.compute.dtype)
+        self.projection = parameter(self, "projection", shape, axes, 1, self.compute.dtype)
+        self.bias = parameter(self, "bias", shape[1:], axes[1:], 0, self.compute.dtype)
 
     def __call__(
         self,
@@ -237,10 +216,6 @@ class SemanticHead(nn.Module):
         audio = jnp.einsum("bti,id->btd", latents.astype(dtype), self.projection,
                            precision=precision) + self.bias  # fmt: skip
         return jnp.concatenate([self.tasks[task][:, None].astype(dtype), audio], axis=1)
-
-    def score_last(self, x: jax.Array) -> jax.Array:
-        """Embeddings [B, T, D] -> logits [B, V] of what follows."""
-        return self.model.logits(self.model(x)[0][:, -1:])[:, 0]
 
     def extend(self, x: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
         """Embeddings [B, T, D] after what the cache holds -> hidden [B, T, D], the next cache."""

@@ -59,7 +59,8 @@ def train(config: TrainConfig) -> bool:
     workdir = storage.to_path(config.workdir)
     _check_same_run(workdir, config)
     mirror = storage.Mirror(workdir)
-    mixture, eval_items = _find_data(config, codec, num_samples / codec.sample_rate, mirror)
+    seconds = num_samples / codec.sample_rate
+    mixture, eval_items = _find_data(config, codec, seconds, mirror, tokenizer)
     _write_config(workdir, config)
     counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
@@ -133,7 +134,11 @@ def _check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
 
 
 def _find_data(
-    config: TrainConfig, codec: CodecConfig, segment_seconds: float, mirror: storage.Mirror
+    config: TrainConfig,
+    codec: CodecConfig,
+    segment_seconds: float,
+    mirror: storage.Mirror,
+    tokenizer: Tokenizer | None,
 ) -> tuple[sources.Mixture, list[AudioItem]]:
     """What to train on and to evaluate; creates the workdir once it is known that both exist."""
     workdir = storage.to_path(config.workdir)
@@ -151,6 +156,8 @@ def _find_data(
         return mixture, items
 
     mixture, items = find(config.train_data, config.eval_data or config.train_data)
+    if tokenizer is not None:
+        _check_texts(config, mixture, tokenizer, segment_seconds)
     workdir.mkdir(parents=True, exist_ok=True)
     if mixture is None:
         made = str(workdir / "synthetic" / synthetic.MANIFEST)
@@ -161,6 +168,27 @@ def _find_data(
         mixture, made_items = find(made, made)
         items = made_items if items is None else items
     return mixture, items
+
+
+def _check_texts(
+    config: TrainConfig,
+    mixture: sources.Mixture | None,
+    tokenizer: Tokenizer,
+    segment_seconds: float,
+) -> None:
+    """Raises ValueError where the language model would have no text to learn from.
+
+    What texts are in shards only reading them tells.
+    """
+    found = mixture.sources if mixture else ()
+    if not all(isinstance(source, sources.FileSource) for source in found):
+        return
+    texts = (text for source in found for text in source.texts(segment_seconds))
+    if not any(len(tokenizer.encode(text)) <= config.max_text_tokens for text in texts):
+        raise ValueError(
+            f"train_data has no recording of at most segment_seconds {segment_seconds:.3g} with a "
+            f"text of at most max_text_tokens {config.max_text_tokens} for language_model to learn"
+        )
 
 
 def _write_config(workdir: storage.Path, config: TrainConfig) -> None:
@@ -381,7 +409,9 @@ class Run:
         if self.log is not None:
             head = params.get("language")
             params = {name: tree for name, tree in params.items() if name != "language"}
-            language = head and Language(head, self.language, self.tokenizer)
+            language = None
+            if head is not None:
+                language = Language(head, self.language, self.tokenizer)
             self._show(step, Codec(params, self.codec), language)
         self._began += time.perf_counter() - began  # rates are of training alone
 
@@ -404,7 +434,7 @@ class Run:
                 table |= scores
                 note = "mel_loss, stft: lower is better; stoi: higher"
                 texts.append(f"{len(clips)} clips ({note}):\n{sweep.format_table(scores)}")
-            text = "\n\n".join(texts)
+            text = "\n\n".join(texts) or "no recording has a text"
             self.log.write_evaluation(step, table, text)
             _say(f"step {step}, unseen audio: {text}")
 

@@ -102,9 +102,10 @@ def generator_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     peak = config.learning_rate
     groups = {
         "codebooks": _adamw(config, config.codebook_learning_rate * peak),
-        "language": _adamw(config, config.language_learning_rate * peak),
         "network": _adamw(config, peak),
     }
+    if config.language_model:  # or runs from before there was one could not go on
+        groups["language"] = _adamw(config, config.language_learning_rate * peak)
     clip = optax.clip_by_global_norm(config.gradient_clip)
     return optax.chain(clip, optax.partition(groups, _group))
 

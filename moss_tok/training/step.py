@@ -61,11 +61,7 @@ def train_step(
     keep_key, reseed_key = jax.random.split(key)
     batch = batch | {"keep": _quantizer_dropout(config, codec, keep_key, batch["position"])}
     if language is not None:
-        paired = batch["text_length"] > 0
-        if config.language_mask:
-            mask_key = jax.random.fold_in(key, 2)
-            batch["hidden"] = _hidden_frames(config, codec, mask_key, batch)
-        batch["text_weight"] = paired * len(paired) / jnp.maximum(paired.sum(), 1)
+        batch |= _text_weights(config, codec, jax.random.fold_in(key, 2), batch)
     parts = _split(batch, config.num_microbatches)
     changed, terms, norms = {}, {}, {}
 
@@ -76,15 +72,8 @@ def train_step(
     params = trainable(config, state.params)
     generated, pullback, coded = jax.vjp(generate, params, has_aux=True)
     if config.adversarial:
-        gradient, terms["discriminator_loss"] = _discriminator_gradient(
-            config, state.discriminators, parts, generated["wav_hat"]
-        )
-        norms["discriminator_gradient_norm"] = optax.tree.norm(gradient)
-        changed["discriminators"], changed["discriminator_opt_state"] = _update(
-            discriminator_optimizer(config),
-            gradient,
-            state.discriminator_opt_state,
-            state.discriminators,
+        changed, terms["discriminator_loss"], norms["discriminator_gradient_norm"] = (
+            _train_discriminators(config, state, parts, generated["wav_hat"])
         )
     gradient, generator_terms = _generator_gradient(
         config, codec, changed.get("discriminators"), parts, generated
@@ -100,7 +89,7 @@ def train_step(
     changed |= _tracked_codes(config, codec, state, changed, parts, coded, reseed_key)
     metrics = {name: x.mean() for name, x in terms.items()} | norms
     if language is not None:
-        metrics["text_steps"] = paired.any().astype(jnp.float32)
+        metrics["text_steps"] = batch["text_weight"].any().astype(jnp.float32)
     changed["totals"] = _add_totals(state.totals, metrics, terms, parts["domain"])
     return _guarded(state, changed, metrics, batch)
 
@@ -229,6 +218,18 @@ def _judge(
     return [jax.tree.map(lambda x, i=i: x[:, i], features) for i in range(len(wavs))]
 
 
+def _train_discriminators(
+    config: TrainConfig, state: TrainState, parts: Batch, wav_hat: jax.Array
+) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """What they become, their loss for each item [M, B], and the norm of its gradient."""
+    params, opt_state = state.discriminators, state.discriminator_opt_state
+    gradient, loss = _discriminator_gradient(config, params, parts, wav_hat)
+    optimizer = discriminator_optimizer(config)
+    params, opt_state = _update(optimizer, gradient, opt_state, params)
+    changed = {"discriminators": params, "discriminator_opt_state": opt_state}
+    return changed, loss, optax.tree.norm(gradient)
+
+
 def _discriminator_gradient(
     config: TrainConfig, params: Any, parts: Batch, wav_hat: jax.Array
 ) -> tuple[Any, jax.Array]:
@@ -352,6 +353,18 @@ def _quantizer_dropout(
         return jnp.arange(most) < jnp.where(drop, number, most)
 
     return jax.vmap(draw)(positions)
+
+
+def _text_weights(config: TrainConfig, codec: CodecConfig, key: jax.Array, batch: Batch) -> Batch:
+    """What each item's text counts, so that the mean is over those with text; and what is hidden.
+
+    Over the whole batch: a microbatch does not know how many there are.
+    """
+    paired = batch["text_length"] > 0
+    found = {"text_weight": paired * len(paired) / jnp.maximum(paired.sum(), 1)}
+    if config.language_mask:
+        found["hidden"] = _hidden_frames(config, codec, key, batch)
+    return found
 
 
 def _hidden_frames(
