@@ -38,8 +38,8 @@ def test_one_side(checkpoint, micro, component):
 
 
 def test_unknown_component(checkpoint):
-    with pytest.raises(ValueError, match="component must be one of all, encoder, decoder"):
-        moss_tok.load(checkpoint, component="quantizer")
+    with pytest.raises(ValueError, match="component must be one of all, encoder, decoder, quantizer"):
+        moss_tok.load(checkpoint, component="middle")
 
 
 def test_weights_of_another_model_are_named(checkpoint):

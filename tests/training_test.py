@@ -238,7 +238,7 @@ def test_fresh_model_is_a_low_pass_codec():
     t = np.arange(2048) / RATE
     wav = jnp.asarray(0.3 * np.sin(2 * np.pi * 100 * t), jnp.float32)[None, None]
     model = moss_tok.Codec(params, codec).model
-    wav_hat = model.apply({"params": params}, wav, method=lambda m, x: m._audio(m.latents(x)))
+    wav_hat = model.apply({"params": params}, wav, method=lambda m, x: m.audio(m.latents(x)))
     correlation = np.corrcoef(wav[0, 0], wav_hat[0, 0])[0, 1]
     assert correlation > 0.9
 
