@@ -20,9 +20,9 @@ from moss_tok.language.generate import Language, Sampling
 CONFIG = LanguageConfig(8, 257, 256, 32, 2, 4, 2, 48, head_dim=8)
 
 
-def score_last(head, x):
-    """Embeddings [B, T, D] -> logits [B, V] of what follows."""
-    return head.model.logits(head.model(x)[0][:, -1:])[:, 0]
+def score(head, x):
+    """Embeddings [B, T, D] -> logits [B, T, V] of what follows each."""
+    return head.model.logits(head.model(x)[0])
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +81,14 @@ def test_generation_is_the_likeliest_text(language, batch, attention):
         language, latents[1:2, :3], frames[1:2], task[1:2], jax.random.key(0), sampling
     )
     np.testing.assert_array_equal(alone[0], tokens[1])
-    for number in range(6):
-        prefix = language.apply(latents, task, method="prompt")
-        for item in range(3):
-            x = jnp.concatenate([
-                prefix[item, : 1 + int(frames[item])],
-                language.params["model"]["embedding"][jnp.array([256, *tokens[item, :number]])],
-            ])  # fmt: skip
-            logits = language.apply(x[None], method=score_last)
-            assert int(jnp.argmax(logits[0])) == int(tokens[item, number])
+    prefix = language.apply(latents, task, method="prompt")
+    written = language.params["model"]["embedding"][jnp.pad(tokens, ((0, 0), (1, 0)),
+                                                            constant_values=256)]  # fmt: skip
+    for item in range(3):
+        start = int(frames[item]) + 1
+        x = jnp.concatenate([prefix[item, :start], written[item]])
+        logits = language.apply(x[None], method=score)[0, start:-1]
+        np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), tokens[item])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_qwen_weights_give_qwens_logits(tmp_path, rng):
     tokens = rng.integers(0, 40, 9)
     embedded = jnp.asarray(weights["model.embed_tokens.weight"][tokens])[None]
     language = Language(params, config, tokenizer)
-    found = [language.apply(embedded[:, : t + 1], method=score_last)[0] for t in range(9)]
+    found = language.apply(embedded, method=score)[0]
     np.testing.assert_allclose(found, qwen_logits(weights, tokens), rtol=1e-4, atol=1e-4)
 
 

@@ -38,7 +38,9 @@ def test_one_side(checkpoint, micro, component):
 
 
 def test_unknown_component(checkpoint):
-    with pytest.raises(ValueError, match="component must be one of all, encoder, decoder, quantizer"):
+    with pytest.raises(
+        ValueError, match="component must be one of all, encoder, decoder, quantizer"
+    ):
         moss_tok.load(checkpoint, component="middle")
 
 
