@@ -41,8 +41,8 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
     `domain`, `duration_s`, `transcript`, `caption`, `task` (see `read_text`), and `record` for a
-    record of a shard. Where no split is given, a fixed
-    twentieth of the files, chosen by a hash of their names, is "test" and the rest "train".
+    record of a shard. Where no split is given, a fixed twentieth of the files, chosen by a hash of
+    their names, is "test" and the rest "train".
 
     Raises:
       ValueError: No such source, a broken line, or no audio in it.
