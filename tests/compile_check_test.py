@@ -91,9 +91,37 @@ def test_collectives_of_a_mesh():
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=split)
     compiled = jax.jit(lambda x: x.sum(1), out_shardings=rows).lower(x).compile()
     (summed,) = hlo.analyse(compiled.as_text()).collectives
-    assert summed.opcode == "all-reduce" and summed.group_size == 4
+    assert summed.opcode == "all-reduce" and summed.group_size == 4 and summed.stride == 1
     assert summed.times == 1 and not summed.is_async
     assert summed.num_bytes == 8 * 4 * 2 * 3 / 4  # eight rows, each sent 2 (n - 1) / n times
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,4},{1,5}}, dimensions={0}", [0, 4]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','b'}, x", [0, 2, 4, 6]),
+        ("source_target_pairs={{0,1},{1,2}}", [0, 1]),
+    ],
+)
+def test_chips_of_a_transfer(text, group):
+    assert hlo._first_group(text) == group
+
+
+def test_weak_scaling_grows_the_data_axis(capsys):
+    """A gather over fsdp, the same at any number of chips; a sum over data, which grows with it."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    gather = hlo.Collective("all-gather", "", 50e9, 2, 2, 1, False)
+    summed = hlo.Collective("all-reduce", "", 100e9, 2, 4, 1, False)
+    costs = hlo.Costs(197e12, 0, [gather, summed])
+    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 8, costs, 8 * 197e12)
+    compile_check.show_scaling(estimate, mesh, 3)
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [float(row[2]) for row in rows[:3]] == [1 + 0.5, 1 + 0.5 + 1.5, 1 + 0.5 + 1.875]
+    assert [int(row[1]) for row in rows] == [3 * 4**n for n in range(1, 7)]
 
 
 def test_lines_that_go_on_and_slices_inside_fusions():

@@ -109,6 +109,8 @@ CODES = np.zeros((1, 8, 3), np.int32)
         (lambda c: moss_tok.encode(c, np.zeros((1, 2, 9))), r"wav must have the shape"),
         (lambda c: moss_tok.encode(c, WAV[..., :0]), r"wav must have the shape"),
         (lambda c: moss_tok.encode(c, WAV.astype(np.int16)), "wav must be floating point"),
+        (lambda c: moss_tok.encode(c, "a.wav"), "wav must be an array, .* got str"),
+        (lambda c: moss_tok.decode(c, [[1, 2], [3]]), "codes must be an array, .* got list"),
         (lambda c: moss_tok.encode(c, WAV, np.array([1, 2])), "lengths must be integers"),
         (lambda c: moss_tok.encode(c, WAV, np.array([1.0])), "lengths must be integers"),
         (lambda c: moss_tok.encode(c, WAV, num_quantizers=0), "num_quantizers must be 1..8, got 0"),

@@ -336,6 +336,7 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[:1]), "wav must have the shape"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[..., :-1]), "whole frames of 1920"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav.astype(int)), "floating point"),
+        (lambda: moss_tok.encode_step(v1_tiny, state, "a.wav"), "wav must be an array"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, None, 9), "num_quantizers must be"),
         (lambda: moss_tok.decode_step(v1_tiny, other, codes[0]), "codes must have the shape"),
         (lambda: moss_tok.decode_step(v1_tiny, other, codes * 1.0), "codes must be integers"),

@@ -285,16 +285,22 @@ def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: fl
     A chip computes and reads what it does now; the data axis takes more chips, and fsdp fewer where
     there are not enough. Transfers in a ring of n send (n - 1) / n of an array.
     """
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     print("| chips | batch | step, s | links not hidden | estimated utilisation |")
     print("|---|---|---|---|---|")
-    for num_chips in (4**n for n in range(1, 7)):
-        new_fsdp = min(fsdp, num_chips)
-        sizes = {fsdp: new_fsdp, data: num_chips // new_fsdp, estimate.num_chips: num_chips}
+    for num_chips in (4**n for n in range(1, 7) if 4**n % tensor == 0):
+        new_fsdp = min(fsdp, num_chips // tensor)
+        new_data = num_chips // tensor // new_fsdp
+        sizes = {  # (size, stride): size then
+            (fsdp, tensor): new_fsdp,
+            (data, tensor * fsdp): new_data,
+            (data * fsdp, tensor): new_data * new_fsdp,
+            (mesh.size, 1): num_chips,
+        }
         scaled = dataclasses.replace(estimate.costs, collectives=[])
         for c in estimate.costs.collectives:
-            if c.group_size in sizes and c.group_size > 1:
-                was, now = ((n - 1) / n for n in (c.group_size, sizes[c.group_size]))
+            if new := sizes.get((c.group_size, c.stride)):
+                was, now = ((n - 1) / n for n in (c.group_size, new))
                 c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was)
             scaled.collectives.append(c)
         useful = estimate.useful_flops / estimate.num_chips * num_chips
@@ -304,6 +310,13 @@ def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: fl
             f"{e.links / e.step:.1%} | {e.utilisation:.0%} |",
             flush=True,
         )
+
+
+def check_scaling(mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError unless the compiled program has the transfers of a larger slice."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if data == 1 or fsdp == 1:
+        raise ValueError(f"scaling needs a mesh of data and fsdp above 1, got {data} and {fsdp}")
 
 
 def _giga(x: float) -> str:
@@ -324,6 +337,8 @@ def main() -> None:
         codec = load_codec_config(config.model or "tiny")
     mesh = get_mesh(topology, config.mesh)
     sharding.check_batch_size(mesh, config.batch_size)
+    if flags.FLAGS.scaling:
+        check_scaling(mesh)
     count = sum(x.size for x in jax.tree.leaves(_params(codec, mesh)))
     language, _ = language_models.of_run(config, codec)
     if language is not None:

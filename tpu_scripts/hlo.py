@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BYTES = {"pred": 1, "token": 0}  # otherwise the digits of the name say it
 PASSES = {"highest": 6, "high": 3}  # bfloat16 products per float32 product
 _COLLECTIVES = (
@@ -88,6 +90,7 @@ class Collective:
     source: str  # the operation in the Python program
     num_bytes: float  # over each chip's links, all runs together
     group_size: int
+    stride: int  # from one chip of a group to the next, in the order of the mesh
     times: float
     is_async: bool
 
@@ -405,12 +408,14 @@ def _taps(window: dict[str, str], n: int, size: int, outputs: int) -> int:
 
 
 def _collective(computation: Computation, i: Instruction, kind: str, is_async: bool) -> Collective:
-    size = _group_size(i.attributes)
+    group = _first_group(i.attributes)
+    size, stride = len(group), group[1] - group[0] if len(group) > 1 else 0
     operands = [a for name in i.operands for a in computation[name].arrays]
     data = sum(math.prod(a.dims) * a.item_size for a in operands)  # one chip's share
     share = (size - 1) / size
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
-    return Collective(kind, _source(i), data * moved.get(kind, share), size, 1, is_async)
+    moved_bytes = data * moved.get(kind, share)
+    return Collective(kind, _source(i), moved_bytes, size, stride, 1, is_async)
 
 
 def _is_spread(i: Instruction) -> bool:
@@ -424,18 +429,23 @@ def _source(i: Instruction) -> str:
     return found[1] if found else i.name
 
 
-def _group_size(attributes: str) -> int:
-    """Chips that take part in one transfer."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+def _first_group(attributes: str) -> list[int]:
+    """Chips that take part in one transfer, one after the other."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh[1]), strict=True)
+        chosen = re.findall(r"'(\w+)'", mesh[2])
+        chips = np.arange(math.prod(map(int, sizes))).reshape([int(n) for n in sizes])
+        return chips[tuple(slice(None) if n in chosen else 0 for n in names)].ravel().tolist()
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([0-9,]*)\](?:T\(([0-9,]*)\))?", attributes)
     if iota:
-        return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([0-9,]*)\}", attributes)
+        chips = np.arange(math.prod(_integers(iota[2]))).reshape(_integers(iota[2]))
+        chips = chips.transpose(_integers(iota[3])) if iota[3] else chips
+        return chips.ravel()[: int(iota[1])].tolist()
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([0-9,]*)\}", attributes)
     if listed:
-        return len(listed[1].split(","))
-    if "source_target_pairs" in attributes:
-        return 2
+        return _integers(listed[1])
     raise ValueError(f"a collective without groups: {attributes[:200]}")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]

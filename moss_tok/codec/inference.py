@@ -93,10 +93,7 @@ def encode(
     """
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
-    wav = jnp.asarray(wav)
-    check_shape("wav", wav, ("B", codec.config.num_channels, "S"))
-    if not jnp.issubdtype(wav.dtype, jnp.floating):
-        raise ValueError(f"wav must be floating point in [-1, 1], got {wav.dtype}")
+    wav = check_wav(wav, ("B", codec.config.num_channels, "S"))
     lengths = check_lengths(lengths, wav)
     num_frames = codec.config.num_frames(wav.shape[-1])
     return _encode(
@@ -130,11 +127,8 @@ def decode(
 def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
     """`decode` of codes[:, :num_quantizers], by one program for all numbers."""
     check_part(codec, "decoder")
-    codes = jnp.asarray(codes)
-    check_shape("codes", codes, ("B", "Q", "T"))
+    codes = check_codes(codes, ("B", "Q", "T"))
     most = codec.config.check_num_quantizers(codes.shape[1])
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise ValueError(f"codes must be integers, got {codes.dtype}")
     lengths = check_lengths(lengths, codes)
     chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
     number = most if num_quantizers is None else num_quantizers
@@ -250,6 +244,28 @@ def check_part(codec: Codec, name: str) -> None:
     """Raises ValueError if the codec was loaded without that side."""
     if name not in codec.params:
         raise ValueError(f"this codec was loaded without its {name}")
+
+
+def check_wav(wav: Any, shape: tuple[str | int, ...]) -> jax.Array:
+    """Audio as an array; ValueError unless it is floating point and has the shape."""
+    return _check_array("wav", wav, shape, jnp.floating, "floating point in [-1, 1]")
+
+
+def check_codes(codes: Any, shape: tuple[str | int, ...]) -> jax.Array:
+    """Codes as an array; ValueError unless they are integers and have the shape."""
+    return _check_array("codes", codes, shape, jnp.integer, "integers")
+
+
+def _check_array(name: str, x: Any, shape, kind: Any, wanted: str) -> jax.Array:
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:  # text, objects, lists of unequal lengths
+        got = type(x).__name__
+        raise ValueError(f"{name} must be an array, {wanted}, got {got}") from error
+    check_shape(name, array, shape)
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {wanted}, got {array.dtype}")
+    return array
 
 
 def check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:

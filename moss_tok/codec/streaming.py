@@ -17,7 +17,14 @@ import numpy as np
 
 from moss_tok import sharding
 from moss_tok.codec.attention import Span
-from moss_tok.codec.inference import Codec, check_lengths, check_part, check_shape, valid_mask
+from moss_tok.codec.inference import (
+    Codec,
+    check_codes,
+    check_lengths,
+    check_part,
+    check_wav,
+    valid_mask,
+)
 from moss_tok.codec.model import Caches, empty_caches
 
 CHUNK_FRAMES = (1, 2, 4, 8)
@@ -77,14 +84,11 @@ def encode_step(
     c = codec.config
     num_quantizers = c.check_num_quantizers(num_quantizers)
     _check_state(codec, "encoder", state)
-    wav = jnp.asarray(wav)
-    check_shape("wav", wav, (state.position.shape[0], c.num_channels, "T * hop_length"))
+    wav = check_wav(wav, (state.position.shape[0], c.num_channels, "T * hop_length"))
     if wav.shape[-1] % c.hop_length:
         raise ValueError(
             f"a chunk must have whole frames of {c.hop_length} samples, got {wav.shape[-1]}"
         )
-    if not jnp.issubdtype(wav.dtype, jnp.floating):
-        raise ValueError(f"wav must be floating point in [-1, 1], got {wav.dtype}")
     return _encode_step(codec, state, wav, check_lengths(lengths, wav), num_quantizers)
 
 
@@ -106,11 +110,8 @@ def decode_step(
       ValueError: Wrong shapes or types, a codec without decoder, or a state of its encoder.
     """
     _check_state(codec, "decoder", state)
-    codes = jnp.asarray(codes)
-    check_shape("codes", codes, (state.position.shape[0], "Q", "T"))
+    codes = check_codes(codes, (state.position.shape[0], "Q", "T"))
     codec.config.check_num_quantizers(codes.shape[1])
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise ValueError(f"codes must be integers, got {codes.dtype}")
     return _decode_step(codec, state, codes, check_lengths(lengths, codes))
 
 

@@ -14,8 +14,8 @@ from moss_tok.codec.attention import Span
 from moss_tok.codec.inference import (
     Codec,
     bucket_frames,
+    check_codes,
     check_lengths,
-    check_shape,
     encode,
     prefix_mask,
     valid_mask,
@@ -108,11 +108,8 @@ def transcribe(
     """
     if language.config.audio != "codes":
         raise ValueError("this language model hears latents, not codes: give it audio")
-    codes = np.asarray(codes)
-    check_shape("codes", codes, ("B", "Q", "T"))
+    codes = np.asarray(check_codes(codes, ("B", "Q", "T")))
     codec.config.check_num_quantizers(codes.shape[1])
-    if codes.dtype.kind not in "iu":
-        raise ValueError(f"codes must be integers, got {codes.dtype}")
     lengths = check_lengths(lengths, codes)
     padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
     codes = np.pad(codes.astype(np.int32), ((0, 0), (0, 0), (0, padding)))
