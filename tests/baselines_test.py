@@ -49,15 +49,17 @@ def test_in_an_evaluation(tools, monkeypatch, rng):
     (tools / "set.jsonl").write_text('{"path": "a.wav"}\n')
     options = ["--checkpoint", str(GOLDEN / "v1_tiny"), "--dataset", "set.jsonl", "--output", "out",
                "--num-quantizers", "8", "--metrics", "mel_loss", "--num-workers", "1",
-               "--baselines", "opus:6,theirs=others"]  # fmt: skip
+               "--baselines", "opus:6,theirs=others,theirs:1.5=others"]  # fmt: skip
     assert main(["evaluate", *options]) == 0
     results = json.loads((tools / "out" / "opus" / "6kbps" / "results.json").read_text())
     assert results["_meta"]["bps"] == 6000
     assert results["set"]["mel_loss"] < 0.1  # a copy
     results = json.loads((tools / "out" / "theirs" / "results.json").read_text())
     assert results["set"]["mel_loss"] > 0.1
+    rated = json.loads((tools / "out" / "theirs" / "1.5kbps" / "results.json").read_text())
+    assert rated["_meta"]["bps"] == 1500 and rated["set"]["mel_loss"] == results["set"]["mel_loss"]
     text = (tools / "out" / "report.html").read_text()
-    for part in ("opus/6kbps", "theirs", "v1_tiny/rvq8"):
+    for part in ("opus/6kbps", "theirs", "theirs/1.5kbps", "v1_tiny/rvq8"):
         assert f"<b>{part}</b>" in text
 
 
@@ -66,6 +68,8 @@ def test_in_an_evaluation(tools, monkeypatch, rng):
     [
         ("mp3:64", "baselines must be opus:KBPS"),
         ("opus", "baselines must be opus:KBPS"),
+        ("theirs:x=.", "theirs:x=.: KBPS must be a number of kbit/s"),
+        ("theirs:0=.", "KBPS must be a number"),
         ("opus:3", "opus takes 6..256 kbit/s"),
         ("codec2:3000", "codec2 takes 3200, 2400"),
         ("theirs=no", "needs a name and a folder that exists"),

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--baselines", default="", metavar="B,...",
-        help="opus:KBPS, codec2:BPS (by their tools), NAME=FOLDER of reconstructions",
+        help="opus:KBPS, codec2:BPS (by their tools), NAME[:KBPS]=FOLDER of reconstructions",
     )  # fmt: skip
     parser.add_argument("--name", default="", help="of the codec in the results (the folder's)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +26,8 @@ class Baseline:
     """Another codec.
 
     Attributes:
-      name: Folder of its results: "opus/6kbps", "codec2/3200bps", or what the user calls a folder.
-      bps: Nominal bits per second; None for a folder, whose rate nobody knows.
+      name: Folder of its results: "opus/6kbps", "codec2/3200bps", "NAME/KBPSkbps" or "NAME".
+      bps: Nominal bits per second; None for a folder whose rate was not said.
       code: What it does.
       stems: Names of the recordings of a folder; None where any can be coded.
     """
@@ -38,7 +39,7 @@ class Baseline:
 
 
 def parse(text: str) -> list[Baseline]:
-    """Baselines of "opus:6,codec2:3200,NAME=FOLDER": kbit/s, bit/s, and any reconstructions.
+    """Baselines of "opus:6,codec2:3200,NAME:KBPS=FOLDER": any reconstructions, rated if known.
 
     Raises:
       ValueError: Another form or rate, tools that are not installed, no such folder, or one name
@@ -73,18 +74,13 @@ def check_name(name: str) -> str:
 
 
 def _parse_one(part: str) -> Baseline:
-    name, equals, folder = part.partition("=")
-    if equals:
-        if not (name and Path(folder).is_dir()):
-            raise ValueError(f"{part}: NAME=FOLDER needs a name and a folder that exists")
-        recordings = _find_files(Path(folder))
-        code = _from_folder(Path(folder), recordings)
-        return Baseline(check_name(name), None, code, frozenset(recordings))
+    if "=" in part:
+        return _parse_folder(part)
     kind, _, rate = part.partition(":")
     if kind not in _TOOLS or not rate.isdecimal():
         raise ValueError(
-            "baselines must be opus:KBPS, codec2:BPS or NAME=FOLDER, with commas between, "
-            f"got {part!r}"
+            "baselines must be opus:KBPS, codec2:BPS, NAME=FOLDER or NAME:KBPS=FOLDER, with commas "
+            f"between, got {part!r}"
         )
     if missing := [tool for tool in _TOOLS[kind] if shutil.which(tool) is None]:
         raise ValueError(f"{part}: {missing[0]} is not installed")
@@ -95,6 +91,21 @@ def _parse_one(part: str) -> Baseline:
     if int(rate) not in _CODEC2_MODES:
         raise ValueError(f"{part}: codec2 takes {', '.join(map(str, _CODEC2_MODES))} bit/s")
     return Baseline(f"codec2/{rate}bps", int(rate), _codec2(rate))
+
+
+def _parse_folder(part: str) -> Baseline:
+    named, _, folder = part.partition("=")
+    name, colon, rate = named.partition(":")
+    if not (name and Path(folder).is_dir()):
+        raise ValueError(f"{part}: NAME=FOLDER needs a name and a folder that exists")
+    check_name(name)
+    recordings = _find_files(Path(folder))
+    bps = None
+    if colon:
+        if not re.fullmatch(r"\d+(\.\d+)?", rate) or not 1 <= 1000 * float(rate) <= 10**7:
+            raise ValueError(f"{part}: KBPS must be a number of kbit/s, 0.001..10000")
+        name, bps = f"{name}/{rate}kbps", round(1000 * float(rate))
+    return Baseline(name, bps, _from_folder(Path(folder), recordings), frozenset(recordings))
 
 
 def _opus(kbps: int) -> Coder:

@@ -132,11 +132,11 @@ def write_evaluation(output: Path) -> Path:
     folder.mkdir(exist_ok=True)
     pictures, tables = [], []
     for number, (name, rows) in enumerate(results.items()):
-        curves: dict[str, list[tuple[float, dict[str, float]]]] = {}
+        curves: dict[str, list[tuple[float | None, dict[str, float]]]] = {}
         for system, bps, means in rows:
-            if bps is not None:
-                means = {m: means[m] for m in protocol.COLUMNS if m in means}
-                curves.setdefault(system.rpartition("/")[0] or system, []).append((bps, means))
+            means = {m: means[m] for m in protocol.COLUMNS if m in means}
+            label = system if bps is None else system.rpartition("/")[0] or system
+            curves.setdefault(label, []).append((bps, means))
         picture = folder / f"rates_{number}.png"
         report.save_rates(picture, curves, name.rpartition(", ")[2])
         pictures.append((f"{name}: quality over bitrate", picture))

@@ -79,13 +79,13 @@ _PUBLISHED_COLUMNS = {
 
 
 def save_rates(
-    path: Path, curves: dict[str, Sequence[tuple[float, dict[str, float]]]], domain: str
+    path: Path, curves: dict[str, Sequence[tuple[float | None, dict[str, float]]]], domain: str
 ) -> None:
     """Draws each metric over the bitrate, a curve per system.
 
     Args:
       path: Of the PNG.
-      curves: System -> (bit/s, metric -> value), ascending.
+      curves: System -> (bit/s, metric -> value), ascending; a rate of None is a dashed line.
       domain: Of what was coded: published values of "speech", "music" and "sound" are drawn
         beside, hollow and dotted; they are of other recordings.
     """
@@ -99,7 +99,9 @@ def save_rates(
     for axis, name in zip(axes, names, strict=False):
         for system, rows in curves.items():
             points = [(bps, means[name]) for bps, means in rows if name in means]
-            if points:
+            if points and points[0][0] is None:
+                axis.axhline(points[0][1], linestyle="--", color=colors[system], label=system)
+            elif points:
                 axis.plot(
                     *zip(*points, strict=True), marker="o", color=colors[system], label=system
                 )
