@@ -176,24 +176,33 @@ def evaluation_items(text: str, most: int) -> list[AudioItem]:
 
 
 def _find(name: str, split: str) -> tuple[list[storage.Path], list[AudioItem]]:
-    """The shards of a split, or else its items, of a folder, manifest, shard or glob pattern."""
+    """`locate`, one split."""
+    shards, items = locate(name)
+    return [p for p in shards if _shard_split(p) == split], _of_split(items, split)
+
+
+def locate(name: str) -> tuple[list[storage.Path], list[AudioItem]]:
+    """The shards, or else the items, of a folder, manifest, shard or glob pattern.
+
+    Raises:
+      ValueError: Nothing there, or a broken manifest.
+    """
     path = storage.to_path(name)
     if path.is_dir():
         paths = sorted(path.glob(f"*{records.SUFFIX}"))
         if not paths:
-            return [], _of_split(manifest.find_items(path), split)
+            return [], manifest.find_items(path)
     elif path.suffix == records.SUFFIX or glob.has_magic(name) and not path.exists():
         paths = storage.find(name)
         if not paths:
             raise ValueError(f"{name}: no such files")
     else:
-        return [], _of_split(manifest.find_items(path), split)
-    shards = [p for p in paths if p.suffix == records.SUFFIX]
-    if shards:
-        return [p for p in shards if _shard_split(p) == split], []
+        return [], manifest.find_items(path)
+    if shards := [p for p in paths if p.suffix == records.SUFFIX]:
+        return shards, []
     manifests = [p for p in paths if p.suffix == ".jsonl"]
     items = [item for p in manifests for item in manifest.find_items(p)]
-    return [], _of_split(items or manifest.list_files(paths[0].parents[-1], paths), split)
+    return [], items or manifest.list_files(paths[0].parents[-1], paths)
 
 
 def _of_split(items: list[AudioItem], split: str) -> list[AudioItem]:

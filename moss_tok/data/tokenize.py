@@ -104,16 +104,12 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     if not source:
         raise ValueError("no source of recordings was given")
     path = storage.to_path(source)
-    listing = path / "manifest.jsonl" if path.is_dir() else None
-    shards = sorted(path.glob(f"*{records.SUFFIX}")) if path.is_dir() else []
-    if path.suffix == records.SUFFIX or (not path.exists() and "*" in source):
-        shards = [p for p in storage.find(source) if p.suffix == records.SUFFIX]
-    if listing is not None and listing.is_file():
+    listing = path / "manifest.jsonl"
+    if path.is_dir() and listing.is_file():
         found = manifest.find_items(listing)
-    elif shards:
-        found = [_record(p, n) for p in shards for n in range(len(records.shard(p)))]
     else:
-        found = manifest.find_items(path)
+        shards, items = sources.locate(source)
+        found = items or [_record(p, n) for p in shards for n in range(len(records.shard(p)))]
     root = str(path if path.is_dir() else path.parent)
     named = [(_id(item, root), item) for item in found]
     names = collections.Counter(name for name, _ in named)
