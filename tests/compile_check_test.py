@@ -104,6 +104,8 @@ def test_collectives_of_a_mesh():
         ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','b'}, x", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, x", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, x", [0, 1]),
         ("source_target_pairs={{0,1},{1,2}}", [0, 1]),
     ],
 )
@@ -144,6 +146,23 @@ b"}
     costs = hlo.analyse(text)
     assert costs.kernels == {"ab": 1}
     assert costs.hbm_bytes == 128 * 4 + 128 * 4 + 4  # the row read and written, and its number
+
+
+def test_what_another_core_does_counts():
+    """A computation of the SparseCore ends with the name of its thread."""
+    text = """\
+%beside (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %n = f32[8,128]{1,0} negate(%p)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %s = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) call-start(%x), to_apply=%beside
+  ROOT %d = f32[8,128]{1,0} call-done(%s)
+}
+"""
+    assert hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4
 
 
 def test_a_transfer_spread_over_fusions_counts_once():

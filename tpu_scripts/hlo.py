@@ -173,7 +173,7 @@ class _Module:
             branches = [self._run(b) for b in self._branches(i)]
             total.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)))
             return
-        if i.opcode == "call":
+        if i.opcode in ("call", "call-start"):  # the latter beside, on a SparseCore
             total.add(self._run(i.called("to_apply")))
             return
         if i.opcode in _NO_TRAFFIC or i.opcode.endswith(("-done", "-update")):
@@ -318,7 +318,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
                 name, is_entry, lines = head[2], bool(head[1]), []
-        elif line == "}":
+        elif line.startswith("}"):  # or }, execution_thread="sparsecore"
             yield name, is_entry, lines
             name = None
         elif lines and not _HEAD.match(line):  # attributes may have line breaks
@@ -429,22 +429,31 @@ def _source(i: Instruction) -> str:
     return found[1] if found else i.name
 
 
+_IOTA = r"\[([0-9,]*)\](?:T\(([0-9,]*)\))?"
+
+
 def _first_group(attributes: str) -> list[int]:
     """Chips that take part in one transfer, one after the other."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
         names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh[1]), strict=True)
-        chosen = re.findall(r"'(\w+)'", mesh[2])
-        chips = np.arange(math.prod(map(int, sizes))).reshape([int(n) for n in sizes])
-        return chips[tuple(slice(None) if n in chosen else 0 for n in names)].ravel().tolist()
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([0-9,]*)\](?:T\(([0-9,]*)\))?", attributes)
-    if iota:
-        chips = np.arange(math.prod(_integers(iota[2]))).reshape(_integers(iota[2]))
-        chips = chips.transpose(_integers(iota[3])) if iota[3] else chips
-        return chips.ravel()[: int(iota[1])].tolist()
+        chosen = re.findall(r"'(\w+)'", mesh[3])
+        sizes = [int(n) for n in sizes]
+        order = re.search(rf"device_ids=\({_IOTA}\)", mesh[2])
+        chips = _iota(*order.groups()) if order else np.arange(math.prod(sizes))
+        first = tuple(slice(None) if name in chosen else 0 for name in names)
+        return chips.reshape(sizes)[first].ravel().tolist()
+    if iota := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", attributes):
+        return _iota(iota[2], iota[3])[: int(iota[1])].tolist()
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([0-9,]*)\}", attributes)
     if listed:
         return _integers(listed[1])
     raise ValueError(f"a collective without groups: {attributes[:200]}")
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers that "[2,4]T(1,0)" stands for."""
+    numbers = np.arange(math.prod(_integers(sizes))).reshape(_integers(sizes))
+    return numbers.transpose(_integers(order) if order else None).ravel()
 
 
 def _integers(text: str) -> list[int]:
