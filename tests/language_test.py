@@ -98,6 +98,8 @@ def test_generation_is_the_likeliest_text(language, batch, attention):
         (Sampling(1.0, top_k=2), {1, 2}),
         (Sampling(1.0, top_p=0.5), {1}),
         (Sampling(1.0, top_p=0.7), {1, 2}),
+        (Sampling(1.0, top_k=2, top_p=0.7), {1}),  # 0.6 of the 0.85 that are left
+        (Sampling(1.0, top_k=10**12), {0, 1, 2, 3}),
         (Sampling(0.01), {1}),
         (Sampling(), {1}),
     ],
@@ -144,11 +146,27 @@ def test_tokenizer_files(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.end_id) == (4, 0)
     assert tokenizer.encode("two one") == [2, 1]
     assert tokenizer.decode([2, 1]) == "two one"
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(
+        str(tmp_path / "tokenizer.json")
+    )
+    library.enable_padding(length=8)
+    library.enable_truncation(1)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert text.load(tmp_path).encode("two one") == [2, 1] and text.load(tmp_path).encode("") == []
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer.json"):
         text.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="no such tokenizer.json"):
         text.load(tmp_path / "none")
+
+
+def test_a_tokenizer_without_an_end_gets_one(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"one": 0, "two": 9}, unk_token="one")  # ids with gaps
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = text.load(tmp_path)
+    assert (tokenizer.end_id, tokenizer.vocab_size) == (10, 11)
+    assert tokenizer.encode("two") == [9] and tokenizer.decode([9, 10]) == "two"
 
 
 # ------------------------------------------------------------------------------------ Qwen2.5
@@ -254,6 +272,17 @@ def test_other_models_are_refused(tmp_path, rng, changes, drop, message):
     with pytest.raises(ValueError, match=message):
         config = qwen.read_config(tmp_path / "qwen", 8, 0, "codes")
         qwen.read_params(tmp_path / "qwen", config)
+
+
+def test_a_repeated_embedding_must_be_the_same(tmp_path, rng):
+    weights = qwen_weights(rng)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    write_qwen(tmp_path / "qwen", weights)
+    config = qwen.read_config(tmp_path / "qwen", 8, 0, "codes")
+    assert "lm_head.weight" not in qwen.read_params(tmp_path / "qwen", config)
+    write_qwen(tmp_path / "other", weights | {"lm_head.weight": weights["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match="is not the embedding"):
+        qwen.read_params(tmp_path / "other", config)
 
 
 def test_presets():

@@ -278,6 +278,7 @@ def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys):
         texts = (folder / "data" / "texts.jsonl").read_text().splitlines()
         assert [json.loads(t)["text"] for t in texts] == ["a b"]
     assert "wer" in (tmp_path / "out" / "summary.md").read_text()
+    assert main(["evaluate", *options, f"--output={tmp_path / 'w'}", "--metrics=wer"]) == 0
     data.write_text(json.dumps(rows[1]) + "\n")
     assert main(["evaluate", *options, f"--output={tmp_path / 'o'}", "--metrics=wer"]) == 2
     assert "whose lines have a transcript" in capsys.readouterr().err
@@ -290,6 +291,7 @@ def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys):
         (["--max-tokens=0"], "max_tokens must be 1"),
         (["--num-quantizers=5"], "num_quantizers must be 1..4"),
         (["--temperature=-1"], "temperature must be"),
+        (["--seed=99999999999999999999"], "seed must be 0.."),
     ],
 )
 def test_bad_arguments_of_transcribe(finished, clips, capsys, arguments, message):

@@ -348,6 +348,7 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(v1_tiny, None, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
         (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, None, 2, source=[]), "a source feeds one slot"),
         (lambda: moss_tok.reset_streams(state, np.arange(2)), "slots must be booleans"),
         (lambda: moss_tok.init_encoder_stream(v1_tiny, 0), "batch_size must be .* got 0"),
         (lambda: moss_tok.EncoderStream(v1_tiny, num_slots=0), "num_slots must be .* got 0"),
@@ -383,3 +384,21 @@ def test_a_window_of_one_frame():
     stream = moss_tok.EncoderStream(codec, chunk_frames=[8, 2])
     expected = moss_tok.encode(codec, wav).codes[0]
     np.testing.assert_array_equal(stream.push(wav[0]), expected)
+
+
+def test_a_state_is_used_once(v1_tiny):
+    state = moss_tok.init_encoder_stream(v1_tiny, 1)
+    wav = np.zeros((1, 1, 1920), np.float32)
+    moss_tok.encode_step(v1_tiny, state, wav)
+    for call in (
+        lambda: moss_tok.encode_step(v1_tiny, state, wav),
+        lambda: moss_tok.reset_streams(state, np.ones(1, bool)),
+    ):
+        with pytest.raises(ValueError, match="this state has been used"):
+            call()
+
+
+def test_a_slot_named_twice_ends_once(v1_tiny):
+    with moss_tok.EncoderStream(v1_tiny, chunk_frames=[1]) as stream:
+        assert stream.push(np.zeros((1, 2000), np.float32)).shape[-1] == 1
+        assert stream.finish([0, 0])[0].shape[-1] == 1

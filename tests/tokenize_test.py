@@ -243,3 +243,14 @@ def test_two_recordings_of_one_name(root, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="is there more than once"):
         tokenize.find_items(str(tmp_path / "a.jsonl"))
+
+
+def test_shards_of_recordings_with_one_name(tmp_path, rng):
+    """As data sets have that are a folder per track."""
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        wav = 0.1 * rng.standard_normal(9000)
+        soundfile.write(tmp_path / "in" / name / "mix.wav", wav, 8000)
+    assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "shards")]) == 0
+    items = tokenize.find_items(str(tmp_path / "shards"))
+    assert len({key for key, _ in items}) == 2

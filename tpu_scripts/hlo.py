@@ -318,7 +318,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
                 name, is_entry, lines = head[2], bool(head[1]), []
-        elif line.startswith("}"):  # or }, execution_thread="sparsecore"
+        elif re.fullmatch(r'\}(, execution_thread="\w+")?', line):
             yield name, is_entry, lines
             name = None
         elif lines and not _HEAD.match(line):  # attributes may have line breaks

@@ -69,10 +69,10 @@ def list_files(root: storage.Path, paths: Sequence[storage.Path]) -> list[AudioI
 def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
     try:
-        lines = manifest.read_text().splitlines()
+        lines = manifest.read_text().rstrip("\n").split("\n")  # texts may have other line breaks
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest}: neither a folder nor a manifest of JSON lines") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate([] if lines == [""] else lines, 1):
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -92,6 +92,8 @@ def _check_row(row: dict, where: str) -> None:
     for key in ("transcript", "caption"):
         if not isinstance(row.get(key), str | None):
             raise ValueError(f"{where}: {key} must be a text, got {row[key]!r}")
+        if not (row.get(key) or "").isprintable() and _is_broken(row[key]):
+            raise ValueError(f"{where}: {key} has half a surrogate pair")
     if row.get("task") not in (None, *TASKS):
         raise ValueError(f"{where}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
     duration, record = row.get("duration_s"), row.get("record")
@@ -102,6 +104,10 @@ def _check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
         if duration is None:
             raise ValueError(f"{where}: a record needs duration_s")
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
@@ -142,5 +148,5 @@ def _seconds(path: storage.Path, duration: float | None) -> float:
         return float(duration)
     try:
         return files.duration_seconds(path)
-    except ValueError:
+    except (ValueError, OSError):
         return 0.0

@@ -60,9 +60,13 @@ def each_file(
     """
     *kinds, suffix = suffixes
     if not Path(source).is_dir():
+        if Path(source).resolve() == Path(output).resolve():
+            raise ValueError(f"{output}: must not be the file that is read")
         print(function(Path(source), Path(output)))
         return 0
-    found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
+    if Path(source).resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+        raise ValueError(f"{output}: must not be {source} or a folder in it")
+    found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds and p.is_file())
     if not found:
         raise ValueError(f"{source}: no files ({', '.join(kinds)})")
     targets: dict[Path, Path] = {}
@@ -77,7 +81,7 @@ def each_file(
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 function(path, target)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 failures.append(str(error))
             count()
     print(f"{output}: {len(found) - len(failures)} of {len(found)} files")

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.output) / name
     model = _describe(name, codec)
 
+    problems: list[str] = []
+
     def show(files, dataset, title):
         with arguments.counter(len(dataset.items), title) as count:
             for _ in files:
@@ -73,14 +75,15 @@ def run(args: argparse.Namespace) -> None:
         title = f"{dataset.name}, {where.name} scored"
         with arguments.counter(len(dataset.items), title) as count:
             rows = protocol.score(where / dataset.name, dataset, names, args.num_workers, count)
-        protocol.write_results(where / dataset.name, dataset, rows, names, bps)
+        if problem := protocol.write_results(where / dataset.name, dataset, rows, names, bps):
+            problems.append(problem)
 
     for dataset in datasets:
         files = protocol.reconstruct(codec, dataset, numbers, folder, model)
         show(files, dataset, f"{dataset.name}, reconstructed")
         for n in numbers:
             rate(dataset, folder / f"rvq{n}", round(config.bitrate(n)))
-        for n in numbers if language and any(dataset.texts) else ():
+        for n in numbers if language and transcription.check(dataset.texts) else ():
             transcription.write_dataset(codec, language, dataset, n, folder)
         protocol.write_entropy(folder, dataset, config)
         for other in others:
@@ -91,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
             rate(dataset, where, other.bps)
     print(protocol.write_summary(Path(args.output)))
     print(pages.write_evaluation(Path(args.output)))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _describe(name: str, codec: Any) -> dict[str, Any]:
@@ -123,17 +128,20 @@ def _others(text: str, name: str, datasets: list[Any]) -> list[Any]:
 def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | None:
     """The checkpoint's language model, if there is one, texts to score it by, and a wish to."""
     from moss_tok.codec import pretrained
-    from moss_tok.evaluation import protocol
+    from moss_tok.evaluation import protocol, transcription
     from moss_tok.language import pretrained as language_models
 
     asked = bool(set(wanted) & set(protocol.TEXT_METRICS))
     if wanted and not asked:
         return None
-    if not any(text for dataset in datasets for text in dataset.texts):
+    texts = [text for dataset in datasets for text in dataset.texts]
+    if not any(map(transcription.normalize, texts)):
         if asked:
             raise ValueError("wer and cer need a data set whose lines have a transcript")
         return None
     found = language_models.load_config(pretrained.find_checkpoint(checkpoint))
+    if found:
+        transcription.check(texts)
     if found and found[0].audio == "codes":
         return language_models.load(checkpoint)
     if asked:

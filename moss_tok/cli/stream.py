@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.input and sys.stdin is None:  # as after `<&-`
         raise ValueError("standard input is closed")
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
     if args.output and not args.input:
         raise ValueError("--output is for --input")
     if args.input and args.decode:
@@ -115,7 +117,9 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
             line = parse_json_object(text)
             if stream is None:
                 given = _check_header(codec.config, line)
-                used = given if num_quantizers is None else min(num_quantizers, given)
+                used = given if num_quantizers is None else num_quantizers
+                if used > given:
+                    raise ValueError(f"num_quantizers must be 1..{given}, the stream has no more")
                 stream = moss_tok.DecoderStream(codec, used, chunk_frames=[frames])
                 continue
             wav = stream.push(_codes(line, given)[:used])
@@ -174,15 +178,19 @@ def _round_trip(
         if start + size >= wav.shape[1]:
             codes = np.concatenate([codes, coder.finish()], axis=1)
         encoded = time.perf_counter()
-        parts.append(player.push(codes))
+        wav_hat = player.push(codes)
+        parts += [wav_hat] if output else []
         times.append((encoded - began, time.perf_counter() - encoded))
         encode, decode = (1000 * t for t in times[-1])
         print(f"{start / config.sample_rate:9.2f} s  encode {encode:6.1f} ms  "
-              f"decode {decode:6.1f} ms")  # fmt: skip
+              f"decode {decode:6.1f} ms", flush=True)  # fmt: skip
     both = 1000 * np.sum(times, axis=1)
     median, high = np.percentile(both, [50, 99])
-    print(f"{len(times)} chunks of {1000 * seconds:g} ms: median {median:.1f} ms, 99 % within "
-          f"{high:.1f} ms, real-time factor {both.mean() / 1000 / seconds:.3f}")  # fmt: skip
+    print(
+        f"{len(times)} chunks of {1000 * seconds:g} ms: median {median:.1f} ms, 99 % within "
+        f"{high:.1f} ms, real-time factor {both.mean() / 1000 / seconds:.3f}",
+        flush=True,
+    )
     if output:
         wav_hat = np.concatenate(parts, axis=1)[:, : wav.shape[1]]
         files.write(output, wav_hat, config.sample_rate)

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_codec(parser)
     parser.add_argument("--task", default="transcribe", metavar="T",
                         help="transcribe, transcribe_speakers or caption")  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N",
-                        help="a text ends here at the latest (default: 256)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N",
+                        help="a text ends here at the latest (default: 512)")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X",
                         help="above 0: tokens are drawn, not the likeliest taken")  # fmt: skip
     parser.add_argument("--top-k", type=int, default=0, metavar="K",
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from moss_tok.language.generate import Sampling
 
     check_choice("task", args.task, TASKS)
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"seed must be 0..{2**31 - 1}, got {args.seed}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens)
     source, kinds = Path(args.input), (_CODES, *files.SUFFIXES)
     paths = [source]
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         why = f"no files ({', '.join(kinds)})" if source.is_dir() else "no such file"
         raise ValueError(f"{source}: {why}")
     language = language_models.load(args.checkpoint)
+    if args.num_quantizers is not None and language.config.audio != "codes":
+        raise ValueError("this language model hears latents, without any num-quantizers")
     coded = all(p.suffix.lower() == _CODES for p in paths)
     codec = pretrained.load(args.checkpoint, component="quantizer" if coded else "encoder")
     codec.config.check_num_quantizers(args.num_quantizers)
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     for path in paths:
         try:
             text = _transcribe(codec, language, path, args, sampling)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failures.append(str(error))
         else:
             print(f"{path.relative_to(source)}\t{' '.join(text.split())}", flush=True)

@@ -172,6 +172,8 @@ def tensor_files(path: Path) -> dict[str, Path]:
             found = set(_names(file))
             if gone := sorted(n for n, f in files.items() if f == file and n not in found):
                 raise ValueError(f"{file}: lacks {len(gone)} tensors of the index: {gone[0]} ...")
+            if more := sorted(n for n in found if files.get(n) != file):
+                raise ValueError(f"{file}: {more[0]} is not in the index, or of another file")
         return files
     return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
 

@@ -100,7 +100,8 @@ def decode_step(
     Args:
       codec: A codec with a decoder.
       state: Donated: use the returned one from now on.
-      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames.
+      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped:
+        a compiled function cannot raise; `DecoderStream` does.
       lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
 
     Returns:
@@ -136,6 +137,7 @@ def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
             f"slots must be booleans of the shape {list(state.position.shape)}, "
             f"got {slots.dtype} {list(slots.shape)}"
         )
+    _check_unused(state)
     return _reset_streams(state, slots)
 
 
@@ -177,6 +179,14 @@ def _check_state(codec: Codec, side: str, state: StreamState) -> None:
     stages = {f"stage_{i}" for i, window in enumerate(windows) if window is not None}
     if not isinstance(state, StreamState) or state.caches.keys() != stages:
         raise ValueError(f"state must be one of init_{side}_stream of this codec")
+    _check_unused(state)
+
+
+def _check_unused(state: StreamState) -> None:
+    """Raises ValueError where the state has been given to a step before."""
+    x = state.position
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+        raise ValueError("this state has been used: a step donates it, go on with what it returned")
 
 
 def _is_integer(value: Any) -> bool:
@@ -236,6 +246,8 @@ class _Stream:
         _check_count("num_slots", num_slots)
         if source is not None and not isinstance(source, Iterable):
             raise ValueError(f"source must be an iterable of blocks, got {source!r}")
+        if source is not None and num_slots > 1:
+            raise ValueError(f"a source feeds one slot, there are {num_slots}: push to them")
         sizes = _sizes(chunk_frames)
         self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
         self._unit = codec.config.hop_length if self._side == "encoder" else 1  # of a frame
@@ -247,6 +259,7 @@ class _Stream:
         for size in sizes:  # all slots idle: nothing but the compiling happens
             chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
             self._step(chunk, np.zeros(num_slots, np.int32))
+        self.reset()
 
     def push(self, block: Any, sample_rate: int | None = None) -> Any:
         """Takes the next block, of any length, and returns what is complete.
@@ -359,7 +372,7 @@ class _Stream:
             raise ValueError("the stream is closed")
         if not isinstance(slots, Iterable):
             raise ValueError(f"slots must be a list of integers, got {slots!r}")
-        slots, most = list(slots), len(self._buffers) - 1
+        slots, most = list(dict.fromkeys(slots)), len(self._buffers) - 1
         for slot in slots:
             if not _is_integer(slot) or not 0 <= slot <= most:
                 raise ValueError(f"slot must be 0..{most}, got {slot!r}")
@@ -373,7 +386,7 @@ class _Stream:
         for slot, block in blocks.items():
             try:
                 found[slot] = self._check(np.asarray(block))
-            except ValueError as error:
+            except (ValueError, TypeError, RuntimeError) as error:  # of what is no array
                 raise ValueError(f"{self._what} of slot {slot}: {error}") from error
         return found
 

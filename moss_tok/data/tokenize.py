@@ -29,7 +29,7 @@ from moss_tok import sharding, storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
-from moss_tok.codec.inference import Codec, bucket_frames, encode
+from moss_tok.codec.inference import Codec, bucket_frames, encode, encode_one
 from moss_tok.config import check_choice, read_json_object
 from moss_tok.data import codes, records, sources
 
@@ -113,6 +113,9 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     root = str(path if path.is_dir() else path.parent)
     named = [(_id(item, root), item) for item in found]
     names = collections.Counter(name for name, _ in named)
+    # Shards of recordings that had one name in different folders.
+    named = [(_place(item, root) if names[name] > 1 else name, item) for name, item in named]
+    names = collections.Counter(name for name, _ in named)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{source}: {repeated[0]!r} is there more than once")
     return named
@@ -131,9 +134,13 @@ def _record(path: storage.Path, number: int) -> AudioItem:
 
 def _id(item: AudioItem, root: str) -> str:
     name = item.metadata.get("id")
-    if item.record is not None and isinstance(name, str):
-        return name
-    return sources.item_name(item).removeprefix(root).lstrip("/")
+    return name if isinstance(name, str) and name else _place(item, root)
+
+
+def _place(item: AudioItem, root: str) -> str:
+    """Where an item is, seen from the folder of the data set."""
+    name = sources.item_name(item)
+    return name.removeprefix(f"{root.rstrip('/')}/")
 
 
 def plan(
@@ -286,6 +293,11 @@ def _read_ahead(
     yield from waiting
 
 
+def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
+    """The audio of an item, as `moss-tok encode` reads it."""
+    return files.read(sources.open_item(item).audio, sample_rate, num_channels)
+
+
 class _Encoder:
     """Collects recordings of about the same length until they fill a batch.
 
@@ -303,9 +315,8 @@ class _Encoder:
         self.batch_seconds = settings.batch_seconds * mesh.size
 
     def read(self, item: AudioItem) -> np.ndarray:
-        """The audio of an item as the codec wants it, as `moss-tok encode` reads it."""
-        c = self._config
-        return files.read(sources.open_item(item).audio, c.sample_rate, c.num_channels)
+        """The audio of an item as the codec wants it."""
+        return _read(item, self._config.sample_rate, self._config.num_channels)
 
     def add(self, key: str, wav: np.ndarray, found: dict[str, Any]) -> None:
         """Puts a recording into a batch; full ones are computed."""
@@ -384,8 +395,8 @@ def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndar
 def _write_jsonl(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
     with path.open("w") as file:
         for key, item, array, num_samples in rows:
-            fields = {"id": key, "audio": str(item.path), "num_samples": num_samples}
-            fields |= _metadata(item)
+            ours = {"id": key, "audio": str(item.path), "num_samples": num_samples}
+            fields = ours | _metadata(item) | ours
             if "text" not in fields and isinstance(fields.get("transcript"), str):
                 fields["text"] = fields["transcript"]  # what the fine-tuning calls it
             fields["audio_codes"] = array.T.tolist()
@@ -394,7 +405,7 @@ def _write_jsonl(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, in
 
 def _metadata(item: AudioItem) -> dict[str, Any]:
     fields = {k: v for k, v in item.metadata.items() if k not in ("id", "audio_codes")}
-    return {"domain": item.domain} | fields
+    return {"domain": item.domain, "split": item.split} | fields
 
 
 _WRITERS = {"arrayrecord": _write_array_record, "jsonl": _write_jsonl}
@@ -445,11 +456,10 @@ def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
 def verify(codec: Codec, plan: Plan, number: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
     """Encodes random items again, each alone: (id, codes that differ, codes in all)."""
     owners = {key: item for _, items in plan.shards for key, item in items}
-    found = codes.read_codes(plan.folder)
-    encoder = _Encoder(codec, plan.settings, sharding.make_mesh("data:1"), Statistics())
+    found, c = codes.read_codes(plan.folder), codec.config
     order = np.random.default_rng(seed).permutation(len(found))
     for index in order[:number]:
         item = found[int(index)]
-        wav = encoder.read(owners[item.id])
-        alone = encode(codec, wav[None], num_quantizers=plan.settings.num_quantizers).codes[0]
-        yield item.id, int((np.asarray(alone) != item.codes).sum()), item.codes.size
+        wav = _read(owners[item.id], c.sample_rate, c.num_channels)
+        alone = encode_one(codec, wav, plan.settings.num_quantizers)
+        yield item.id, int((alone != item.codes).sum()), item.codes.size

@@ -29,13 +29,13 @@ class Baseline:
       name: Folder of its results: "opus/6kbps", "codec2/3200bps", "NAME/KBPSkbps" or "NAME".
       bps: Nominal bits per second; None for a folder whose rate was not said.
       code: What it does.
-      stems: Names of the recordings of a folder; None where any can be coded.
+      files: Of a folder, by their names without suffix; None where any recording can be coded.
     """
 
     name: str
     bps: int | None
     code: Coder
-    stems: frozenset[str] | None = None
+    files: dict[str, list[Path]] | None = None
 
 
 def parse(text: str) -> list[Baseline]:
@@ -53,11 +53,16 @@ def parse(text: str) -> list[Baseline]:
 
 
 def check(found: Sequence[Baseline], recordings: Sequence[Path]) -> None:
-    """Raises ValueError where a folder lacks the reconstruction of a recording."""
-    for baseline in found:
-        for audio in recordings if baseline.stems is not None else ():
-            if audio.stem not in baseline.stems:
-                raise ValueError(f"{baseline.name}: no reconstruction called {audio.stem}")
+    """Raises ValueError where a folder has no, or no certain, reconstruction of a recording."""
+    known: dict[str, Path] = {}
+    for baseline in (b for b in found if b.files is not None):
+        for audio in recordings:
+            name = audio.stem
+            if name not in baseline.files:
+                raise ValueError(f"{baseline.name}: no reconstruction called {name}")
+            several = baseline.files[name]
+            if len(several) > 1 or known.setdefault(name, audio) != audio:
+                raise ValueError(f"{baseline.name}: {name} is the name of several recordings")
 
 
 def check_name(name: str) -> str:
@@ -105,7 +110,7 @@ def _parse_folder(part: str) -> Baseline:
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not 1 <= 1000 * float(rate) <= 10**7:
             raise ValueError(f"{part}: KBPS must be a number of kbit/s, 0.001..10000")
         name, bps = f"{name}/{rate}kbps", round(1000 * float(rate))
-    return Baseline(name, bps, _from_folder(Path(folder), recordings), frozenset(recordings))
+    return Baseline(name, bps, _from_folder(Path(folder), recordings), recordings)
 
 
 def _opus(kbps: int) -> Coder:
@@ -143,20 +148,19 @@ def _run(*command: str) -> None:
         raise ValueError(f"{command[0]} failed: {reason}") from error
 
 
-def _find_files(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in files.SUFFIXES:
-            found.setdefault(path.stem, path)
+def _find_files(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in files.SUFFIXES):
+        found.setdefault(path.stem, []).append(path)
     return found
 
 
-def _from_folder(folder: Path, found: dict[str, Path]) -> Coder:
+def _from_folder(folder: Path, found: dict[str, list[Path]]) -> Coder:
     """Takes the file of the same name, whatever its suffix."""
 
     def code(audio: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
         if audio.stem not in found:
             raise ValueError(f"{folder}: no reconstruction called {audio.stem}")
-        return files.read(found[audio.stem], sample_rate, wav.shape[0])
+        return files.read(found[audio.stem][0], sample_rate, wav.shape[0])
 
     return code

@@ -4,6 +4,7 @@ Source: OpenMOSS/MOSS-Audio-Tokenizer-Eval (moss_eval.metrics.core); tests/golde
 """
 
 import functools
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import scipy.signal
 
 _RATE = 16000
+_PACKAGES = {"pesq-nb": "pesq", "pesq-wb": "pesq", "sdr": "mir_eval"}  # of the extra `eval`
 _MEL_WINDOWS = ((2048, 150), (512, 80))
 
 
@@ -47,9 +49,13 @@ def compute(
 
 
 def check(metrics: Sequence[str]) -> None:
-    """Raises ValueError where a metric is not known."""
+    """Raises ValueError where a metric is not known, or its package not installed."""
     if unknown := [m for m in metrics if m not in METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}; accepted: {', '.join(METRICS)}")
+    for name in metrics:
+        package = _PACKAGES.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{name} needs the extra: pip install 'moss_tok[eval]'")
 
 
 def compute_each(
@@ -58,7 +64,7 @@ def compute_each(
     """`compute`, but a metric that is not defined for the two goes into a second dict, name -> why.
 
     Raises:
-      ValueError: An unknown metric, arrays that are not [C, S], or no samples.
+      ValueError: An unknown metric, a missing package, arrays that are not [C, S], or no samples.
     """
     check(metrics)
     pair = [np.asarray(x, np.float32) for x in (reference, synthesis)]
@@ -156,10 +162,8 @@ def stoi(reference: np.ndarray, synthesis: np.ndarray) -> float:
 
 def pesq(reference: np.ndarray, synthesis: np.ndarray, band: str) -> float:
     """PESQ of 16 kHz mono signals, `band` "nb" or "wb"."""
-    try:
-        import pesq as implementation
-    except ImportError as error:
-        raise ValueError("pesq needs the extra: pip install 'moss_tok[eval]'") from error
+    import pesq as implementation
+
     try:
         return implementation.pesq(_RATE, reference, synthesis, band)
     except (implementation.PesqError, ValueError) as error:
@@ -176,10 +180,8 @@ def spectral_convergence(reference: np.ndarray, synthesis: np.ndarray) -> float:
 
 def sdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
     """Signal to distortion ratio (dB) after the best filter of 512 taps (BSS eval)."""
-    try:
-        import mir_eval
-    except ImportError as error:
-        raise ValueError("sdr needs the extra: pip install 'moss_tok[eval]'") from error
+    import mir_eval
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         (value,), *_ = mir_eval.separation.bss_eval_sources(reference[None], synthesis[None])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from moss_tok.audio import files
 from moss_tok.config import is_number, read_json_lines, read_json_object
@@ -80,7 +81,7 @@ def write_page(path: Path, page: Page) -> None:
     escape = html.escape
 
     def link(file: Path) -> str:
-        return escape(Path(os.path.relpath(file, path.parent)).as_posix().replace("%", "%25"))
+        return escape(quote(Path(os.path.relpath(file, path.parent)).as_posix()))
 
     parts = [f"<h1>{escape(page.title)}</h1>"]
     parts += [f"<p>{escape(note)}</p>" for note in page.notes]
@@ -147,7 +148,7 @@ def write_evaluation(output: Path) -> Path:
             head = ["quantizer", *map(str, range(1, len(bits) + 1))]
             tables.append((caption, [head, ["bits", *(f"{b:.1f}" for b in bits)]]))
     systems = sorted({system for rows in results.values() for system, *_ in rows})
-    lower = "Lower is better: mel_loss, stft, spectral_convergence. Higher: all others."
+    lower = "Lower is better: mel_loss, stft, spectral_convergence, wer, cer. Higher: all others."
     page = Page(f"Evaluation: {output.absolute().name}", [lower], pictures,
                 _clips(output, systems, folder), tables)  # fmt: skip
     write_page(output / "report.html", page)

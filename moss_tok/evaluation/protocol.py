@@ -80,10 +80,14 @@ def read_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.stem.startswith("_"):
-        raise ValueError(f"{path}: the name of a data set must not begin with _")
+    if path.stem.startswith("_") or path.stem == "bps":
+        raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
+    try:
+        lines = path.read_text().rstrip("\n").split("\n")  # texts may have other line breaks
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no JSON lines ({error})") from error
     items, texts = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate([] if lines == [""] else lines, 1):
         try:
             fields, audio = _parse_line(line, path.parent)
         except ValueError as error:
@@ -283,7 +287,7 @@ def score(
         else:
             progress()
     if not wanted:
-        return {name: rows[name] for name in dataset.output_names()}
+        return {name: rows.get(name, {"_errors": {}}) for name in dataset.output_names()}
     # Again, without a line that a killed run has cut.
     kept = "".join(json.dumps({"name": name} | row) + "\n" for name, row in rows.items())
     files.write_text(listing, kept)
@@ -320,33 +324,38 @@ def write_results(
     rows: dict[str, dict[str, Any]],
     names: Sequence[str],
     bps: int | None,
-) -> None:
+) -> str:
     """Writes the means over files, also by domain, into OUTPUT/MODEL/rvqN/results.json.
 
     What else is there, as from metrics of torch models by the official toolkit, stays.
 
-    Raises:
-      ValueError: A metric that is defined for no file.
+    Returns:
+      What is wrong, if a metric is defined for no file, or "".
     """
     path = folder.parent / "results.json"
     results = _read_means(path)
     entry = results.setdefault(dataset.name, {})
     entry |= _means(rows, names)
-    if missing := [name for name in names if name not in entry]:
-        first = next(iter(rows.values()))["_errors"][missing[0]]
-        raise ValueError(f"{folder}: {missing[0]} is defined for no file; {first}")
     domains = {name: domain for _, name, domain in dataset.items if domain}
-    entry["_domains"] = {
-        domain: _means({f: row for f, row in rows.items() if domains.get(f) == domain}, names)
-        for domain in sorted(set(domains.values()))
-    }
-    entry["_metric_errors"] = {
+    for domain in sorted(set(domains.values())):
+        means = _means({f: row for f, row in rows.items() if domains.get(f) == domain}, names)
+        entry.setdefault("_domains", {}).setdefault(domain, {}).update(means)
+    entry["_metric_errors"] = entry.get("_metric_errors", {}) | {
         name: [f"{f}: {row['_errors'][name]}" for f, row in rows.items() if name in row["_errors"]]
         for name in names
     }
     if bps is not None:
         results.setdefault("_meta", {})["bps"] = bps
     _write_results(path, results)
+    if undefined := [name for name in names if name not in entry]:
+        return (
+            f"{folder}: {undefined[0]} is defined for no file: {_first_error(rows, undefined[0])}"
+        )
+    return ""
+
+
+def _first_error(rows: dict[str, dict[str, Any]], name: str) -> str:
+    return next(row["_errors"][name] for row in rows.values() if name in row["_errors"])
 
 
 def _read_means(path: Path) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
 from moss_tok.evaluation import protocol, sweep
-from moss_tok.language.generate import Language, transcribe_codes, transcribe_wavs
+from moss_tok.language.generate import Language, Sampling, transcribe_codes, transcribe_wavs
 
 
 def normalize(text: str) -> str:
@@ -51,6 +51,18 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     return {name: float(rate(references, hypotheses)) for name, rate in rates.items()}
 
 
+def check(references: Sequence[str]) -> bool:
+    """Whether any text has a word to score; ValueError where jiwer is not installed."""
+    error_rates(["a"], ["a"])
+    return any(map(normalize, references))
+
+
+def _sampling(language: Language, references: Sequence[str]) -> Sampling:
+    """Greedy, up to twice the longest reference, in few sizes."""
+    longest = max(len(language.tokenizer.encode(text)) for text in references)
+    return Sampling(max_tokens=256 * -(-2 * longest // 256) or 256)
+
+
 def evaluate(
     codec: Codec,
     language: Language,
@@ -62,12 +74,13 @@ def evaluate(
     Args:
       codec: The codec.
       language: What listens.
-      clips: Recordings with texts.
+      clips: Recordings with texts, one with a word at least.
       numbers: Of quantizers.
     """
     table, wavs, texts = {}, [clip.wav for clip in clips], []
+    sampling = _sampling(language, [clip.text for clip in clips])
     for number in numbers:
-        texts = transcribe_wavs(codec, language, wavs, number)
+        texts = transcribe_wavs(codec, language, wavs, number, sampling=sampling)
         rates = error_rates([clip.text for clip in clips], texts)
         exact = np.mean(
             [normalize(c.text) == normalize(t) for c, t in zip(clips, texts, strict=True)]
@@ -88,8 +101,9 @@ def write_dataset(
     """
     names = [n for n, text in zip(dataset.output_names(), dataset.texts, strict=True) if text]
     codes = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
-    understood = transcribe_codes(codec, language, codes, number)
-    texts = (text for text in dataset.texts if text)
+    texts = [text for text in dataset.texts if text]
+    sampling = _sampling(language, texts)
+    understood = transcribe_codes(codec, language, codes, number, sampling=sampling)
     rows = [{"name": n, "text": t, "understood": u}
             for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
     where = folder / f"rvq{number}"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from moss_tok.config import check_choice, parse_json_object
+from moss_tok.config import check_choice, is_number, parse_json_object
 
 INPUTS = ("codes", "latents")
 
@@ -57,6 +57,9 @@ class LanguageConfig:
             least = 0 if field.name == "end_id" else 1
             if field.type is int and not (whole and least <= value <= _LARGEST):
                 raise ValueError(f"{field.name} must be {least}..{_LARGEST}, got {value!r}")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"

@@ -35,14 +35,14 @@ class Sampling:
     Attributes:
       temperature: 0: always the likeliest.
       top_k: Only among so many of the likeliest; 0: all.
-      top_p: Only among the likeliest that make up this probability.
+      top_p: Only among the likeliest that make up this probability, of those that top_k leaves.
       max_tokens: A text ends here at the latest.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    max_tokens: int = 256
+    max_tokens: int = 512
 
     def __post_init__(self):
         if not 0 <= self.temperature <= 100:
@@ -109,11 +109,13 @@ def transcribe(
     if language.config.audio != "codes":
         raise ValueError("this language model hears latents, not codes: give it audio")
     codes = np.asarray(check_codes(codes, ("B", "Q", "T")))
-    codec.config.check_num_quantizers(codes.shape[1])
+    most = codec.config.check_num_quantizers(codes.shape[1])
+    if num_quantizers is not None and not 1 <= num_quantizers <= most:
+        raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
     lengths = check_lengths(lengths, codes)
     padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
     codes = np.pad(codes.astype(np.int32), ((0, 0), (0, 0), (0, padding)))
-    latents = _quantized(codec, codes, num_quantizers or codes.shape[1])
+    latents = _quantized(codec, codes, num_quantizers or most)
     return _write(language, latents, lengths, task, sampling, seed)
 
 
@@ -280,9 +282,10 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
     logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    if sampling.top_k:
+        most = min(sampling.top_k, logits.shape[-1])
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < most, logits, -jnp.inf)
     share = jax.nn.softmax(logits, axis=-1)
     kept = jnp.cumsum(share, axis=-1) - share < sampling.top_p  # the likeliest always
-    if sampling.top_k:
-        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
     place = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf), axis=-1)
     return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -55,7 +55,10 @@ def load_config(folder: storage.Path) -> tuple[LanguageConfig, Tokenizer] | None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     given = folder / _TOKENIZER
-    return config, text.load(given if given.is_file() else "bytes")
+    words = text.load(given if given.is_file() else "bytes")
+    if words.end_id != config.end_id or words.vocab_size > config.vocab_size:
+        raise ValueError(f"{given}: missing, or not the tokenizer that {path.name} is for")
+    return config, words
 
 
 def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:

@@ -71,9 +71,15 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
       ValueError: Tensors that are missing, unknown, misshapen or corrupt, all of them named.
     """
     files = huggingface.tensor_files(path)
-    files.pop(_OUTPUT, None)
     table = list(_table(config))
-    return huggingface.read_tensors(path, files, table, {t.name for t in table})
+    wanted = {t.name for t in table}
+    if _OUTPUT in files:  # the tied embedding again
+        table.append(Tensor(_OUTPUT, table[0].shape, (_OUTPUT,), None, np.asarray, np.asarray))
+        output = huggingface.read_tensors(path, files, table, {_OUTPUT})[_OUTPUT]
+    params = huggingface.read_tensors(path, files, table, wanted)
+    if _OUTPUT in files and not np.array_equal(output, params["embedding"]):
+        raise ValueError(f"{path}: {_OUTPUT} is not the embedding, to which it must be tied")
+    return params
 
 
 def _table(c: LanguageConfig) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """What a tokenizer.json describes."""
+    """What a tokenizer.json describes; where it has no token that ends a text, one is added."""
 
     def __init__(self, text: str, name: str):
         """Raises ValueError where `text`, of the file `name`, is no tokenizer."""
@@ -55,27 +55,31 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{name}: no tokenizer.json ({error})") from error
+        self._tokenizer.no_padding()  # what the file may ask for
+        self._tokenizer.no_truncation()
         ends = (self._tokenizer.token_to_id(token) for token in _END_TOKENS)
-        self.end_id = next((end for end in ends if end is not None), None)
-        if self.end_id is None:
-            raise ValueError(f"{name}: has none of the tokens {', '.join(_END_TOKENS)}")
-        self.vocab_size, self.json = self._tokenizer.get_vocab_size(), text
+        self._size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        self.end_id = next((end for end in ends if end is not None), self._size)
+        self.vocab_size, self.json = max(self._size, 1 + self.end_id), text
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special ones."""
-        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"the tokenizer cannot take {text[:40]!r}: {error}") from error
         return [t for t in tokens if t != self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without special ones."""
-        return self._tokenizer.decode([t for t in tokens if t < self.vocab_size])
+        return self._tokenizer.decode([t for t in tokens if t < self._size])
 
 
 def load(path: str | storage.Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json or a folder with one; "" or "bytes": bytes.
 
     Raises:
-      ValueError: No such file, no tokenizer, or one without a token that ends a text.
+      ValueError: No such file, or no tokenizer.
     """
     if str(path) in ("", "bytes"):
         return ByteTokenizer()

@@ -16,6 +16,7 @@ from moss_tok.codec import pretrained
 from moss_tok.config import CodecConfig, TrainConfig
 from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
+from moss_tok.language.text import Tokenizer
 from moss_tok.training.state import TrainState
 
 _DISCRIMINATORS = "discriminators"
@@ -157,11 +158,13 @@ def load_discriminators(path: str, shapes: Any) -> Any | None:
     return pretrained.read_tree(folder, shapes)
 
 
-def load_language(path: str, config: LanguageConfig, shapes: Any) -> Any | None:
-    """The language model of a checkpoint or workdir, or None if it has not the one of `config`."""
+def load_language(
+    path: str, config: LanguageConfig, tokenizer: Tokenizer, shapes: Any
+) -> Any | None:
+    """The language model of a checkpoint or workdir, or None if it has not this one."""
     folder = pretrained.find_checkpoint(path)
     found = language_models.load_config(folder)
-    if found is None or found[0] != config:
+    if found is None or found[0] != config or found[1].json != tokenizer.json:
         return None
     return pretrained.read_tree(folder / language_models.TREE, shapes)
 

@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> bool:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
         saver = stack.enter_context(checkpoints.Checkpoints(workdir, codec, config, texts))
-        state = _start(config, codec, language, shapes, saver)
+        state = _start(config, codec, language, tokenizer, shapes, saver)
         start = int(state.step)
         log = None
         if sharding.is_main_process():
@@ -205,6 +205,7 @@ def _start(
     config: TrainConfig,
     codec: CodecConfig,
     language: LanguageConfig | None,
+    tokenizer: Tokenizer | None,
     shapes: TrainState,
     saver: checkpoints.Checkpoints,
 ) -> TrainState:
@@ -215,7 +216,7 @@ def _start(
         _say(f"going on from step {int(state.step)}")
         return state
     params, discriminators = {}, None
-    head = language_models.start(config.language_model, language) if language else None
+    head = None
     if config.init_from:
         params = pretrained.load(config.init_from).params
         params = {name: sharding.whole(tree, shardings.params[name])
@@ -225,11 +226,13 @@ def _start(
                 config.init_from, shapes.discriminators
             )
         found = ["generator"] + ["discriminators"] * (discriminators is not None)
-        if language and head is None:
-            shapes = shapes.params["language"]
-            head = checkpoints.load_language(config.init_from, language, shapes)
+        if language:
+            wanted = shapes.params["language"]
+            head = checkpoints.load_language(config.init_from, language, tokenizer, wanted)
             found += ["language model"] * (head is not None)
         _say(f"starting from the {' and '.join(found)} of {config.init_from}")
+    if language and head is None:
+        head = language_models.start(config.language_model, language)
     if head is not None:
         params["language"] = sharding.whole(head, shardings.params["language"])
     init = jax.jit(init_state, static_argnums=(0, 1, 4), out_shardings=shardings)
@@ -423,7 +426,7 @@ class Run:
         clips = sweep.read_clips(self.eval_items, codec, _say)
         table, texts = {}, []
         if language:
-            table, text = self._understand(codec, language, [c for c in clips if c.text])
+            table, text = self._understand(codec, language, clips)
             texts += [text] * bool(text)
         with contextlib.suppress(_StoppedError):
             if self.config.trainable != "language":
@@ -442,7 +445,8 @@ class Run:
         self, codec: Codec, language: Language, clips: list[sweep.Clip]
     ) -> tuple[sweep.Table, str]:
         """Error rates of what is understood of the recordings with texts, and some of it."""
-        if not clips:
+        clips = [clip for clip in clips if clip.text]
+        if not transcription.check([clip.text for clip in clips]):
             return {}, ""
         numbers = sorted({1, codec.config.quantizer.num_quantizers})
         rates, texts = transcription.evaluate(codec, language, clips, numbers)
