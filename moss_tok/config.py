@@ -639,10 +639,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a JSONL text; its strings may hold what else ends a line."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, without lines that a kill has cut; [] without it."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in split_lines(path.read_text(errors="replace")) if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(parse_json_object(line))
     return rows

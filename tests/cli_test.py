@@ -350,6 +350,13 @@ def test_folders(folder, capsys):
     capsys.readouterr()
     assert main(["encode", "audio", "more", "--checkpoint", CODEC]) == 2
     assert "would both become more/sub/b.npz" in capsys.readouterr().err
+    for argv in (["audio", "audio"], ["audio", "audio/sub/new"], ["in.wav", "in.wav"]):
+        before = sorted(Path().rglob("*"))
+        assert main(["reconstruct", *argv, "--checkpoint", CODEC]) == 2
+        assert "must not be what is read, nor in it" in capsys.readouterr().err
+        assert sorted(Path().rglob("*")) == before
+    assert main(["encode", "back", "back", "--checkpoint", CODEC]) == 0  # codes beside audio
+    assert Path("back/sub/b.npz").exists()
     Path("empty").mkdir()
     assert main(["encode", "empty", "more", "--checkpoint", CODEC]) == 2
     assert "empty: no files (.wav, .flac" in capsys.readouterr().err

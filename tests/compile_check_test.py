@@ -113,6 +113,13 @@ def test_chips_of_a_transfer(text, group):
     assert hlo._first_group(text) == group
 
 
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 1)])
+def test_weak_scaling_needs_both_axes(sizes):
+    mesh = jax.make_mesh((*sizes, 1), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match="scaling needs a mesh of data and fsdp above 1"):
+        compile_check.check_scaling(mesh)
+
+
 def test_weak_scaling_grows_the_data_axis(capsys):
     """A gather over fsdp, the same at any number of chips; a sum over data, which grows with it."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from run_test import small_run
 from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 
 import moss_tok
+from moss_tok import sharding
 from moss_tok.cli.main import main
+from moss_tok.codec import pretrained
 from moss_tok.data import pipeline, sources
 from moss_tok.language import pretrained as language_models
 from moss_tok.language import text
@@ -202,6 +205,7 @@ def test_speed_and_shift(clips):
     [
         ({"transcript": 7}, "transcript must be a text, got 7"),
         ({"caption": ["x"]}, "caption must be a text"),
+        ({"transcript": "\ud800"}, "transcript has half a surrogate pair"),
         ({"task": "sing"}, "task must be one of transcribe, transcribe_speakers, caption"),
     ],
 )
@@ -240,6 +244,22 @@ def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
     a, b = (language_models.load(c.workdir).params for c in (finished, config))
     assert leaves_equal(a, b)
     assert leaves_equal(*(moss_tok.load(c.workdir).params for c in (finished, config)))
+
+
+def test_the_head_of_a_codec_goes_before_published_weights(finished, monkeypatch):
+    """A second stage, or recognition, goes on with what the first one taught."""
+    monkeypatch.setattr(language_models, "start", lambda *_: pytest.fail("started anew"))
+    config = dataclasses.replace(finished, init_from=finished.workdir)
+    codec = pretrained.load_config(finished.workdir)
+    language, tokenizer = language_models.of_run(config, codec)
+    shapes = states.state_shapes(config, codec, sharding.make_mesh("data:1"), language)
+    saver = types.SimpleNamespace(restore_latest=lambda *_: None)
+    state = loop._start(config, codec, language, tokenizer, shapes, saver)
+    expected = language_models.load(finished.workdir).params
+    assert leaves_equal(state.params["language"], expected)
+    other = types.SimpleNamespace(json="{}")
+    shapes = shapes.params["language"]
+    assert loop.checkpoints.load_language(finished.workdir, language, other, shapes) is None
 
 
 def test_the_codec_of_a_run_needs_no_language_model(finished):

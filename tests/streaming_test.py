@@ -255,7 +255,9 @@ def test_streams_of_samples(whole, sizes):
             assert before == after
             np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
             assert_near(np.concatenate(audio, axis=1), wav_hat)
+            before = streaming._reset_streams._cache_size()
             coder.reset()
+            assert streaming._reset_streams._cache_size() == before
             again = coder.push(wav)
             np.testing.assert_array_equal(again, expected[:, :-1])
     stream = moss_tok.EncoderStream(codec, chunk_frames=sizes, source=blocks)

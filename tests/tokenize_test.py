@@ -142,7 +142,7 @@ def test_processes_of_jax_distributed_share_the_work(root, whole, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "moss_tok", "tokenize", str(root / "in"), "--output", str(out),
                "--checkpoint", str(root / "codec"), "--shard-hours", "0.0006",
-               "--batch-seconds", "2"]  # fmt: skip
+               "--batch-seconds", "2", "--verify", "2"]  # fmt: skip
     devices = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
     processes = [
         subprocess.Popen(command, env=os.environ | devices | environment, text=True,
@@ -151,6 +151,7 @@ def test_processes_of_jax_distributed_share_the_work(root, whole, tmp_path):
     ]  # fmt: skip
     outputs = finish(processes)
     assert all("10 items" in output and "2 failures" in output for output in outputs), outputs
+    assert ["verified 2 items, 0 codes" in output for output in outputs] == [True, False], outputs
     for path in whole.rglob("*"):
         if path.is_file():
             assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path

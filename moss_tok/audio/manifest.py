@@ -9,8 +9,9 @@ from typing import Any
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.config import TASKS, is_number
+from moss_tok.config import TASKS, is_number, split_lines
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
 
@@ -69,10 +70,10 @@ def list_files(root: storage.Path, paths: Sequence[storage.Path]) -> list[AudioI
 def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
     try:
-        lines = manifest.read_text().rstrip("\n").split("\n")  # texts may have other line breaks
+        lines = split_lines(manifest.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest}: neither a folder nor a manifest of JSON lines") from error
-    for number, line in enumerate([] if lines == [""] else lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -92,7 +93,7 @@ def _check_row(row: dict, where: str) -> None:
     for key in ("transcript", "caption"):
         if not isinstance(row.get(key), str | None):
             raise ValueError(f"{where}: {key} must be a text, got {row[key]!r}")
-        if not (row.get(key) or "").isprintable() and _is_broken(row[key]):
+        if _HALF_PAIR.search(row.get(key) or ""):
             raise ValueError(f"{where}: {key} has half a surrogate pair")
     if row.get("task") not in (None, *TASKS):
         raise ValueError(f"{where}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
@@ -104,10 +105,6 @@ def _check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
         if duration is None:
             raise ValueError(f"{where}: a record needs duration_s")
-
-
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_text(metadata: dict[str, Any]) -> tuple[str, str]:

@@ -59,13 +59,13 @@ def each_file(
       ValueError: As `function`, for a file alone; an empty folder, or two files with one name.
     """
     *kinds, suffix = suffixes
+    origin, end = Path(source).resolve(), Path(output).resolve()
+    # What a folder's files become must not be read as one of them, now or the next time.
+    if origin == end if origin.is_file() else suffix in kinds and origin in (end, *end.parents):
+        raise ValueError(f"{output}: must not be what is read, nor in it")
     if not Path(source).is_dir():
-        if Path(source).resolve() == Path(output).resolve():
-            raise ValueError(f"{output}: must not be the file that is read")
         print(function(Path(source), Path(output)))
         return 0
-    if Path(source).resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
-        raise ValueError(f"{output}: must not be {source} or a folder in it")
     found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds and p.is_file())
     if not found:
         raise ValueError(f"{source}: no files ({', '.join(kinds)})")

@@ -1,7 +1,10 @@
 """Reconstructs data sets at several bitrates and scores them, by the published protocol."""
 
 import argparse
+import functools
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from moss_tok.cli import arguments
@@ -37,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from pathlib import Path
-
     import moss_tok
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep, transcription
@@ -62,40 +63,42 @@ def run(args: argparse.Namespace) -> None:
     language = _language(args.checkpoint, datasets, wanted)
     codec = moss_tok.load(args.checkpoint)
     folder = Path(args.output) / name
-    model = _describe(name, codec)
-
-    problems: list[str] = []
-
-    def show(files, dataset, title):
-        with arguments.counter(len(dataset.items), title) as count:
-            for _ in files:
-                count()
-
-    def rate(dataset, where, bps):
-        title = f"{dataset.name}, {where.name} scored"
-        with arguments.counter(len(dataset.items), title) as count:
-            rows = protocol.score(where / dataset.name, dataset, names, args.num_workers, count)
-        if problem := protocol.write_results(where / dataset.name, dataset, rows, names, bps):
-            problems.append(problem)
-
+    model, problems = _describe(name, codec), []
+    rate = functools.partial(_rate, names=names, num_workers=args.num_workers)
     for dataset in datasets:
         files = protocol.reconstruct(codec, dataset, numbers, folder, model)
-        show(files, dataset, f"{dataset.name}, reconstructed")
+        _show(files, dataset, "reconstructed")
         for n in numbers:
-            rate(dataset, folder / f"rvq{n}", round(config.bitrate(n)))
-        for n in numbers if language and transcription.check(dataset.texts) else ():
+            problems.append(rate(dataset, folder / f"rvq{n}", round(config.bitrate(n))))
+        for n in numbers if language and transcription.has_words(dataset.texts) else ():
             transcription.write_dataset(codec, language, dataset, n, folder)
         protocol.write_entropy(folder, dataset, config)
         for other in others:
             where = Path(args.output) / other.name
             shape = config.sample_rate, config.num_channels
             files = protocol.reconstruct_by(other, dataset, where, *shape)
-            show(files, dataset, f"{dataset.name}, by {other.name}")
-            rate(dataset, where, other.bps)
+            _show(files, dataset, f"by {other.name}")
+            problems.append(rate(dataset, where, other.bps))
     print(protocol.write_summary(Path(args.output)))
     print(pages.write_evaluation(Path(args.output)))
-    if problems:
-        raise ValueError("; ".join(problems))
+    if problem := next(filter(None, problems), None):
+        raise ValueError(problem)
+
+
+def _show(files: Iterable[Any], dataset: Any, what: str) -> None:
+    """Goes through files, one for each recording, and shows how far it is."""
+    with arguments.counter(len(dataset.items), f"{dataset.name}, {what}") as count:
+        for _ in files:
+            count()
+
+
+def _rate(dataset: Any, where: Path, bps: int | None, names: list[str], num_workers: int) -> str:
+    """Scores what is in a folder, and writes the means; what is wrong, or ""."""
+    from moss_tok.evaluation import protocol
+
+    with arguments.counter(len(dataset.items), f"{dataset.name}, {where.name} scored") as count:
+        rows = protocol.score(where / dataset.name, dataset, names, num_workers, count)
+    return protocol.write_results(where / dataset.name, dataset, rows, names, bps)
 
 
 def _describe(name: str, codec: Any) -> dict[str, Any]:
@@ -135,14 +138,13 @@ def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | 
     if wanted and not asked:
         return None
     texts = [text for dataset in datasets for text in dataset.texts]
-    if not any(map(transcription.normalize, texts)):
+    if not transcription.has_words(texts):
         if asked:
             raise ValueError("wer and cer need a data set whose lines have a transcript")
         return None
     found = language_models.load_config(pretrained.find_checkpoint(checkpoint))
-    if found:
-        transcription.check(texts)
     if found and found[0].audio == "codes":
+        transcription.check_installed()
         return language_models.load(checkpoint)
     if asked:
         raise ValueError(

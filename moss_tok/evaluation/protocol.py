@@ -38,6 +38,7 @@ from moss_tok.config import (
     parse_json_object,
     read_json_lines,
     read_json_object,
+    split_lines,
 )
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
@@ -83,11 +84,11 @@ def read_dataset(path: str | Path) -> Dataset:
     if path.stem.startswith("_") or path.stem == "bps":
         raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
     try:
-        lines = path.read_text().rstrip("\n").split("\n")  # texts may have other line breaks
+        lines = split_lines(path.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no JSON lines ({error})") from error
     items, texts = [], []
-    for number, line in enumerate([] if lines == [""] else lines, 1):
+    for number, line in enumerate(lines, 1):
         try:
             fields, audio = _parse_line(line, path.parent)
         except ValueError as error:

@@ -3,6 +3,7 @@
 For `moss-tok evaluate` what was understood goes into OUTPUT/MODEL/rvqN/DATASET/texts.jsonl.
 """
 
+import importlib.util
 import json
 import re
 import unicodedata
@@ -38,10 +39,9 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     Raises:
       ValueError: No reference with a word, other numbers of texts, or jiwer is not installed.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise ValueError("error rates need jiwer: pip install 'moss_tok[train]'") from error
+    check_installed()
+    import jiwer
+
     pairs = [(normalize(r), normalize(h)) for r, h in zip(references, hypotheses, strict=True)]
     pairs = [(r, h) for r, h in pairs if r]
     if not pairs:
@@ -51,16 +51,21 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     return {name: float(rate(references, hypotheses)) for name, rate in rates.items()}
 
 
-def check(references: Sequence[str]) -> bool:
-    """Whether any text has a word to score; ValueError where jiwer is not installed."""
-    error_rates(["a"], ["a"])
-    return any(map(normalize, references))
+def check_installed() -> None:
+    """Raises ValueError where jiwer is not installed."""
+    if importlib.util.find_spec("jiwer") is None:
+        raise ValueError("error rates need jiwer: pip install 'moss_tok[train]'")
+
+
+def has_words(texts: Sequence[str]) -> bool:
+    """Whether there is anything in the texts to score."""
+    return any(map(normalize, texts))
 
 
 def _sampling(language: Language, references: Sequence[str]) -> Sampling:
-    """Greedy, up to twice the longest reference, in few sizes."""
+    """Greedy, up to twice the longest reference, in multiples of 256: few programs."""
     longest = max(len(language.tokenizer.encode(text)) for text in references)
-    return Sampling(max_tokens=256 * -(-2 * longest // 256) or 256)
+    return Sampling(max_tokens=256 * min(256, max(1, -(-longest // 128))))
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 Source: Qwen2ForCausalLM of Hugging Face Transformers; names and shapes of its tensors.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,11 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
     """
     files = huggingface.tensor_files(path)
     table = list(_table(config))
-    wanted = {t.name for t in table}
-    if _OUTPUT in files:  # the tied embedding again
-        table.append(Tensor(_OUTPUT, table[0].shape, (_OUTPUT,), None, np.asarray, np.asarray))
-        output = huggingface.read_tensors(path, files, table, {_OUTPUT})[_OUTPUT]
-    params = huggingface.read_tensors(path, files, table, wanted)
-    if _OUTPUT in files and not np.array_equal(output, params["embedding"]):
+    if _OUTPUT in files:
+        table.append(dataclasses.replace(table[0], name=_OUTPUT, path=(_OUTPUT,)))
+    params = huggingface.read_tensors(path, files, table, {t.name for t in table})
+    output = params.pop(_OUTPUT, params["embedding"])
+    if not np.array_equal(output, params["embedding"]):
         raise ValueError(f"{path}: {_OUTPUT} is not the embedding, to which it must be tied")
     return params
 

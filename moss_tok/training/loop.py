@@ -446,7 +446,7 @@ class Run:
     ) -> tuple[sweep.Table, str]:
         """Error rates of what is understood of the recordings with texts, and some of it."""
         clips = [clip for clip in clips if clip.text]
-        if not transcription.check([clip.text for clip in clips]):
+        if not transcription.has_words([clip.text for clip in clips]):
             return {}, ""
         numbers = sorted({1, codec.config.quantizer.num_quantizers})
         rates, texts = transcription.evaluate(codec, language, clips, numbers)
