@@ -106,16 +106,17 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     path = storage.to_path(source)
     listing = path / "manifest.jsonl"
     if path.is_dir() and listing.is_file():
-        found, shards = manifest.find_items(listing), []
+        found = manifest.find_items(listing)
     else:
         shards, items = sources.locate(source)
         found = items or [_record(p, n) for p in shards for n in range(len(records.shard(p)))]
     root = str(path if path.is_dir() else path.parent)
     named = [(_id(item, root), item) for item in found]
     names = collections.Counter(name for name, _ in named)
-    if shards:  # `prepare` names records by their files, which have one name in several folders
-        named = [(_place(item, root) if names[name] > 1 else name, item) for name, item in named]
-        names = collections.Counter(name for name, _ in named)
+    # `prepare` names records by their files, which may have one name in several folders.
+    several = {name for name, item in named if names[name] > 1 and item.record is not None}
+    named = [(_place(item, root) if name in several else name, item) for name, item in named]
+    names = collections.Counter(name for name, _ in named)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{source}: {repeated[0]!r} is there more than once")
     return named
