@@ -349,6 +349,12 @@ class TrainConfig:
     augment_loudness_db: str = _flag(
         "", "LOW:HIGH: segments are set to a random level (dB re full scale, RMS) in between"
     )
+    augment_equalizer_db: float = _flag(
+        0.0, "random gain of up to that many dB up or down by octave", at_least=0, at_most=60
+    )
+    augment_noise_db: str = _flag(
+        "", "LOW:HIGH: random noise, white to pink, at a random signal-to-noise ratio in between"
+    )
     augment_speed: float = _flag(
         0.0, "recordings are played up to this share faster or slower, which moves pitch, too",
         at_least=0, at_most=0.5,
@@ -451,6 +457,7 @@ class TrainConfig:
         if not self.workdir:
             raise ValueError("workdir must not be empty")
         self.loudness_range  # noqa: B018  checks augment_loudness_db
+        self.noise_range  # noqa: B018  checks augment_noise_db
         self.profile_range  # noqa: B018  checks profile_steps
         self.mel_window_lengths  # noqa: B018  checks mel_windows
         parse_mesh(self.mesh)
@@ -500,16 +507,24 @@ class TrainConfig:
     @property
     def loudness_range(self) -> tuple[float, float] | None:
         """`augment_loudness_db` as (low, high), or None."""
-        if not self.augment_loudness_db:
+        return self._decibels("augment_loudness_db", -100, 0)
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """`augment_noise_db` as (low, high), or None."""
+        return self._decibels("augment_noise_db", -20, 100)
+
+    def _decibels(self, name: str, lowest: float, highest: float) -> tuple[float, float] | None:
+        text = getattr(self, name)
+        if not text:
             return None
         try:
-            low, high = map(float, self.augment_loudness_db.split(":"))
+            low, high = map(float, text.split(":"))
         except ValueError:
-            low, high = 0.0, -1.0
-        if not -100 <= low <= high <= 0:
+            low, high = 1.0, 0.0
+        if not lowest <= low <= high <= highest:
             raise ValueError(
-                "augment_loudness_db must be LOW:HIGH with -100 <= LOW <= HIGH <= 0, "
-                f"got {self.augment_loudness_db!r}"
+                f"{name} must be LOW:HIGH with {lowest} <= LOW <= HIGH <= {highest}, got {text!r}"
             )
         return low, high
 

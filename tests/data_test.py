@@ -192,6 +192,8 @@ def test_silence_is_drawn_again(tmp_path):
         ({}, -21, -19),
         ({"augment_gain_db": 6.0}, -27, -13),
         ({"augment_loudness_db": "-40:-30"}, -40.1, -29.9),
+        ({"augment_equalizer_db": 12.0}, -28, -12),
+        ({"augment_noise_db": "0:20"}, -21, -16),
     ],
 )
 def test_levels(clips, changes, low, high):
@@ -202,6 +204,23 @@ def test_levels(clips, changes, low, high):
     assert low < min(levels) and max(levels) < high
     assert np.abs(batch["wav"]).max() <= 1
     assert np.ptp(levels) > 0.5 * (high - low) or not changes
+
+
+@pytest.mark.parametrize("ratio_db", [-10, 0, 20])
+def test_noise_is_as_loud_as_asked_for(rng, ratio_db):
+    wav = rng.standard_normal((2, 999)).astype(np.float32)
+    noise = pipeline._add_noise(wav, ratio_db, rng) - wav
+    assert files.level_db(wav) - files.level_db(noise) == pytest.approx(ratio_db, abs=0.01)
+
+
+def test_the_equalizer_stays_within_its_gains(rng):
+    """Also at the edges of the spectrum, and of clips of a sample or two."""
+    for size in (1, 2, 2048):
+        wav = rng.standard_normal((1, size)).astype(np.float32)
+        found = pipeline._equalize(wav, RATE, 6.0, rng)
+        change = np.abs(np.fft.rfft(found)) / np.abs(np.fft.rfft(wav))
+        assert found.dtype == np.float32 and found.shape == wav.shape
+        assert 0.5 < change.min() and change.max() < 2 and (size == 1 or np.ptp(change) > 0.1)
 
 
 # ----------------------------------------------------------------------------------------- prepare

@@ -384,6 +384,7 @@ def test_nothing_is_written_where_a_setting_is_wrong(config, changes, message):
         (["--trainable=decoder"], "trainable=decoder needs init_from"),
         (["--beta1=1"], "beta1 must be at least 0 and below 1, got 1.0"),
         (["--augment_loudness_db=-10:-20"], "augment_loudness_db must be LOW:HIGH"),
+        (["--augment_noise_db=20"], "augment_noise_db must be LOW:HIGH"),
         (["--mel_windows=100"], "mel_windows must be one or more multiples of 32"),
         (["--discriminator_windows=100"], "discriminator_windows must be multiples of 64"),
         (["--workdir=/proc/nothing"], "/proc/nothing"),

@@ -97,14 +97,46 @@ class Segment(grain.transforms.RandomMap):
         return wav, recording.domain, (text, recording.task)
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Sets the level, as far as the peak stays within full scale."""
+        """Changes the sound, then the level, as far as the peak stays within full scale."""
+        if not wav.any():
+            return wav
+        peak = max(1.0, np.abs(wav).max())
+        if self._config.augment_equalizer_db:
+            wav = _equalize(wav, self._sample_rate, self._config.augment_equalizer_db, rng)
+        if self._config.noise_range:
+            wav = _add_noise(wav, rng.uniform(*self._config.noise_range), rng)
+        wav = wav * np.float32(min(1.0, peak / np.abs(wav).max()))
         gain_db, loudness = self._config.augment_gain_db, self._config.loudness_range
-        if not (gain_db or loudness) or not wav.any():
+        if not (gain_db or loudness):
             return wav
         change = rng.uniform(-gain_db, gain_db)
         if loudness:
             change += rng.uniform(*loudness) - files.level_db(wav)
         return wav * np.float32(min(10 ** (change / 20), max(1.0, 1 / np.abs(wav).max())))
+
+
+def _equalize(
+    wav: np.ndarray, sample_rate: int, most_db: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Random gains an octave apart, linear in between, without a delay; wav [C, S]."""
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(wav.shape[1], 1 / sample_rate), 1.0))
+    edges = np.arange(np.ceil(np.log2(sample_rate / 2)), 4, -1)[::-1]  # from 32 Hz on
+    gains_db = np.interp(octaves, edges, rng.uniform(-most_db, most_db, len(edges)))
+    return _filtered(wav, 10 ** (gains_db / 20))
+
+
+def _add_noise(wav: np.ndarray, ratio_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise, of a colour between white and pink, that much below the mean power of wav [C, S]."""
+    noise = rng.standard_normal(wav.shape, np.float32)
+    bins = np.maximum(np.arange(wav.shape[1] // 2 + 1), 1.0)
+    noise = _filtered(noise, bins ** rng.uniform(-0.5, 0.0))
+    power, noise_power = (np.mean(np.square(x, dtype=np.float64)) for x in (wav, noise))
+    return wav + noise * np.float32(np.sqrt(power / noise_power) * 10 ** (-ratio_db / 20))
+
+
+def _filtered(wav: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    spectrum = np.fft.rfft(wav, axis=1) * gains
+    return np.fft.irfft(spectrum, wav.shape[1], axis=1).astype(np.float32)
 
 
 class _Rows:
