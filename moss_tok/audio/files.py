@@ -32,7 +32,7 @@ class AudioBytes:
         return self.name
 
 
-def read(path: str | Path, sample_rate: int, num_channels: int) -> np.ndarray:
+def read(path: str | Path | AudioBytes, sample_rate: int, num_channels: int) -> np.ndarray:
     """Reads a whole file as the model wants it: resampled, mixed down or duplicated.
 
     Args:
@@ -61,7 +61,7 @@ def read_native(path: str | Path | AudioBytes) -> tuple[np.ndarray, int]:
 
 
 def read_blocks(
-    path: str | Path, sample_rate: int, num_channels: int, seconds: float
+    path: str | Path | AudioBytes, sample_rate: int, num_channels: int, seconds: float
 ) -> Iterator[np.ndarray]:
     """`read` in blocks of about `seconds`, in memory that does not grow with the file.
 
@@ -71,7 +71,7 @@ def read_blocks(
     Raises:
       ValueError: As `read`, but damage is found when it is reached.
     """
-    path = storage.to_path(path)
+    path = path if isinstance(path, AudioBytes) else storage.to_path(path)
     num_read, num_given, last = 0, 0, False
     with _open(path) as file:
         rate, announced, size = file.samplerate, file.frames, max(1, int(seconds * file.samplerate))

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import jax
 
@@ -76,12 +76,14 @@ def run(args: argparse.Namespace) -> None:
     summary = tokenize.wait(plan) if together else tokenize.finish(plan)
     if summary is None:
         print(f"{args.output}: this part is done, others are not")
-        return
-    if args.verify and not (together and jax.process_index()):
-        differing = 0
-        for name, number, size in tokenize.verify(codec, plan, args.verify):
-            differing += number
-            print(f"{name}: {number} of {size} codes differ from it alone")
-        print(f"verified {min(args.verify, summary['num_items'])} items, {differing} codes differ")
+        return 0
+    if args.verify:  # each process its share: jax.distributed ends them together
+        share = (args.shard_index, args.num_shards) if together else (0, 1)
+        checked = []
+        for name, number, size in tokenize.verify(codec, plan, args.verify, share):
+            checked.append(number)
+            print(f"{name}: {number} of {size} codes differ from it alone", flush=True)
+        print(f"verified {len(checked)} items, {sum(checked)} codes differ")
     print(f"{args.output}: {summary['num_items']} items, {summary['num_frames']} frames; "
           f"{summary['num_failures']} failures (failures.jsonl)")  # fmt: skip
+    return 0 if summary["num_items"] else 1

@@ -35,6 +35,15 @@ class Item:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def check(name: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError unless a record can hold the two."""
+    try:
+        json.dumps(metadata)
+        msgpack.packb([name, metadata])
+    except (ValueError, OverflowError, TypeError) as error:  # half a letter, 65 bits, bytes
+        raise ValueError(f"{name!r}: its metadata cannot be stored: {error}") from error
+
+
 class Writer:
     """Writes items into one ArrayRecord shard; a context manager."""
 

@@ -12,29 +12,32 @@ several machines can share them. OUTPUT holds
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from moss_tok import sharding, storage
+from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
-from moss_tok.codec import pretrained
-from moss_tok.codec.inference import Codec, bucket_frames, encode, encode_one
+from moss_tok.codec import inference, pretrained
+from moss_tok.codec.inference import Codec
 from moss_tok.config import check_choice, read_json_object
 from moss_tok.data import codes, records, sources
+from moss_tok.data.batches import BatchEncoder, Found, Statistics
 
 FORMATS = ("arrayrecord", "jsonl")
-_LARGEST_BATCH = 64  # recordings per device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +65,9 @@ class Settings:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
 
-@dataclasses.dataclass
-class Statistics:
-    """What this process did.
-
-    Attributes:
-      audio_seconds: Encoded.
-      padded_seconds: The same with padding.
-      device_seconds: Time in which the devices had something to do.
-      seconds: Time in all.
-      shapes: How many batches of which (rows, frames).
-    """
-
-    audio_seconds: float = 0.0
-    padded_seconds: float = 0.0
-    device_seconds: float = 0.0
-    seconds: float = 0.0
-    shapes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+# Recordings with their ids, and why some could not be read.
+Items = Sequence[tuple[str, AudioItem]]
+Failed = dict[str, Exception]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +76,7 @@ class Plan:
 
     folder: Path
     settings: Settings
-    shards: tuple[tuple[str, tuple[tuple[str, AudioItem], ...]], ...]
+    shards: tuple[tuple[str, Items], ...]
 
     @property
     def num_items(self) -> int:
@@ -144,14 +133,15 @@ def _place(item: AudioItem, root: str) -> str:
     return name.removeprefix(f"{root.rstrip('/')}/")
 
 
-def plan(
-    codec: Codec, items: Sequence[tuple[str, AudioItem]], folder: str | Path, settings: Settings
-) -> Plan:
+def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> Plan:
     """Cuts a data set into shards, and writes or checks plan.json.
 
     Raises:
-      ValueError: `folder` holds codes of something else.
+      ValueError: `folder` holds codes of something else, or an item has a name or metadata that
+        cannot be stored.
     """
+    for name, item in items:
+        codes.check(name, item.metadata)
     folder = storage.to_local_path(folder)
     ordered = sorted(items, key=lambda item: (item[1].duration_seconds, item[0]))
     seconds = np.cumsum([item.duration_seconds for _, item in ordered])
@@ -161,10 +151,10 @@ def plan(
         groups[number].append(item)
     suffix = records.SUFFIX if settings.format == "arrayrecord" else ".jsonl"
     names = [f"codes-{n:05d}-of-{len(groups):05d}{suffix}" for n in range(len(groups))]
-    content = [(name, item.duration_seconds) for name, item in ordered]
+    content = [(name, item.duration_seconds, _metadata(item)) for name, item in ordered]
     written = {
         "codec": pretrained.fingerprint(codec),
-        "data": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        "data": _digest(content),
         "num_items": len(items),
         "num_quantizers": settings.num_quantizers,
         "format": settings.format,
@@ -235,153 +225,110 @@ def run(
       ValueError: shard_index out of range.
     """
     check_share(shard_index, num_shards)
-    statistics, began = Statistics(), time.perf_counter()
-    mesh = sharding.make_mesh("data:-1", jax.local_devices())
-    encoder = _Encoder(codec, plan.settings, mesh, statistics)
-    with ThreadPoolExecutor(plan.settings.num_workers) as pool:
+    began, settings = time.perf_counter(), plan.settings
+    encoder = BatchEncoder(codec, settings.num_quantizers, settings.batch_seconds)
+    with ThreadPoolExecutor(settings.num_workers) as pool:
         for name, items in plan.shards[shard_index::num_shards]:
             if not _is_done(plan.folder, name):
-                _write_shard(encoder, pool, plan, name, items, progress)
+                reader = _Reader(codec, pool, progress)
+                _write_shard(plan, name, items, *reader.encode(encoder, items))
             else:
                 progress(sum(item.duration_seconds for _, item in items))
-    statistics.seconds = time.perf_counter() - began
-    return statistics
+    encoder.statistics.seconds = time.perf_counter() - began
+    return encoder.statistics
 
 
 def _is_done(folder: Path, name: str) -> bool:
     return (folder / name).exists() and (folder / "parts" / f"{name}.json").exists()
 
 
-def _write_shard(encoder, pool, plan, name, items, progress) -> None:
-    found: dict[str, tuple[np.ndarray, int]] = {}
-    failures = []
-    for key, item, audio in _read_ahead(encoder, pool, items):
-        try:
-            wav = audio.result()
-        except (ValueError, OSError) as error:
-            failures.append({"id": key, "path": sources.item_name(item), "reason": str(error)})
-        else:
-            encoder.add(key, wav, found)
-        progress(item.duration_seconds)
-    encoder.flush(found)
+def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Failed) -> None:
+    """Writes the codes of a shard, then what finish() has to know of it."""
     rows = [(key, item, *found[key]) for key, item in items if key in found]
-    write = _WRITERS[plan.settings.format]
-    temporary = plan.folder / f"{files.INCOMPLETE}{name}"
-    try:
-        write(temporary, rows)
-        temporary.rename(plan.folder / name)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    frames = sum(x.shape[1] for _, _, x, _ in rows)
-    part = {"num_items": len(rows), "num_frames": frames, "failures": failures}
+    failures = [
+        {"id": key, "path": sources.item_name(item), "reason": str(failed[key])}
+        for key, item in items
+        if key in failed
+    ]
+    with _temporary(plan.folder, name) as path:
+        _WRITERS[plan.settings.format](path, rows)
+    part = {
+        "num_items": len(rows),
+        "num_frames": sum(x.shape[1] for _, _, x, _ in rows),
+        "ids": _digest([key for key, *_ in rows] + [row["id"] for row in failures]),
+        "failures": failures,
+    }
     (plan.folder / "parts").mkdir(exist_ok=True)
     files.write_text(plan.folder / "parts" / f"{name}.json", json.dumps(part) + "\n")
 
 
-def _read_ahead(
-    encoder: "_Encoder", pool: ThreadPoolExecutor, items: Sequence[tuple[str, AudioItem]]
-) -> Iterator[tuple[str, AudioItem, Future]]:
-    """Reads three batches ahead of what is encoded."""
-    waiting: collections.deque[tuple[str, AudioItem, Future]] = collections.deque()
-    ahead = 0.0
-    for key, item in items:
-        waiting.append((key, item, pool.submit(encoder.read, item)))
-        ahead += item.duration_seconds
-        while waiting and ahead > 3 * encoder.batch_seconds:
-            ahead -= waiting[0][1].duration_seconds
-            yield waiting.popleft()
-    yield from waiting
+@contextlib.contextmanager
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    """A file of this process alone that becomes `name`, or nothing, when the block ends."""
+    path = folder / f"{files.INCOMPLETE}{name}-{socket.gethostname()}-{os.getpid()}"
+    try:
+        yield path
+        path.rename(folder / name)
+    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full
+        raise ValueError(f"{folder / name}: could not be written ({error})") from error
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
-    """The audio of an item, as `moss-tok encode` reads it."""
-    return files.read(sources.open_item(item).audio, sample_rate, num_channels)
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Encoder:
-    """Collects recordings of about the same length until they fill a batch.
+class _Reader:
+    """Reads the recordings of a shard for an encoder, ahead of it."""
 
-    One batch is computed while the next is read and put together.
-    """
+    def __init__(self, codec: Codec, pool: ThreadPoolExecutor, progress: Callable[[float], Any]):
+        self._shape = codec.config.sample_rate, codec.config.num_channels
+        self._pool, self._progress = pool, progress
 
-    def __init__(self, codec, settings, mesh, statistics):
-        self._config, self._mesh, self._settings = codec.config, mesh, settings
-        self._statistics, self._rows = statistics, sharding.batch_sharding(mesh)
-        params = jax.device_put(codec.params, sharding.replicated(mesh))
-        self._codec = codec.replace(params=params)
-        self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
-        self._running: tuple[float, list[tuple[str, int]], Any, Future] | None = None
-        self._watch = ThreadPoolExecutor(1)  # sees when a batch is done, not when it is asked for
-        self.batch_seconds = settings.batch_seconds * mesh.size
+    def encode(self, encoder: BatchEncoder, items: Items) -> tuple[Found, Failed]:
+        """The codes of all, but of those that could not be read."""
+        found: Found = {}
+        failed: Failed = {}
+        long = []
+        for key, item, audio in self._read_ahead(3 * encoder.batch_seconds, items):
+            try:
+                wav = audio and audio.result()
+            except (ValueError, OSError) as error:
+                failed[key] = error
+            else:
+                if wav is None or wav.shape[1] > inference.WHOLE_SECONDS * self._shape[0]:
+                    long.append((key, functools.partial(self._blocks, item)))
+                    continue
+                encoder.add(key, wav, found)
+            self._progress(item.duration_seconds)
+        encoder.flush(found)
+        failed |= encoder.encode_long(long[::-1], self._pool, found, self._progress)
+        return found, failed
 
-    def read(self, item: AudioItem) -> np.ndarray:
-        """The audio of an item as the codec wants it."""
-        return _read(item, self._config.sample_rate, self._config.num_channels)
+    def _read_ahead(
+        self, seconds: float, items: Items
+    ) -> Iterator[tuple[str, AudioItem, Future | None]]:
+        """Recordings, read so many seconds ahead; None for long ones."""
+        waiting: collections.deque[tuple[str, AudioItem, Future | None]] = collections.deque()
+        ahead = 0.0
+        for key, item in items:
+            is_long = item.duration_seconds > inference.WHOLE_SECONDS
+            waiting.append((key, item, None if is_long else self._pool.submit(self._read, item)))
+            ahead += 0 if is_long else item.duration_seconds
+            while waiting and ahead > seconds:
+                _, first, audio = waiting[0]
+                ahead -= first.duration_seconds if audio else 0
+                yield waiting.popleft()
+        yield from waiting
 
-    def add(self, key: str, wav: np.ndarray, found: dict[str, Any]) -> None:
-        """Puts a recording into a batch; full ones are computed."""
-        size = bucket_frames(self._config.num_frames(wav.shape[1]))
-        bucket = self._buckets[size]
-        bucket.append((key, wav))
-        if len(bucket) == self._batch_size(size):
-            self._launch(size, self._buckets.pop(size), found)
+    def _read(self, item: AudioItem) -> np.ndarray:
+        """The audio of an item, as `moss-tok encode` reads it."""
+        return files.read(sources.open_item(item).audio, *self._shape)
 
-    def flush(self, found: dict[str, Any]) -> None:
-        """Computes what is left, in few shapes: a quarter of a batch, a sixteenth, ..."""
-        for size, bucket in sorted(self._buckets.items()):
-            rows = self._batch_size(size)
-            while bucket:
-                while rows > max(len(bucket), self._mesh.size):
-                    rows = max(rows // 4, self._mesh.size)
-                part, bucket = bucket[:rows], bucket[rows:]
-                self._launch(size, part, found, rows)
-        self._buckets.clear()
-        self._collect(found)
-
-    def _batch_size(self, size: int) -> int:
-        seconds = size / self._config.frame_rate
-        rows = int(self._settings.batch_seconds / seconds)
-        return self._mesh.size * min(max(1, rows), _LARGEST_BATCH)
-
-    def _launch(self, size, bucket, found, rows=0) -> None:
-        c = self._config
-        rows = rows or len(bucket)
-        rows += -rows % self._mesh.size
-        wav = np.zeros((rows, c.num_channels, size * c.hop_length), np.float32)
-        lengths = np.zeros(rows, np.int32)
-        for i, (_, x) in enumerate(bucket):
-            wav[i, :, : x.shape[1]] = x
-            lengths[i] = x.shape[1]
-        wav, lengths = jax.device_put((wav, lengths), self._rows)
-        self._collect(found)
-        began = time.perf_counter()
-        with jax.set_mesh(self._mesh):  # kernels ask for it
-            out = encode(self._codec, wav, lengths, self._settings.num_quantizers).codes
-        keys = [(k, x.shape[1]) for k, x in bucket]
-        self._running = began, keys, out, self._watch.submit(_time_of, out)
-        audio = sum(x.shape[1] for _, x in bucket) / c.sample_rate
-        self._statistics.audio_seconds += audio
-        self._statistics.shapes[rows, size] += 1
-        self._statistics.padded_seconds += rows * size / c.frame_rate
-
-    def _collect(self, found: dict[str, Any]) -> None:
-        """Waits for the batch that is computed, if any."""
-        if self._running is None:
-            return
-        began, keys, out, ended = self._running
-        self._statistics.device_seconds += ended.result() - began
-        out = np.asarray(out)
-        for row, (key, num_samples) in zip(out, keys, strict=False):
-            num_frames = self._config.num_frames(num_samples)
-            found[key] = row[:, :num_frames].astype(np.int16), num_samples
-        self._running = None
-
-
-def _time_of(out: jax.Array) -> float:
-    """When an array has been computed."""
-    jax.block_until_ready(out)
-    return time.perf_counter()
+    def _blocks(self, item: AudioItem) -> Iterator[np.ndarray]:
+        audio = sources.open_item(item).audio
+        return files.read_blocks(audio, *self._shape, inference.CHUNK_SECONDS)
 
 
 def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
@@ -426,11 +373,17 @@ def finish(plan: Plan) -> dict[str, Any] | None:
     parts = [read_json_object(plan.folder / "parts" / f"{n}.json") for n, _ in plan.shards]
     failures = [row for part in parts for row in part["failures"]]
     num_items = sum(part["num_items"] for part in parts)
-    if num_items + len(failures) != plan.num_items:
-        raise ValueError(
-            f"{plan.folder}: {plan.num_items} recordings in, {num_items} out and {len(failures)} "
-            "failures"
-        )
+    for part, (name, items) in zip(parts, plan.shards, strict=True):
+        missing = dict.fromkeys(row["id"] for row in part["failures"])
+        done = [key for key, _ in items if key not in missing]
+        if part["num_items"] != len(done) or part["ids"] != _digest([*done, *missing]):
+            raise ValueError(
+                f"{plan.folder / name}: {len(items)} recordings in, {part['num_items']} out and "
+                f"{len(missing)} failures, or others"
+            )
+    for pattern in (f"{files.INCOMPLETE}codes-*", f"parts/{files.INCOMPLETE}*"):
+        for path in plan.folder.glob(pattern):  # of runs that were killed
+            path.unlink(missing_ok=True)
     summary = {
         "num_items": num_items,
         "num_failures": len(failures),
@@ -454,13 +407,19 @@ def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
     return summary
 
 
-def verify(codec: Codec, plan: Plan, number: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
-    """Encodes random items again, each alone: (id, codes that differ, codes in all)."""
+def verify(
+    codec: Codec, plan: Plan, number: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[str, int, int]]:
+    """Encodes random items again, each alone: (id, codes that differ, codes in all).
+
+    `share` is (i, n): the i-th of n parts of them.
+    """
     owners = {key: item for _, items in plan.shards for key, item in items}
     found, c = codes.read_codes(plan.folder), codec.config
-    order = np.random.default_rng(seed).permutation(len(found))
-    for index in order[:number]:
+    order = np.random.default_rng(0).permutation(len(found))[:number]
+    for index in order[share[0] :: share[1]]:
         item = found[int(index)]
-        wav = _read(owners[item.id], c.sample_rate, c.num_channels)
-        alone = encode_one(codec, wav, plan.settings.num_quantizers)
+        audio = sources.open_item(owners[item.id]).audio
+        wav = files.read(audio, c.sample_rate, c.num_channels)
+        alone = inference.encode_one(codec, wav, plan.settings.num_quantizers)
         yield item.id, int((alone != item.codes).sum()), item.codes.size
