@@ -64,9 +64,22 @@ def test_without_the_extra(monkeypatch, name, module):
         metrics.compute(*signal(16000, 1), 16000, (name,))
 
 
-def test_short_clips_do_not_fail():
-    wav = np.full((1, 50), 0.1)
-    assert np.isfinite(metrics.compute(wav, wav, 24000, ("mel_loss", "stft"))["stft"])
+def test_what_is_defined_for_short_and_silent_clips():
+    """As for the official toolkit, whose answers the numbers are."""
+    wav = 0.1 * np.sin(np.arange(1024, dtype=np.float32))[None]
+    names = ("mel_loss", "stft", "spectral_convergence", "sisdr")
+    values, errors = metrics.compute_each(wav, 0 * wav, 16000, names)
+    assert values == {"spectral_convergence": pytest.approx(1), "sisdr": pytest.approx(69.897)}
+    assert errors["mel_loss"] == "needs more than 1024 samples at 16 kHz, got 1024"
+    values, _ = metrics.compute_each(0 * wav, wav, 16000, names[2:])
+    assert values["sisdr"] == 0 and values["spectral_convergence"] > 1e12
+
+
+def test_long_audio_is_resampled_in_parts(rng, monkeypatch):
+    wav = rng.standard_normal((2, 5000)).astype(np.float32)
+    expected = metrics.resample(wav, 44100, 16000)
+    monkeypatch.setattr(metrics, "_BLOCKS", 3)
+    np.testing.assert_allclose(metrics.resample(wav, 44100, 16000), expected, atol=1e-6)
 
 
 def test_shaped_noise_keeps_the_spectrum():

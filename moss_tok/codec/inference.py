@@ -1,6 +1,7 @@
 """Pure functions at the edges: `encode` and `decode` over a `Codec`, a pytree of parameters."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -137,12 +138,18 @@ def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) ->
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
     """`encode` of one recording [C, S] -> [Q, T], in one of few shapes; see `bucket_frames`."""
-    hop, size = codec.config.hop_length, wav.shape[-1]
-    num_frames = codec.config.num_frames(size)
-    padding = bucket_frames(num_frames) * hop - size
-    padded = np.pad(wav, ((0, 0), (0, padding)))[None]
-    codes = encode(codec, padded, np.array([size]), num_quantizers).codes
-    return np.asarray(codes)[0, :, :num_frames]
+    return encode_batch(codec, [wav], num_quantizers)[0]
+
+
+def encode_batch(
+    codec: Codec, wavs: Sequence[np.ndarray], num_quantizers: int | None = None
+) -> list[np.ndarray]:
+    """`encode` of recordings [C, S] of about one length -> [Q, T] each, in one of few shapes."""
+    hop, sizes = codec.config.hop_length, np.array([wav.shape[-1] for wav in wavs])
+    size = bucket_frames(codec.config.num_frames(int(sizes.max()))) * hop
+    padded = np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in wavs])
+    codes = np.asarray(encode(codec, padded, sizes, num_quantizers).codes)
+    return [x[:, : codec.config.num_frames(n)] for x, n in zip(codes, sizes.tolist(), strict=True)]
 
 
 def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
@@ -150,10 +157,18 @@ def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = Non
 
     `num_quantizers` (default: q) decodes the first ones only, by the same program.
     """
-    num_frames = codes.shape[-1]
-    padded = np.pad(codes, ((0, 0), (0, bucket_frames(num_frames) - num_frames)))[None]
-    wav = _decode_prefix(codec, padded, np.array([num_frames]), num_quantizers).wav
-    return np.asarray(wav)[0, :, : num_frames * codec.config.hop_length]
+    return decode_batch(codec, [codes], num_quantizers)[0]
+
+
+def decode_batch(
+    codec: Codec, codes: Sequence[np.ndarray], num_quantizers: int | None = None
+) -> list[np.ndarray]:
+    """`decode_one` of recordings [q, T] of about one length -> [C, T * hop_length] each."""
+    hop, sizes = codec.config.hop_length, np.array([x.shape[-1] for x in codes])
+    size = bucket_frames(int(sizes.max()))
+    padded = np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in codes])
+    wavs = np.asarray(_decode_prefix(codec, padded, sizes, num_quantizers).wav)
+    return [x[:, : n * hop] for x, n in zip(wavs, sizes.tolist(), strict=True)]
 
 
 def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:

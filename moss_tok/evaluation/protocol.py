@@ -31,7 +31,7 @@ import numpy as np
 
 from moss_tok.audio import files, manifest
 from moss_tok.codec import codes
-from moss_tok.codec.inference import Codec, decode_one, encode_one
+from moss_tok.codec.inference import Codec, bucket_frames, decode_batch, encode_batch
 from moss_tok.config import (
     TASKS,
     CodecConfig,
@@ -43,6 +43,8 @@ from moss_tok.config import (
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 
+_BATCH_SECONDS = 120.0  # of audio at once, padding included, unless one recording is longer
+_LARGEST_BATCH = 64
 _AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
 # Of a language model that listens to the codes, see `transcription`.
 TEXT_METRICS = ("wer", "cer")
@@ -124,8 +126,8 @@ def check_output(output: str) -> None:
     path = Path(output)
     if not output or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {output!r}")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
+    if not any(p.is_file() and not p.name.startswith(files.INCOMPLETE) for p in path.rglob("*")):
+        return  # nothing, or folders that a killed run had just made
     if not (any(path.glob("*/*/manifest.json")) or any(path.glob("*/*/*/manifest.json"))):
         raise ValueError(f"{path} is not empty, and has no results to go on with")
 
@@ -175,12 +177,31 @@ def reconstruct(
     for n in numbers:
         _begin(_folder(folder, n, dataset), _describe(dataset, model, n))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
+    works = []
     for audio, name, _ in dataset.items:
-        code_file = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
         missing = [n for n in numbers if not _is_written(_folder(folder, n, dataset), name)]
-        if missing or not code_file.exists():
-            _reconstruct_one(codec, audio, name, missing, code_file, folder, dataset)
-        yield name
+        works.append((files.duration_seconds(audio), audio, name, missing))
+    # The same batches whatever is there: rounding of a file depends on them.
+    for batch in _batches(sorted(works, key=lambda work: work[0]), codec.config):
+        names = [name for *_, name, _ in batch]
+        has_codes = all(_code_file(folder, dataset, name).exists() for name in names)
+        if not has_codes or any(missing for *_, missing in batch):
+            _reconstruct_batch(codec, [work[1:] for work in batch], folder, dataset)
+        yield from names
+
+
+def _batches(works: Sequence[tuple], config: CodecConfig) -> Iterator[list[tuple]]:
+    """Works on recordings of about one length, which is the first of each; 1, 2, 4, ... at once."""
+    buckets: dict[int, list[tuple]] = {}
+    for work in works:
+        frames = config.num_frames(round(work[0] * config.sample_rate))
+        buckets.setdefault(bucket_frames(max(1, frames)), []).append(work)
+    for size, bucket in buckets.items():
+        rows = max(1, min(_LARGEST_BATCH, int(_BATCH_SECONDS * config.frame_rate / size)))
+        while bucket:
+            rows = 2 ** (min(rows, len(bucket)).bit_length() - 1)
+            yield bucket[:rows]
+            bucket = bucket[rows:]
 
 
 def reconstruct_by(
@@ -204,9 +225,10 @@ def _begin(rated: Path, described: dict[str, Any]) -> None:
     """Makes the folder of a system and a data set, or checks that it is theirs."""
     file = rated / "manifest.json"
     _check_manifest(file, described)
-    for kind in ("gt_audios", "syn_audios"):
-        (rated / kind).mkdir(parents=True, exist_ok=True)
+    rated.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(described, indent=2, sort_keys=True) + "\n")
+    for kind in ("gt_audios", "syn_audios"):
+        (rated / kind).mkdir(exist_ok=True)
 
 
 def _check_manifest(file: Path, described: dict[str, Any]) -> None:
@@ -224,14 +246,25 @@ def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, ra
     files.write(rated / "syn_audios" / name, wav_hat, rate)
 
 
-def _reconstruct_one(codec, audio, name, numbers, code_file, folder, dataset) -> None:
+def _reconstruct_batch(
+    codec: Codec, works: Sequence[tuple[Path, str, list[int]]], folder: Path, dataset: Dataset
+) -> None:
+    """Writes the codes of recordings, and what the first n of them give, for n that are missing."""
     c = codec.config
-    wav = _reference(audio, c.sample_rate, c.num_channels)
-    found = encode_one(codec, wav)
-    codes.write(code_file, found, wav.shape[1], c)
-    for n in numbers:
-        wav_hat = decode_one(codec, found, n)[:, : wav.shape[1]]
-        _write_pair(_folder(folder, n, dataset), name, wav, wav_hat, c.sample_rate)
+    wavs = [_reference(audio, c.sample_rate, c.num_channels) for audio, *_ in works]
+    found = encode_batch(codec, wavs)
+    for wav, array, (_, name, _) in zip(wavs, found, works, strict=True):
+        codes.write(_code_file(folder, dataset, name), array, wav.shape[1], c)
+    for n in sorted({n for *_, missing in works for n in missing}):
+        rated = _folder(folder, n, dataset)
+        decoded = decode_batch(codec, found, n)
+        for wav, wav_hat, (_, name, missing) in zip(wavs, decoded, works, strict=True):
+            if n in missing:
+                _write_pair(rated, name, wav, wav_hat[:, : wav.shape[1]], c.sample_rate)
+
+
+def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:
+    return folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
 
 
 def _folder(folder: Path, number: int, dataset: Dataset) -> Path:
@@ -391,8 +424,7 @@ def _write_results(path: Path, results: dict[str, Any]) -> None:
 
 def read_codes(folder: Path, dataset: Dataset, name: str, config: CodecConfig) -> np.ndarray:
     """The codes [Q, T] of a file, of OUTPUT/MODEL/codes/DATASET; ValueError where it is broken."""
-    path = folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
-    return codes.read(path, config).codes
+    return codes.read(_code_file(folder, dataset, name), config).codes
 
 
 def write_entropy(folder: Path, dataset: Dataset, config: CodecConfig) -> np.ndarray:
@@ -407,7 +439,7 @@ def write_entropy(folder: Path, dataset: Dataset, config: CodecConfig) -> np.nda
         size = config.quantizer.codebook_size
         counts = counts + np.stack([np.bincount(r, minlength=size) for r in rows])
     shares = counts / counts.sum(1, keepdims=True)
-    bits = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
+    bits = np.abs((shares * np.log2(np.where(shares > 0, shares, 1))).sum(1))
     path = folder / "entropy.json"
     known = read_json_object(path) if path.exists() else {}
     files.write_text(path, json.dumps(known | {dataset.name: bits.tolist()}) + "\n")

@@ -137,7 +137,7 @@ def _score(clip: Clip, wav: np.ndarray, rate: int) -> dict[str, float]:
     names = ("mel_loss", "stft")
     if clip.domain == "speech" and long_enough:
         names += ("stoi",)
-    return metrics.compute(clip.wav, wav, rate, names)
+    return metrics.compute_each(clip.wav, wav, rate, names)[0]
 
 
 def shaped_noise(wav: np.ndarray, seed: int = 0) -> np.ndarray:
