@@ -261,7 +261,7 @@ def test_page_of_a_run(tmp_path, capsys, rng):
     (folder / "evaluation.jsonl").write_text(json.dumps({"step": 50, "table": table}) + "\n")
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.split("\n")[-2] == str(folder / "report.html")
-    assert len(sources(folder / "report.html")) == 6
+    assert len(sources(folder / "report.html")) == 7  # the curves are drawn
     text = (folder / "report.html").read_text()
     for part in (
         "Run: a &lt;run&gt;",

@@ -172,9 +172,9 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
             versions = []
             for what, audio in sources:
                 picture = folder / f"{what.replace('/', '_')}_{dataset}_{Path(file).stem}.png"
-                if not picture.exists() and audio.exists():
-                    report.save_spectrogram(picture, *files.read_native(audio))
                 if audio.exists():
+                    if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
+                        report.save_spectrogram(picture, *files.read_native(audio))
                     versions.append((what, audio, picture))
             clips.append(Clip(f"{dataset}: {Path(file).stem}", tuple(versions)))
     return clips
@@ -209,6 +209,7 @@ def write_run(workdir: Path) -> Path:
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
     rows = [r for r in read_json_lines(workdir / "metrics.jsonl") if "step" in r]
+    report.save_curves(workdir / "curves.png", rows)  # training draws them with an evaluation
     pictures = [("Losses and codebooks", workdir / "curves.png")]
     pictures = [(caption, file) for caption, file in pictures if file.exists()]
     tables = []
