@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
-_BLOCK_FRAMES = (64, 512)
+_BLOCK_FRAMES = (64, 256)
 RESIDUALS = "attention"  # what the splash kernel keeps for its backward pass, for jax.checkpoint
 _LANES = 128  # the splash kernel's blocks are multiples of this,
 _LARGEST_BLOCK = 8  # at most so many
@@ -238,7 +238,7 @@ def attend_cached(
 
 
 def _block_frames(window: int) -> int:
-    return int(np.clip(window // 2, *_BLOCK_FRAMES))
+    return int(np.clip(window // 4, *_BLOCK_FRAMES))
 
 
 def _blocked(q, k, v, window, precision, past=None, start=0):

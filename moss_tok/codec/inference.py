@@ -14,7 +14,7 @@ from moss_tok.codec.model import CodecModel, empty_caches
 from moss_tok.config import CodecConfig, ComputeConfig, is_number
 
 WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
-CHUNK_SECONDS = 30.0  # each reads all weights again
+CHUNK_SECONDS = 20.0  # each reads all weights again
 
 
 @flax.struct.dataclass
@@ -187,56 +187,80 @@ def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) ->
 @functools.partial(jax.jit, static_argnames=("num_quantizers", "chunk_frames"))
 def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) -> Encoded:
     c = codec.config
-    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0).astype(jnp.float32)
     num_frames = c.num_frames(wav.shape[-1])
     if chunk_frames == num_frames:
-        wav = _pad(wav, c.hop_length)
+        wav = _pad(_valid(wav, lengths), c.hop_length).astype(jnp.float32)
         codes = codec.apply(wav, num_quantizers, method="encode").codes
     else:
 
         def step(caches, wav, span):
+            wav = wav.astype(jnp.float32)
             return codec.apply(wav, num_quantizers, caches, span, method="encode_step")
 
-        codes = _scan_chunks(codec, "encoder", step, wav, c.hop_length, chunk_frames)
-        codes = codes[..., :num_frames]
+        sizes, shape = (c.hop_length, 1), (wav.shape[0], num_quantizers, num_frames)
+        codes = jnp.zeros(shape, jnp.int32)
+        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, sizes, chunk_frames)
     lengths = c.num_frames(lengths)
-    return Encoded(jnp.where(valid_mask(num_frames, lengths)[:, None], codes, 0), lengths)
+    return Encoded(_valid(codes, lengths), lengths)
 
 
 @functools.partial(jax.jit, static_argnames="chunk_frames")
 def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
-    keep = prefix_mask(codes, num_quantizers)
-    valid = valid_mask(codes.shape[-1], lengths)
-    codes = jnp.where(valid[:, None], codes.astype(jnp.int32), 0)
+    c, keep = codec.config, prefix_mask(codes, num_quantizers)
     if chunk_frames == codes.shape[-1]:
+        codes = _valid(codes.astype(jnp.int32), lengths)
         wav = codec.apply(codes, keep, method="decode")
     else:
 
         def step(caches, codes, span):
+            codes = codes.astype(jnp.int32)
             return codec.apply(codes, caches, span, keep, method="decode_step")
 
-        wav = _scan_chunks(codec, "decoder", step, codes, 1, chunk_frames)
-        wav = wav[..., : codes.shape[-1] * codec.config.hop_length]
-    lengths = lengths * codec.config.hop_length
-    return Decoded(jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0), lengths)
+        shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
+        sizes, wav = (1, c.hop_length), jnp.zeros(shape, jnp.float32)
+        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, sizes, chunk_frames)
+    lengths = lengths * c.hop_length
+    return Decoded(_valid(wav, lengths), lengths)
 
 
-def _scan_chunks(codec: Codec, side: str, step, x, unit: int, chunk_frames: int) -> jax.Array:
-    """Applies `step` to one chunk of x [B, *, T * unit] after the other, and joins the answers."""
-    x = _pad(x, chunk_frames * unit)
-    batch, rows, size = x.shape
-    chunks = jnp.moveaxis(x.reshape(batch, rows, -1, chunk_frames * unit), 2, 0)
-    count = jnp.full(batch, chunk_frames)
+def _scan_chunks(
+    codec: Codec, side: str, step, x, lengths, out, sizes: tuple[int, int], chunk_frames: int
+) -> jax.Array:
+    """Applies `step` to one chunk of x [B, *, S] after the other, and puts the answers into `out`.
 
-    def scanned(caches, indexed):
-        index, chunk = indexed
-        out, caches = step(caches, chunk, Span(index * count, count))
-        return caches, out
+    `sizes` are those of a frame in both. Chunks are read where they are in x and written where they
+    belong in `out`, so that nothing as long is copied. Of the first one so many frames count that
+    the others are whole; what it says of more is written again.
+    """
+    batch, total = x.shape[0], out.shape[-1] // sizes[1]
+    num_chunks = -(-total // chunk_frames)
+    first = total - (num_chunks - 1) * chunk_frames
+
+    def scanned(carry, index):
+        caches, out = carry
+        start = jnp.maximum(0, first + (index - 1) * chunk_frames)
+        count = jnp.where(index == 0, first, chunk_frames)
+        chunk = _slice(x, start * sizes[0], chunk_frames * sizes[0])
+        chunk = _valid(chunk, lengths - start * sizes[0])
+        span = Span(*(jnp.broadcast_to(n, (batch,)) for n in (start, count)))
+        answer, caches = step(caches, chunk, span)
+        out = jax.lax.dynamic_update_slice_in_dim(out, answer, start * sizes[1], axis=2)
+        return (caches, out), None
 
     caches = empty_caches(codec.config, codec.compute, side, batch)
-    _, out = jax.lax.scan(scanned, caches, (jnp.arange(len(chunks)), chunks))
-    out = jnp.moveaxis(out, 0, 2)  # [B, *, chunks, ...]
-    return out.reshape(*out.shape[:2], -1)
+    (_, out), _ = jax.lax.scan(scanned, (caches, out), jnp.arange(num_chunks))
+    return out
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """x[..., start : start + size], with anything behind the end of x."""
+    beyond = jnp.maximum(0, start + size - x.shape[-1])  # so much earlier is read
+    return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -beyond, axis=-1)
+
+
+def _valid(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Zero past the lengths [B] of x [B, *, size]."""
+    return jnp.where(valid_mask(x.shape[-1], lengths)[:, None], x, 0)
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
