@@ -397,6 +397,25 @@ def test_stream_there_and_back(folder, monkeypatch, capfdbinary, pcm):
     assert len(some) == 16 * 1920 * 2
 
 
+def test_a_pipe_of_two_processes(folder):
+    """Codes come out while audio still goes in; nothing is lost at the end."""
+    wav, _ = soundfile.read("in.wav", dtype="int16")
+    stream = [sys.executable, "-m", "moss_tok", "stream", "--checkpoint", CODEC]
+    coder = subprocess.Popen(stream, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    player = subprocess.Popen([*stream, "--decode"], stdin=coder.stdout, stdout=subprocess.PIPE)
+    coder.stdout.close()
+    coder.stdin.write(wav[:1920].tobytes())  # a frame
+    coder.stdin.flush()
+    first = player.stdout.read(2 * 1920)  # comes before the next is there
+    rest, _ = player.communicate(coder.communicate(wav[1920:].tobytes())[0])
+    assert (coder.returncode, player.returncode) == (0, 0)
+    found = np.frombuffer(first + rest, "<i2") / 32768
+    codec = moss_tok.load(CODEC)
+    codes = moss_tok.encode(codec, wav[None, None].astype(np.float32) / 32768).codes
+    expected = np.clip(moss_tok.decode(codec, codes).wav[0, 0], -1, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_stream_a_file(folder, capsys):
     options = ["--chunk-ms", "400", "--output", "out.wav"]
     assert main(["stream", "--checkpoint", CODEC, "--input", "in.wav", *options]) == 0

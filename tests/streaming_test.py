@@ -343,6 +343,11 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
 def test_errors_of_the_steps(v1_tiny):
     state = moss_tok.init_encoder_stream(v1_tiny, 2)
     other = moss_tok.init_decoder_stream(v1_tiny, 2)
+    # The same stages, but the first hears less.
+    patch, stage, *rest = v1_tiny.config.encoder
+    stage = dataclasses.replace(stage, context_seconds=0.5 * stage.context_seconds)
+    config = dataclasses.replace(v1_tiny.config, encoder=(patch, stage, *rest))
+    short = v1_tiny.replace(config=config)
     wav, codes = np.zeros((2, 1, 1920), np.float32), np.zeros((2, 8, 1), np.int32)
     for call, message in [
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[:1]), "wav must have the shape"),
@@ -357,6 +362,7 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.reset_streams(state, np.ones(3, bool)), r"slots must .*\[2\].*\[3\]"),
         (lambda: moss_tok.encode_step(v1_tiny, other, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.decode_step(v1_tiny, state, codes), "state must be one of init_decoder"),
+        (lambda: moss_tok.encode_step(short, state, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.encode_step(v1_tiny, None, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
         (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),

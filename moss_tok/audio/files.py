@@ -95,6 +95,21 @@ def read_blocks(
     _check_complete(path, num_read, announced)
 
 
+def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cuts blocks [C, S] anew: all have `size` samples, but the last, which has fewer."""
+    left: list[np.ndarray] = []
+    for block in blocks:
+        left.append(block)
+        if sum(x.shape[1] for x in left) >= size:
+            whole = np.concatenate(left, axis=1)
+            end = whole.shape[1] // size * size
+            yield from (whole[:, i : i + size] for i in range(0, end, size))
+            left = [whole[:, end:]]
+    rest = np.concatenate(left, axis=1)
+    if rest.shape[1]:
+        yield rest
+
+
 def _check_complete(path: storage.Path | AudioBytes, num_read: int, announced: int) -> None:
     """Raises ValueError if fewer frames were read than the header says."""
     missing = 0 if isinstance(path, AudioBytes) else _missing_wav_bytes(path)

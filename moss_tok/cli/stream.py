@@ -5,6 +5,7 @@ Codes are lines of JSON: first one that says how to decode them, then {"codes": 
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from moss_tok.cli import arguments
@@ -159,6 +160,21 @@ def _round_trip(
     codec: Any, num_quantizers: int | None, frames: int, source: str, output: str | None
 ) -> None:
     """Encodes and decodes a file chunk by chunk, and prints what each took."""
+    import collections
+
+    from moss_tok.audio import files
+
+    config = codec.config
+    blocks = _live(codec, num_quantizers, frames, source)
+    if output:
+        files.write_blocks(output, blocks, config.sample_rate, config.num_channels)
+    else:
+        collections.deque(blocks, maxlen=0)  # runs it
+
+
+def _live(codec: Any, num_quantizers: int | None, frames: int, source: str) -> Iterator[Any]:
+    """What comes back of a file, chunk by chunk, each when it has been printed what it took."""
+    import itertools
     import time
 
     import numpy as np
@@ -168,22 +184,25 @@ def _round_trip(
 
     config = codec.config
     size, seconds = frames * config.hop_length, frames / config.frame_rate
-    wav = files.read(source, config.sample_rate, config.num_channels)
     coder = moss_tok.EncoderStream(codec, num_quantizers, chunk_frames=[frames])
     player = moss_tok.DecoderStream(codec, num_quantizers, chunk_frames=[frames])
-    times, parts = [], []
-    for start in range(0, wav.shape[1], size):
+    blocks = files.read_blocks(source, config.sample_rate, config.num_channels, max(1.0, seconds))
+    chunks = itertools.chain(files.rechunk(blocks, size), [None])
+    chunk, times = next(chunks), []
+    while chunk is not None:
+        following = next(chunks)
         began = time.perf_counter()
-        codes = coder.push(wav[:, start : start + size])
-        if start + size >= wav.shape[1]:
+        codes = coder.push(chunk)
+        if following is None:
             codes = np.concatenate([codes, coder.finish()], axis=1)
         encoded = time.perf_counter()
         wav_hat = player.push(codes)
-        parts += [wav_hat] if output else []
         times.append((encoded - began, time.perf_counter() - encoded))
         encode, decode = (1000 * t for t in times[-1])
-        print(f"{start / config.sample_rate:9.2f} s  encode {encode:6.1f} ms  "
+        print(f"{(len(times) - 1) * seconds:9.2f} s  encode {encode:6.1f} ms  "
               f"decode {decode:6.1f} ms", flush=True)  # fmt: skip
+        yield wav_hat[:, : chunk.shape[1]]
+        chunk = following
     both = 1000 * np.sum(times, axis=1)
     median, high = np.percentile(both, [50, 99])
     print(
@@ -191,6 +210,3 @@ def _round_trip(
         f"{high:.1f} ms, real-time factor {both.mean() / 1000 / seconds:.3f}",
         flush=True,
     )
-    if output:
-        wav_hat = np.concatenate(parts, axis=1)[:, : wav.shape[1]]
-        files.write(output, wav_hat, config.sample_rate)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok import sharding
-from moss_tok.codec.attention import Span
+from moss_tok.codec.attention import Cache, Span
 from moss_tok.codec.inference import (
     Codec,
     check_codes,
@@ -173,13 +173,25 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
 
 
 def _check_state(codec: Codec, side: str, state: StreamState) -> None:
-    """Raises ValueError unless the state is one of that side: the other's fits it, silently."""
+    """Raises ValueError unless the state is one of that side: the other's may fit it, silently."""
     check_part(codec, side)
-    windows = codec.config.windows(side)
-    stages = {f"stage_{i}" for i, window in enumerate(windows) if window is not None}
-    if not isinstance(state, StreamState) or state.caches.keys() != stages:
+    fits = isinstance(state, StreamState)
+    if fits:
+        wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
+        fits = wanted == {k: _shapes(cache) for k, cache in state.caches.items()}
+    if not fits:
         raise ValueError(f"state must be one of init_{side}_stream of this codec")
     _check_unused(state)
+
+
+@functools.lru_cache(maxsize=64)
+def _cache_shapes(config, compute, side: str, batch_size: int) -> dict[str, tuple]:
+    caches = jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size))
+    return {name: _shapes(cache) for name, cache in caches.items()}
+
+
+def _shapes(cache: Cache) -> tuple:
+    return cache.keys.shape, cache.keys.dtype, cache.values.shape
 
 
 def _check_unused(state: StreamState) -> None:

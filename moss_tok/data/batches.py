@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from moss_tok import sharding
+from moss_tok.audio import files
 from moss_tok.codec import inference
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
@@ -222,26 +223,11 @@ def _chunks_of_slot(
     for key, blocks in waiting:
         begins = True
         try:
-            for chunk in _rechunk(blocks(), size):
+            for chunk in files.rechunk(blocks(), size):
                 yield key, chunk, begins
                 begins = False
         except (ValueError, OSError) as error:
             failed[key] = error
-
-
-def _rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cuts blocks [C, S] anew: all have `size` samples, but the last."""
-    left: list[np.ndarray] = []
-    for block in blocks:
-        left.append(block)
-        if sum(x.shape[1] for x in left) >= size:
-            whole = np.concatenate(left, axis=1)
-            end = whole.shape[1] // size * size
-            yield from (whole[:, i : i + size] for i in range(0, end, size))
-            left = [whole[:, end:]]
-    rest = np.concatenate(left, axis=1)
-    if rest.shape[1]:
-        yield rest
 
 
 def _time_of(out: jax.Array) -> float:
