@@ -15,11 +15,12 @@ from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 
 import moss_tok
 from moss_tok import sharding
+from moss_tok.audio import files
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
 from moss_tok.data import pipeline, sources
+from moss_tok.language import generate, text
 from moss_tok.language import pretrained as language_models
-from moss_tok.language import text
 from moss_tok.language.config import LanguageConfig
 from moss_tok.training import loop, writer
 from moss_tok.training import state as states
@@ -284,7 +285,7 @@ def test_transcribe(finished, clips, tmp_path, capsys):
     assert out.startswith("1.npz\t") and "failed:" in err and "bad.npz" in err
 
 
-def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys):
+def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys, monkeypatch):
     data = tmp_path / "data.jsonl"
     rows = [{"path": str(clips / f"{i}.flac"), "transcript": t} for i, t in ((0, "a b"), (1, None))]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -299,6 +300,18 @@ def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys):
         assert [json.loads(t)["text"] for t in texts] == ["a b"]
     assert "wer" in (tmp_path / "out" / "summary.md").read_text()
     assert main(["evaluate", *options, f"--output={tmp_path / 'w'}", "--metrics=wer"]) == 0
+    language = language_models.load(finished.workdir)  # one that hears what codes come from
+    config = dataclasses.replace(language.config, audio="latents")
+    monkeypatch.setattr(language_models, "load", lambda _: language.replace(config=config))
+    out = ["--name=l", f"--output={tmp_path / 'l'}"]
+    assert main(["evaluate", *options, *out, "--metrics=wer"]) == 0
+    text = (tmp_path / "l" / "l" / "rvq1" / "data" / "texts.jsonl").read_text()
+    wav = files.read_native(tmp_path / "l" / "l" / "rvq1" / "data" / "gt_audios" / "000000_0.flac")
+    heard = generate.transcribe_wavs(
+        moss_tok.load(finished.workdir), language_models.load(""), [wav[0]],
+        sampling=generate.Sampling(max_tokens=256),
+    )  # fmt: skip
+    assert [json.loads(text)["understood"]] == heard
     data.write_text(json.dumps(rows[1]) + "\n")
     assert main(["evaluate", *options, f"--output={tmp_path / 'o'}", "--metrics=wer"]) == 2
     assert "whose lines have a transcript" in capsys.readouterr().err

@@ -142,12 +142,9 @@ def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | 
         if asked:
             raise ValueError("wer and cer need a data set whose lines have a transcript")
         return None
-    found = language_models.load_config(pretrained.find_checkpoint(checkpoint))
-    if found and found[0].audio == "codes":
+    if language_models.load_config(pretrained.find_checkpoint(checkpoint)):
         transcription.check_installed()
         return language_models.load(checkpoint)
     if asked:
-        raise ValueError(
-            f"wer and cer need a language model that hears codes, {checkpoint} has none"
-        )
+        raise ValueError(f"wer and cer need a language model, {checkpoint} has none")
     return None

@@ -99,16 +99,22 @@ def write_dataset(
 ) -> dict[str, float]:
     """Error rates on the reconstructed data set of OUTPUT/MODEL from its first `number` codes.
 
-    They go into results.json as "wer" and "cer". Recordings without a text do not count.
+    A language model that hears latents is given the references. The rates go into results.json as
+    "wer" and "cer". Recordings without a text do not count.
 
     Raises:
-      ValueError: As `error_rates`, or a language model that hears no codes.
+      ValueError: As `error_rates`.
     """
     names = [n for n, text in zip(dataset.output_names(), dataset.texts, strict=True) if text]
-    codes = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
     texts = [text for text in dataset.texts if text]
     sampling = _sampling(language, texts)
-    understood = transcribe_codes(codec, language, codes, number, sampling=sampling)
+    if language.config.audio == "codes":
+        heard = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
+        understood = transcribe_codes(codec, language, heard, number, sampling=sampling)
+    else:
+        references = folder / f"rvq{number}" / dataset.name / "gt_audios"
+        heard = [files.read_native(references / name)[0] for name in names]
+        understood = transcribe_wavs(codec, language, heard, sampling=sampling)
     rows = [{"name": n, "text": t, "understood": u}
             for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
     where = folder / f"rvq{number}"

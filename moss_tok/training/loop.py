@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
@@ -176,15 +177,22 @@ def _check_texts(
     tokenizer: Tokenizer,
     segment_seconds: float,
 ) -> None:
-    """Raises ValueError where the language model would have no text to learn from.
+    """Says how many texts are used; ValueError where the language model has none to learn from.
 
     What texts are in shards only reading them tells.
     """
     found = mixture.sources if mixture else ()
     if not all(isinstance(source, sources.FileSource) for source in found):
         return
-    texts = (text for source in found for text in source.texts(segment_seconds))
-    if not any(len(tokenizer.encode(text)) <= config.max_text_tokens for text in texts):
+    texts = [text for source in found for text in source.texts(segment_seconds)]
+    used = sum(len(tokenizer.encode(text)) <= config.max_text_tokens for text in texts)
+    if used:
+        total = sum(len(source.texts(math.inf)) for source in found)
+        _say(
+            f"{used} of {total} texts are used: no longer than max_text_tokens "
+            f"{config.max_text_tokens}, of recordings no longer than {segment_seconds:.3g} s"
+        )
+    else:
         raise ValueError(
             f"train_data has no recording of at most segment_seconds {segment_seconds:.3g} with a "
             f"text of at most max_text_tokens {config.max_text_tokens} for language_model to learn"
