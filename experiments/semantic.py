@@ -10,7 +10,6 @@ own audio, another recording's of the same length, and none.
 """
 
 import argparse
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import optax
 import moss_tok
 from moss_tok.audio import files, manifest
 from moss_tok.codec import inference
+from moss_tok.config import TASKS
 from moss_tok.language import generate
 from moss_tok.language import pretrained as language_models
 
@@ -27,13 +27,15 @@ PARTS = 4  # of a recording, each with a histogram of its own
 
 
 def read(codec, items):
-    """Recordings [C, S] and texts of the items that have one."""
+    """Recordings [C, S], texts and tasks of the items that have one."""
     found = []
     for item in items:
-        text, _ = manifest.read_text(item.metadata)
+        text, task = manifest.read_text(item.metadata)
         if text:
             wav = files.read(item.path, codec.config.sample_rate, codec.config.num_channels)
-            found.append((wav, text))
+            found.append((wav, text, task))
+    if not found:
+        raise ValueError("no recordings with a text in both splits of --data")
     return found
 
 
@@ -53,7 +55,7 @@ def histograms(codec, recordings, num_quantizers):
     """Shares of each code in each part of each recording: [N, PARTS * Q * K]."""
     size = codec.config.quantizer.codebook_size
     rows = []
-    for wav, _ in recordings:
+    for wav, *_ in recordings:
         codes = inference.encode_one(codec, wav)[:num_quantizers]
         parts = np.array_split(codes, PARTS, axis=1)
         counts = [np.bincount(row, minlength=size) for part in parts for row in part]
@@ -86,8 +88,8 @@ def probe(args):
     for checkpoint in args.checkpoint:
         codec = moss_tok.load(checkpoint, component="encoder")
         train, test = (read(codec, split(args.data, name)) for name in ("train", "test"))
-        names = sorted({text for _, text in train})
-        labels = [np.array([names.index(text) for _, text in part]) for part in (train, test)]
+        names = sorted({text for _, text, _ in train})
+        labels = [np.array([names.index(text) for _, text, _ in part]) for part in (train, test)]
         for number in numbers:
             features = [histograms(codec, part, number) for part in (train, test)]
             weights = fit(jnp.asarray(features[0]), jnp.asarray(labels[0]), len(names))
@@ -104,15 +106,17 @@ def probe(args):
 
 def gap(args):
     """Prints the mean loss per token with the right, a wrong, and no audio, and the gaps."""
-    (checkpoint,) = args.checkpoint
+    if len(args.checkpoint) > 1:
+        raise ValueError("gap takes one --checkpoint")
+    checkpoint = args.checkpoint[0]
     codec, language = moss_tok.load(checkpoint, "encoder"), language_models.load(checkpoint)
     recordings = read(codec, split(args.data, "test"))
     recordings = [r for r in recordings if r[0].shape[1] <= args.seconds * codec.config.sample_rate]
     if len(recordings) < 2:
-        sys.exit(f"error: {args.data}: fewer than 2 test recordings with a text within --seconds")
+        raise ValueError(f"{args.data}: fewer than 2 test recordings with a text within --seconds")
     losses = np.array([
-        [loss(codec, language, wav, text) for wav in (own, other(recordings, i), own[:, :0])]
-        for i, (own, text) in enumerate(recordings)
+        [loss(codec, language, wav, *text) for wav in (own, other(recordings, i), own[:, :0])]
+        for i, (own, *text) in enumerate(recordings)
     ])  # fmt: skip
     print(f"{len(losses)} test recordings, nats per token; 95 % intervals over recordings")
     for name, column in zip(("right audio", "wrong audio", "no audio"), losses.T, strict=True):
@@ -130,7 +134,7 @@ def other(recordings, i):
     return np.tile(wav, -(-size // wav.shape[1]))[:, :size]
 
 
-def loss(codec, language, wav, text):
+def loss(codec, language, wav, text, task):
     """Cross-entropy per token of a text given audio [C, S], S may be 0."""
     tokens = np.array([language.tokenizer.encode(text)], np.int32)
     size = wav.shape[1]
@@ -138,7 +142,7 @@ def loss(codec, language, wav, text):
     padded = np.pad(wav, ((0, 0), (0, frames * codec.config.hop_length - size)))[None]
     latents, lengths = generate.hear(codec, language, padded, np.array([size]))
     padding = -tokens.shape[1] % 32
-    arguments = (latents, lengths, jnp.zeros(1, jnp.int32),
+    arguments = (latents, lengths, jnp.array([TASKS.index(task)]),
                  np.pad(tokens, ((0, 0), (0, padding))), jnp.array([tokens.shape[1]]))  # fmt: skip
     return float(_apply(language, *arguments)[0])
 
@@ -157,7 +161,10 @@ def main():
     parser.add_argument("--num-quantizers", default="1,4", help="that the probes see")
     parser.add_argument("--seconds", type=float, default=20, help="longer ones are left out of gap")
     args = parser.parse_args()
-    {"probe": probe, "gap": gap}[args.study](args)
+    try:
+        {"probe": probe, "gap": gap}[args.study](args)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
