@@ -18,7 +18,7 @@ FLOORS = [
     ["convert", "language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic",
-     "data.codes", "data.tokenize"],
+     "data.codes", "data.batches", "data.tokenize"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report",
      "evaluation.baselines", "evaluation.protocol", "evaluation.transcription",
      "evaluation.pages"],

@@ -238,7 +238,10 @@ def _check_manifest(file: Path, described: dict[str, Any]) -> None:
 
 def _reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndarray:
     wav, rate = files.read_native(audio)
-    return files.to_channels(metrics.resample(wav, rate, sample_rate), num_channels)
+    wav = metrics.resample(wav, rate, sample_rate)
+    if 1 < num_channels < wav.shape[0]:  # of surround sound the protocol takes the first two
+        return wav[:num_channels]
+    return files.to_channels(wav, num_channels)
 
 
 def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, rate: int) -> None:
