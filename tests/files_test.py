@@ -1,6 +1,7 @@
 """Audio files: formats, rates, channels, segments, and everything that can be wrong with them."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_what_cannot_be_written(tmp_path, name, shape, rate, message):
     with pytest.raises(ValueError, match="finite"):
         files.write(tmp_path / name, np.full((1, 9), np.nan), 24000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_between_blocks_of_an_mp3_errors_can_be_seen(tmp_path, rng):
+    soundfile.write(tmp_path / "a.mp3", 0.1 * rng.standard_normal(24000), 24000)
+    before = os.fstat(2)
+    blocks = files.read_blocks(tmp_path / "a.mp3", 24000, 1, 0.2)
+    next(blocks)
+    now = os.fstat(2)
+    assert (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+    assert sum(block.shape[1] for block in blocks) == 24000 - int(24000 * 0.2)
 
 
 @pytest.mark.parametrize("kind", ["cut mp3", "noise mp3"])

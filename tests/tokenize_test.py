@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import GOLDEN, micro_config
 from processes_test import finish, slurm_environments
 
@@ -21,7 +22,7 @@ import moss_tok
 from moss_tok import sharding
 from moss_tok.cli.main import main
 from moss_tok.codec import inference, pretrained
-from moss_tok.data import batches, read_codes, tokenize
+from moss_tok.data import batches, read_codes, records, tokenize
 from moss_tok.training.state import init_state
 
 SIZES = (900, 4000, 4100, 4200, 8000, 15, 7000, 30000, 4300, 1)
@@ -89,6 +90,17 @@ def moss_tok_read(path):
     from moss_tok.audio import files
 
     return files.read(path, 8000, 1)
+
+
+def test_records_that_do_not_say_how_long_they_are(root, tmp_path):
+    data = (root / "in" / "2.wav").read_bytes()
+    path = tmp_path / "a-00000-of-00001.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(records.pack(data, {"id": "a"}))
+    writer.write(b"broken")
+    writer.close()
+    items = tokenize.find_items(str(path))
+    assert [item.duration_seconds for _, item in items] == [SIZES[2] / 8000, 0]
 
 
 def test_as_a_source_for_grain(whole):
@@ -237,7 +249,10 @@ def test_killed_and_gone_on_with(root, whole, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (out / ".incomplete-codes-00000-of-00003.array_record-host-1").touch()
+    stale = out / ".incomplete-codes-00000-of-00003.array_record-host-1"
+    stale.touch()
+    for path in out.glob(".incomplete-codes-*"):
+        os.utime(path, (0, 0))
     done = {p.name: p.stat().st_mtime_ns for p in out.glob("codes-*")}
     parts = {p.stem for p in (out / "parts").glob("*")}
     assert run(root, "in", out) == 0

@@ -184,9 +184,8 @@ def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:
-        with contextlib.nullcontext() if known or not head else _QUIET_DECODER:
-            with soundfile.SoundFile(target) as file:
-                yield file
+        with (soundfile.SoundFile if known or not head else _QuietFile)(target) as file:
+            yield file
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         reason = "truncated or corrupt" if known or mp3 else "not audio"
         raise ValueError(f"{source}: {reason} ({error})") from error
@@ -221,6 +220,24 @@ class _QuietDecoder:
 
 
 _QUIET_DECODER = _QuietDecoder()
+
+
+class _QuietFile(soundfile.SoundFile):
+    """Is quiet while it opens, reads or seeks; between, standard error is the caller's."""
+
+    def __init__(self, *args: object, **options: object):
+        with _QUIET_DECODER:
+            super().__init__(*args, **options)
+
+    def read(self, *args: object, **options: object) -> np.ndarray:
+        """As of the parent."""
+        with _QUIET_DECODER:
+            return super().read(*args, **options)
+
+    def seek(self, *args: object, **options: object) -> int:
+        """As of the parent."""
+        with _QUIET_DECODER:
+            return super().seek(*args, **options)
 
 
 def _missing_wav_bytes(path: storage.Path) -> int:

@@ -33,11 +33,13 @@ from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import inference, pretrained
 from moss_tok.codec.inference import Codec
-from moss_tok.config import check_choice, read_json_object
+from moss_tok.config import check_choice, is_number, read_json_object
 from moss_tok.data import codes, records, sources
 from moss_tok.data.batches import BatchEncoder, Found, Statistics
 
 FORMATS = ("arrayrecord", "jsonl")
+_MOST_AHEAD = 1000  # recordings, of which some may be longer than is known
+_STALE_SECONDS = 3600  # since a file was written to that no process writes any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +114,16 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
 
 
 def _record(path: storage.Path, number: int) -> AudioItem:
+    metadata, duration = {}, None
     try:
-        _, metadata = records.shard(path).read(number)
+        audio, metadata = records.shard(path).read(number)
+        duration = metadata.get("duration_s")
+        if not is_number(duration):
+            duration = files.duration_seconds(audio)
     except ValueError:  # is a failure when its turn comes
-        metadata = {}
-    duration = metadata.get("duration_s")
-    duration = float(duration) if isinstance(duration, (int, float)) else 0.0
+        duration = 0.0
     domain = str(metadata.get("domain", "audio"))
-    return AudioItem(path, "", domain, duration, number, metadata)
+    return AudioItem(path, "", domain, float(duration), number, metadata)
 
 
 def _id(item: AudioItem, root: str) -> str:
@@ -316,7 +320,7 @@ class _Reader:
             is_long = item.duration_seconds > inference.WHOLE_SECONDS
             waiting.append((key, item, None if is_long else self._pool.submit(self._read, item)))
             ahead += 0 if is_long else item.duration_seconds
-            while waiting and ahead > seconds:
+            while waiting and (ahead > seconds or len(waiting) > _MOST_AHEAD):
                 _, first, audio = waiting[0]
                 ahead -= first.duration_seconds if audio else 0
                 yield waiting.popleft()
@@ -383,7 +387,9 @@ def finish(plan: Plan) -> dict[str, Any] | None:
             )
     for pattern in (f"{files.INCOMPLETE}codes-*", f"parts/{files.INCOMPLETE}*"):
         for path in plan.folder.glob(pattern):  # of runs that were killed
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # others tidy up, too
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
     summary = {
         "num_items": num_items,
         "num_failures": len(failures),

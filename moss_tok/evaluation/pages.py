@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -209,7 +210,8 @@ def write_run(workdir: Path) -> Path:
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
     rows = [r for r in read_json_lines(workdir / "metrics.jsonl") if "step" in r]
-    report.save_curves(workdir / "curves.png", rows)  # training draws them with an evaluation
+    if importlib.util.find_spec("matplotlib"):  # training draws them with an evaluation
+        report.save_curves(workdir / "curves.png", rows)
     pictures = [("Losses and codebooks", workdir / "curves.png")]
     pictures = [(caption, file) for caption, file in pictures if file.exists()]
     tables = []

@@ -17,6 +17,8 @@ from moss_tok.codec.inference import Codec
 from moss_tok.evaluation import protocol, sweep
 from moss_tok.language.generate import Language, Sampling, transcribe_codes, transcribe_wavs
 
+_AT_ONCE = 256  # recordings in memory
+
 
 def normalize(text: str) -> str:
     """Lower case, without punctuation and repeated spaces; apostrophes within words stay."""
@@ -113,8 +115,10 @@ def write_dataset(
         understood = transcribe_codes(codec, language, heard, number, sampling=sampling)
     else:
         references = folder / f"rvq{number}" / dataset.name / "gt_audios"
-        heard = [files.read_native(references / name)[0] for name in names]
-        understood = transcribe_wavs(codec, language, heard, sampling=sampling)
+        understood = []
+        for start in range(0, len(names), _AT_ONCE):
+            some = [files.read_native(references / n)[0] for n in names[start : start + _AT_ONCE]]
+            understood += transcribe_wavs(codec, language, some, sampling=sampling)
     rows = [{"name": n, "text": t, "understood": u}
             for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
     where = folder / f"rvq{number}"
