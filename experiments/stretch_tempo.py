@@ -1,0 +1,53 @@
+"""A manifest with copies of its training recordings at other tempos, for recognition from few.
+
+  python experiments/stretch_tempo.py digits.jsonl OUT --copies=8
+
+Writes OUT/manifest.jsonl: all rows of the manifest, and for each of its train split `copies` more,
+FLAC files of OUT. Pitch stays; --augment_speed, which changes both, can go on top.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import librosa
+import numpy as np
+
+from moss_tok.audio import files, manifest
+
+
+def main() -> None:
+    """Writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("manifest")
+    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--most", type=float, default=0.3, help="largest change, as a logarithm")
+    args = parser.parse_args()
+    try:
+        items = manifest.find_items(args.manifest)
+        args.output.mkdir(parents=True)
+        rows = list(_rows(items, args))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    files.write_text(args.output / "manifest.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings, {len(rows)} rows")
+
+
+def _rows(items, args):
+    rng = np.random.default_rng(0)
+    for number, item in enumerate(items):
+        row = {"split": item.split, "domain": item.domain} | item.metadata
+        yield row | {"path": str(Path(item.path).absolute()), "duration_s": item.duration_seconds}
+        for copy in range(args.copies if item.split == "train" else 0):
+            wav, rate = files.read_native(item.path)
+            factor = np.exp(rng.uniform(-args.most, args.most))
+            hop = max(1, rate // 250)  # 4 ms
+            wav = librosa.effects.time_stretch(wav, rate=factor, n_fft=8 * hop, hop_length=hop)
+            path = args.output.absolute() / f"{number}_{copy}.flac"
+            files.write(path, wav, rate)
+            yield row | {"path": str(path), "duration_s": wav.shape[1] / rate}
+
+
+if __name__ == "__main__":
+    main()
