@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
         _show(files, dataset, "reconstructed")
         for n in numbers:
             problems.append(rate(dataset, folder / f"rvq{n}", round(config.bitrate(n))))
-        for n in numbers if language and transcription.has_words(dataset.texts) else ():
-            transcription.write_dataset(codec, language, dataset, n, folder)
+        if language and transcription.has_words(dataset.texts):
+            transcription.write_dataset(codec, language, dataset, numbers, folder)
         protocol.write_entropy(folder, dataset, config)
         for other in others:
             where = Path(args.output) / other.name

@@ -147,8 +147,7 @@ def encode_batch(
     """`encode` of recordings [C, S] of about one length -> [Q, T] each, in one of few shapes."""
     hop, sizes = codec.config.hop_length, np.array([wav.shape[-1] for wav in wavs])
     size = bucket_frames(codec.config.num_frames(int(sizes.max()))) * hop
-    padded = np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in wavs])
-    codes = np.asarray(encode(codec, padded, sizes, num_quantizers).codes)
+    codes = np.asarray(encode(codec, stack(wavs, size), sizes, num_quantizers).codes)
     return [x[:, : codec.config.num_frames(n)] for x, n in zip(codes, sizes.tolist(), strict=True)]
 
 
@@ -166,9 +165,13 @@ def decode_batch(
     """`decode_one` of recordings [q, T] of about one length -> [C, T * hop_length] each."""
     hop, sizes = codec.config.hop_length, np.array([x.shape[-1] for x in codes])
     size = bucket_frames(int(sizes.max()))
-    padded = np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in codes])
-    wavs = np.asarray(_decode_prefix(codec, padded, sizes, num_quantizers).wav)
+    wavs = np.asarray(_decode_prefix(codec, stack(codes, size), sizes, num_quantizers).wav)
     return [x[:, : n * hop] for x, n in zip(wavs, sizes.tolist(), strict=True)]
+
+
+def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Recordings [*, S] of at most `size` as one batch [B, *, size], zeros behind them."""
+    return np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in recordings])
 
 
 def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
@@ -189,7 +192,7 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
     c = codec.config
     num_frames = c.num_frames(wav.shape[-1])
     if chunk_frames == num_frames:
-        wav = _pad(_valid(wav, lengths), c.hop_length).astype(jnp.float32)
+        wav = _pad(zero_past(wav, lengths), c.hop_length).astype(jnp.float32)
         codes = codec.apply(wav, num_quantizers, method="encode").codes
     else:
 
@@ -201,14 +204,14 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
         codes = jnp.zeros(shape, jnp.int32)
         codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, sizes, chunk_frames)
     lengths = c.num_frames(lengths)
-    return Encoded(_valid(codes, lengths), lengths)
+    return Encoded(zero_past(codes, lengths), lengths)
 
 
 @functools.partial(jax.jit, static_argnames="chunk_frames")
 def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
     c, keep = codec.config, prefix_mask(codes, num_quantizers)
     if chunk_frames == codes.shape[-1]:
-        codes = _valid(codes.astype(jnp.int32), lengths)
+        codes = zero_past(codes.astype(jnp.int32), lengths)
         wav = codec.apply(codes, keep, method="decode")
     else:
 
@@ -220,7 +223,7 @@ def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> 
         sizes, wav = (1, c.hop_length), jnp.zeros(shape, jnp.float32)
         wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, sizes, chunk_frames)
     lengths = lengths * c.hop_length
-    return Decoded(_valid(wav, lengths), lengths)
+    return Decoded(zero_past(wav, lengths), lengths)
 
 
 def _scan_chunks(
@@ -241,7 +244,7 @@ def _scan_chunks(
         start = jnp.maximum(0, first + (index - 1) * chunk_frames)
         count = jnp.where(index == 0, first, chunk_frames)
         chunk = _slice(x, start * sizes[0], chunk_frames * sizes[0])
-        chunk = _valid(chunk, lengths - start * sizes[0])
+        chunk = zero_past(chunk, lengths - start * sizes[0])
         span = Span(*(jnp.broadcast_to(n, (batch,)) for n in (start, count)))
         answer, caches = step(caches, chunk, span)
         out = jax.lax.dynamic_update_slice_in_dim(out, answer, start * sizes[1], axis=2)
@@ -258,8 +261,8 @@ def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -beyond, axis=-1)
 
 
-def _valid(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Zero past the lengths [B] of x [B, *, size]."""
+def zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Gives x [B, *, size], zero past the lengths [B], whatever is there."""
     return jnp.where(valid_mask(x.shape[-1], lengths)[:, None], x, 0)
 
 

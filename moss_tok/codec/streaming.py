@@ -23,7 +23,7 @@ from moss_tok.codec.inference import (
     check_lengths,
     check_part,
     check_wav,
-    valid_mask,
+    zero_past,
 )
 from moss_tok.codec.model import Caches, empty_caches
 
@@ -212,20 +212,18 @@ def _check_count(name: str, value: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames="num_quantizers", donate_argnames="state")
 def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers: int):
-    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0).astype(jnp.float32)
+    wav = zero_past(wav, lengths).astype(jnp.float32)
     span = Span(state.position, codec.config.num_frames(lengths))
     codes, caches = codec.apply(wav, num_quantizers, state.caches, span, method="encode_step")
-    codes = jnp.where(valid_mask(codes.shape[-1], span.count)[:, None], codes, 0)
-    return StreamState(state.position + span.count, caches), codes
+    return StreamState(state.position + span.count, caches), zero_past(codes, span.count)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _decode_step(codec: Codec, state: StreamState, codes, lengths):
-    codes = jnp.where(valid_mask(codes.shape[-1], lengths)[:, None], codes.astype(jnp.int32), 0)
+    codes = zero_past(codes.astype(jnp.int32), lengths)
     span = Span(state.position, lengths)
     wav, caches = codec.apply(codes, state.caches, span, method="decode_step")
-    lengths = lengths * codec.config.hop_length
-    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0)
+    wav = zero_past(wav, lengths * codec.config.hop_length)
     return StreamState(state.position + span.count, caches), wav
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -107,13 +107,9 @@ class BatchEncoder:
     def _launch(
         self, size: int, bucket: list[tuple[str, np.ndarray]], found: Found, rows: int = 0
     ) -> None:
-        c, rows = self._config, rows or len(bucket)
-        wav = np.zeros((rows, c.num_channels, size * c.hop_length), np.float32)
-        lengths = np.zeros(rows, np.int32)
-        for i, (_, x) in enumerate(bucket):
-            wav[i, :, : x.shape[1]] = x
-            lengths[i] = x.shape[1]
-        keys = [key for key, _ in bucket]
+        keys, wavs = zip(*bucket, strict=True)
+        nothing = [np.zeros_like(wavs[0][:, :0])] * (rows - len(bucket))
+        wav, lengths = _batch([*wavs, *nothing], size * self._config.hop_length)
 
         def take(rows):
             for key, length, codes in zip(keys, lengths, rows, strict=False):
@@ -148,38 +144,33 @@ class BatchEncoder:
         c, num_slots = self._config, self._num_slots(len(recordings))
         size = c.hop_length * max(1, round(SLOT_SECONDS * c.frame_rate))
         waiting, failed = iter(recordings), {}
+        idle = _Chunk(None, np.zeros((c.num_channels, 0), np.float32), False)
         feeds = [_chunks_of_slot(waiting, size, failed) for _ in range(num_slots)]
-        ahead = [pool.submit(next, feed, None) for feed in feeds]
-        parts: dict[str, list[np.ndarray]] = {key: [] for key, _ in recordings}
-        lengths_of: collections.Counter = collections.Counter()
+        ahead = [pool.submit(next, feed, idle) for feed in feeds]
+        parts: dict[str | None, list[np.ndarray]] = collections.defaultdict(list)
+        num_samples: collections.Counter = collections.Counter()
         state = init_encoder_stream(self._codec, num_slots)
-        while any(chunks := [future.result() for future in ahead]):
-            ahead = [pool.submit(next, feed, None) for feed in feeds]
-            wav = np.zeros((num_slots, c.num_channels, size), np.float32)
-            lengths = np.zeros(num_slots, np.int32)
-            begins = np.zeros(num_slots, bool)
-            for i, (key, chunk, begins[i]) in ((i, x) for i, x in enumerate(chunks) if x):
-                lengths[i] = chunk.shape[1]
-                wav[i, :, : lengths[i]] = chunk
-                lengths_of[key] += chunk.shape[1]
+        while (chunks := [future.result() for future in ahead]) != [idle] * num_slots:
+            ahead = [pool.submit(next, feed, idle) for feed in feeds]
+            keys, wavs, begins = zip(*chunks, strict=True)
+            wav, lengths = _batch(wavs, size)
+            num_samples.update(dict(zip(keys, lengths.tolist(), strict=True)))
             progress(lengths.sum() / c.sample_rate)
 
-            def take(rows, chunks=chunks):
-                for codes, chunk in zip(rows, chunks, strict=True):
-                    if chunk:
-                        parts[chunk[0]].append(codes)
+            def take(rows, keys=keys):
+                for key, codes in zip(keys, rows, strict=True):
+                    parts[key].append(codes)
 
             def step(wav, lengths, begins=begins):
                 nonlocal state
-                state = reset_streams(state, begins)
+                state = reset_streams(state, np.array(begins))
                 state, codes = encode_step(self._codec, state, wav, lengths, self._num_quantizers)
                 return codes
 
             self._compute(step, wav, lengths, take)
         self._collect()
-        for key, codes in parts.items():
-            if key not in failed:
-                found[key] = np.concatenate(codes, axis=1), lengths_of[key]
+        for key in parts.keys() - failed.keys() - {idle.key}:
+            found[key] = np.concatenate(parts[key], axis=1), num_samples[key]
         return failed
 
     def _num_slots(self, num_recordings: int) -> int:
@@ -216,15 +207,29 @@ class BatchEncoder:
         self._running = None
 
 
+def _batch(wavs: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Audio [C, S] as [B, C, size] float32, and lengths [B]."""
+    lengths = np.array([wav.shape[1] for wav in wavs], np.int32)
+    return inference.stack(wavs, size).astype(np.float32, copy=False), lengths
+
+
+class _Chunk(NamedTuple):
+    """A part of a recording, and whether it is the first; without a key: nothing is left."""
+
+    key: str | None
+    wav: np.ndarray
+    begins: bool
+
+
 def _chunks_of_slot(
     waiting: Iterator[tuple[str, Blocks]], size: int, failed: dict[str, Exception]
-) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Chunks of `size` samples of one recording after the other: name, chunk, whether it begins."""
+) -> Iterator[_Chunk]:
+    """Chunks of `size` samples of one recording after the other."""
     for key, blocks in waiting:
         begins = True
         try:
             for chunk in files.rechunk(blocks(), size):
-                yield key, chunk, begins
+                yield _Chunk(key, chunk, begins)
                 begins = False
         except (ValueError, OSError) as error:
             failed[key] = error

@@ -98,15 +98,17 @@ class Segment(grain.transforms.RandomMap):
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Changes the sound, then the level, as far as the peak stays within full scale."""
-        if not wav.any():
+        equalizer_db, noise = self._config.augment_equalizer_db, self._config.noise_range
+        gain_db, loudness = self._config.augment_gain_db, self._config.loudness_range
+        if not (equalizer_db or noise or gain_db or loudness) or not wav.any():
             return wav
         peak = max(1.0, np.abs(wav).max())
-        if self._config.augment_equalizer_db:
-            wav = _equalize(wav, self._sample_rate, self._config.augment_equalizer_db, rng)
-        if self._config.noise_range:
-            wav = _add_noise(wav, rng.uniform(*self._config.noise_range), rng)
-        wav = wav * np.float32(min(1.0, peak / np.abs(wav).max()))
-        gain_db, loudness = self._config.augment_gain_db, self._config.loudness_range
+        if equalizer_db:
+            wav = _equalize(wav, self._sample_rate, equalizer_db, rng)
+        if noise:
+            wav = _add_noise(wav, rng.uniform(*noise), rng)
+        if equalizer_db or noise:
+            wav = wav * np.float32(min(1.0, peak / np.abs(wav).max()))
         if not (gain_db or loudness):
             return wav
         change = rng.uniform(-gain_db, gain_db)

@@ -21,7 +21,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from moss_tok.data.batches import BatchEncoder, Found, Statistics
 
 FORMATS = ("arrayrecord", "jsonl")
 _MOST_AHEAD = 1000  # recordings, of which some may be longer than is known
-_STALE_SECONDS = 3600  # since a file was written to that no process writes any more
+_SILENT_SECONDS = 3600  # since a file was written to, and its process counts as gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> 
         groups[number].append(item)
     suffix = records.SUFFIX if settings.format == "arrayrecord" else ".jsonl"
     names = [f"codes-{n:05d}-of-{len(groups):05d}{suffix}" for n in range(len(groups))]
-    content = [(name, item.duration_seconds, _metadata(item)) for name, item in ordered]
+    content = ((name, item.duration_seconds, _metadata(item)) for name, item in ordered)
     written = {
         "codec": pretrained.fingerprint(codec),
         "data": _digest(content),
@@ -232,9 +232,9 @@ def run(
     began, settings = time.perf_counter(), plan.settings
     encoder = BatchEncoder(codec, settings.num_quantizers, settings.batch_seconds)
     with ThreadPoolExecutor(settings.num_workers) as pool:
+        reader = _Reader(codec, pool, progress)
         for name, items in plan.shards[shard_index::num_shards]:
             if not _is_done(plan.folder, name):
-                reader = _Reader(codec, pool, progress)
                 _write_shard(plan, name, items, *reader.encode(encoder, items))
             else:
                 progress(sum(item.duration_seconds for _, item in items))
@@ -263,13 +263,14 @@ def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Fail
         "failures": failures,
     }
     (plan.folder / "parts").mkdir(exist_ok=True)
-    files.write_text(plan.folder / "parts" / f"{name}.json", json.dumps(part) + "\n")
+    with _temporary(plan.folder / "parts", f"{name}.json") as path:
+        path.write_text(json.dumps(part) + "\n")
 
 
 @contextlib.contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """A file of this process alone that becomes `name`, or nothing, when the block ends."""
-    path = folder / f"{files.INCOMPLETE}{name}-{socket.gethostname()}-{os.getpid()}"
+    path = folder / f"{files.INCOMPLETE}{name}@{socket.gethostname()}@{os.getpid()}"
     try:
         yield path
         path.rename(folder / name)
@@ -279,8 +280,30 @@ def _temporary(folder: Path, name: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that began a `_temporary` is gone, or on another host and silent."""
+    _, host, number = path.name.rsplit("@", 2)
+    if host != socket.gethostname():
+        return time.time() - path.stat().st_mtime > _SILENT_SECONDS
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's
+        return False
+    return int(number) == os.getpid()  # this one has finished: another had its number before
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
+    """The audio of an item, as `moss-tok encode` reads it."""
+    return files.read(sources.open_item(item).audio, sample_rate, num_channels)
 
 
 class _Reader:
@@ -318,17 +341,15 @@ class _Reader:
         ahead = 0.0
         for key, item in items:
             is_long = item.duration_seconds > inference.WHOLE_SECONDS
-            waiting.append((key, item, None if is_long else self._pool.submit(self._read, item)))
+            waiting.append(
+                (key, item, None if is_long else self._pool.submit(_read, item, *self._shape))
+            )
             ahead += 0 if is_long else item.duration_seconds
             while waiting and (ahead > seconds or len(waiting) > _MOST_AHEAD):
                 _, first, audio = waiting[0]
                 ahead -= first.duration_seconds if audio else 0
                 yield waiting.popleft()
         yield from waiting
-
-    def _read(self, item: AudioItem) -> np.ndarray:
-        """The audio of an item, as `moss-tok encode` reads it."""
-        return files.read(sources.open_item(item).audio, *self._shape)
 
     def _blocks(self, item: AudioItem) -> Iterator[np.ndarray]:
         audio = sources.open_item(item).audio
@@ -385,11 +406,10 @@ def finish(plan: Plan) -> dict[str, Any] | None:
                 f"{plan.folder / name}: {len(items)} recordings in, {part['num_items']} out and "
                 f"{len(missing)} failures, or others"
             )
-    for pattern in (f"{files.INCOMPLETE}codes-*", f"parts/{files.INCOMPLETE}*"):
-        for path in plan.folder.glob(pattern):  # of runs that were killed
-            with contextlib.suppress(FileNotFoundError):  # others tidy up, too
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+    for path in plan.folder.rglob(f"{files.INCOMPLETE}codes-*@*@*"):
+        with contextlib.suppress(FileNotFoundError):  # others tidy up, too
+            if _is_abandoned(path):
+                path.unlink()
     summary = {
         "num_items": num_items,
         "num_failures": len(failures),
@@ -425,7 +445,6 @@ def verify(
     order = np.random.default_rng(0).permutation(len(found))[:number]
     for index in order[share[0] :: share[1]]:
         item = found[int(index)]
-        audio = sources.open_item(owners[item.id]).audio
-        wav = files.read(audio, c.sample_rate, c.num_channels)
+        wav = _read(owners[item.id], c.sample_rate, c.num_channels)
         alone = inference.encode_one(codec, wav, plan.settings.num_quantizers)
         yield item.id, int((alone != item.codes).sum()), item.codes.size

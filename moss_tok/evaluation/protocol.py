@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,12 +61,14 @@ class Dataset:
       path: Its JSONL file.
       items: (path of the audio, name of the FLAC file it becomes, domain or "").
       texts: What is said in each, "" where unknown.
+      seconds: Length of each by its header.
     """
 
     name: str
     path: Path
     items: tuple[tuple[Path, str, str], ...]
     texts: tuple[str, ...]
+    seconds: tuple[float, ...]
 
     def output_names(self) -> list[str]:
         """Names of the files."""
@@ -89,10 +91,10 @@ def read_dataset(path: str | Path) -> Dataset:
         lines = split_lines(path.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no JSON lines ({error})") from error
-    items, texts = [], []
+    items, texts, lengths = [], [], []
     for number, line in enumerate(lines, 1):
         try:
-            fields, audio = _parse_line(line, path.parent)
+            fields, audio, seconds = _parse_line(line, path.parent)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem).strip("._") or "audio"
@@ -100,13 +102,14 @@ def read_dataset(path: str | Path) -> Dataset:
         items.append((audio, f"{len(items):06d}_{stem}.flac", domain))
         text, task = manifest.read_text(fields)
         texts.append(text if task == TASKS[0] else "")
+        lengths.append(seconds)
     if not items:
         raise ValueError(f"{path}: no lines")
-    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts))
+    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts), tuple(lengths))
 
 
-def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path]:
-    """What a line says, and its recording, which has audio by its header."""
+def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path, float]:
+    """What a line says, its recording, and how long that is by its header."""
     if not line.strip():
         raise ValueError("a blank line")
     fields = parse_json_object(line)
@@ -116,9 +119,9 @@ def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path]:
     audio = folder / Path(str(audio)).expanduser()
     if not audio.is_file():
         raise ValueError(f"no such file: {audio}")
-    if not files.duration_seconds(audio):
+    if not (seconds := files.duration_seconds(audio)):
         raise ValueError(f"{audio}: empty audio")
-    return fields, audio
+    return fields, audio, seconds
 
 
 def check_output(output: str) -> None:
@@ -178,23 +181,31 @@ def reconstruct(
         _begin(_folder(folder, n, dataset), _describe(dataset, model, n))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
     works = []
-    for audio, name, _ in dataset.items:
+    for (audio, name, _), seconds in zip(dataset.items, dataset.seconds, strict=True):
         missing = [n for n in numbers if not _is_written(_folder(folder, n, dataset), name)]
-        works.append((files.duration_seconds(audio), audio, name, missing))
+        works.append(_Work(seconds, audio, name, missing))
     # The same batches whatever is there: rounding of a file depends on them.
-    for batch in _batches(sorted(works, key=lambda work: work[0]), codec.config):
-        names = [name for *_, name, _ in batch]
-        has_codes = all(_code_file(folder, dataset, name).exists() for name in names)
-        if not has_codes or any(missing for *_, missing in batch):
-            _reconstruct_batch(codec, [work[1:] for work in batch], folder, dataset)
-        yield from names
+    for batch in _batches(sorted(works, key=lambda work: work.seconds), codec.config):
+        has_codes = all(_code_file(folder, dataset, work.name).exists() for work in batch)
+        if not has_codes or any(work.missing for work in batch):
+            _reconstruct_batch(codec, batch, folder, dataset)
+        yield from (work.name for work in batch)
 
 
-def _batches(works: Sequence[tuple], config: CodecConfig) -> Iterator[list[tuple]]:
-    """Works on recordings of about one length, which is the first of each; 1, 2, 4, ... at once."""
-    buckets: dict[int, list[tuple]] = {}
+class _Work(NamedTuple):
+    """A recording, what it becomes, and the numbers of quantizers it has not been decoded from."""
+
+    seconds: float
+    audio: Path
+    name: str
+    missing: list[int]
+
+
+def _batches(works: Sequence[_Work], config: CodecConfig) -> Iterator[list[_Work]]:
+    """Works on recordings of about one length; 1, 2, 4, ... at once."""
+    buckets: dict[int, list[_Work]] = {}
     for work in works:
-        frames = config.num_frames(round(work[0] * config.sample_rate))
+        frames = config.num_frames(round(work.seconds * config.sample_rate))
         buckets.setdefault(bucket_frames(max(1, frames)), []).append(work)
     for size, bucket in buckets.items():
         rows = max(1, min(_LARGEST_BATCH, int(_BATCH_SECONDS * config.frame_rate / size)))
@@ -250,20 +261,20 @@ def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, ra
 
 
 def _reconstruct_batch(
-    codec: Codec, works: Sequence[tuple[Path, str, list[int]]], folder: Path, dataset: Dataset
+    codec: Codec, works: Sequence[_Work], folder: Path, dataset: Dataset
 ) -> None:
     """Writes the codes of recordings, and what the first n of them give, for n that are missing."""
     c = codec.config
-    wavs = [_reference(audio, c.sample_rate, c.num_channels) for audio, *_ in works]
+    wavs = [_reference(work.audio, c.sample_rate, c.num_channels) for work in works]
     found = encode_batch(codec, wavs)
-    for wav, array, (_, name, _) in zip(wavs, found, works, strict=True):
-        codes.write(_code_file(folder, dataset, name), array, wav.shape[1], c)
-    for n in sorted({n for *_, missing in works for n in missing}):
+    for wav, array, work in zip(wavs, found, works, strict=True):
+        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], c)
+    for n in sorted({n for work in works for n in work.missing}):
         rated = _folder(folder, n, dataset)
         decoded = decode_batch(codec, found, n)
-        for wav, wav_hat, (_, name, missing) in zip(wavs, decoded, works, strict=True):
-            if n in missing:
-                _write_pair(rated, name, wav, wav_hat[:, : wav.shape[1]], c.sample_rate)
+        for wav, wav_hat, work in zip(wavs, decoded, works, strict=True):
+            if n in work.missing:
+                _write_pair(rated, work.name, wav, wav_hat[:, : wav.shape[1]], c.sample_rate)
 
 
 def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:

@@ -97,33 +97,44 @@ def evaluate(
 
 
 def write_dataset(
-    codec: Codec, language: Language, dataset: protocol.Dataset, number: int, folder: Path
-) -> dict[str, float]:
-    """Error rates on the reconstructed data set of OUTPUT/MODEL from its first `number` codes.
+    codec: Codec,
+    language: Language,
+    dataset: protocol.Dataset,
+    numbers: Sequence[int],
+    folder: Path,
+) -> None:
+    """Writes error rates on the reconstructed data set of OUTPUT/MODEL from its first n codes.
 
-    A language model that hears latents is given the references. The rates go into results.json as
-    "wer" and "cer". Recordings without a text do not count.
+    A language model that hears latents is given the references, once for all n. The rates go into
+    results.json as "wer" and "cer". Recordings without a text do not count.
 
     Raises:
       ValueError: As `error_rates`.
     """
     names = [n for n, text in zip(dataset.output_names(), dataset.texts, strict=True) if text]
     texts = [text for text in dataset.texts if text]
-    sampling = _sampling(language, texts)
-    if language.config.audio == "codes":
-        heard = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
-        understood = transcribe_codes(codec, language, heard, number, sampling=sampling)
-    else:
-        references = folder / f"rvq{number}" / dataset.name / "gt_audios"
-        understood = []
-        for start in range(0, len(names), _AT_ONCE):
-            some = [files.read_native(references / n)[0] for n in names[start : start + _AT_ONCE]]
-            understood += transcribe_wavs(codec, language, some, sampling=sampling)
-    rows = [{"name": n, "text": t, "understood": u}
-            for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
-    where = folder / f"rvq{number}"
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    files.write_text(where / dataset.name / "texts.jsonl", lines)
-    rates = error_rates([r["text"] for r in rows], [r["understood"] for r in rows])
-    protocol.write_means(where, dataset, rates)
-    return rates
+    sampling, understood = _sampling(language, texts), None
+    for number in numbers:
+        where = folder / f"rvq{number}"
+        if language.config.audio == "codes":
+            heard = [protocol.read_codes(folder, dataset, name, codec.config) for name in names]
+            understood = transcribe_codes(codec, language, heard, number, sampling=sampling)
+        elif understood is None:
+            paths = [where / dataset.name / "gt_audios" / name for name in names]
+            understood = _transcribe_files(codec, language, paths, sampling)
+        rows = [{"name": n, "text": t, "understood": u}
+                for n, t, u in zip(names, texts, understood, strict=True)]  # fmt: skip
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files.write_text(where / dataset.name / "texts.jsonl", lines)
+        protocol.write_means(where, dataset, error_rates(texts, understood))
+
+
+def _transcribe_files(
+    codec: Codec, language: Language, paths: Sequence[Path], sampling: Sampling
+) -> list[str]:
+    """Texts of files at the codec's rate, of which not all have to fit into memory."""
+    texts = []
+    for start in range(0, len(paths), _AT_ONCE):
+        wavs = [files.read_native(path)[0] for path in paths[start : start + _AT_ONCE]]
+        texts += transcribe_wavs(codec, language, wavs, sampling=sampling)
+    return texts

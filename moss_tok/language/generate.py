@@ -18,7 +18,9 @@ from moss_tok.codec.inference import (
     check_lengths,
     encode,
     prefix_mask,
+    stack,
     valid_mask,
+    zero_past,
 )
 from moss_tok.config import TASKS, ComputeConfig, check_choice
 from moss_tok.language.config import LanguageConfig
@@ -176,9 +178,8 @@ def _in_batches(
             rows = members[start : start + _BATCH]
             padded = rows + rows[:1] * (most - len(rows))
             lengths = np.array([recordings[i].shape[-1] for i in padded], np.int32)
-            batch = [np.pad(recordings[i], ((0, 0), (0, size - n)))
-                     for i, n in zip(padded, lengths, strict=True)]  # fmt: skip
-            for i, text in zip(rows, read(np.stack(batch), lengths), strict=False):
+            batch = stack([recordings[i] for i in padded], size)
+            for i, text in zip(rows, read(batch, lengths), strict=False):
                 texts[i] = text
     return texts
 
@@ -216,8 +217,7 @@ def _write(
 
 @jax.jit
 def _latents(codec: Codec, wav: jax.Array, lengths: jax.Array) -> jax.Array:
-    wav = jnp.where(valid_mask(wav.shape[-1], lengths)[:, None], wav, 0)
-    return codec.apply(wav, method="latents")
+    return codec.apply(zero_past(wav, lengths), method="latents")
 
 
 @jax.jit

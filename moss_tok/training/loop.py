@@ -186,17 +186,16 @@ def _check_texts(
         return
     texts = [text for source in found for text in source.texts(segment_seconds)]
     used = sum(len(tokenizer.encode(text)) <= config.max_text_tokens for text in texts)
-    if used:
-        total = sum(len(source.texts(math.inf)) for source in found)
-        _say(
-            f"{used} of {total} texts are used: no longer than max_text_tokens "
-            f"{config.max_text_tokens}, of recordings no longer than {segment_seconds:.3g} s"
-        )
-    else:
+    if not used:
         raise ValueError(
             f"train_data has no recording of at most segment_seconds {segment_seconds:.3g} with a "
             f"text of at most max_text_tokens {config.max_text_tokens} for language_model to learn"
         )
+    total = sum(len(source.texts(math.inf)) for source in found)
+    _say(
+        f"{used} of {total} texts are used: no longer than max_text_tokens "
+        f"{config.max_text_tokens}, of recordings no longer than {segment_seconds:.3g} s"
+    )
 
 
 def _write_config(workdir: storage.Path, config: TrainConfig) -> None:
