@@ -314,9 +314,13 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
     assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"
 
 
-def test_long_files_go_in_blocks(folder, monkeypatch):
+def test_long_files_go_in_blocks(folder, monkeypatch, capsys):
     """With the codes of the whole; the last block is cut."""
+    assert main(["reconstruct", "in.wav", "at_once.wav", "--checkpoint", CODEC]) == 0
     monkeypatch.setattr(inference, "CHUNK_SECONDS", 0.4)
+    assert main(["reconstruct", "in.wav", "blocks.wav", "--checkpoint", CODEC]) == 0
+    said = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert float(said[1]) == pytest.approx(float(said[0]), rel=0.05)  # frames at the seams
     assert main(["encode", "in.wav", "long.npz", "--checkpoint", CODEC]) == 0
     np.testing.assert_array_equal(np.load("long.npz")["codes"], np.load("in.npz")["codes"])
     assert main(["decode", "long.npz", "long.wav", "--checkpoint", CODEC]) == 0
@@ -324,8 +328,10 @@ def test_long_files_go_in_blocks(folder, monkeypatch):
     os.chdir(folder)
     assert main(["decode", "in.npz", "whole.wav", "--checkpoint", CODEC]) == 0
     wavs = [soundfile.read(f"{name}.wav")[0] for name in ("long", "whole")]
-    assert wavs[0].shape == (30000,)
-    np.testing.assert_allclose(*wavs, atol=1e-4)
+    wavs += [soundfile.read(f"{name}.wav")[0] for name in ("blocks", "at_once")]
+    assert all(wav.shape == (30000,) for wav in wavs)
+    for wav in wavs[1:]:
+        np.testing.assert_allclose(wav, wavs[0], atol=1e-4)
 
 
 def test_folders(folder, capsys):

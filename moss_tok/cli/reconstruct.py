@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,49 @@ def _reconstruct(codec: Any, num_quantizers: int, source: Path, output: Path) ->
     from moss_tok.codec import inference
     from moss_tok.evaluation import metrics
 
-    config = codec.config
-    wav = files.read(source, config.sample_rate, config.num_channels)
-    codes = inference.encode_one(codec, wav, num_quantizers)
-    wav_hat = inference.decode_one(codec, codes)[:, : wav.shape[1]]
-    files.write(output, wav_hat, config.sample_rate)
-    pair = wav, np.clip(wav_hat, -1, 1)
-    distance, _ = metrics.compute_each(*pair, config.sample_rate, ("mel_loss",))
-    said = f", mel distance {distance['mel_loss']:.3f}" if distance else ""  # of 65 ms or more
+    config, seconds = codec.config, files.duration_seconds(source)
+    shape, distances, sizes = (config.sample_rate, config.num_channels), [], []
+    if seconds <= inference.CHUNK_SECONDS:
+        wav = files.read(source, *shape)
+        codes = inference.encode_one(codec, wav, num_quantizers)
+        pairs = [(wav, inference.decode_one(codec, codes)[:, : wav.shape[1]])]
+    else:
+        blocks = files.read_blocks(source, *shape, inference.CHUNK_SECONDS)
+        pairs = _round_trip(codec, num_quantizers, blocks)
+        pairs = arguments.progress(pairs, seconds, inference.CHUNK_SECONDS)
+
+    def heard():
+        for wav, wav_hat in pairs:
+            pair = wav, np.clip(wav_hat, -1, 1)
+            found, _ = metrics.compute_each(*pair, config.sample_rate, ("mel_loss",))
+            if found:  # of 65 ms or more
+                distances.append(found["mel_loss"])
+                sizes.append(wav.shape[1])
+            yield wav_hat
+
+    files.write_blocks(output, heard(), *shape)
+    said = f", mel distance {np.average(distances, weights=sizes):.3f}" if distances else ""
     bitrate = f"{config.bitrate(num_quantizers):.0f} bit/s"
     return f"{output}: {bitrate} ({num_quantizers} quantizers){said}"
+
+
+def _round_trip(
+    codec: Any, num_quantizers: int, blocks: Iterable[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Blocks of a recording, cut anew, each with what becomes of it; [C, S] and [C, S]."""
+    import numpy as np
+
+    import moss_tok
+    from moss_tok.audio import files
+
+    frames = arguments.chunk_frames(codec.config)
+    size = frames * codec.config.hop_length
+    with (
+        moss_tok.EncoderStream(codec, num_quantizers, 1, [frames]) as encoder,
+        moss_tok.DecoderStream(codec, num_quantizers, 1, [frames]) as decoder,
+    ):
+        for wav in files.rechunk(blocks, size):
+            wav_hat = decoder.push(encoder.push(wav))
+            if wav.shape[1] < size:  # the last
+                wav_hat = np.concatenate([wav_hat, decoder.push(encoder.finish())], axis=1)
+            yield wav, wav_hat[:, : wav.shape[1]]
