@@ -90,15 +90,17 @@ def check_batch_size(mesh: jax.sharding.Mesh, batch_size: int) -> None:
         )
 
 
-def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> range:
-    """The rows of a global batch that this process's devices hold, and so has to feed."""
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, and so has to feed.
+
+    In rising order, but with gaps: a mesh follows the torus of a TPU slice, not its hosts.
+    """
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    ranges = [range(*rows.indices(batch_size)) for (rows,) in slices]
-    return range(min(r.start for r in ranges), max(r.stop for r in ranges))
+    return sorted({row for (rows,) in slices for row in range(batch_size)[rows]})
 
 
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, batch: Any) -> Any:
-    """Arrays of all processes from the rows that each of them holds."""
+    """Arrays of all processes from the `local_rows` that each of them holds."""
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
@@ -191,6 +193,10 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
+    # On the SparseCores of v5p and v6e: sums of gradients are never hidden otherwise.
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
 }
 
 

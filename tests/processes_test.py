@@ -17,6 +17,16 @@ from moss_tok.codec import pretrained
 from moss_tok.training import loop, writer
 
 MESH = "data:2,fsdp:2"
+# As on the torus of a TPU slice, where a process's devices do not lie side by side in the mesh.
+INTERLEAVED = """
+import jax, numpy, runpy, sys
+def make_mesh(shape, names, *, devices, **options):
+    devices = numpy.array(devices)[[0, 2, 1, 3]].reshape(shape)
+    return jax.sharding.Mesh(devices, names, **options)
+jax.make_mesh = make_mesh
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def free_port(first=0):
@@ -25,13 +35,14 @@ def free_port(first=0):
         return probe.getsockname()[1]
 
 
-def start_two(*configs):
+def start_two(*configs, python=()):
     """Two processes of two devices each, connected by flags."""
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     return [
-        start(config, address, "--num_processes=2", f"--process_id={n}", num_devices=2)
+        start(config, address, "--num_processes=2", f"--process_id={n}", num_devices=2,
+              python=python)
         for n, config in enumerate(configs)
-    ]
+    ]  # fmt: skip
 
 
 def slurm_environments():
@@ -63,12 +74,15 @@ def pretrain(clips, tmp_path):  # noqa: F811
 
 
 def test_two_processes_give_what_one_gives(pretrain, tmp_path):
-    """They go on from what one process saved, and one from what they saved."""
+    """They go on from what one process saved, and one from what they saved.
+
+    Each holds every other row of a batch.
+    """
     loop.train(dataclasses.replace(pretrain, num_steps=5))
     parts = dataclasses.replace(pretrain, workdir=str(tmp_path / "parts"))
     loop.train(dataclasses.replace(parts, num_steps=2))
     two = dataclasses.replace(parts, num_steps=4, mesh=MESH, num_workers=1)
-    outputs = finish(start_two(two, two))
+    outputs = finish(start_two(two, two, python=("-c", INTERLEAVED)))
     assert "going on from step 2" in outputs[0]
     assert "step 4/4" in outputs[0] and "step 4/4" not in outputs[1]
     loop.train(dataclasses.replace(parts, num_steps=5))

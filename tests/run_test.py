@@ -86,13 +86,13 @@ def as_flags(config):
     return [f"--{k}={v}" for k, v in pairs if v != getattr(default, k)]
 
 
-def start(config, *flags, num_devices=1, environment=()):
+def start(config, *flags, num_devices=1, environment=(), python=()):
     """train.py in a process group of its own; what it compiles is kept, for the next one."""
     xla_flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
     added = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": xla_flags}
     cache = f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *as_flags(config), cache, *flags],
+        [sys.executable, *python, str(ROOT / "train.py"), *as_flags(config), cache, *flags],
         env=os.environ | added | dict(environment),
         start_new_session=True,
         stdout=subprocess.PIPE,

@@ -139,6 +139,6 @@ def test_a_large_parameter_must_not_be_replicated(monkeypatch):
 
 def test_rows_of_a_process_and_batches_that_do_not_fit():
     mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
-    assert sharding.local_rows(mesh, 12) == range(12)
+    assert sharding.local_rows(mesh, 12) == list(range(12))
     with pytest.raises(ValueError, match="batch_size 6 must be a multiple of 4"):
         sharding.check_batch_size(mesh, 6)

@@ -173,8 +173,13 @@ class _Module:
             branches = [self._run(b) for b in self._branches(i)]
             total.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)))
             return
-        if i.opcode in ("call", "call-start"):  # the latter beside, on a SparseCore
+        if i.opcode == "call":
             total.add(self._run(i.called("to_apply")))
+            return
+        if i.opcode == "call-start":  # beside, on a SparseCore
+            beside = self._run(i.called("to_apply"))
+            moving = [dataclasses.replace(c, is_async=True) for c in beside.collectives]
+            total.add(dataclasses.replace(beside, collectives=moving))
             return
         if i.opcode in _NO_TRAFFIC or i.opcode.endswith(("-done", "-update")):
             return
@@ -186,9 +191,9 @@ class _Module:
             total.kernels[name] = total.kernels.get(name, 0) + 1
         elif i.opcode in ("fusion", "async-start"):
             inner = self._computations[i.called("calls")]
-            total.flops += self._flops(inner)
-            for c in self._inner_collectives(inner):
-                total.collectives.append(c)
+            flops = self._flops(inner)
+            total.flops += flops
+            total.collectives += self._inner_collectives(inner, flops > 0)
         else:
             total.flops += _flops(computation, i)
         total.move(_source(i), self._traffic(computation, i))
@@ -227,18 +232,25 @@ class _Module:
                 total += self._flops(self._computations[i.called("calls") or i.called("to_apply")])
         return total
 
-    def _inner_collectives(self, computation: Computation) -> Iterator[Collective]:
-        """Those that a fusion overlaps with its arithmetic.
+    def _inner_collectives(
+        self, computation: Computation, computes: bool
+    ) -> Iterator[Collective]:
+        """Those of a fusion, which are hidden if it `computes` meanwhile or only begins them.
 
         One that is spread over several fusions stands in each of them, and counts where it starts.
         """
+        marked = any('"AsyncCollective' in i.attributes for i in computation.values())
         started = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
             if kind in _COLLECTIVES and (started or not _is_spread(i)):
-                yield _collective(computation, i, kind, True)
+                if kind == "all-reduce" and _is_scattered(computation, i):
+                    kind = "reduce-scatter"
+                hidden = computes or marked or _is_spread(i) or i.opcode.endswith("-start")
+                yield _collective(computation, i, kind, hidden)
             elif i.opcode == "fusion":
-                yield from self._inner_collectives(self._computations[i.called("calls")])
+                inner = self._computations[i.called("calls")]
+                yield from self._inner_collectives(inner, computes or marked)
 
     def _traffic(self, computation: Computation, i: Instruction) -> float:
         """Bytes between main memory and the core."""
@@ -416,6 +428,12 @@ def _collective(computation: Computation, i: Instruction, kind: str, is_async: b
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
     moved_bytes = data * moved.get(kind, share)
     return Collective(kind, _source(i), moved_bytes, size, stride, 1, is_async)
+
+
+def _is_scattered(computation: Computation, i: Instruction) -> bool:
+    """Whether each chip keeps its part of a sum alone, as a fusion of the two computes it."""
+    *_, root = computation.values()
+    return root.opcode == "dynamic-slice" and root.operands[0] == i.name
 
 
 def _is_spread(i: Instruction) -> bool:

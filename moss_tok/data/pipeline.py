@@ -8,7 +8,7 @@ shuffle filters: what cannot be read or is silent is replaced by draws that foll
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -144,7 +144,7 @@ def _filtered(wav: np.ndarray, gains: np.ndarray) -> np.ndarray:
 class _Rows:
     """The items of some rows of each batch, as a source."""
 
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: range):
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
         self._batch_size = batch_size
         self._rows = rows
@@ -179,7 +179,7 @@ def batches(
     sample_rate: int,
     num_channels: int,
     start: int = 0,
-    rows: range | None = None,
+    rows: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from number `start` on.
