@@ -103,7 +103,8 @@ def test_discriminators_hear_quiet_and_loud_audio_alike():
     loud, quiet = random_batch(), random_batch(scale=0.02)
 
     def judgement(batch):
-        return steps._judge(ADVERSARIAL, params, batch, 0.5 * batch["wav"])[0][1][-1]
+        name, wav = "window_512", 0.5 * batch["wav"]
+        return steps._judge(ADVERSARIAL, name, params[name], batch, wav)[0][-1]
 
     np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
 
@@ -286,7 +287,8 @@ def test_bfloat16_discriminators_judge_like_float32_ones():
     def judged(dtype):
         config = dataclasses.replace(ADVERSARIAL, dtype=dtype)
         waves = (batch["wav"], random_batch(1)["wav"])
-        real, fake = steps._judge(config, params, batch, *waves)
+        each = (steps._judge(config, n, params[n], batch, *waves) for n in params)
+        real, fake = zip(*each, strict=True)
         return (
             losses.discriminator_loss(real, fake),
             losses.adversarial_loss(fake),

@@ -232,9 +232,7 @@ class _Module:
                 total += self._flops(self._computations[i.called("calls") or i.called("to_apply")])
         return total
 
-    def _inner_collectives(
-        self, computation: Computation, computes: bool
-    ) -> Iterator[Collective]:
+    def _inner_collectives(self, computation: Computation, computes: bool) -> Iterator[Collective]:
         """Those of a fusion, which are hidden if it `computes` meanwhile or only begins them.
 
         One that is spread over several fusions stands in each of them, and counts where it starts.

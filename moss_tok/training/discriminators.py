@@ -135,6 +135,17 @@ def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
     return spectra * power ** ((_COMPRESSION - 1) / 2)
 
 
+def judges(config: DiscriminatorConfig, dtype: str = "float32") -> dict[str, nn.Module]:
+    """Each discriminator, by the name of its parameters in `Discriminators`."""
+    made = [
+        PeriodDiscriminator(p, config.channels, dtype, name=f"period_{p}") for p in config.periods
+    ]
+    made += [
+        SpectrumDiscriminator(w, config.channels, dtype, name=f"window_{w}") for w in config.windows
+    ]
+    return {judge.name: judge for judge in made}
+
+
 class Discriminators(nn.Module):
     """All of them; for audio whose peak is about 1."""
 
@@ -144,11 +155,4 @@ class Discriminators(nn.Module):
     @nn.compact
     def __call__(self, wav: jax.Array) -> list[list[jax.Array]]:
         """[B, C, S] -> per discriminator the outputs of its layers, the judgement last."""
-        c = self.config
-        judges = [
-            PeriodDiscriminator(p, c.channels, self.dtype, name=f"period_{p}") for p in c.periods
-        ]
-        judges += [
-            SpectrumDiscriminator(w, c.channels, self.dtype, name=f"window_{w}") for w in c.windows
-        ]
-        return [judge(wav) for judge in judges]
+        return [judge(wav) for judge in judges(self.config, self.dtype).values()]

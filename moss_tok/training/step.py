@@ -14,7 +14,7 @@ from moss_tok.config import DOMAINS, CodecConfig, TrainConfig
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead
 from moss_tok.training import losses
-from moss_tok.training.discriminators import Discriminators
+from moss_tok.training.discriminators import judges
 from moss_tok.training.state import (
     SEMANTIC_TERM,
     Totals,
@@ -201,9 +201,9 @@ def _generate(
 
 
 def _judge(
-    config: TrainConfig, params: Any, part: Batch, *wavs: jax.Array
-) -> list[losses.Features]:
-    """Features of each of `wavs` [B, C, S], which are zeroed in the padding of their microbatch.
+    config: TrainConfig, name: str, params: Any, part: Batch, *wavs: jax.Array
+) -> list[list[jax.Array]]:
+    """What one discriminator makes of each of `wavs` [B, C, S], padding zeroed: its features.
 
     A recording and its reconstruction are brought to the level at which the recording peaks at 1.
     """
@@ -212,10 +212,10 @@ def _judge(
     peak = jnp.abs(jnp.where(valid, part["wav"], 0)).max((1, 2))
     wav = jnp.where(valid[:, None], wav, 0)
     wav = wav / jnp.maximum(peak, _QUIETEST_PEAK)[:, None, None, None]
-    model = Discriminators(config.discriminators, config.dtype)
-    features = model.apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
-    features = jax.tree.map(lambda x: x.reshape(*wav.shape[:2], *x.shape[1:]), features)
-    return [jax.tree.map(lambda x, i=i: x[:, i], features) for i in range(len(wavs))]
+    judge = judges(config.discriminators, config.dtype)[name]
+    features = judge.apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
+    features = [x.reshape(*wav.shape[:2], *x.shape[1:]) for x in features]
+    return [[x[:, i] for x in features] for i in range(len(wavs))]
 
 
 def _train_discriminators(
@@ -233,20 +233,31 @@ def _train_discriminators(
 def _discriminator_gradient(
     config: TrainConfig, params: Any, parts: Batch, wav_hat: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Mean gradient over all microbatches, and the loss of each item [M, B]."""
+    """Mean gradient over all microbatches, and the loss of each item [M, B].
 
-    def loss(params, part, wav_hat):
+    One discriminator begins when the last one is done, so that only one's features are held.
+    """
+
+    def loss(params, name, part, wav_hat):
         # At once: half as many convolutions, which take a TPU's compiler seconds each.
-        real, fake = _judge(config, params, part, part["wav"], wav_hat)
-        per_item = losses.discriminator_loss(real, fake)
+        real, fake = _judge(config, name, params, part, part["wav"], wav_hat)
+        per_item = losses.discriminator_loss([real], [fake])
         return per_item.mean() / config.num_microbatches, per_item
 
     def accumulate(total, part):
-        gradient, per_item = jax.grad(loss, has_aux=True)(params, *part)
-        return jax.tree.map(jnp.add, total, gradient), per_item
+        (part, wav_hat), gradient, per_item = part, {}, 0.0
+        for name in params:
+            found, judged = jax.grad(loss, has_aux=True)(params[name], name, part, wav_hat)
+            gradient[name], wav_hat = jax.lax.optimization_barrier((found, wav_hat))
+            per_item += judged
+        return _sum_of_means(total, gradient, len(params)), per_item / len(params)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     return _scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
+
+
+def _sum_of_means(total: Any, added: Any, count: int) -> Any:
+    return jax.tree.map(lambda x, y: x + y / count, total, added)
 
 
 def _generator_gradient(
@@ -257,29 +268,67 @@ def _generator_gradient(
     def loss(generated, part):
         terms = {name: x for name, x in generated.items() if name.endswith("_loss")}
         if "wav_hat" in generated:
-            terms |= _audio_terms(config, codec, discriminators, part, generated["wav_hat"])
-        total = sum(getattr(config, n.replace("_loss", "_weight")) * x for n, x in terms.items())
-        return total.mean() / config.num_microbatches, terms | {"loss": total}
+            terms |= _audio_terms(config, codec, part, generated["wav_hat"])
+        return _weighted(config, terms).mean() / config.num_microbatches, terms
 
-    gradient = jax.grad(loss, has_aux=True)
-    return _scan(lambda _, x: (None, gradient(*x)), None, (generated, parts))[1]
+    def gradient(_, inputs):
+        generated, part = inputs
+        found, terms = jax.grad(loss, has_aux=True)(generated, part)
+        if config.adversarial and "wav_hat" in generated:
+            wav_hat = generated["wav_hat"]
+            judged, judged_terms = _judged(config, discriminators, part, wav_hat)
+            found["wav_hat"] += judged
+            terms |= judged_terms
+        return None, (found, terms | {"loss": _weighted(config, terms)})
+
+    return _scan(gradient, None, (generated, parts))[1]
+
+
+def _weighted(config: TrainConfig, terms: dict[str, jax.Array]) -> jax.Array:
+    """The loss of each item [B]."""
+    return sum(getattr(config, n.replace("_loss", "_weight")) * x for n, x in terms.items())
 
 
 def _audio_terms(
-    config: TrainConfig, codec: CodecConfig, discriminators: Any, part: Batch, wav_hat: jax.Array
+    config: TrainConfig, codec: CodecConfig, part: Batch, wav_hat: jax.Array
 ) -> dict[str, jax.Array]:
-    """What a reconstruction costs the generator, per item."""
+    """What a reconstruction costs the generator by itself, per item."""
     wav, length = part["wav"], part["length"]
     mel = (codec.sample_rate, config.mel_window_lengths, config.mel_floor_db)
     terms = {"reconstruction_loss": losses.reconstruction_loss(wav, wav_hat, length, *mel)}
     if config.waveform_weight:
         terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, length)
-    if config.adversarial:
-        # One by one: no gradient of what the recording gives.
-        (real,), (fake,) = (_judge(config, discriminators, part, x) for x in (wav, wav_hat))
-        terms["adversarial_loss"] = losses.adversarial_loss(fake)
-        terms["feature_matching_loss"] = losses.feature_matching_loss(real, fake)
     return terms
+
+
+def _judged(
+    config: TrainConfig, params: Any, part: Batch, wav_hat: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What a reconstruction costs by the discriminators: gradient in it, and terms per item.
+
+    One after the other, as in `_discriminator_gradient`.
+    """
+
+    def loss(wav_hat, name):
+        # One by one: no gradient of what the recording gives.
+        wavs = (part["wav"], wav_hat)
+        (real,), (fake,) = (_judge(config, name, params[name], part, x) for x in wavs)
+        terms = {
+            "adversarial_loss": losses.adversarial_loss([fake]),
+            "feature_matching_loss": losses.feature_matching_loss([real], [fake]),
+        }
+        return _weighted(config, terms).mean() / config.num_microbatches, terms
+
+    total = (
+        jnp.zeros_like(wav_hat),
+        dict.fromkeys(("adversarial_loss", "feature_matching_loss"), 0.0),
+    )
+    for name in params:
+        found = jax.grad(loss, has_aux=True)(wav_hat, name)
+        total, wav_hat = jax.lax.optimization_barrier(
+            (_sum_of_means(total, found, len(params)), wav_hat)
+        )
+    return total
 
 
 def _scan(function: Callable[[Any, Any], Any], carry: Any, parts: Any) -> tuple[Any, Any]:
