@@ -67,7 +67,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
-    except NotImplementedError as error:  # a TPU slice is a torus of given sizes
+    except (NotImplementedError, AssertionError) as error:  # a TPU slice is a torus
         raise ValueError(f"mesh {text!r} does not fit the torus of the slice: {error}") from error
 
 

@@ -118,6 +118,9 @@ def test_weak_scaling_needs_both_axes(sizes):
     mesh = jax.make_mesh((*sizes, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match="scaling needs a mesh of data and fsdp above 1"):
         compile_check.check_scaling(mesh)
+    mesh = jax.make_mesh((2, 3, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:6])
+    with pytest.raises(ValueError, match="a power of two for fsdp, got 3"):
+        compile_check.check_scaling(mesh)
 
 
 def test_weak_scaling_grows_the_data_axis(capsys):
@@ -170,6 +173,38 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
 }
 """
     assert hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4
+
+
+@pytest.mark.parametrize(("on", "hidden"), [("TensorCore", False), ("SparseCore", True)])
+def test_a_sum_of_which_each_chip_keeps_a_part(on, hidden):
+    """It is waited for as a fusion of its own; a SparseCore computes it beside."""
+    beside = """
+%scattered (p: f32[8,128]) -> f32[2,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %sum = f32[8,128]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,128]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={2,128}
+}
+
+%beside (p: f32[8,128]) -> f32[2,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %part = f32[2,128]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}, execution_thread="sparsecore"
+"""
+    lines = {
+        "TensorCore": "ROOT %f = f32[2,128]{1,0} fusion(%x), kind=kCustom, calls=%scattered",
+        "SparseCore": "%s = ((f32[8,128]{1,0}), f32[2,128]{1,0}) call-start(%x), to_apply=%beside\n"
+        "  ROOT %d = f32[2,128]{1,0} call-done(%s)",
+    }
+    text = f"""{beside}
+ENTRY %main (x: f32[8,128]) -> f32[2,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  {lines[on]}
+}}
+"""
+    (found,) = hlo.analyse(text).collectives
+    assert (found.opcode, found.is_async) == ("reduce-scatter", hidden)
+    assert found.num_bytes == 8 * 128 * 4 * 3 / 4
 
 
 def test_a_transfer_spread_over_fusions_counts_once():
@@ -248,9 +283,9 @@ def test_costs_of_an_attention_kernel():
     language = LanguageConfig(8, 257, 256, 128, 1, 2, 1, 64)
     names = {"jit(f)/SemanticHead/model/layers/splash_mha_fwd": 2.0}
     found = compile_check.kernel_costs(
-        names, codec, compute, 200 / codec.frame_rate, 3, language, 54
+        names, codec, compute, 200 / codec.frame_rate, 6, language, 54, (2, 4)
     )
-    assert found.flops == 2 * 3 * 2 * 2 * 2 * 256 * 256 * 64
+    assert found.flops == 2 * 3 * 2 * 2 * 2 * 256 * 256 * 64  # 2 heads are not split over 4 chips
 
 
 @pytest.mark.parametrize("source", [["--model=nano"], ["--init_from=CODEC"]])
@@ -260,6 +295,14 @@ def test_a_codec_on_a_v5e_host(source, golden_dir):
     done = check(*source, "--topology=v5e:2x2", "--functions=encode", "--batch_size=4")
     assert done.returncode == 0, done.stderr
     assert "encode, compiled" in done.stdout and "utilisation" in done.stdout
+
+
+def test_what_does_not_fit_is_said():
+    pytest.importorskip("libtpu")
+    huge = ["--batch_size=200000", "--segment_seconds=12"]
+    done = check("--model=tiny", "--topology=v5e:2x2", "--functions=encode", *huge)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "encode: DOES NOT FIT: RESOURCE_EXHAUSTED" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")

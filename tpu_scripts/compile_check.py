@@ -17,6 +17,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import collections
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -124,9 +125,10 @@ def kernel_costs(
     codec: CodecConfig,
     compute: ComputeConfig,
     seconds: float,
-    items: float,
+    items: int,
     language: LanguageConfig | None = None,
     num_tokens: int = 0,
+    parts: tuple[int, int] = (1, 1),
 ) -> hlo.Costs:
     """FLOPs and bytes of the attention kernels, whose insides the HLO does not show.
 
@@ -138,9 +140,10 @@ def kernel_costs(
       codec: Whose stages they belong to.
       compute: How they compute.
       seconds: Of an item.
-      items: Of a batch on one chip, all its heads; a share of an item where those are split.
+      items: Of a batch.
       language: The language model, whose kernels are those of no stage.
       num_tokens: Of its text.
+      parts: Into which items and heads are split; what does not divide, every chip computes whole.
     """
     total = hlo.Costs()
     half = compute.dtype == "bfloat16"
@@ -156,7 +159,8 @@ def kernel_costs(
         size = attention.splash_block(frames, min(window, frames))
         blocks = -(-frames // size)
         seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
-        heads = items * module.num_heads
+        rows = zip((items, module.num_heads), parts, strict=True)
+        heads = math.prod(size // n if size % n == 0 else size for size, n in rows)
         products = {"fwd": 2, "dq": 3, "dkv": 4}[re.search(r"fwd|dq|dkv", name)[0]]
         block_bytes = size * max(module.head_dim, 128) * (2 if half else 4)
         total.flops += times * heads * seen * products * 2 * passes * size * size * module.head_dim
@@ -175,7 +179,13 @@ def report(
     """Compiles a function, prints what it costs, and returns whether it fits."""
     language, _ = language_models.of_run(config, codec)
     began = time.perf_counter()
-    compiled = lower(function, config, codec, mesh, precision).compile()
+    try:
+        compiled = lower(function, config, codec, mesh, precision).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{function}: DOES NOT FIT: {' '.join(str(error).split())[:300]}", flush=True)
+        return False
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
@@ -184,17 +194,18 @@ def report(
     fits = peak <= chip.hbm_bytes
     costs = hlo.analyse(compiled.as_text())
     num_samples = step.segment_samples(config, codec)
-    items = config.batch_size / mesh.size
+    items = config.batch_size
     if function == "train_step":
-        items, compute = items / config.num_microbatches, config.compute
+        items, compute = items // config.num_microbatches, config.compute
         useful = flops.step_flops(config, codec, num_samples, language)
     else:
         compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
         parts = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
         useful = config.batch_size * sum(sides[part] for part in parts)
     audio = num_samples / codec.sample_rate
+    parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
     text = (language, config.max_text_tokens)
-    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text))
+    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text, parts))
     estimate = Estimate(chip, mesh.size, costs, useful)
     print(f"{function}, compiled in {seconds:.0f} s")
     print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
@@ -299,7 +310,8 @@ def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: fl
         }
         scaled = dataclasses.replace(estimate.costs, collectives=[])
         for c in estimate.costs.collectives:
-            if new := sizes.get((c.group_size, c.stride)):
+            ring = c.opcode != "collective-permute"
+            if ring and (new := sizes.get((c.group_size, c.stride))):
                 was, now = ((n - 1) / n for n in (c.group_size, new))
                 c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was)
             scaled.collectives.append(c)
@@ -317,6 +329,9 @@ def check_scaling(mesh: jax.sharding.Mesh) -> None:
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if data == 1 or fsdp == 1:
         raise ValueError(f"scaling needs a mesh of data and fsdp above 1, got {data} and {fsdp}")
+    for name in ("fsdp", "tensor"):
+        if (size := mesh.shape[name]) & (size - 1):
+            raise ValueError(f"scaling needs a power of two for {name}, got {size}")
 
 
 def _giga(x: float) -> str:
@@ -343,9 +358,12 @@ def main() -> None:
     language, _ = language_models.of_run(config, codec)
     if language is not None:
         count += sum(x.size for x in jax.tree.leaves(language_models.boxed_shapes(language)))
+    judges = state.state_shapes(config, codec, mesh, language).discriminators
+    judges = sum(x.size for x in jax.tree.leaves(judges))
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
-    print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters; "
+    print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters"
+          f"{f', discriminators {judges / 1e6:.1f} M' if judges else ''}; "
           f"{config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
     chip = CHIPS[topology.partition(":")[0]]
     if not all([report(f, config, codec, mesh, chip, precision) for f in functions]):

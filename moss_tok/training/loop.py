@@ -279,9 +279,12 @@ class _Trace:
     def __exit__(self, *_: Any) -> None:
         self._switch(False)
 
-    def at(self, step: int) -> None:
-        """To be called before each step."""
-        self._switch(step in self._steps)
+    def at(self, step: int, before: Any) -> None:
+        """To be called before each step, with what the last one gives: it may still run."""
+        wanted = step in self._steps
+        if wanted != self._on:
+            jax.block_until_ready(before)
+        self._switch(wanted)
 
     def _switch(self, wanted: bool) -> None:
         if wanted and not self._on:
@@ -337,7 +340,7 @@ class Run:
         batch = self._put(batches) if start < config.num_steps else None
         for step in range(start + 1, config.num_steps + 1):
             before = metrics
-            self.trace.at(step)
+            self.trace.at(step, metrics)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch | self._stop_flags())
             stopped = before is not None and self._check(step - 1, before)
