@@ -42,20 +42,31 @@ def test_every_logical_name_has_a_rule(name):
         assert len(box.names) == box.value.ndim
 
 
-@pytest.mark.parametrize("attention", ["auto", "splash"])
-def test_a_mesh_gives_the_same_codes(micro, rng, attention):
-    mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+@pytest.mark.parametrize(
+    ("text", "attention"),
+    [
+        ("data:8", "auto"),
+        ("data:2,fsdp:4", "auto"),
+        ("data:2,fsdp:2,tensor:2", "auto"),
+        ("data:2,fsdp:2,tensor:2", "splash"),
+    ],
+)
+def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
+    mesh = sharding.make_mesh(text)
     boxed = pretrained.boxed_shapes(micro.config)
     shardings = sharding.param_shardings(boxed, mesh)
     params = jax.tree.map(jax.device_put, micro.params, shardings)
-    kernel = params["encoder"]["stage_1"]["layers"]["mlp"]["up"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
-    batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-    wav = 0.1 * rng.standard_normal((4, 1, 999), np.float32)
+    batch = sharding.batch_sharding(mesh)
+    wav = 0.1 * rng.standard_normal((8, 1, 999), np.float32)
     codec = micro.replace(params=params, compute=ComputeConfig(attention=attention))
+    expected = moss_tok.encode(micro, wav).codes
     with jax.set_mesh(mesh):
         codes = moss_tok.encode(codec, jax.device_put(wav, batch)).codes
-    np.testing.assert_array_equal(codes, moss_tok.encode(micro, wav).codes)
+        decoded = moss_tok.decode(codec, jax.device_put(np.asarray(expected), batch)).wav
+    np.testing.assert_array_equal(codes, expected)
+    for found in (codes, decoded):
+        assert found.sharding.is_equivalent_to(batch, 3), found.sharding
+    np.testing.assert_allclose(decoded, moss_tok.decode(micro, expected).wav, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [SEMANTIC, ADVERSARIAL], ids=lambda c: c.stage)

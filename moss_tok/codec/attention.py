@@ -293,6 +293,20 @@ def _splash(q, k, v, window, precision):
     return kernel(q, k, v)
 
 
+def split_items(x: jax.Array) -> jax.Array:
+    """[B, ...] as it is; on a mesh, its items go where the batch's are.
+
+    Without being told, XLA also splits the width of activations, as that of parameters is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    told = any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    batch = None if mesh.empty or told else _split(mesh, ("data", "fsdp"), x.shape[0])
+    if batch is None:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *others))
+
+
 def _split(mesh, names, size):
     """Those axes of the mesh, if they divide `size`; else None: not split."""
     names = tuple(name for name in names if name in mesh.shape)

@@ -136,6 +136,7 @@ class Block(nn.Module):
             scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         )
+        x = attention.split_items(x)
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
         y, fresh = SelfAttention(*args, self.window, name="attention")(y, table, past, span)
         x = x + y * self._layer_scale("attention_scale")

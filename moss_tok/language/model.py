@@ -100,6 +100,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values."""
         c, compute = self.config, self.compute
+        x = attention.split_items(x)
         y = Norm(c.norm_epsilon, name="attention_norm")(x)
         y, fresh = GroupedAttention(c, compute, name="attention")(y, table, past, span)
         x = x + y
