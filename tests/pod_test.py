@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from moss_tok import config
 
 ROOT = Path(__file__).parents[1]
 WHERE = ("v1", "--zone=us-east5-a", "--dry_run")
@@ -81,6 +84,18 @@ def test_watch_goes_by_what_the_run_says(gcloud, status, code, launches):
         process.kill()
     assert process.wait(60) == (-signal.SIGKILL if code is None else code)
     assert (gcloud / "log").read_text().count("train.py") == launches
+
+
+def test_the_job_for_kubernetes_uses_all_chips_of_its_slice():
+    job = yaml.safe_load((ROOT / "tpu_scripts" / "jobset.yaml").read_text())
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"] == 4 * 4 * 4 // 4
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["workingDir"] == "/moss_tok"
+    (mesh,) = [flag for flag in container["command"] if flag.startswith("--mesh=")]
+    sizes = config.parse_mesh(mesh.removeprefix("--mesh="))
+    assert sizes == {"data": -1, "fsdp": 16, "tensor": 1}
 
 
 def test_delete():
