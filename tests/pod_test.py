@@ -106,7 +106,9 @@ def test_delete():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("create", *WHERE, "--type=v3-8"), "--type must begin with one of v4, v5litepod"),
+        (("create", *WHERE, "--type=v3-8"), "--type must be v4|v5litepod|v5p|v6e and a size"),
+        (("create", *WHERE, "--type=v5p"), "and a size, as in v5p-128, got 'v5p'"),
+        (("create", "v1", "--zone=", "--type=v5p-8"), "--zone must not be empty"),
         (("launch", *WHERE), "launch needs the flags of train.py"),
         (("start", *WHERE), "invalid choice: 'start'"),
     ],

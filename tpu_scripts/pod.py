@@ -12,15 +12,18 @@ slice and launches, again whenever the slice was taken away, until the run has r
 """
 
 import argparse
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from moss_tok.cli.main import Parser
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "moss_tok_run"  # on each worker
 STATUS = "status"  # a file there: "running", or the exit code of train.py
 _POLL_SECONDS = 60
@@ -65,11 +68,15 @@ class Pod:
     def setup(self) -> None:
         """Copies this repository to all workers and installs it."""
         archive = f"{tempfile.gettempdir()}/{FOLDER}.tar.gz"
-        self._run(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"])
+        git = ["git", "-C", str(ROOT), "archive"]  # of the folder it runs in
+        self._run([*git, "--format=tar.gz", f"--output={archive}", "HEAD"])
         self._gcloud("tpu-vm", "scp", archive, f"{self.args.name}:", *self._where, "--worker=all")
+        # The images have Python 3.10; uv brings another.
         self._ssh(
             f"mkdir -p {FOLDER} && tar xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER} && "
-            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[gcs]' 'jax[tpu]'"
+            "python3 -m pip install -q --user uv && "
+            "python3 -m uv venv -q --allow-existing --python 3.12 .venv && "
+            "python3 -m uv pip install -q --python .venv -e '.[gcs]' 'jax[tpu]'"
         )
 
     def launch(self) -> None:
@@ -152,8 +159,11 @@ def main() -> int:
     if "--" in argv:
         argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     args = parser.parse_args(argv)
-    if args.action in ("create", "watch") and args.type.partition("-")[0] not in _RUNTIMES:
-        parser.error(f"--type must begin with one of {', '.join(_RUNTIMES)}, got {args.type!r}")
+    if not args.zone:
+        parser.error("--zone must not be empty")
+    kinds = "|".join(_RUNTIMES)
+    if args.action in ("create", "watch") and not re.fullmatch(rf"({kinds})-[1-9]\d*", args.type):
+        parser.error(f"--type must be {kinds} and a size, as in v5p-128, got {args.type!r}")
     if args.action in ("launch", "watch") and not flags:
         parser.error(f"{args.action} needs the flags of train.py, after --")
     try:
