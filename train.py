@@ -21,11 +21,12 @@ def main() -> None:
     config = train_flags.config()
     import jax  # takes a second; a bad flag should not wait for it
 
-    from moss_tok import sharding
+    from moss_tok import sharding, storage
     from moss_tok.training import loop
 
     if flags.FLAGS.compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache_dir)
+        cache = storage.to_path(flags.FLAGS.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     sharding.connect(*(flags.FLAGS[name].value for name in _CONNECTION))
     if not loop.train(config):
         sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again

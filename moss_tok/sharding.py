@@ -5,6 +5,7 @@ over fsdp and tensor. Every logical name used in the model must be in RULES: Fla
 replicates an axis whose name has no rule (tests/sharding_test.py checks).
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -162,8 +163,14 @@ def _in_cluster() -> bool:
         return True
     if os.environ.get("JAX_PLATFORMS") == "cpu":  # not on the VM's chips, so not with its peers
         return False
+    if "TPU_WORKER_HOSTNAMES" in os.environ:
+        return True
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        return False
+    # jax looks for TPUs on the PCI bus; in /dev/vfio may be a GPU that is passed through.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
-    return "TPU_WORKER_HOSTNAMES" in os.environ or bool(chips)
+    return bool(chips) and any(path.read_text().strip() == "0x1ae0" for path in vendors)  # Google
 
 
 def is_main_process() -> bool:

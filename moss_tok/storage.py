@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import weakref
@@ -17,6 +18,7 @@ from etils import epath
 Path = pathlib.Path | epath.Path
 
 _PREFIX = "gs://"
+_ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")  # gs:/x is a slip, not a folder gs:
 
 
 def to_path(name: str | Path) -> Path:
@@ -26,7 +28,7 @@ def to_path(name: str | Path) -> Path:
       ValueError: Another kind of address, or a bucket that cannot be reached.
     """
     name = os.fspath(name)
-    if "://" not in name:
+    if not _ADDRESS.search(name):
         return pathlib.Path(name)
     if not name.startswith(_PREFIX):
         raise ValueError(f"{name}: must be a path, or an address that begins with {_PREFIX}")
@@ -39,7 +41,7 @@ def to_path(name: str | Path) -> Path:
 
 def to_local_path(name: str | Path) -> pathlib.Path:
     """The path of a file or folder on this machine; ValueError for an address."""
-    if "://" in os.fspath(name):
+    if _ADDRESS.search(os.fspath(name)):
         raise ValueError(f"{name}: has to be on this machine")
     return pathlib.Path(name)
 

@@ -1,26 +1,38 @@
-"""The commands for Google Cloud, as printed."""
+"""The commands for Google Cloud, as printed, and against a stand-in for gcloud."""
 
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+
+from moss_tok import config
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tpu_scripts"))
+import pod  # noqa: E402
+
 WHERE = ("v1", "--zone=us-east5-a", "--dry_run")
+GONE = "ERROR: (gcloud) NOT_FOUND: Resource 'v1' was not found"
+OFFLINE = "ERROR: (gcloud) There was a problem refreshing your current auth tokens"
 
 
-def pod(*args):
+def run(*args):
     script = [sys.executable, str(ROOT / "tpu_scripts" / "pod.py"), *args]
-    return subprocess.run(script, capture_output=True, text=True)
+    return subprocess.run(
+        script, capture_output=True, text=True, cwd=ROOT / "tests", start_new_session=True
+    )
 
 
 def commands(*args):
-    done = pod(*args)
+    done = run(*args)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -35,11 +47,11 @@ def test_create_asks_for_spot_chips():
 
 def test_launch_runs_the_flags_on_all_workers():
     flags = ["--flagfile=a b.flags", "--train_data=gs://b/*.array_record:0.5"]
-    command = commands("launch", *WHERE, "--", *flags)[0]
+    command = commands("launch", *WHERE, "--", *flags)[-1]
     assert "--worker=all" in command
     (remote,) = (part.removeprefix("--command=") for part in command if "--command=" in part)
     # What the remote shell would pass to train.py.
-    inner = shlex.split(shlex.split(remote.partition("(nohup ")[2])[2].partition("; echo")[0])
+    inner = shlex.split(shlex.split(remote.partition(" sh ")[2])[1].partition("; echo")[0])
     assert inner == [".venv/bin/python", "train.py", *flags]
 
 
@@ -54,33 +66,152 @@ def test_watch_prints_a_whole_round():
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """A gcloud that writes down its commands and answers with the files beside it."""
+    """A gcloud that writes down its commands and answers with the next line of a file beside it.
+
+    The last line stays. Lines that begin with ERROR are failures.
+    """
     fake = tmp_path / "gcloud"
-    fake.write_text(
-        '#!/bin/sh\ncd "$(dirname "$0")"\necho "$@" >> log\n'
-        'case "$*" in *describe*) cat state;; *status*none*) cat status;; esac\n'
-    )
+    fake.write_text("""#!/bin/sh
+        cd "$(dirname "$0")"
+        echo "$@" >> log
+        case "$*" in
+            *describe*) file=state;; *none*) file=status;; *train.py*) file=launch;; *) exit 0;;
+        esac
+        line=$(head -n 1 $file)
+        [ "$(wc -l < $file)" -eq 1 ] || sed -i 1d $file
+        case "$line" in ERROR*) echo "$line" >&2; exit 1;; esac
+        echo "$line"
+    """)
     fake.chmod(0o755)
-    (tmp_path / "log").touch()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(pod.tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
+def watch(gcloud, monkeypatch, rounds, **answers):
+    """The exit code of `watch`, None where it watches on, and what it did in so many rounds."""
+    for name, lines in ({"launch": [""]} | answers).items():
+        (gcloud / name).write_text("".join(f"{line}\n" for line in lines))
+    pauses = iter(range(rounds - 1))
+    monkeypatch.setattr(pod, "time", SimpleNamespace(sleep=lambda seconds: next(pauses)))
+    argv = ["pod.py", "watch", "v1", "--zone=z", "--type=v6e-64", "--", "--flagfile=x"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(ROOT / "tests")
+    try:
+        code = pod.main()
+    except StopIteration:
+        code = None
+    words = {"queued-resources create": "create", "queued-resources delete": "delete",
+             "tpu-vm scp": "setup", "train.py": "launch"}  # fmt: skip
+    log = (gcloud / "log").read_text().splitlines()
+    return code, [words[key] for line in log for key in words if key in line]
+
+
 @pytest.mark.parametrize(
-    ("status", "code", "launches"), [("0", 0, 0), ("2", 2, 0), ("143", None, 1), ("none", None, 1)]
+    ("status", "code", "actions"),
+    [
+        ("0", 0, []),
+        ("2", 2, []),
+        ("running", None, []),
+        ("143", None, ["launch"]),
+        ("killed", None, ["launch"]),
+        ("killed 134", None, ["launch"]),  # a rebooted worker, and one that missed it
+        ("143 running", None, []),  # still saving
+        ("none", None, ["setup", "launch"]),
+        (OFFLINE, None, []),
+    ],
 )
-def test_watch_goes_by_what_the_run_says(gcloud, status, code, launches):
-    (gcloud / "state").write_text("ACTIVE")
-    (gcloud / "status").write_text(status)
-    script = [sys.executable, str(ROOT / "tpu_scripts" / "pod.py"), "watch", "v1", "--zone=z"]
-    process = subprocess.Popen([*script, "--type=v6e-64", "--", "--flagfile=x"], cwd=ROOT)
-    if code is None:  # it watches on
-        while "train.py" not in (gcloud / "log").read_text():
-            assert process.poll() is None
+def test_watch_goes_by_what_the_workers_say(gcloud, monkeypatch, status, code, actions):
+    found = watch(gcloud, monkeypatch, 1, state=["ACTIVE"], status=[status])
+    assert found == (code, actions)
+
+
+def test_setup_sends_the_whole_repository(gcloud, monkeypatch):
+    watch(gcloud, monkeypatch, 1, state=["ACTIVE"], status=["none"])
+    with tarfile.open(gcloud / f"{pod.FOLDER}.tar.gz") as archive:
+        assert {"setup.py", "train.py", "moss_tok/config.py"} <= {*archive.getnames()}
+
+
+def test_watch_asks_again_where_gcloud_gives_no_answer(gcloud, monkeypatch, capsys):
+    state = [OFFLINE, OFFLINE, "ACTIVE"]
+    assert watch(gcloud, monkeypatch, 3, state=state, status=["0"]) == (0, [])
+    assert capsys.readouterr().out.count(f"v1 is unknown: {OFFLINE}\n") == 2
+
+
+def test_watch_goes_on_after_a_slice_that_was_lost_while_it_was_created(gcloud, monkeypatch):
+    state = [GONE, "PROVISIONING", "SUSPENDED", GONE, "ACTIVE"]
+    found = watch(gcloud, monkeypatch, 6, state=state, status=["none", "0"])
+    assert found == (0, ["create", "delete", "create", "setup", "launch"])
+
+
+def test_watch_goes_on_after_a_launch_on_a_slice_that_goes_down(gcloud, monkeypatch):
+    state = ["ACTIVE", "SUSPENDING", "SUSPENDED", GONE, "ACTIVE"]
+    launch, status = ["ERROR: ssh", ""], ["143", "none", "0"]
+    found = watch(gcloud, monkeypatch, 6, state=state, status=status, launch=launch)
+    assert found == (0, ["launch", "delete", "create", "setup", "launch"])
+
+
+def test_watch_gives_up_on_a_slice_that_takes_no_commands(gcloud, monkeypatch):
+    found = watch(gcloud, monkeypatch, 9, state=["ACTIVE"], status=["143"], launch=["ERROR: ssh"])
+    assert found == (2, ["launch"] * pod._MAX_FAILURES)
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """The folder on a worker, here; train.py waits for an exit code in a file `end`."""
+    (fake := tmp_path / "gcloud").write_text(f"""#!/bin/sh
+        cd {tmp_path}
+        for word; do case "$word" in --command=*) exec sh -c "${{word#--command=}}";; esac; done
+    """)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    folder = tmp_path / pod.FOLDER
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to("/bin/sh")
+    (folder / "train.py").write_text(
+        'echo "$@" $$ >> pids; while [ ! -e end ]; do sleep 0.05; done; exit $(cat end)'
+    )
+    yield folder
+    (folder / "end").write_text("0")
+
+
+def test_launch_and_what_the_worker_says(worker):
+    slice_ = pod.Pod(SimpleNamespace(name="v1", zone="z", project="", dry_run=False), [])
+    launch = ("launch", "v1", "--zone=z", "--", "--flagfile=x")
+
+    def wait_for(status):
+        deadline = time.monotonic() + 30
+        while slice_._statuses() != {status}:
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.kill()
-    assert process.wait(60) == (-signal.SIGKILL if code is None else code)
-    assert (gcloud / "log").read_text().count("train.py") == launches
+
+    assert slice_._statuses() == {"none"}
+    assert run(*launch).returncode == 0
+    wait_for("running")
+    again = run(*launch)
+    assert again.returncode == 2
+    assert again.stderr == "error: v1 runs train.py already, see `logs`\n"
+    (worker / "end").write_text("7")
+    wait_for("7")
+    (worker / "end").unlink()
+    assert run(*launch).returncode == 0
+    wait_for("running")
+    pids = [line.split() for line in (worker / "pids").read_text().splitlines()]
+    assert [flag for flag, _ in pids] == ["--flagfile=x"] * 2
+    os.killpg(os.getpgid(int(pids[-1][1])), signal.SIGKILL)  # as a reboot
+    wait_for("killed")
+
+
+def test_the_job_for_kubernetes_uses_all_chips_of_its_slice():
+    job = yaml.safe_load((ROOT / "tpu_scripts" / "jobset.yaml").read_text())
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"] == 4 * 4 * 4 // 4
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["workingDir"] == "/moss_tok"
+    (mesh,) = [flag for flag in container["command"] if flag.startswith("--mesh=")]
+    sizes = config.parse_mesh(mesh.removeprefix("--mesh="))
+    assert sizes == {"data": -1, "fsdp": 16, "tensor": 1}
 
 
 def test_delete():
@@ -91,12 +222,14 @@ def test_delete():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("create", *WHERE, "--type=v3-8"), "--type must begin with one of v4, v5litepod"),
+        (("create", *WHERE, "--type=v3-8"), "--type must be v4|v5litepod|v5p|v6e and a size"),
+        (("create", *WHERE, "--type=v5p"), "and a size, as in v5p-128, got 'v5p'"),
+        (("create", "v1", "--zone=", "--type=v5p-8"), "--zone must not be empty"),
         (("launch", *WHERE), "launch needs the flags of train.py"),
         (("start", *WHERE), "invalid choice: 'start'"),
     ],
 )
 def test_errors(args, message):
-    done = pod(*args)
+    done = run(*args)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
     assert done.stderr.count("\n") == 1

@@ -126,6 +126,8 @@ def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):
             "mesh 'data:3,tensor:-1' needs a multiple of 3 devices, there are 1",
         ),
         (["--mesh=rows:2"], "mesh must be data:N,fsdp:N,tensor:N"),
+        (["--workdir=gs:/bucket/run"], "gs:/bucket/run: must be a path, or an address"),
+        (["--compilation_cache_dir=s3://b/x"], "s3://b/x: must be a path, or an address"),
     ],
 )
 def test_bad_flags(pretrain, flags, message):

@@ -1,6 +1,7 @@
 """Every logical axis has a rule, and parameters land on the mesh as the rules say."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,31 @@ def test_a_large_parameter_must_not_be_replicated(monkeypatch):
     sharding.param_shardings(boxed, sharding.make_mesh("fsdp:8"))
     with pytest.raises(ValueError, match=r"attention\.qkv .*would be replicated"):
         sharding.param_shardings(boxed, sharding.make_mesh("fsdp:7"))
+
+
+@pytest.mark.parametrize(
+    ("device", "vendor", "libtpu", "expected"),
+    [
+        ("vfio/0", "0x1ae0", True, True),
+        ("accel0", "0x1ae0", True, True),
+        ("vfio/0", "0x10de", True, False),  # a GPU passed through
+        ("vfio/0", "0x1ae0", False, False),
+        ("vfio/vfio", "0x1ae0", True, False),  # no chip; Google's network card
+    ],
+)
+def test_a_cloud_tpu_vm_is_told_from_others(
+    tmp_path, monkeypatch, device, vendor, libtpu, expected
+):
+    for name, text in ((f"dev/{device}", ""), ("sys/bus/pci/devices/0/vendor", f"{vendor}\n")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sharding, "Path", lambda path: tmp_path / path[1:])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: libtpu or None)
+    for name in (
+        "JAX_PLATFORMS", "SLURM_STEP_NODELIST", "TPU_LIBRARY_PATH", "TPU_WORKER_HOSTNAMES"
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    assert sharding._in_cluster() == expected
 
 
 def test_rows_of_a_process_and_batches_that_do_not_fit():

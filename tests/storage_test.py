@@ -149,6 +149,7 @@ def test_shards_in_a_bucket(bucket, clips, tmp_path, monkeypatch):  # noqa: F811
     ("name", "message"),
     [
         ("s3://bucket/data", "must be a path, or an address that begins with gs://"),
+        ("gs:/bucket/data", "must be a path, or an address that begins with gs://"),
         pytest.param("gs://gone/data", "there is no bucket 'gone'", marks=needs_emulator),
     ],
 )

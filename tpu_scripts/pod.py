@@ -12,25 +12,29 @@ slice and launches, again whenever the slice was taken away, until the run has r
 """
 
 import argparse
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from moss_tok.cli.main import Parser
 
-FOLDER = "moss_tok_run"  # on each worker
-STATUS = "status"  # a file there: "running", or the exit code of train.py
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = "moss_tok_run"  # on each worker; train.py holds a lock on it while it runs
+STATUS = "status"  # a file there: the exit code of train.py; "killed" as long as there is none
 _POLL_SECONDS = 60
+_MAX_FAILURES = 5  # rounds in a row, after which watch gives up
 _RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
     "v5litepod": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-_LOST = ("SUSPENDED", "SUSPENDING", "FAILED")
+_LOST = ("SUSPENDED", "FAILED")
 
 
 class Pod:
@@ -45,42 +49,68 @@ class Pod:
 
     def create(self) -> None:
         """Asks for the slice and waits until it is there."""
+        self._request()
+        while not self.args.dry_run and (state := self.state()) != "ACTIVE":
+            if state in _LOST:
+                raise OSError(f"{self.args.name} is {state}; delete it, try again")
+            self._say(f"is {state or 'not there yet'}")
+            time.sleep(_POLL_SECONDS)
+
+    def _request(self) -> None:
         args, kind = self.args, self.args.type.partition("-")[0]
         command = [
             "queued-resources", "create", args.name, f"--node-id={args.name}", *self._where,
             f"--accelerator-type={args.type}", f"--runtime-version={_RUNTIMES[kind]}",
         ]  # fmt: skip
         self._gcloud(*command, *(["--spot"] if args.spot else []))
-        while not args.dry_run and (state := self.state()) != "ACTIVE":
-            if state in _LOST:
-                raise OSError(f"{args.name} is {state}; see the output above, delete it, try again")
-            print(f"{args.name} is {state or 'unknown'}", flush=True)
-            time.sleep(_POLL_SECONDS)
 
     def state(self) -> str:
-        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty if there is none."""
+        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty if there is no such slice."""
         command = ["queued-resources", "describe", self.args.name, *self._where]
-        return self._gcloud(*command, "--format=value(state.state)", check=False)
+        done = self._gcloud(*command, "--format=value(state.state)", check=False)
+        if done.returncode and "NOT_FOUND" not in done.stderr:
+            return f"unknown: {_line(done.stderr)}"
+        return done.stdout.strip()
 
     def setup(self) -> None:
         """Copies this repository to all workers and installs it."""
         archive = f"{tempfile.gettempdir()}/{FOLDER}.tar.gz"
-        self._run(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"])
+        git = ["git", "-C", str(ROOT), "archive"]  # of the folder it runs in
+        self._run([*git, "--format=tar.gz", f"--output={archive}", "HEAD"])
         self._gcloud("tpu-vm", "scp", archive, f"{self.args.name}:", *self._where, "--worker=all")
+        # The images have Python 3.10; uv brings another.
         self._ssh(
             f"mkdir -p {FOLDER} && tar xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER} && "
-            "python3 -m venv .venv && .venv/bin/pip install -q -e '.[gcs]' 'jax[tpu]'"
+            "python3 -m pip install -q --user uv && "
+            "python3 -m uv venv -q --allow-existing --python 3.12 .venv && "
+            "python3 -m uv pip install -q --python .venv -e '.[gcs]' 'jax[tpu]'"
         )
 
     def launch(self) -> None:
         """Starts train.py on all workers, in the background; its output goes to train.log."""
+        if "running" in self._statuses():
+            raise OSError(f"{self.args.name} runs train.py already, see `logs`")
+        self._start()
+
+    def _start(self) -> None:
         train = shlex.join([".venv/bin/python", "train.py", *self.flags])
         script = f"{train}; echo $? > {STATUS}"
         # The subshell outlives the connection.
         self._ssh(
-            f"cd {FOLDER} && echo running > {STATUS} && "
-            f"(nohup sh -c {shlex.quote(script)} >> train.log 2>&1 &)"
+            f"cd {FOLDER} && flock -n . true && echo killed > {STATUS} && "
+            f"(nohup flock -w 9 . sh -c {shlex.quote(script)} >> train.log 2>&1 &)"
         )
+
+    def _statuses(self) -> set[str]:
+        """What the workers say: running, none or what is in STATUS; nothing without an answer."""
+        done = self._ssh(
+            f"cd {FOLDER} && if flock -n . true; then cat {STATUS}; else echo running; fi "
+            "|| echo none",
+            check=False,
+        )
+        if done.returncode:
+            self._say(f"gives no answer: {_line(done.stderr)}")
+        return {*done.stdout.split()}
 
     def logs(self) -> None:
         """Follows the output of the first worker."""
@@ -88,51 +118,73 @@ class Pod:
 
     def watch(self) -> None:
         """Creates and launches, again after each preemption, until the run is finished."""
+        failures = 0
         while True:
-            state = self.state()
-            if state in _LOST:
-                self.delete()
-                state = ""
-            if not state:
-                self.create()
-                state = "ACTIVE"
-            if (state == "ACTIVE" and self._go_on()) or self.args.dry_run:
-                return
+            try:
+                if self._advance():
+                    return
+                failures = 0
+            except subprocess.CalledProcessError:  # as when the slice is on its way down
+                failures += 1
+                if failures == _MAX_FAILURES:
+                    raise
+                self._say("did not take that command; looking at its state again")
             time.sleep(_POLL_SECONDS)
 
+    def _advance(self) -> bool:
+        """Does what the state of the slice asks for; returns whether the run is finished."""
+        state = self.state()
+        if state == "ACTIVE":
+            return self._go_on()
+        if not state:
+            self._request()
+        else:
+            self._say(f"is {state}")
+            if state in _LOST:
+                self.delete()
+        return self.args.dry_run and self._go_on()
+
     def _go_on(self) -> bool:
-        """Launches what does not run yet or was preempted; returns whether it is finished."""
-        command = f"cat {FOLDER}/{STATUS} || echo none"
-        status = self._ssh(command, worker="0", check=False)
-        if self.args.dry_run or status == "none":
+        """Launches what does not run yet or was killed; returns whether it is finished."""
+        statuses = self._statuses()
+        if "running" in statuses:
+            return False
+        if self.args.dry_run or "none" in statuses:
             self.setup()
-            self.launch()
-        elif status == str(128 + signal.SIGTERM):
-            self.launch()
-        elif status not in ("", "0", "running"):  # nothing: no answer this time
-            raise OSError(f"train.py ended with {status}, see `logs`")
-        return status == "0"
+            self._start()
+        elif statuses & {"killed", str(128 + signal.SIGTERM)}:
+            self._start()
+        elif statuses - {"0"}:
+            raise OSError(f"train.py ended with {', '.join(sorted(statuses))}, see `logs`")
+        return self.args.dry_run or statuses == {"0"}
 
     def delete(self) -> None:
         """Deletes the slice with all that is on it."""
         command = ["queued-resources", "delete", self.args.name, *self._where]
         self._gcloud(*command, "--force", "--quiet")
 
-    def _ssh(self, command: str, worker: str = "all", check: bool = True) -> str:
+    def _ssh(
+        self, command: str, worker: str = "all", check: bool = True
+    ) -> subprocess.CompletedProcess:
         where = [*self._where, f"--worker={worker}", f"--command={command}"]
         return self._gcloud("tpu-vm", "ssh", self.args.name, *where, check=check)
 
-    def _gcloud(self, *command: str, check: bool = True) -> str:
+    def _gcloud(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         return self._run(["gcloud", "compute", "tpus", *command], check)
 
-    def _run(self, command: list[str], check: bool = True) -> str:
-        """Prints a command and runs it; returns its output where failing is an answer."""
+    def _run(self, command: list[str], check: bool = True) -> subprocess.CompletedProcess:
+        """Prints a command and runs it; keeps what it prints where failing is an answer."""
         print(shlex.join(command), flush=True)
         if self.args.dry_run:
-            return ""
-        stdout = None if check else subprocess.PIPE
-        done = subprocess.run(command, check=check, stdout=stdout, text=True)
-        return (done.stdout or "").strip()
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.run(command, check=check, capture_output=not check, text=True)
+
+    def _say(self, text: str) -> None:
+        print(f"{self.args.name} {text}", flush=True)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
 
 
 def main() -> int:
@@ -152,8 +204,11 @@ def main() -> int:
     if "--" in argv:
         argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     args = parser.parse_args(argv)
-    if args.action in ("create", "watch") and args.type.partition("-")[0] not in _RUNTIMES:
-        parser.error(f"--type must begin with one of {', '.join(_RUNTIMES)}, got {args.type!r}")
+    if not args.zone:
+        parser.error("--zone must not be empty")
+    kinds = "|".join(_RUNTIMES)
+    if args.action in ("create", "watch") and not re.fullmatch(rf"({kinds})-[1-9]\d*", args.type):
+        parser.error(f"--type must be {kinds} and a size, as in v5p-128, got {args.type!r}")
     if args.action in ("launch", "watch") and not flags:
         parser.error(f"{args.action} needs the flags of train.py, after --")
     try:
