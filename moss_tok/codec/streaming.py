@@ -164,12 +164,14 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
         return init()
 
     def place(x):
-        if not isinstance(weight.sharding, jax.sharding.NamedSharding):
-            return weight.sharding
-        names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
-        return sharding.fitting(weight.sharding.mesh, names, x.shape)
+        placed = weight.sharding
+        if isinstance(placed, jax.sharding.NamedSharding):
+            names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
+            placed = sharding.fitting(placed.mesh, names, x.shape)
+        # Not by `out_shardings`: jit keeps their spelling, and takes the steps' for another place.
+        return jax.lax.with_sharding_constraint(x, placed)
 
-    return jax.jit(init, out_shardings=jax.tree.map(place, jax.eval_shape(init)))()
+    return jax.jit(lambda: jax.tree.map(place, init()))()
 
 
 def _check_state(codec: Codec, side: str, state: StreamState) -> None:
