@@ -70,6 +70,13 @@ def test_a_process_without_moss_tok_gives_the_same(tmp_path, monkeypatch, rng, f
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_files_have_the_mode_of_new_ones(tmp_path):
+    (tmp_path / "new").touch()
+    params = {"a": np.zeros(3, np.float32)}
+    export.write(tmp_path, "decode", b"program", params, {})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_num_quantizers(v1_tiny):
     _, params, signature = export.export(v1_tiny, "encode", num_quantizers=2)
     assert signature["results"][0]["shape"][:2] == ["B", 2]
