@@ -147,6 +147,28 @@ def test_slots_are_independent(v1_tiny, rng):
     np.testing.assert_array_equal(third[4], expected[4, :, :4])
 
 
+def test_slots_of_codes_are_independent(v1_tiny, rng):
+    """One goes on, one idles, one ends, one begins anew, one gets codes that are out of range."""
+    codes, hop = rng.integers(0, 64, (5, 8, 12)), 1920
+    codes[4, :, 5:7] = -1, 10**6
+    expected = np.asarray(moss_tok.decode(v1_tiny, np.clip(codes, 0, 63)).wav)
+    state = streaming.init_decoder_stream(v1_tiny, 5)
+    position = np.zeros(5, int)
+    for begins, counts in ([], [4] * 5), ([3], [4, 0, 2, 4, 4]), ([], [0, 4, 0, 1, 4]):
+        state = streaming.reset_streams(state, np.isin(np.arange(5), begins))
+        position[begins] = 0
+        chunk, wanted = np.full((5, 8, 4), 99), np.zeros((5, 1, 4 * hop), np.float32)
+        for slot, (start, count) in enumerate(zip(position, counts, strict=True)):
+            end = start + count
+            chunk[slot, :, :count] = codes[slot, :, start:end]
+            wanted[slot, :, : count * hop] = expected[slot, :, start * hop : end * hop]
+        state, found = streaming.decode_step(v1_tiny, state, chunk, np.array(counts))
+        assert_near(found, wanted)
+        assert not np.any(np.asarray(found)[wanted == 0])
+        position += counts
+        assert state.position.tolist() == position.tolist()
+
+
 def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
     """Phases depend on distances alone, and are as precise far out as at the beginning."""
     codec, wav, codes, wav_hat = whole

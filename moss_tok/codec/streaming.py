@@ -100,8 +100,8 @@ def decode_step(
     Args:
       codec: A codec with a decoder.
       state: Donated: use the returned one from now on.
-      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped:
-        a compiled function cannot raise; `DecoderStream` does.
+      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped, as
+        `decode` does; `DecoderStream` raises.
       lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
 
     Returns:
@@ -222,7 +222,7 @@ def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _decode_step(codec: Codec, state: StreamState, codes, lengths):
-    codes = zero_past(codes.astype(jnp.int32), lengths)
+    codes = zero_past(codes, lengths)
     span = Span(state.position, lengths)
     wav, caches = codec.apply(codes, state.caches, span, method="decode_step")
     wav = zero_past(wav, lengths * codec.config.hop_length)
