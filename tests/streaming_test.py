@@ -94,6 +94,8 @@ def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
 def test_long_audio_is_cut_by_itself(v1_tiny, monkeypatch):
     wav = np.zeros((1, 1, 40 * 1920), np.float32)
     assert inference._chunk_frames(v1_tiny, 40, None) == 40
+    for second in (1, np.int64(1), np.float32(1)):
+        assert inference._chunk_frames(v1_tiny, 40, second) == 10
     monkeypatch.setattr(inference, "WHOLE_SECONDS", 2.0)
     monkeypatch.setattr(inference, "CHUNK_SECONDS", 1.0)
     assert inference._chunk_frames(v1_tiny, 40, None) == 10  # equal parts, no longer than asked for
@@ -315,6 +317,27 @@ def test_streams_of_several_slots(v1_tiny, rng):
         np.testing.assert_array_equal(np.concatenate(found[slot], axis=1), expected)
 
 
+def test_several_slots_of_codes(v1_tiny, rng):
+    """One goes on, one idles, one ends, one begins anew, one gets codes that are out of range."""
+    codes = rng.integers(0, 64, (5, 8, 12))
+    expected = np.asarray(moss_tok.decode(v1_tiny, codes).wav)
+    stream = moss_tok.DecoderStream(v1_tiny, num_slots=5, chunk_frames=[4])
+
+    def push(*parts):
+        """(slot, start, end), ..."""
+        found = stream.push({slot: codes[slot, :, start:end] for slot, start, end in parts})
+        for slot, start, end in parts:
+            assert_near(found[slot], expected[slot, :, start * 1920 : end * 1920])
+
+    push(*((slot, 0, 6) for slot in range(5)))
+    assert stream.finish([2])[2].shape == (1, 0)
+    stream.reset([3])
+    with pytest.raises(ValueError, match="codes of slot 4: must be 0..63"):
+        stream.push({0: codes[0, :, 6:], 4: codes[4, :, 6:] - 64})
+    push((0, 6, 11), (3, 0, 5), (4, 6, 12))
+    push((0, 11, 12), (1, 6, 12), (3, 5, 12))
+
+
 def test_bad_input_harms_no_slot(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
     expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
@@ -343,9 +366,17 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     for call in (stream.finish, stream.reset):
         with pytest.raises(ValueError, match="slots must be a list of integers, got 1"):
             call(1)
+    for slots in ([[0]], np.array([[0]]), [{}], [None], "0"):
+        for call in (stream.finish, stream.reset):
+            with pytest.raises(ValueError, match="slot must be 0..1, got"):
+                call(slots)
     assert stream.push({}) == {}
     stream.reset([1])
     np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+    stream.reset([1])
+    half = jnp.asarray(wav, jnp.bfloat16)
+    expected = moss_tok.encode(v1_tiny, half[None]).codes[0, :, :3]
+    np.testing.assert_array_equal(stream.push({1: half})[1], expected)
     stream.close()
     with pytest.raises(ValueError, match="closed"):
         stream.push({0: wav})
@@ -359,6 +390,7 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     ]:
         with pytest.raises(ValueError, match=message):
             player.push(block)
+    assert player.push([[]] * 8).shape == (1, 0)
     assert player.push(codes).shape == (1, 3 * 1920)
     with pytest.raises(ValueError, match="source"):
         next(player)
@@ -387,7 +419,11 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(v1_tiny, other, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.decode_step(v1_tiny, state, codes), "state must be one of init_decoder"),
         (lambda: moss_tok.encode_step(short, state, wav), "state must be one of init_encoder"),
-        (lambda: moss_tok.encode_step(v1_tiny, None, wav), "state must be one of init_encoder"),
+        (lambda: moss_tok.encode_step(v1_tiny, None, wav), "init_decoder_stream, got NoneType"),
+        (lambda: moss_tok.encode_step(v1_tiny, state.replace(position=None), wav), "got StreamSt"),
+        (lambda: moss_tok.encode_step(v1_tiny, state.replace(caches=None), wav), "got StreamState"),
+        (lambda: moss_tok.decode_step(v1_tiny, state.caches, codes), "state must be .* got dict"),
+        (lambda: moss_tok.reset_streams(None, np.ones(2, bool)), "state must be .* got NoneType"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
         (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),
         (lambda: moss_tok.EncoderStream(v1_tiny, None, 2, source=[]), "a source feeds one slot"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok import sharding
-from moss_tok.codec.attention import Cache, Span
+from moss_tok.codec.attention import Span
 from moss_tok.codec.inference import (
     Codec,
     check_codes,
@@ -129,15 +129,15 @@ def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
       The next state.
 
     Raises:
-      ValueError: `slots` of another shape or type.
+      ValueError: `slots` of another shape or type, or no state.
     """
+    _check_usable(state)
     slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)
     if slots.shape != state.position.shape or slots.dtype != bool:
         raise ValueError(
             f"slots must be booleans of the shape {list(state.position.shape)}, "
             f"got {slots.dtype} {list(slots.shape)}"
         )
-    _check_unused(state)
     return _reset_streams(state, slots)
 
 
@@ -177,27 +177,29 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
 def _check_state(codec: Codec, side: str, state: StreamState) -> None:
     """Raises ValueError unless the state is one of that side: the other's may fit it, silently."""
     check_part(codec, side)
-    fits = isinstance(state, StreamState)
-    if fits:
-        wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
-        fits = wanted == {k: _shapes(cache) for k, cache in state.caches.items()}
-    if not fits:
+    _check_usable(state)
+    wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
+    if wanted != _shapes(state.caches):
         raise ValueError(f"state must be one of init_{side}_stream of this codec")
-    _check_unused(state)
 
 
 @functools.lru_cache(maxsize=64)
-def _cache_shapes(config, compute, side: str, batch_size: int) -> dict[str, tuple]:
-    caches = jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size))
-    return {name: _shapes(cache) for name, cache in caches.items()}
+def _cache_shapes(config, compute, side: str, batch_size: int) -> Any:
+    return _shapes(jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size)))
 
 
-def _shapes(cache: Cache) -> tuple:
-    return cache.keys.shape, cache.keys.dtype, cache.values.shape
+def _shapes(caches: Caches) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), caches)
 
 
-def _check_unused(state: StreamState) -> None:
-    """Raises ValueError where the state has been given to a step before."""
+def _check_usable(state: StreamState) -> None:
+    """Raises ValueError where it is no state, or has been given to a step before."""
+    arrays = jax.tree.leaves(state, is_leaf=lambda x: x is None)
+    if not isinstance(state, StreamState) or not all(hasattr(x, "shape") for x in arrays):
+        raise ValueError(
+            "state must be one of init_encoder_stream or init_decoder_stream, "
+            f"got {type(state).__name__} of {sorted({type(x).__name__ for x in arrays})}"
+        )
     x = state.position
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
         raise ValueError("this state has been used: a step donates it, go on with what it returned")
@@ -382,15 +384,16 @@ class _Stream:
     def _check_slots(self, slots: Iterable[int], finished: bool = False) -> list[int]:
         if self._state is None:
             raise ValueError("the stream is closed")
-        if not isinstance(slots, Iterable):
-            raise ValueError(f"slots must be a list of integers, got {slots!r}")
-        slots, most = list(dict.fromkeys(slots)), len(self._buffers) - 1
+        try:
+            slots, most = list(slots), len(self._buffers) - 1
+        except TypeError as error:
+            raise ValueError(f"slots must be a list of integers, got {slots!r}") from error
         for slot in slots:
             if not _is_integer(slot) or not 0 <= slot <= most:
                 raise ValueError(f"slot must be 0..{most}, got {slot!r}")
             if self._finished[slot] and not finished:
                 raise ValueError(f"the stream of slot {slot} is finished: reset it to begin anew")
-        return slots
+        return list(dict.fromkeys(slots))
 
     def _checked(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
         self._check_slots(blocks)
@@ -444,7 +447,7 @@ class EncoderStream(_Stream):
         channels = self._config.num_channels
         if wav.ndim != 2 or wav.shape[0] != channels:
             raise ValueError(f"must have the shape [{channels}, S], got {list(wav.shape)}")
-        if wav.dtype.kind != "f":
+        if not jnp.issubdtype(wav.dtype, jnp.floating):  # bfloat16 too
             raise ValueError(f"must be floating point in [-1, 1], got {wav.dtype}")
         with np.errstate(over="ignore"):  # float64 may hold what float32 does not
             wav = wav.astype(np.float32)
@@ -479,7 +482,7 @@ class DecoderStream(_Stream):
             raise ValueError(
                 f"must have the shape [{self._num_quantizers}, T], got {list(codes.shape)}"
             )
-        if codes.dtype.kind not in "iu":
+        if codes.size and codes.dtype.kind not in "iu":  # empty lists are of floats
             raise ValueError(f"must be integers, got {codes.dtype}")
         size = self._config.quantizer.codebook_size
         if codes.size and not (codes.min() >= 0 and codes.max() < size):
