@@ -338,6 +338,40 @@ def test_several_slots_of_codes(v1_tiny, rng):
     push((0, 11, 12), (1, 6, 12), (3, 5, 12))
 
 
+def test_an_iterator_goes_on_after_a_bad_block(v1_tiny, rng):
+    wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav[None]).codes[0]
+    source = [wav[:, :2000], wav[0], wav[:, 2000:]]
+    with moss_tok.EncoderStream(v1_tiny, chunk_frames=[1], source=source) as stream:
+        for _ in range(2):
+            parts = [next(stream)]
+            with pytest.raises(ValueError, match="must have the shape"):
+                next(stream)
+            np.testing.assert_array_equal(np.concatenate([*parts, *stream], axis=1), expected)
+            assert list(stream) == []
+            stream.reset()
+
+
+def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
+    wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
+
+    def interrupted(*args):
+        streaming_step(*args)
+        raise KeyboardInterrupt
+
+    streaming_step = streaming.encode_step
+    monkeypatch.setattr(streaming, "encode_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.push({0: wav})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="this state has been used"):
+        stream.reset([0])
+    stream.reset()
+    np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+
+
 def test_bad_input_harms_no_slot(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
     expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]

@@ -315,13 +315,20 @@ class _Stream:
         return out[0] if slots is None else out
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
-        """Begins streams anew, finished or not, with empty buffers; default: all."""
+        """Begins streams anew, finished or not, with empty buffers; default: all.
+
+        A `source` is begun anew too. After an interrupt within a step, reset all.
+        """
         chosen = range(len(self._buffers)) if slots is None else slots
         chosen = self._check_slots(chosen, finished=True)
         mask = np.zeros(len(self._buffers), bool)
         mask[chosen] = True
+        if mask.all() and self._state.position.is_deleted():  # lost in a step
+            self._state = _init(self._codec, self._side, len(mask))
         self._state = reset_streams(self._state, mask)
         self._finished[chosen] = False
+        if chosen:
+            self._iterator = None
         for slot in chosen:
             self._buffers[slot] = self._nothing()
 
@@ -339,19 +346,20 @@ class _Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        """What the next blocks of `source` give; at its end, what is left."""
+        """What the next blocks of `source` give; at its end, what is left.
+
+        A bad block is an error, as of `push`; what follows goes on with the next.
+        """
         if self._source is None:
             raise ValueError("to iterate, give the stream a source of blocks")
         if self._iterator is None:
-            self._iterator = self._iterate()
-        return next(self._iterator)
-
-    def _iterate(self) -> Iterator[np.ndarray]:
-        for block in self._source:
+            self._iterator = iter(self._source)
+        for block in self._iterator:
             if (out := self.push(block)).shape[-1]:
-                yield out
-        if (out := self.finish()).shape[-1]:
-            yield out
+                return out
+        if not self._finished[0] and (out := self.finish()).shape[-1]:
+            return out
+        raise StopIteration
 
     def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
         """Computes all whole frames in the buffers, and of finished streams all that is left."""
