@@ -17,7 +17,7 @@ from moss_tok.codec import attention, inference, pretrained, streaming
 from moss_tok.config import CodecConfig, ComputeConfig, QuantizerConfig
 from moss_tok.training.state import init_state
 
-MOST_FRAMES = 60  # more than three of the longest window, in code frames, of the golden models
+MOST_FRAMES = 108  # more than three of the longest window, in code frames, of the golden models
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def whole(request):
 def splits(name, num_frames):
     """Where chunks begin and end; few sizes, each is compiled."""
     random = list(np.random.default_rng(0).choice([1, 3], 99))
-    sizes = {"1": [1], "7": [7], "100": [100], "random": random}
-    edges = np.cumsum(sizes[name] * num_frames)
+    sizes = {"1": [1] * num_frames, "7": [7] * num_frames, "100": [1, 100], "random": random}
+    edges = np.cumsum(sizes[name])
     return [0, *edges[edges < num_frames], num_frames]
 
 
@@ -187,6 +187,20 @@ def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
         player, found = streaming.decode_step(codec, player, found)
         assert_near(found, wav_hat[..., start * hop : (start + 12) * hop])
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("position", [24 * 3600 * 25 // 2, (2**31 - 1) // 8 - 147])
+def test_where_a_stream_is_changes_nothing(v1_tiny, rng, position):
+    """A day in, and before the last frame that can be counted: the fastest stage has 8 of each."""
+    wav = np.repeat(0.1 * rng.standard_normal((1, 1, 147 * 1920), np.float32), 2, axis=0)
+    state, codes = streaming.init_encoder_stream(v1_tiny, 2), []
+    state = state.replace(position=jnp.array([0, position]))
+    for start in range(0, 147 * 1920, 7 * 1920):
+        state, part = streaming.encode_step(v1_tiny, state, wav[..., start : start + 7 * 1920])
+        codes.append(part)
+    assert state.position.tolist() == [147, position + 147]
+    heard = np.concatenate(codes, axis=-1)[..., 100:]  # what a stream begins with is heard in 99
+    np.testing.assert_array_equal(heard[1], heard[0])
 
 
 @pytest.mark.parametrize("start", [0, 3, 17, 10**6])
@@ -370,6 +384,19 @@ def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
         stream.reset([0])
     stream.reset()
     np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+
+
+def test_the_last_frame_that_can_be_counted(v1_tiny):
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
+    assert stream._most_frames == (2**31 - 1) // 8 - 4
+    stream._num_frames[0] = stream._most_frames - 2
+    block = np.zeros((1, 1920 + 1919), np.float32)
+    assert stream.push({0: block})[0].shape[1] == 1
+    with pytest.raises(ValueError, match=f"at most {stream._most_frames} frames, that of slot 0"):
+        stream.push({1: block, 0: block[:, :1]})
+    assert stream.finish([0])[0].shape[1] == 1
+    stream.reset()
+    assert stream.push({0: block, 1: block})[1].shape[1] == 1
 
 
 def test_bad_input_harms_no_slot(v1_tiny, rng):

@@ -269,6 +269,9 @@ class _Stream:
         self._state = _init(codec, self._side, num_slots)
         self._buffers = [self._nothing()] * num_slots
         self._finished = np.zeros(num_slots, bool)
+        self._num_frames = np.zeros(num_slots, int)  # computed so far
+        fastest = round(max(codec.config.stage_rates(self._side)) / codec.config.frame_rate)
+        self._most_frames = (2**31 - 1) // fastest - sizes[-1]  # see `StreamState`
         self._iterator: Iterator[np.ndarray] | None = None
         for size in sizes:  # all slots idle: nothing but the compiling happens
             chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
@@ -286,8 +289,8 @@ class _Stream:
           What came out, with 0 frames or more; or a dict, slot -> what came out.
 
         Raises:
-          ValueError: A wrong block or rate, a slot that does not exist or is finished. No slot is
-            changed.
+          ValueError: A wrong block or rate, a slot that does not exist or is finished, or that has
+            come to the last frame that `StreamState` can count. No slot is changed.
         """
         wanted = self._config.sample_rate
         fits = isinstance(sample_rate, numbers.Real) and sample_rate == wanted
@@ -326,7 +329,7 @@ class _Stream:
         if mask.all() and self._state.position.is_deleted():  # lost in a step
             self._state = _init(self._codec, self._side, len(mask))
         self._state = reset_streams(self._state, mask)
-        self._finished[chosen] = False
+        self._finished[chosen], self._num_frames[chosen] = False, 0
         if chosen:
             self._iterator = None
         for slot in chosen:
@@ -376,6 +379,7 @@ class _Stream:
             out = self._step(chunk, lengths)
             for slot in slots:
                 num_frames = -(-int(lengths[slot]) // self._unit)
+                self._num_frames[slot] += num_frames
                 parts[slot].append(out[slot, ..., : num_frames * out.shape[-1] // size])
         return {slot: np.concatenate(xs, axis=-1) for slot, xs in parts.items()}
 
@@ -411,6 +415,12 @@ class _Stream:
                 found[slot] = self._check(np.asarray(block))
             except (ValueError, TypeError, RuntimeError) as error:  # of what is no array
                 raise ValueError(f"{self._what} of slot {slot}: {error}") from error
+            size = self._buffers[slot].shape[-1] + found[slot].shape[-1]
+            if self._num_frames[slot] + size // self._unit >= self._most_frames:
+                raise ValueError(
+                    f"a stream has at most {self._most_frames} frames, that of slot {slot} would "
+                    "have more: reset it to begin anew"
+                )
         return found
 
 
