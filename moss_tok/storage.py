@@ -123,6 +123,13 @@ def size_bytes(path: Path) -> int:
     return epath.Path(path).stat().length
 
 
+def set_mode(path: str | pathlib.Path) -> None:
+    """Gives a file that was made for the owner alone the mode of other new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder and all in it, as far as that is possible."""
     try:

@@ -431,6 +431,17 @@ def test_stream_a_file(folder, capsys):
     assert "4 chunks of 400 ms: median" in printed[-1]
 
 
+def test_a_file_is_kept_though_nobody_listens(folder, monkeypatch):
+    """As with `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        options = ["--checkpoint", CODEC, "--input", "in.wav", "--chunk-ms", "400"]
+        assert main(["stream", *options, "--output", "out.wav"]) == 0
+    assert soundfile.info("out.wav").frames == 30000
+
+
 HEADER = b'{"sample_rate": 24000, "num_channels": 1, "hop_length": 1920, "codebook_size": 64, '
 HEADER += b'"num_quantizers": 2}\n'
 

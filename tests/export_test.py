@@ -65,9 +65,16 @@ def test_a_process_without_moss_tok_gives_the_same(tmp_path, monkeypatch, rng, f
             expected = moss_tok.encode(nano_tiny, wav).codes
             np.testing.assert_array_equal(called(tmp_path, function, wav), expected)
         return
-    expected = np.asarray(moss_tok.decode(nano_tiny, codes).wav)
-    found = called(tmp_path, function, codes, 3)
+    expected = np.asarray(moss_tok.decode(nano_tiny, codes.at[0, 0, 0].set(0)).wav)
+    found = called(tmp_path, function, codes.at[0, 0, 0].set(-1), 3)  # which is clamped
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_files_have_the_mode_of_new_ones(tmp_path):
+    (tmp_path / "new").touch()
+    params = {"a": np.zeros(3, np.float32)}
+    export.write(tmp_path, "decode", b"program", params, {})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_num_quantizers(v1_tiny):

@@ -246,6 +246,7 @@ def test_large_exports_are_sharded(v1_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 1_000_000)
     huggingface.write_official(tmp_path, v1_tiny.config, v1_tiny.params, "float32")
     assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # as the umask says
     assert leaves_equal(moss_tok.load(tmp_path).params, v1_tiny.params)
 
 

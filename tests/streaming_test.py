@@ -17,7 +17,7 @@ from moss_tok.codec import attention, inference, pretrained, streaming
 from moss_tok.config import CodecConfig, ComputeConfig, QuantizerConfig
 from moss_tok.training.state import init_state
 
-MOST_FRAMES = 60  # more than three of the longest window, in code frames, of the golden models
+MOST_FRAMES = 108  # more than three of the longest window, in code frames, of the golden models
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def whole(request):
 def splits(name, num_frames):
     """Where chunks begin and end; few sizes, each is compiled."""
     random = list(np.random.default_rng(0).choice([1, 3], 99))
-    sizes = {"1": [1], "7": [7], "100": [100], "random": random}
-    edges = np.cumsum(sizes[name] * num_frames)
+    sizes = {"1": [1] * num_frames, "7": [7] * num_frames, "100": [1, 100], "random": random}
+    edges = np.cumsum(sizes[name])
     return [0, *edges[edges < num_frames], num_frames]
 
 
@@ -94,6 +94,8 @@ def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
 def test_long_audio_is_cut_by_itself(v1_tiny, monkeypatch):
     wav = np.zeros((1, 1, 40 * 1920), np.float32)
     assert inference._chunk_frames(v1_tiny, 40, None) == 40
+    for second in (1, np.int64(1), np.float32(1)):
+        assert inference._chunk_frames(v1_tiny, 40, second) == 10
     monkeypatch.setattr(inference, "WHOLE_SECONDS", 2.0)
     monkeypatch.setattr(inference, "CHUNK_SECONDS", 1.0)
     assert inference._chunk_frames(v1_tiny, 40, None) == 10  # equal parts, no longer than asked for
@@ -147,6 +149,28 @@ def test_slots_are_independent(v1_tiny, rng):
     np.testing.assert_array_equal(third[4], expected[4, :, :4])
 
 
+def test_slots_of_codes_are_independent(v1_tiny, rng):
+    """One goes on, one idles, one ends, one begins anew, one gets codes that are out of range."""
+    codes, hop = rng.integers(0, 64, (5, 8, 12)), 1920
+    codes[4, :, 5:7] = -1, 10**6
+    expected = np.asarray(moss_tok.decode(v1_tiny, np.clip(codes, 0, 63)).wav)
+    state = streaming.init_decoder_stream(v1_tiny, 5)
+    position = np.zeros(5, int)
+    for begins, counts in ([], [4] * 5), ([3], [4, 0, 2, 4, 4]), ([], [0, 4, 0, 1, 4]):
+        state = streaming.reset_streams(state, np.isin(np.arange(5), begins))
+        position[begins] = 0
+        chunk, wanted = np.full((5, 8, 4), 99), np.zeros((5, 1, 4 * hop), np.float32)
+        for slot, (start, count) in enumerate(zip(position, counts, strict=True)):
+            end = start + count
+            chunk[slot, :, :count] = codes[slot, :, start:end]
+            wanted[slot, :, : count * hop] = expected[slot, :, start * hop : end * hop]
+        state, found = streaming.decode_step(v1_tiny, state, chunk, np.array(counts))
+        assert_near(found, wanted)
+        assert not np.any(np.asarray(found)[wanted == 0])
+        position += counts
+        assert state.position.tolist() == position.tolist()
+
+
 def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
     """Phases depend on distances alone, and are as precise far out as at the beginning."""
     codec, wav, codes, wav_hat = whole
@@ -163,6 +187,20 @@ def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
         player, found = streaming.decode_step(codec, player, found)
         assert_near(found, wav_hat[..., start * hop : (start + 12) * hop])
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("position", [24 * 3600 * 25 // 2, (2**31 - 1) // 8 - 147])
+def test_where_a_stream_is_changes_nothing(v1_tiny, rng, position):
+    """A day in, and before the last frame that can be counted: the fastest stage has 8 of each."""
+    wav = np.repeat(0.1 * rng.standard_normal((1, 1, 147 * 1920), np.float32), 2, axis=0)
+    state, codes = streaming.init_encoder_stream(v1_tiny, 2), []
+    state = state.replace(position=jnp.array([0, position]))
+    for start in range(0, 147 * 1920, 7 * 1920):
+        state, part = streaming.encode_step(v1_tiny, state, wav[..., start : start + 7 * 1920])
+        codes.append(part)
+    assert state.position.tolist() == [147, position + 147]
+    heard = np.concatenate(codes, axis=-1)[..., 100:]  # what a stream begins with is heard in 99
+    np.testing.assert_array_equal(heard[1], heard[0])
 
 
 @pytest.mark.parametrize("start", [0, 3, 17, 10**6])
@@ -214,6 +252,7 @@ def test_on_a_mesh(v1_tiny, rng, mesh):
     assert keys.sharding.is_equivalent_to(
         NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), heads)), keys.ndim
     )
+    steps = (streaming._encode_step, streaming._decode_step, streaming._reset_streams)
     counts = []
     for start in range(0, 20, 5):
         chunk = sharding.global_batch(mesh, 8, wav[..., start * 1920 : (start + 5) * 1920])
@@ -221,8 +260,9 @@ def test_on_a_mesh(v1_tiny, rng, mesh):
         np.testing.assert_array_equal(codes, expected.codes[..., start : start + 5])
         states[1], found = streaming.decode_step(codec, states[1], codes)
         assert_near(found, wav_hat[..., start * 1920 : (start + 5) * 1920])
-        counts.append(streaming._encode_step._cache_size() + streaming._decode_step._cache_size())
-    assert counts[1:] == counts[1:2] * 3
+        states = [streaming.reset_streams(state, np.zeros(8, bool)) for state in states]
+        counts.append([step._cache_size() for step in steps])
+    assert counts[1:] == counts[:1] * 3
     found = states[0].caches["stage_1"].keys.sharding
     assert found.is_equivalent_to(keys.sharding, keys.ndim)
 
@@ -291,6 +331,74 @@ def test_streams_of_several_slots(v1_tiny, rng):
         np.testing.assert_array_equal(np.concatenate(found[slot], axis=1), expected)
 
 
+def test_several_slots_of_codes(v1_tiny, rng):
+    """One goes on, one idles, one ends, one begins anew, one gets codes that are out of range."""
+    codes = rng.integers(0, 64, (5, 8, 12))
+    expected = np.asarray(moss_tok.decode(v1_tiny, codes).wav)
+    stream = moss_tok.DecoderStream(v1_tiny, num_slots=5, chunk_frames=[4])
+
+    def push(*parts):
+        """(slot, start, end), ..."""
+        found = stream.push({slot: codes[slot, :, start:end] for slot, start, end in parts})
+        for slot, start, end in parts:
+            assert_near(found[slot], expected[slot, :, start * 1920 : end * 1920])
+
+    push(*((slot, 0, 6) for slot in range(5)))
+    assert stream.finish([2])[2].shape == (1, 0)
+    stream.reset([3])
+    with pytest.raises(ValueError, match="codes of slot 4: must be 0..63"):
+        stream.push({0: codes[0, :, 6:], 4: codes[4, :, 6:] - 64})
+    push((0, 6, 11), (3, 0, 5), (4, 6, 12))
+    push((0, 11, 12), (1, 6, 12), (3, 5, 12))
+
+
+def test_an_iterator_goes_on_after_a_bad_block(v1_tiny, rng):
+    wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav[None]).codes[0]
+    source = [wav[:, :2000], wav[0], wav[:, 2000:]]
+    with moss_tok.EncoderStream(v1_tiny, chunk_frames=[1], source=source) as stream:
+        for _ in range(2):
+            parts = [next(stream)]
+            with pytest.raises(ValueError, match="must have the shape"):
+                next(stream)
+            np.testing.assert_array_equal(np.concatenate([*parts, *stream], axis=1), expected)
+            assert list(stream) == []
+            stream.reset()
+
+
+def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
+    wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
+    expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
+
+    def interrupted(*args):
+        streaming_step(*args)
+        raise KeyboardInterrupt
+
+    streaming_step = streaming.encode_step
+    monkeypatch.setattr(streaming, "encode_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.push({0: wav})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="this state has been used"):
+        stream.reset([0])
+    stream.reset()
+    np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+
+
+def test_the_last_frame_that_can_be_counted(v1_tiny):
+    stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
+    assert stream._most_frames == (2**31 - 1) // 8 - 4
+    stream._num_frames[0] = stream._most_frames - 2
+    block = np.zeros((1, 1920 + 1919), np.float32)
+    assert stream.push({0: block})[0].shape[1] == 1
+    with pytest.raises(ValueError, match=f"at most {stream._most_frames} frames, that of slot 0"):
+        stream.push({1: block, 0: block[:, :1]})
+    assert stream.finish([0])[0].shape[1] == 1
+    stream.reset()
+    assert stream.push({0: block, 1: block})[1].shape[1] == 1
+
+
 def test_bad_input_harms_no_slot(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((1, 6000), np.float32)
     expected = moss_tok.encode(v1_tiny, wav[None]).codes[0, :, :3]
@@ -319,9 +427,17 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     for call in (stream.finish, stream.reset):
         with pytest.raises(ValueError, match="slots must be a list of integers, got 1"):
             call(1)
+    for slots in ([[0]], np.array([[0]]), [{}], [None], "0"):
+        for call in (stream.finish, stream.reset):
+            with pytest.raises(ValueError, match="slot must be 0..1, got"):
+                call(slots)
     assert stream.push({}) == {}
     stream.reset([1])
     np.testing.assert_array_equal(stream.push({1: wav})[1], expected)
+    stream.reset([1])
+    half = jnp.asarray(wav, jnp.bfloat16)
+    expected = moss_tok.encode(v1_tiny, half[None]).codes[0, :, :3]
+    np.testing.assert_array_equal(stream.push({1: half})[1], expected)
     stream.close()
     with pytest.raises(ValueError, match="closed"):
         stream.push({0: wav})
@@ -335,6 +451,7 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
     ]:
         with pytest.raises(ValueError, match=message):
             player.push(block)
+    assert player.push([[]] * 8).shape == (1, 0)
     assert player.push(codes).shape == (1, 3 * 1920)
     with pytest.raises(ValueError, match="source"):
         next(player)
@@ -363,7 +480,11 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(v1_tiny, other, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.decode_step(v1_tiny, state, codes), "state must be one of init_decoder"),
         (lambda: moss_tok.encode_step(short, state, wav), "state must be one of init_encoder"),
-        (lambda: moss_tok.encode_step(v1_tiny, None, wav), "state must be one of init_encoder"),
+        (lambda: moss_tok.encode_step(v1_tiny, None, wav), "init_decoder_stream, got NoneType"),
+        (lambda: moss_tok.encode_step(v1_tiny, state.replace(position=None), wav), "got StreamSt"),
+        (lambda: moss_tok.encode_step(v1_tiny, state.replace(caches=None), wav), "got StreamState"),
+        (lambda: moss_tok.decode_step(v1_tiny, state.caches, codes), "state must be .* got dict"),
+        (lambda: moss_tok.reset_streams(None, np.ones(2, bool)), "state must be .* got NoneType"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
         (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),
         (lambda: moss_tok.EncoderStream(v1_tiny, None, 2, source=[]), "a source feeds one slot"),

@@ -345,7 +345,7 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
     try:
         with os.fdopen(handle, "w+b") as file:
             write_to(file)
-        os.chmod(temporary, 0o666 & ~_umask())
+        storage.set_mode(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -368,9 +368,3 @@ def check_parent(path: str | Path) -> None:
         raise ValueError(f"no such folder: {path.parent}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

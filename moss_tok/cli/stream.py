@@ -5,7 +5,7 @@ Codes are lines of JSON: first one that says how to decode them, then {"codes": 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moss_tok.cli import arguments
@@ -59,10 +59,14 @@ def run(args: argparse.Namespace) -> None:
         else:
             _encode(codec, args.num_quantizers, frames, args.pcm)
     except BrokenPipeError:  # nobody listens any more, as after `| head`
-        import os
-        import sys
+        _print_nowhere()
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def _print_nowhere() -> None:
+    import os
+    import sys
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _encode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> None:
@@ -165,15 +169,26 @@ def _round_trip(
     from moss_tok.audio import files
 
     config = codec.config
-    blocks = _live(codec, num_quantizers, frames, source)
+
+    def say(line: str) -> None:
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            if not output:
+                raise
+            _print_nowhere()  # the file is still wanted
+
+    blocks = _live(codec, num_quantizers, frames, source, say)
     if output:
         files.write_blocks(output, blocks, config.sample_rate, config.num_channels)
     else:
         collections.deque(blocks, maxlen=0)  # runs it
 
 
-def _live(codec: Any, num_quantizers: int | None, frames: int, source: str) -> Iterator[Any]:
-    """What comes back of a file, chunk by chunk, each when it has been printed what it took."""
+def _live(
+    codec: Any, num_quantizers: int | None, frames: int, source: str, say: Callable[[str], None]
+) -> Iterator[Any]:
+    """What comes back of a file, chunk by chunk, each when it has been said what it took."""
     import itertools
     import time
 
@@ -199,14 +214,13 @@ def _live(codec: Any, num_quantizers: int | None, frames: int, source: str) -> I
         wav_hat = player.push(codes)
         times.append((encoded - began, time.perf_counter() - encoded))
         encode, decode = (1000 * t for t in times[-1])
-        print(f"{(len(times) - 1) * seconds:9.2f} s  encode {encode:6.1f} ms  "
-              f"decode {decode:6.1f} ms", flush=True)  # fmt: skip
+        say(f"{(len(times) - 1) * seconds:9.2f} s  encode {encode:6.1f} ms  "
+            f"decode {decode:6.1f} ms")  # fmt: skip
         yield wav_hat[:, : chunk.shape[1]]
         chunk = following
     both = 1000 * np.sum(times, axis=1)
     median, high = np.percentile(both, [50, 99])
-    print(
+    say(
         f"{len(times)} chunks of {1000 * seconds:g} ms: median {median:.1f} ms, 99 % within "
-        f"{high:.1f} ms, real-time factor {both.mean() / 1000 / seconds:.3f}",
-        flush=True,
+        f"{high:.1f} ms, real-time factor {both.mean() / 1000 / seconds:.3f}"
     )

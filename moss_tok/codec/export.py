@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 from jax import export as jax_export
 
-from moss_tok.codec import inference, streaming
+from moss_tok.codec import huggingface, inference, streaming
 from moss_tok.codec.attention import Cache
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import Caches, empty_caches
@@ -102,7 +101,7 @@ def write(
     (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
     if params:
         arrays = {name: np.asarray(x) for name, x in params.items()}
-        safetensors.numpy.save_file(arrays, folder / "params.safetensors")
+        huggingface.write_tensors(folder / "params.safetensors", arrays)
 
 
 def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from moss_tok import storage
 from moss_tok.codec.huggingface_config import read_config, write_config
 from moss_tok.config import CodecConfig, QuantizerConfig, TransformerConfig, read_json_object
 
@@ -311,15 +312,23 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         arrays = {t.name: _get(params, t, dtype) for t in shard}
-        try:
-            safetensors.numpy.save_file(arrays, path / name, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path / name}: could not be written: {error}") from error
+        write_tensors(path / name, arrays, {"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(a.nbytes for a in arrays.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(
+    path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file; OSError where that fails."""
+    try:
+        safetensors.numpy.save_file(arrays, path, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
+    storage.set_mode(path)  # safetensors writes for the owner alone
 
 
 def _shards(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:

@@ -112,7 +112,8 @@ def decode(
 
     Args:
       codec: A codec with a decoder.
-      codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers.
+      codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers. Others are
+        clamped: a compiled function cannot raise.
       lengths: [B] integers, valid frames of each item; default: all T.
       chunk_seconds: As in `encode`.
 
@@ -179,6 +180,8 @@ def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) ->
     rate = codec.config.frame_rate
     if chunk_seconds is None:
         chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
+    if isinstance(chunk_seconds, np.generic):
+        chunk_seconds = chunk_seconds.item()
     if not (is_number(chunk_seconds) and chunk_seconds >= 0):
         raise ValueError(f"chunk_seconds must be a number of at least 0, got {chunk_seconds!r}")
     if chunk_seconds == 0:
@@ -211,12 +214,11 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
 def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
     c, keep = codec.config, prefix_mask(codes, num_quantizers)
     if chunk_frames == codes.shape[-1]:
-        codes = zero_past(codes.astype(jnp.int32), lengths)
+        codes = zero_past(codes, lengths)
         wav = codec.apply(codes, keep, method="decode")
     else:
 
         def step(caches, codes, span):
-            codes = codes.astype(jnp.int32)
             return codec.apply(codes, caches, span, keep, method="decode_step")
 
         shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
@@ -295,13 +297,15 @@ def check_wav(wav: Any, shape: tuple[str | int, ...]) -> jax.Array:
 
 def check_codes(codes: Any, shape: tuple[str | int, ...]) -> jax.Array:
     """Codes as an array; ValueError unless they are integers and have the shape."""
+    if isinstance(codes, np.ndarray) and codes.dtype in (np.int64, np.uint64):
+        codes = np.clip(codes, 0, np.iinfo(np.int32).max)  # before 64 bits become 32
     return _check_array("codes", codes, shape, jnp.integer, "integers")
 
 
 def _check_array(name: str, x: Any, shape, kind: Any, wanted: str) -> jax.Array:
     try:
         array = jnp.asarray(x)
-    except (TypeError, ValueError) as error:  # text, objects, lists of unequal lengths
+    except (TypeError, ValueError, OverflowError) as error:  # text, lists of unequal lengths
         got = type(x).__name__
         raise ValueError(f"{name} must be an array, {wanted}, got {got}") from error
     check_shape(name, array, shape)

@@ -159,10 +159,13 @@ class ResidualQuantizer(nn.Module):
     def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Codes [B, q, T] of the first q quantizers to quantized latents [B, T, D].
 
-        `keep`, bool [B, q], leaves quantizers out, so that one program decodes every prefix.
+        Codes out of range are clamped. `keep`, bool [B, q], leaves quantizers out, so that one
+        program decodes every prefix.
         """
         batch, num_quantizers, num_frames = codes.shape
         keep = jnp.ones((batch, num_quantizers), bool) if keep is None else keep
+        most = min(self.config.codebook_size - 1, jnp.iinfo(codes.dtype).max)
+        codes = jnp.clip(codes, 0, most).astype(jnp.int32)  # negative ones would count from the end
 
         def step(total, level):
             weights, codes, used = level

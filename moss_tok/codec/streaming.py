@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok import sharding
-from moss_tok.codec.attention import Cache, Span
+from moss_tok.codec.attention import Span
 from moss_tok.codec.inference import (
     Codec,
     check_codes,
@@ -100,8 +100,8 @@ def decode_step(
     Args:
       codec: A codec with a decoder.
       state: Donated: use the returned one from now on.
-      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped:
-        a compiled function cannot raise; `DecoderStream` does.
+      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped, as
+        `decode` does; `DecoderStream` raises.
       lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
 
     Returns:
@@ -129,15 +129,15 @@ def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
       The next state.
 
     Raises:
-      ValueError: `slots` of another shape or type.
+      ValueError: `slots` of another shape or type, or no state.
     """
+    _check_usable(state)
     slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)
     if slots.shape != state.position.shape or slots.dtype != bool:
         raise ValueError(
             f"slots must be booleans of the shape {list(state.position.shape)}, "
             f"got {slots.dtype} {list(slots.shape)}"
         )
-    _check_unused(state)
     return _reset_streams(state, slots)
 
 
@@ -164,38 +164,42 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
         return init()
 
     def place(x):
-        if not isinstance(weight.sharding, jax.sharding.NamedSharding):
-            return weight.sharding
-        names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
-        return sharding.fitting(weight.sharding.mesh, names, x.shape)
+        placed = weight.sharding
+        if isinstance(placed, jax.sharding.NamedSharding):
+            names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
+            placed = sharding.fitting(placed.mesh, names, x.shape)
+        # Not by `out_shardings`: jit keeps their spelling, and takes the steps' for another place.
+        return jax.lax.with_sharding_constraint(x, placed)
 
-    return jax.jit(init, out_shardings=jax.tree.map(place, jax.eval_shape(init)))()
+    return jax.jit(lambda: jax.tree.map(place, init()))()
 
 
 def _check_state(codec: Codec, side: str, state: StreamState) -> None:
     """Raises ValueError unless the state is one of that side: the other's may fit it, silently."""
     check_part(codec, side)
-    fits = isinstance(state, StreamState)
-    if fits:
-        wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
-        fits = wanted == {k: _shapes(cache) for k, cache in state.caches.items()}
-    if not fits:
+    _check_usable(state)
+    wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
+    if wanted != _shapes(state.caches):
         raise ValueError(f"state must be one of init_{side}_stream of this codec")
-    _check_unused(state)
 
 
 @functools.lru_cache(maxsize=64)
-def _cache_shapes(config, compute, side: str, batch_size: int) -> dict[str, tuple]:
-    caches = jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size))
-    return {name: _shapes(cache) for name, cache in caches.items()}
+def _cache_shapes(config, compute, side: str, batch_size: int) -> Any:
+    return _shapes(jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size)))
 
 
-def _shapes(cache: Cache) -> tuple:
-    return cache.keys.shape, cache.keys.dtype, cache.values.shape
+def _shapes(caches: Caches) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), caches)
 
 
-def _check_unused(state: StreamState) -> None:
-    """Raises ValueError where the state has been given to a step before."""
+def _check_usable(state: StreamState) -> None:
+    """Raises ValueError where it is no state, or has been given to a step before."""
+    arrays = jax.tree.leaves(state, is_leaf=lambda x: x is None)
+    if not isinstance(state, StreamState) or not all(hasattr(x, "shape") for x in arrays):
+        raise ValueError(
+            "state must be one of init_encoder_stream or init_decoder_stream, "
+            f"got {type(state).__name__} of {sorted({type(x).__name__ for x in arrays})}"
+        )
     x = state.position
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
         raise ValueError("this state has been used: a step donates it, go on with what it returned")
@@ -220,7 +224,7 @@ def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _decode_step(codec: Codec, state: StreamState, codes, lengths):
-    codes = zero_past(codes.astype(jnp.int32), lengths)
+    codes = zero_past(codes, lengths)
     span = Span(state.position, lengths)
     wav, caches = codec.apply(codes, state.caches, span, method="decode_step")
     wav = zero_past(wav, lengths * codec.config.hop_length)
@@ -265,6 +269,9 @@ class _Stream:
         self._state = _init(codec, self._side, num_slots)
         self._buffers = [self._nothing()] * num_slots
         self._finished = np.zeros(num_slots, bool)
+        self._num_frames = np.zeros(num_slots, int)  # computed so far
+        fastest = round(max(codec.config.stage_rates(self._side)) / codec.config.frame_rate)
+        self._most_frames = (2**31 - 1) // fastest - sizes[-1]  # see `StreamState`
         self._iterator: Iterator[np.ndarray] | None = None
         for size in sizes:  # all slots idle: nothing but the compiling happens
             chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
@@ -282,8 +289,8 @@ class _Stream:
           What came out, with 0 frames or more; or a dict, slot -> what came out.
 
         Raises:
-          ValueError: A wrong block or rate, a slot that does not exist or is finished. No slot is
-            changed.
+          ValueError: A wrong block or rate, a slot that does not exist or is finished, or that has
+            come to the last frame that `StreamState` can count. No slot is changed.
         """
         wanted = self._config.sample_rate
         fits = isinstance(sample_rate, numbers.Real) and sample_rate == wanted
@@ -311,13 +318,20 @@ class _Stream:
         return out[0] if slots is None else out
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
-        """Begins streams anew, finished or not, with empty buffers; default: all."""
+        """Begins streams anew, finished or not, with empty buffers; default: all.
+
+        A `source` is begun anew too. After an interrupt within a step, reset all.
+        """
         chosen = range(len(self._buffers)) if slots is None else slots
         chosen = self._check_slots(chosen, finished=True)
         mask = np.zeros(len(self._buffers), bool)
         mask[chosen] = True
+        if mask.all() and self._state.position.is_deleted():  # lost in a step
+            self._state = _init(self._codec, self._side, len(mask))
         self._state = reset_streams(self._state, mask)
-        self._finished[chosen] = False
+        self._finished[chosen], self._num_frames[chosen] = False, 0
+        if chosen:
+            self._iterator = None
         for slot in chosen:
             self._buffers[slot] = self._nothing()
 
@@ -335,19 +349,20 @@ class _Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        """What the next blocks of `source` give; at its end, what is left."""
+        """What the next blocks of `source` give; at its end, what is left.
+
+        A bad block is an error, as of `push`; what follows goes on with the next.
+        """
         if self._source is None:
             raise ValueError("to iterate, give the stream a source of blocks")
         if self._iterator is None:
-            self._iterator = self._iterate()
-        return next(self._iterator)
-
-    def _iterate(self) -> Iterator[np.ndarray]:
-        for block in self._source:
+            self._iterator = iter(self._source)
+        for block in self._iterator:
             if (out := self.push(block)).shape[-1]:
-                yield out
-        if (out := self.finish()).shape[-1]:
-            yield out
+                return out
+        if not self._finished[0] and (out := self.finish()).shape[-1]:
+            return out
+        raise StopIteration
 
     def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
         """Computes all whole frames in the buffers, and of finished streams all that is left."""
@@ -364,6 +379,7 @@ class _Stream:
             out = self._step(chunk, lengths)
             for slot in slots:
                 num_frames = -(-int(lengths[slot]) // self._unit)
+                self._num_frames[slot] += num_frames
                 parts[slot].append(out[slot, ..., : num_frames * out.shape[-1] // size])
         return {slot: np.concatenate(xs, axis=-1) for slot, xs in parts.items()}
 
@@ -380,15 +396,16 @@ class _Stream:
     def _check_slots(self, slots: Iterable[int], finished: bool = False) -> list[int]:
         if self._state is None:
             raise ValueError("the stream is closed")
-        if not isinstance(slots, Iterable):
-            raise ValueError(f"slots must be a list of integers, got {slots!r}")
-        slots, most = list(dict.fromkeys(slots)), len(self._buffers) - 1
+        try:
+            slots, most = list(slots), len(self._buffers) - 1
+        except TypeError as error:
+            raise ValueError(f"slots must be a list of integers, got {slots!r}") from error
         for slot in slots:
             if not _is_integer(slot) or not 0 <= slot <= most:
                 raise ValueError(f"slot must be 0..{most}, got {slot!r}")
             if self._finished[slot] and not finished:
                 raise ValueError(f"the stream of slot {slot} is finished: reset it to begin anew")
-        return slots
+        return list(dict.fromkeys(slots))
 
     def _checked(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
         self._check_slots(blocks)
@@ -398,6 +415,12 @@ class _Stream:
                 found[slot] = self._check(np.asarray(block))
             except (ValueError, TypeError, RuntimeError) as error:  # of what is no array
                 raise ValueError(f"{self._what} of slot {slot}: {error}") from error
+            size = self._buffers[slot].shape[-1] + found[slot].shape[-1]
+            if self._num_frames[slot] + size // self._unit >= self._most_frames:
+                raise ValueError(
+                    f"a stream has at most {self._most_frames} frames, that of slot {slot} would "
+                    "have more: reset it to begin anew"
+                )
         return found
 
 
@@ -442,7 +465,7 @@ class EncoderStream(_Stream):
         channels = self._config.num_channels
         if wav.ndim != 2 or wav.shape[0] != channels:
             raise ValueError(f"must have the shape [{channels}, S], got {list(wav.shape)}")
-        if wav.dtype.kind != "f":
+        if not jnp.issubdtype(wav.dtype, jnp.floating):  # bfloat16 too
             raise ValueError(f"must be floating point in [-1, 1], got {wav.dtype}")
         with np.errstate(over="ignore"):  # float64 may hold what float32 does not
             wav = wav.astype(np.float32)
@@ -477,7 +500,7 @@ class DecoderStream(_Stream):
             raise ValueError(
                 f"must have the shape [{self._num_quantizers}, T], got {list(codes.shape)}"
             )
-        if codes.dtype.kind not in "iu":
+        if codes.size and codes.dtype.kind not in "iu":  # empty lists are of floats
             raise ValueError(f"must be integers, got {codes.dtype}")
         size = self._config.quantizer.codebook_size
         if codes.size and not (codes.min() >= 0 and codes.max() < size):
