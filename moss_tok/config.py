@@ -617,8 +617,9 @@ def read_codec_config(path: Path) -> CodecConfig:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite real number; true and false are none."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:

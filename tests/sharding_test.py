@@ -57,6 +57,8 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
     boxed = pretrained.boxed_shapes(micro.config)
     shardings = sharding.param_shardings(boxed, mesh)
     params = jax.tree.map(jax.device_put, micro.params, shardings)
+    kernel = params["encoder"]["stage_1"]["layers"]["mlp"]["up"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     batch = sharding.batch_sharding(mesh)
     wav = 0.1 * rng.standard_normal((8, 1, 999), np.float32)
     codec = micro.replace(params=params, compute=ComputeConfig(attention=attention))

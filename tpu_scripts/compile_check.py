@@ -200,8 +200,8 @@ def report(
         useful = flops.step_flops(config, codec, num_samples, language)
     else:
         compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
-        parts = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
-        useful = config.batch_size * sum(sides[part] for part in parts)
+        names = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
+        useful = config.batch_size * sum(sides[name] for name in names)
     audio = num_samples / codec.sample_rate
     parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
     text = (language, config.max_text_tokens)

@@ -180,8 +180,6 @@ def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) ->
     rate = codec.config.frame_rate
     if chunk_seconds is None:
         chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
-    if isinstance(chunk_seconds, np.generic):
-        chunk_seconds = chunk_seconds.item()
     if not (is_number(chunk_seconds) and chunk_seconds >= 0):
         raise ValueError(f"chunk_seconds must be a number of at least 0, got {chunk_seconds!r}")
     if chunk_seconds == 0:

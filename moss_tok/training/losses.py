@@ -93,21 +93,17 @@ def quantizer_losses(
     return losses
 
 
-Features = list[list[jax.Array]]  # per discriminator the outputs of its layers [B, ..., F]
+Features = list[jax.Array]  # the outputs of a discriminator's layers [B, ..., F]
 
 
 def discriminator_loss(real: Features, fake: Features) -> jax.Array:
     """Least squares: judgements go to 1 on recordings, to 0 on reconstructions; [B]."""
-    losses = [
-        item_mean(jnp.square(1 - f32(r[-1]))) + item_mean(jnp.square(f32(f[-1])))
-        for r, f in zip(real, fake, strict=True)
-    ]
-    return sum(losses) / len(losses)
+    return item_mean(jnp.square(1 - f32(real[-1]))) + item_mean(jnp.square(f32(fake[-1])))
 
 
 def adversarial_loss(fake: Features) -> jax.Array:
-    """Least squares: the generator wants to be judged 1; mean over discriminators, [B]."""
-    return sum(item_mean(jnp.square(1 - f32(f[-1]))) for f in fake) / len(fake)
+    """Least squares: the generator wants to be judged 1; [B]."""
+    return item_mean(jnp.square(1 - f32(fake[-1])))
 
 
 def feature_matching_loss(real: Features, fake: Features) -> jax.Array:
@@ -115,14 +111,11 @@ def feature_matching_loss(real: Features, fake: Features) -> jax.Array:
 
     Source: EnCodec, equation 2 of its section 3.4.
     """
-    distances = []
-    for r, f in zip(real, fake, strict=True):
-        layers = [
-            item_mean(jnp.abs(f32(x) - f32(y))) / (item_mean(jnp.abs(f32(x))) + 1e-6)
-            for x, y in zip(r[:-1], f[:-1], strict=True)
-        ]
-        distances.append(sum(layers) / len(layers))
-    return sum(distances) / len(distances)
+    layers = [
+        item_mean(jnp.abs(f32(x) - f32(y))) / (item_mean(jnp.abs(f32(x))) + 1e-6)
+        for x, y in zip(real[:-1], fake[:-1], strict=True)
+    ]
+    return sum(layers) / len(layers)
 
 
 def f32(x: jax.Array) -> jax.Array:

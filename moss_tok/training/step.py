@@ -202,7 +202,7 @@ def _generate(
 
 def _judge(
     config: TrainConfig, name: str, params: Any, part: Batch, *wavs: jax.Array
-) -> list[list[jax.Array]]:
+) -> list[losses.Features]:
     """What one discriminator makes of each of `wavs` [B, C, S], padding zeroed: its features.
 
     A recording and its reconstruction are brought to the level at which the recording peaks at 1.
@@ -233,15 +233,15 @@ def _train_discriminators(
 def _discriminator_gradient(
     config: TrainConfig, params: Any, parts: Batch, wav_hat: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Mean gradient over all microbatches, and the loss of each item [M, B].
+    """Mean gradient over all microbatches, and the loss of each item [M, B], their mean.
 
     One discriminator begins when the last one is done, so that only one's features are held.
     """
 
-    def loss(params, name, part, wav_hat):
+    def loss(judge, name, part, wav_hat):
         # At once: half as many convolutions, which take a TPU's compiler seconds each.
-        real, fake = _judge(config, name, params, part, part["wav"], wav_hat)
-        per_item = losses.discriminator_loss([real], [fake])
+        real, fake = _judge(config, name, judge, part, part["wav"], wav_hat)
+        per_item = losses.discriminator_loss(real, fake) / len(params)
         return per_item.mean() / config.num_microbatches, per_item
 
     def accumulate(total, part):
@@ -250,14 +250,10 @@ def _discriminator_gradient(
             found, judged = jax.grad(loss, has_aux=True)(params[name], name, part, wav_hat)
             gradient[name], wav_hat = jax.lax.optimization_barrier((found, wav_hat))
             per_item += judged
-        return _sum_of_means(total, gradient, len(params)), per_item / len(params)
+        return jax.tree.map(jnp.add, total, gradient), per_item
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     return _scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
-
-
-def _sum_of_means(total: Any, added: Any, count: int) -> Any:
-    return jax.tree.map(lambda x, y: x + y / count, total, added)
 
 
 def _generator_gradient(
@@ -314,20 +310,16 @@ def _judged(
         wavs = (part["wav"], wav_hat)
         (real,), (fake,) = (_judge(config, name, params[name], part, x) for x in wavs)
         terms = {
-            "adversarial_loss": losses.adversarial_loss([fake]),
-            "feature_matching_loss": losses.feature_matching_loss([real], [fake]),
+            "adversarial_loss": losses.adversarial_loss(fake) / len(params),
+            "feature_matching_loss": losses.feature_matching_loss(real, fake) / len(params),
         }
         return _weighted(config, terms).mean() / config.num_microbatches, terms
 
-    total = (
-        jnp.zeros_like(wav_hat),
-        dict.fromkeys(("adversarial_loss", "feature_matching_loss"), 0.0),
-    )
+    total = None
     for name in params:
         found = jax.grad(loss, has_aux=True)(wav_hat, name)
-        total, wav_hat = jax.lax.optimization_barrier(
-            (_sum_of_means(total, found, len(params)), wav_hat)
-        )
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        total, wav_hat = jax.lax.optimization_barrier((total, wav_hat))
     return total
 
 
