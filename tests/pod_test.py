@@ -196,7 +196,10 @@ def test_launch_and_what_the_worker_says(worker):
     (worker / "end").unlink()
     assert run(*launch).returncode == 0
     wait_for("running")
-    pids = [line.split() for line in (worker / "pids").read_text().splitlines()]
+    deadline = time.monotonic() + 30
+    while len(pids := [line.split() for line in (worker / "pids").read_text().splitlines()]) < 2:
+        assert time.monotonic() < deadline  # the lock is taken a moment before train.py starts
+        time.sleep(0.05)
     assert [flag for flag, _ in pids] == ["--flagfile=x"] * 2
     os.killpg(os.getpgid(int(pids[-1][1])), signal.SIGKILL)  # as a reboot
     wait_for("killed")
