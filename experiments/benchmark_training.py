@@ -1,10 +1,10 @@
-"""Steps per second, audio per second and model FLOPs utilisation of training, by preset and stage.
+"""Speed, model FLOPs utilisation and peak memory of training, by preset and stage.
 
     python experiments/benchmark_training.py --presets=tiny,nano --batch_size=8 --seconds=0.96
 
 Random audio that is on the device already, so it measures the step alone. Utilisation is the
 step's useful FLOPs (moss_tok/training/flops.py) over the rate of a large matrix product measured
-in the same run.
+in the same run. The peak is what XLA reserves for the state, the batch and the step.
 """
 
 import argparse
@@ -34,20 +34,24 @@ def peak_flops(dtype: str, size: int) -> float:
     return 2 * size**3 / best
 
 
-def seconds_per_step(config: TrainConfig, codec: CodecConfig, num_steps: int) -> float:
-    """Median of `num_steps` steps after two."""
+def measure(config: TrainConfig, codec: CodecConfig, num_steps: int) -> tuple[float, float]:
+    """Seconds per step, the median of `num_steps` after two, and the peak of memory in GB."""
     shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["wav"] += 0.1 * jax.random.normal(jax.random.key(0), batch["wav"].shape)
     batch["length"] += batch["wav"].shape[-1]
     state = jax.jit(init_state, static_argnums=(0, 1))(config, codec)
+    step = train_step.lower(config, codec, state, batch).compile()
+    memory = step.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     times = []
     for _ in range(num_steps + 2):
         began = time.perf_counter()
-        state, metrics = train_step(config, codec, state, batch)
+        state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - began)
-    return sorted(times[2:])[num_steps // 2]
+    return sorted(times[2:])[num_steps // 2], peak / 1e9
 
 
 def main() -> None:
@@ -67,8 +71,8 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     peak = peak_flops(args.dtype, args.matmul_size)
     print(f"{device}, {args.dtype}: {peak / 1e12:.3g} TFLOP/s in a product of {args.matmul_size}")
-    print("| preset | stage | steps/s | audio s/s | TFLOP per step | utilisation |")
-    print("|---|---|---|---|---|---|")
+    print("| preset | stage | steps/s | audio s/s | TFLOP per step | utilisation | peak |")
+    print("|---|---|---|---|---|---|---|")
     for name in args.presets.split(","):
         codec = preset(name)
         for stage in args.stages.split(","):
@@ -79,12 +83,12 @@ def main() -> None:
                 segment_seconds=args.seconds,
             )  # fmt: skip
             num_samples = segment_samples(config, codec)
-            step = seconds_per_step(config, codec, args.num_steps)
+            step, memory_gb = measure(config, codec, args.num_steps)
             work = flops.step_flops(config, codec, num_samples)
             audio = args.batch_size * num_samples / codec.sample_rate / step
             print(
                 f"| {name} | {stage} | {1 / step:.2f} | {audio:.0f} | {work / 1e12:.3g} | "
-                f"{work / step / peak:.1%} |",
+                f"{work / step / peak:.1%} | {memory_gb:.2f} GB |",
                 flush=True,
             )
 

@@ -9,17 +9,25 @@ from moss_tok import sharding
 from moss_tok.codec import attention
 
 
-def brute_force(q, k, v, window):
-    """Frame by frame in float64."""
+def brute_force(q, k, v, window, out_grad=None):
+    """Frame by frame in float64: what comes out; or, given its gradient, those of q, k, v."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(q)
+    scale, out = q.shape[-1] ** -0.5, np.zeros_like(q)
+    grads = np.zeros((3, *q.shape))
     for t in range(q.shape[2]):
         seen = slice(max(0, t - window + 1), t + 1)
-        scores = np.einsum("bnh,bnsh->bns", q[:, :, t], k[:, :, seen]) / np.sqrt(q.shape[-1])
+        scores = np.einsum("bnh,bnsh->bns", q[:, :, t], k[:, :, seen]) * scale
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out[:, :, t] = np.einsum("bns,bnsh->bnh", weights, v[:, :, seen])
-    return out
+        if out_grad is not None:
+            g = np.asarray(out_grad, np.float64)[:, :, t]
+            grads[2][:, :, seen] += np.einsum("bns,bnh->bnsh", weights, g)
+            change = np.einsum("bnsh,bnh->bns", v[:, :, seen], g)
+            change = weights * (change - (weights * change).sum(-1, keepdims=True)) * scale
+            grads[0][:, :, t] += np.einsum("bns,bnsh->bnh", change, k[:, :, seen])
+            grads[1][:, :, seen] += np.einsum("bns,bnh->bnsh", change, q[:, :, t])
+    return out if out_grad is None else grads
 
 
 def random_qkv(num_frames, seed=0, batch=2, heads=2, dim=8):
@@ -37,16 +45,22 @@ def test_agrees_with_brute_force(implementation, num_frames, window):
     np.testing.assert_allclose(out, brute_force(q, k, v, window), atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "splash"])
-def test_gradients_agree(implementation):
-    qkv = random_qkv(200)
+@pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_agrees_with_brute_force_forward_and_backward(implementation, dtype, tolerance):
+    """At v1's head size; relative to the largest value."""
+    qkv = random_qkv(300, dim=64, batch=1).astype(dtype)
+    grad = random_qkv(300, seed=1, dim=64, batch=1)[0].astype(dtype)
 
-    def loss(qkv, implementation):
-        out = attention.attend(*qkv, 70, implementation, "highest")
-        return jnp.sum(jnp.sin(out) * jnp.arange(200)[:, None])
+    def attend(q, k, v):
+        return attention.attend(q, k, v, 70, implementation, "highest")
 
-    dense, other = (jax.grad(loss)(qkv, name) for name in ("dense", implementation))
-    np.testing.assert_allclose(dense, other, atol=2e-4)
+    out, backward = jax.vjp(attend, *qkv)
+    exact = [brute_force(*qkv, 70), *brute_force(*qkv, 70, grad)]
+    for found, expected in zip((out, *backward(grad)), exact, strict=True):
+        assert found.dtype == dtype
+        found = np.asarray(found, np.float64)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * abs(expected).max())
 
 
 @pytest.mark.parametrize("batch", [4, 3])

@@ -1,5 +1,7 @@
 """What a program costs, read from its HLO, against counting by hand."""
 
+import dataclasses
+import functools
 import importlib.util
 import itertools
 import subprocess
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from moss_tok import config
-from moss_tok.codec import attention
+from moss_tok.codec import attention, transformer
 from moss_tok.language.config import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,32 @@ def test_both_passes_of_a_loop_equal_those_without():
     assert (
         analyse(jax.grad(loss), *shapes).flops == analyse(jax.grad(unrolled), *shapes).flops + extra
     )
+
+
+def test_both_passes_of_a_stage_count_what_xla_counts_unrolled():
+    """Three layers in a scan; and one after the other, which XLA's own count can see."""
+    one = config.TransformerConfig(
+        256, 256, 256, 2, 1, 1024, 96, input_projection=False, output_projection=False
+    )
+    three = dataclasses.replace(one, num_layers=3)
+    compute = config.ComputeConfig(precision="default", attention="dense")
+    x = jnp.zeros((1, 96, 256))
+    stage, layer = transformer.Stage(three, compute, 96), transformer.Stage(one, compute, 96)
+
+    def scanned(params, x):
+        return (stage.apply(params, x)[0] ** 2).sum()
+
+    def unrolled(params, x):
+        for p in params:
+            x = layer.apply(p, x)[0]
+        return (x**2).sum()
+
+    both = functools.partial(jax.grad, argnums=(0, 1))
+    found = jax.jit(both(scanned)).lower(stage.init(jax.random.key(0), x), x).compile()
+    expected = jax.jit(both(unrolled)).lower([layer.init(jax.random.key(0), x)] * 3, x).compile()
+    counted = hlo.analyse(found.as_text()).flops
+    assert counted == hlo.analyse(expected.as_text()).flops
+    assert counted == pytest.approx(expected.cost_analysis()["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +158,20 @@ def test_weak_scaling_grows_the_data_axis(capsys):
     summed = hlo.Collective("all-reduce", "", 100e9, 2, 4, 1, False)
     costs = hlo.Costs(197e12, 0, [gather, summed])
     estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 8, costs, 8 * 197e12)
-    compile_check.show_scaling(estimate, mesh, 3)
+    compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
-    assert [float(row[2]) for row in rows[:3]] == [1 + 0.5, 1 + 0.5 + 1.5, 1 + 0.5 + 1.875]
+    assert [float(row[3]) for row in rows[:3]] == [1 + 0.5, 1 + 0.5 + 1.5, 1 + 0.5 + 1.875]
+    assert {row[2] for row in rows} == {"7"}
     assert [int(row[1]) for row in rows] == [3 * 4**n for n in range(1, 7)]
+
+
+def test_fewer_chips_hold_more_parameters(capsys):
+    costs = hlo.Costs(197e12, 0, [])
+    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 16, costs, 8 * 197e12)
+    mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
+    compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in rows[:3]] == ["13", "7", "7"]
 
 
 def test_lines_that_go_on_and_slices_inside_fusions():

@@ -1,6 +1,7 @@
 """Streams: any split of the input gives what encode and decode of the whole give."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -460,11 +461,14 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
 def test_errors_of_the_steps(v1_tiny):
     state = moss_tok.init_encoder_stream(v1_tiny, 2)
     other = moss_tok.init_decoder_stream(v1_tiny, 2)
+    scalar = state.replace(position=jnp.int32(0))
     # The same stages, but the first hears less.
     patch, stage, *rest = v1_tiny.config.encoder
     stage = dataclasses.replace(stage, context_seconds=0.5 * stage.context_seconds)
     config = dataclasses.replace(v1_tiny.config, encoder=(patch, stage, *rest))
     short = v1_tiny.replace(config=config)
+    of_others = SimpleNamespace(is_fully_addressable=False)  # a global array of several processes
+    elsewhere = v1_tiny.replace(params=jax.tree.map(lambda _: of_others, v1_tiny.params))
     wav, codes = np.zeros((2, 1, 1920), np.float32), np.zeros((2, 8, 1), np.int32)
     for call, message in [
         (lambda: moss_tok.encode_step(v1_tiny, state, wav[:1]), "wav must have the shape"),
@@ -482,6 +486,11 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(short, state, wav), "state must be one of init_encoder"),
         (lambda: moss_tok.encode_step(v1_tiny, None, wav), "init_decoder_stream, got NoneType"),
         (lambda: moss_tok.encode_step(v1_tiny, state.replace(position=None), wav), "got StreamSt"),
+        (lambda: moss_tok.encode_step(v1_tiny, scalar, wav), r"the shape \[B\], got \[\]"),
+        (
+            lambda: moss_tok.EncoderStream(elsewhere),
+            "EncoderStream feeds .* one process, .* encode_step",
+        ),
         (lambda: moss_tok.encode_step(v1_tiny, state.replace(caches=None), wav), "got StreamState"),
         (lambda: moss_tok.decode_step(v1_tiny, state.caches, codes), "state must be .* got dict"),
         (lambda: moss_tok.reset_streams(None, np.ones(2, bool)), "state must be .* got NoneType"),

@@ -214,7 +214,7 @@ def report(
     estimate.show()
     show_traffic(costs)
     if flags.FLAGS.scaling:
-        show_scaling(estimate, mesh, config.batch_size / mesh.size)
+        show_scaling(estimate, mesh, config.batch_size / mesh.size, arguments, peak)
     return fits
 
 
@@ -290,15 +290,18 @@ def show_traffic(costs: hlo.Costs) -> None:
         print(f"  {_giga(num_bytes):>10} GB  {source}")
 
 
-def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: float) -> None:
+def show_scaling(
+    estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: float, arguments: int, peak: int
+) -> None:
     """Prints the estimate for 4 to 4096 chips, each with as many items as now.
 
     A chip computes and reads what it does now; the data axis takes more chips, and fsdp fewer where
-    there are not enough. Transfers in a ring of n send (n - 1) / n of an array.
+    there are not enough, each then with more of the `arguments`. Transfers in a ring of n send
+    (n - 1) / n of an array.
     """
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
-    print("| chips | batch | step, s | links not hidden | estimated utilisation |")
-    print("|---|---|---|---|---|")
+    print("| chips | batch | peak, GB | step, s | links not hidden | estimated utilisation |")
+    print("|---|---|---|---|---|---|")
     for num_chips in (4**n for n in range(1, 7) if 4**n % tensor == 0):
         new_fsdp = min(fsdp, num_chips // tensor)
         new_data = num_chips // tensor // new_fsdp
@@ -317,8 +320,9 @@ def show_scaling(estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: fl
             scaled.collectives.append(c)
         useful = estimate.useful_flops / estimate.num_chips * num_chips
         e = Estimate(estimate.chip, num_chips, scaled, useful)
+        held = _giga(peak + arguments * (fsdp / new_fsdp - 1))
         print(
-            f"| {num_chips} | {items_per_chip * num_chips:g} | {e.step:.3f} | "
+            f"| {num_chips} | {items_per_chip * num_chips:g} | {held} | {e.step:.3f} | "
             f"{e.links / e.step:.1%} | {e.utilisation:.0%} |",
             flush=True,
         )

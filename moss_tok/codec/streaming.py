@@ -201,6 +201,8 @@ def _check_usable(state: StreamState) -> None:
             f"got {type(state).__name__} of {sorted({type(x).__name__ for x in arrays})}"
         )
     x = state.position
+    if len(x.shape) != 1:
+        raise ValueError(f"a state's position must have the shape [B], got {list(x.shape)}")
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
         raise ValueError("this state has been used: a step donates it, go on with what it returned")
 
@@ -266,6 +268,12 @@ class _Stream:
         self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
         self._unit = codec.config.hop_length if self._side == "encoder" else 1  # of a frame
         self._codec, self._config, self._sizes, self._source = codec, codec.config, sizes, source
+        check_part(codec, self._side)
+        if not getattr(jax.tree.leaves(codec.params)[0], "is_fully_addressable", True):
+            raise ValueError(
+                f"{type(self).__name__} feeds the devices of one process, the parameters are on "
+                f"those of several: call {self._side[:-1]}_step with global arrays"
+            )
         self._state = _init(codec, self._side, num_slots)
         self._buffers = [self._nothing()] * num_slots
         self._finished = np.zeros(num_slots, bool)
