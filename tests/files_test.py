@@ -194,6 +194,38 @@ def test_a_streamed_wav_is_whole(tmp_path, length):
     assert files.read(tmp_path / "a.wav", RATE, 1).shape == (1, RATE)
 
 
+def test_a_flac_that_does_not_say_its_length_is_whole(tmp_path):
+    """As an encoder leaves it that writes into a pipe."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, wav := tone(9.0), RATE)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the number of samples, 36 bits
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    assert soundfile.info(path).frames > 2**62
+    assert files.read(path, RATE, 1).shape == (1, wav.size)
+    blocks = list(files.read_blocks(path, RATE, 1, 2.0))
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), files.read(path, RATE, 1))
+    assert files.duration_seconds(path) == 9.0
+    _cut(path, 0.6)
+    with pytest.raises(ValueError, match="a.flac: "):
+        files.read(path, RATE, 1)
+
+
+@pytest.mark.parametrize(("seconds", "kind"), [(1.0, "WAV"), (3.9, "RF64")])
+def test_a_wav_may_be_longer_than_its_header_can_say(tmp_path, monkeypatch, seconds, kind):
+    monkeypatch.setattr(files, "_WAV_BYTES", 4 * RATE * 2 * 2)
+    path = tmp_path / "a.wav"
+    files.write_blocks(path, [np.zeros((2, RATE), np.float32)] * 4, RATE, 2, seconds)
+    assert soundfile.info(path).format.startswith(kind)
+    assert files.read(path, RATE, 2).shape == (2, 4 * RATE)
+    if kind == "WAV":  # whose length was not known before
+        with pytest.raises(ValueError, match="a.wav: longer than a WAV can be; choose .flac"):
+            files.write_blocks(path, [np.zeros((2, RATE), np.float32)] * 5, RATE, 2, seconds)
+        assert soundfile.info(path).frames == 4 * RATE
+        assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+
+
 def test_manifest(tmp_path):
     for i in range(3):
         soundfile.write(tmp_path / f"{i}.wav", tone(0.5), RATE)

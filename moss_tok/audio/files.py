@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import struct
 import tempfile
@@ -16,7 +17,9 @@ import soxr
 
 from moss_tok import storage
 
-_WRITE_FRAMES = 65536
+_BLOCK_FRAMES = 65536
+_UNKNOWN = 2**62  # from here on lengths are unknown: those of streamed files
+_WAV_BYTES = 2**32 - 2**16  # what a WAV's header can say, less the header
 INCOMPLETE = ".incomplete-"  # what names of unfinished files begin with
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
@@ -54,10 +57,22 @@ def read_native(path: str | Path | AudioBytes) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
     path = path if isinstance(path, AudioBytes) else storage.to_path(path)
     with _open(path) as file:
-        wav = file.read(dtype="float32", always_2d=True)
+        if file.frames < _UNKNOWN:
+            wav = file.read(dtype="float32", always_2d=True)
+        else:
+            wav = np.concatenate(list(_read_unknown(file)))
         rate, announced = file.samplerate, file.frames
     _check_complete(path, wav.shape[0], announced)
     return _checked(path, wav), rate
+
+
+def _read_unknown(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """[S, C] after [S, C] of a file that does not say how long it is; the last may be empty."""
+    while True:
+        wav = file.read(_BLOCK_FRAMES, np.float32, always_2d=True)
+        yield wav
+        if wav.shape[0] < _BLOCK_FRAMES:
+            return
 
 
 def read_blocks(
@@ -113,8 +128,7 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def _check_complete(path: storage.Path | AudioBytes, num_read: int, announced: int) -> None:
     """Raises ValueError if fewer frames were read than the header says."""
     missing = 0 if isinstance(path, AudioBytes) else _missing_wav_bytes(path)
-    # Unknown lengths (streamed files) read as the largest integer.
-    if missing or num_read < announced < 2**62:
+    if missing or num_read < announced < _UNKNOWN:
         detail = f"{missing} bytes" if missing else f"{announced - num_read} frames"
         raise ValueError(f"{path}: truncated, {detail} missing")
 
@@ -139,11 +153,17 @@ def read_segment(
 
 
 def duration_seconds(source: str | Path | AudioBytes) -> float:
-    """Length of a file by its header. Raises ValueError where it is no audio."""
+    """Length of a file by its header, or, if that does not say, by reading it.
+
+    Raises:
+      ValueError: It is no audio.
+    """
     if not isinstance(source, AudioBytes) and storage.is_remote(source):
         return _remote_duration_seconds(storage.to_path(source))
     with _open(source) as file:
-        return file.frames / file.samplerate
+        if file.frames < _UNKNOWN:
+            return file.frames / file.samplerate
+        return sum(wav.shape[0] for wav in _read_unknown(file)) / file.samplerate
 
 
 def _remote_duration_seconds(path: storage.Path) -> float:
@@ -184,7 +204,7 @@ def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:
-        with (soundfile.SoundFile if known or not head else _QuietFile)(target) as file:
+        with (_File if known or not head else _QuietFile)(target) as file:
             yield file
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         reason = "truncated or corrupt" if known or mp3 else "not audio"
@@ -222,7 +242,18 @@ class _QuietDecoder:
 _QUIET_DECODER = _QuietDecoder()
 
 
-class _QuietFile(soundfile.SoundFile):
+class _File(soundfile.SoundFile):
+    """Does not look for the end of what does not say where it is: libsndfile takes it for an error.
+
+    Such a file is read in blocks of a given size.
+    """
+
+    def seekable(self) -> bool:
+        """As of the parent."""
+        return self.frames < _UNKNOWN and super().seekable()
+
+
+class _QuietFile(_File):
     """Is quiet while it opens, reads or seeks; between, standard error is the caller's."""
 
     def __init__(self, *args: object, **options: object):
@@ -288,20 +319,30 @@ def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
     if wav.ndim != 2:
         raise ValueError(f"{path}: audio to write must be of the shape [C, S]")
     # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
-    starts = range(0, wav.shape[1], _WRITE_FRAMES)
-    blocks = (wav[:, start : start + _WRITE_FRAMES] for start in starts)
-    write_blocks(path, blocks, sample_rate, wav.shape[0])
+    starts = range(0, wav.shape[1], _BLOCK_FRAMES)
+    blocks = (wav[:, start : start + _BLOCK_FRAMES] for start in starts)
+    write_blocks(path, blocks, sample_rate, wav.shape[0], wav.shape[1] / sample_rate)
 
 
 def write_blocks(
-    path: str | Path, blocks: Iterable[np.ndarray], sample_rate: int, num_channels: int
+    path: str | Path,
+    blocks: Iterable[np.ndarray],
+    sample_rate: int,
+    num_channels: int,
+    seconds: float = 0.0,
 ) -> None:
-    """`write` of blocks [num_channels, S] as they come; the file appears when all are there."""
+    """`write` of blocks [num_channels, S] as they come; the file appears when all are there.
+
+    `seconds` is about how long it will be: what comes near 4 GiB must begin as RF64, not as WAV.
+    """
     path = storage.to_local_path(path)
     check_output(path)
     kind = path.suffix[1:].upper()
     if kind == "OGG" and not 1000 <= sample_rate <= 192000:
         raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
+    most = _WAV_BYTES // (2 * num_channels) if kind == "WAV" else math.inf
+    if seconds * sample_rate > 0.9 * most:
+        kind, most = "RF64", math.inf
     options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
 
     def write_to(file: object) -> None:
@@ -311,6 +352,8 @@ def write_blocks(
             for block in blocks:  # what goes wrong in here is no failure to write
                 if not np.isfinite(block).all():
                     raise ValueError(f"{path}: audio to write must be finite")
+                if out.frames + block.shape[1] > most:
+                    raise ValueError(f"{path}: longer than a WAV can be; choose .flac")
                 with _named_failures(path):
                     out.write(np.clip(block, -1, 1).T)
         finally:

@@ -41,6 +41,12 @@ def chunk_frames(config: Any) -> int:
     return max(1, round(inference.CHUNK_SECONDS * config.frame_rate))
 
 
+def check_not_read(source: str, output: str) -> None:
+    """Raises ValueError where a command would write over the file that it reads."""
+    if Path(source).resolve() == Path(output).resolve():
+        raise ValueError(f"{output}: must not be what is read")
+
+
 def each_file(
     source: str, output: str, suffixes: Sequence[str], function: Callable[[Path, Path], str]
 ) -> int:
@@ -61,7 +67,9 @@ def each_file(
     *kinds, suffix = suffixes
     origin, end = Path(source).resolve(), Path(output).resolve()
     # What a folder's files become must not be read as one of them, now or the next time.
-    if origin == end if origin.is_file() else suffix in kinds and origin in (end, *end.parents):
+    if origin.is_file():
+        check_not_read(source, output)
+    elif suffix in kinds and origin in (end, *end.parents):
         raise ValueError(f"{output}: must not be what is read, nor in it")
     if not Path(source).is_dir():
         print(function(Path(source), Path(output)))

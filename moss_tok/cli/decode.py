@@ -50,7 +50,7 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
         with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
             parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
             wav = _first(parts, file.num_samples)
-            files.write_blocks(output, wav, config.sample_rate, config.num_channels)
+            files.write_blocks(output, wav, config.sample_rate, config.num_channels, seconds)
     return f"{output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes"
 
 

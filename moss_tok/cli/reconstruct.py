@@ -58,7 +58,7 @@ def _reconstruct(codec: Any, num_quantizers: int, source: Path, output: Path) ->
                 sizes.append(wav.shape[1])
             yield wav_hat
 
-    files.write_blocks(output, heard(), *shape)
+    files.write_blocks(output, heard(), *shape, seconds)
     said = f", mel distance {np.average(distances, weights=sizes):.3f}" if distances else ""
     bitrate = f"{config.bitrate(num_quantizers):.0f} bit/s"
     return f"{output}: {bitrate} ({num_quantizers} quantizers){said}"

@@ -89,12 +89,13 @@ def encode(
       `Encoded`: codes [B, num_quantizers, ceil(S / hop_length)] and their lengths.
 
     Raises:
-      ValueError: Wrong shapes, num_quantizers or chunk_seconds out of range, or a codec without
-        encoder.
+      ValueError: Wrong shapes, 2**31 samples or more, num_quantizers or chunk_seconds out of range,
+        or a codec without encoder.
     """
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
     wav = check_wav(wav, ("B", codec.config.num_channels, "S"))
+    _check_num_samples("EncoderStream", wav.shape[-1])
     lengths = check_lengths(lengths, wav)
     num_frames = codec.config.num_frames(wav.shape[-1])
     return _encode(
@@ -121,7 +122,8 @@ def decode(
       `Decoded`: wav [B, C, T * hop_length] and lengths * hop_length.
 
     Raises:
-      ValueError: Wrong shapes or type, chunk_seconds out of range, or a codec without decoder.
+      ValueError: Wrong shapes or type, 2**31 samples or more, chunk_seconds out of range, or a
+        codec without decoder.
     """
     return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
 
@@ -131,10 +133,17 @@ def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) ->
     check_part(codec, "decoder")
     codes = check_codes(codes, ("B", "Q", "T"))
     most = codec.config.check_num_quantizers(codes.shape[1])
+    _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
     lengths = check_lengths(lengths, codes)
     chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
     number = most if num_quantizers is None else num_quantizers
     return _decode(codec, codes, lengths, number, chunk_frames)
+
+
+def _check_num_samples(instead: str, number: int) -> None:
+    """Raises ValueError for more samples than int32 can count; an export's are not known yet."""
+    if isinstance(number, int) and number >= 2**31:
+        raise ValueError(f"{number} samples at once, the most is {2**31 - 1}: use {instead}")
 
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
