@@ -136,7 +136,8 @@ def _same(tree: Any) -> Any:
 def connect(coordinator_address: str, num_processes: int, process_id: int) -> None:
     """Makes this one of several processes that train together, before jax is used.
 
-    On TPU pods and under Slurm or GKE the environment says which; elsewhere the arguments do.
+    On TPU slices (also those of GKE) and under Slurm the environment says which; elsewhere the
+    arguments do. Slurm's processes get one GPU each, those of the arguments all of their host.
 
     Args:
       coordinator_address: HOST:PORT of process 0; empty: as the environment says, else a process
@@ -145,16 +146,28 @@ def connect(coordinator_address: str, num_processes: int, process_id: int) -> No
       process_id: Which one this is, 0..num_processes - 1.
 
     Raises:
-      ValueError: A number out of range, or one without an address.
+      ValueError: A number out of range, a wrong address or none, or others that do not answer.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be 0..{num_processes - 1}, got {process_id}")
+    settings = {}
     if coordinator_address:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        host, _, port = coordinator_address.rpartition(":")
+        if not host or not port.isdecimal() or not 1 <= int(port) < 2**16:
+            raise ValueError(f"coordinator_address must be HOST:PORT, got {coordinator_address!r}")
+        settings = {
+            "coordinator_address": coordinator_address,
+            "num_processes": num_processes,
+            "process_id": process_id,
+            "cluster_detection_method": "deactivate",
+        }
     elif num_processes > 1:
         raise ValueError(f"num_processes {num_processes} needs coordinator_address")
-    elif _in_cluster():
-        jax.distributed.initialize()
+    if settings or _in_cluster():
+        try:
+            jax.distributed.initialize(**settings)
+        except RuntimeError as error:
+            raise ValueError(f"the processes did not find each other: {error}") from error
 
 
 def _in_cluster() -> bool:
@@ -232,18 +245,19 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     An axis that the mesh does not divide stays whole.
 
     Raises:
-      ValueError: A large parameter would be whole on every device of a mesh that shards them.
+      ValueError: A large parameter would be whole on all devices along fsdp (on a mesh without
+        fsdp: along tensor).
     """
-    sharded = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    needed = next((axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1), None)
 
     def sharding(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
         shape = box.value.shape
         placed = fitting(mesh, box.names, shape)
-        if sharded and placed.is_fully_replicated and math.prod(shape) >= LARGE:
+        if needed and needed not in placed.spec and math.prod(shape) >= LARGE:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated on every "
-                f"device, its axes are {box.names}; choose fsdp and tensor that divide one of them"
+                f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated along "
+                f"{needed}, its axes are {box.names}; choose fsdp and tensor that divide them"
             )
         return placed
 

@@ -157,21 +157,37 @@ def test_weak_scaling_grows_the_data_axis(capsys):
     gather = hlo.Collective("all-gather", "", 50e9, 2, 2, 1, False)
     summed = hlo.Collective("all-reduce", "", 100e9, 2, 4, 1, False)
     costs = hlo.Costs(197e12, 0, [gather, summed])
-    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 8, costs, 8 * 197e12)
+    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 0, 8, costs, 8 * 197e12)
     compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
-    assert [float(row[3]) for row in rows[:3]] == [1 + 0.5, 1 + 0.5 + 1.5, 1 + 0.5 + 1.875]
+    # Below 256 chips there are lines, which send half.
+    assert [float(row[3]) for row in rows[:2]] == [1 + 2 * 0.5, 1 + 2 * (0.5 + 1.5)]
+    assert float(rows[3][3]) == pytest.approx(1 + 0.5 + 2 * 63 / 64, abs=1e-3)
     assert {row[2] for row in rows} == {"7"}
     assert [int(row[1]) for row in rows] == [3 * 4**n for n in range(1, 7)]
 
 
 def test_fewer_chips_hold_more_parameters(capsys):
     costs = hlo.Costs(197e12, 0, [])
-    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 16, costs, 8 * 197e12)
+    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 0, 16, costs, 8 * 197e12)
     mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
     compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[2] for row in rows[:3]] == ["13", "7", "7"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rate"),
+    [
+        ("v5p", (4, 4, 4), 200e9),
+        ("v5p", (2, 4, 4), 100e9),
+        ("v4", (2, 2, 1), 50e9),
+        ("v5e", (16, 16), 100e9),
+        ("v6e", (8, 16), 100e9),
+    ],
+)
+def test_short_axes_are_no_rings(kind, sizes, rate):
+    assert compile_check.CHIPS[kind].link_rate(sizes) == rate
 
 
 def test_lines_that_go_on_and_slices_inside_fusions():
@@ -318,6 +334,11 @@ def test_costs_of_an_attention_kernel():
     assert attention.splash_block(frames, frames) == 256
     assert found.flops == heads * 2 * 2 * 256 * 256 * module.head_dim
     assert found.hbm_bytes == heads * 256 * 128 * 2 * (2 + 3)
+    for precision, passes in (("highest", 6), ("high", 6), ("default", 1)):  # it has no high
+        compute = config.ComputeConfig(precision=precision)
+        exact = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
+        assert exact.flops == passes * found.flops
+    compute = config.ComputeConfig(dtype="bfloat16")
     language = LanguageConfig(8, 257, 256, 128, 1, 2, 1, 64)
     names = {"jit(f)/SemanticHead/model/layers/splash_mha_fwd": 2.0}
     found = compile_check.kernel_costs(

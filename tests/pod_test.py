@@ -215,6 +215,11 @@ def test_the_job_for_kubernetes_uses_all_chips_of_its_slice():
     (mesh,) = [flag for flag in container["command"] if flag.startswith("--mesh=")]
     sizes = config.parse_mesh(mesh.removeprefix("--mesh="))
     assert sizes == {"data": -1, "fsdp": 16, "tensor": 1}
+    (rule,) = spec["podFailurePolicy"]["rules"]  # bad input is not tried again
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2]}
+    (rule,) = job["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
 def test_delete():

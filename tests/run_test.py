@@ -20,16 +20,11 @@ from training_test import ADVERSARIAL, CODEC
 import moss_tok
 from moss_tok import storage
 from moss_tok.codec import pretrained
+from moss_tok.evaluation import sweep
 from moss_tok.training import checkpoints, loop, writer
 from moss_tok.training import state as states
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _forget_programs():
-    yield
-    jax.clear_caches()  # see conftest
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +196,23 @@ def test_sigterm_saves_and_says_143(config, tmp_path):
     steps = pretrained.saved_steps(Path(config.workdir))
     assert len(steps) == 1 and rows_without_timing(config.workdir)[-1]["step"] == steps[0]
     wait_until_gone(process.pid)
+
+
+def test_sigterm_in_the_last_evaluation_says_143_and_it_is_repeated(ended, monkeypatch, capsys):
+    config = dataclasses.replace(ended, num_eval_clips=2)
+    evaluate = sweep.evaluate
+
+    def stop(codec, clips, numbers, progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(codec, clips, numbers, progress)
+
+    page = Path(config.workdir) / "evaluation.md"
+    page.unlink()
+    monkeypatch.setattr(sweep, "evaluate", stop)
+    assert not loop.train(config) and not page.exists()
+    assert "stopped by SIGTERM during the last evaluation" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert loop.train(config) and page.exists()
 
 
 def test_workers_end_with_their_parent(config):

@@ -18,6 +18,7 @@ from moss_tok.codec import pretrained
 from moss_tok.config import ComputeConfig, DiscriminatorConfig
 from moss_tok.language import pretrained as language_models
 from moss_tok.training import state as states
+from moss_tok.training import step as steps
 from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.step import sharded_train_step
 
@@ -149,6 +150,8 @@ def test_a_large_parameter_must_not_be_replicated(monkeypatch):
     sharding.param_shardings(boxed, sharding.make_mesh("fsdp:8"))
     with pytest.raises(ValueError, match=r"attention\.qkv .*would be replicated"):
         sharding.param_shardings(boxed, sharding.make_mesh("fsdp:7"))
+    with pytest.raises(ValueError, match="would be replicated along fsdp"):  # heads are split
+        sharding.param_shardings(boxed, sharding.make_mesh("fsdp:3,tensor:2"))
 
 
 @pytest.mark.parametrize(
@@ -181,3 +184,28 @@ def test_rows_of_a_process_and_batches_that_do_not_fit():
     assert sharding.local_rows(mesh, 12) == list(range(12))
     with pytest.raises(ValueError, match="batch_size 6 must be a multiple of 4"):
         sharding.check_batch_size(mesh, 6)
+
+
+@pytest.mark.parametrize(("batch_size", "asked", "found"), [(8, 4, 2), (24, 4, 6), (24, 2, 2)])
+def test_microbatches_are_split_over_the_mesh(batch_size, asked, found):
+    """Else every device would compute all of a microbatch."""
+    config = dataclasses.replace(ADVERSARIAL, batch_size=batch_size, num_microbatches=asked)
+    fitted = steps.fit_microbatches(config, sharding.make_mesh("data:2,fsdp:2,tensor:2"))
+    assert fitted.num_microbatches == found
+    whole = dataclasses.replace(fitted, num_microbatches=asked)
+    assert whole == config
+
+
+@pytest.mark.parametrize("address", ["host", ":1", "host:", "host:0", "host:65536", "host:x"])
+def test_bad_addresses(address):
+    with pytest.raises(ValueError, match="coordinator_address must be HOST:PORT, got"):
+        sharding.connect(address, 2, 1)
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch):
+    def initialize(**settings):
+        raise RuntimeError(f"DEADLINE_EXCEEDED {sorted(settings)}")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="did not find each other: DEADLINE.*num_processes"):
+        sharding.connect("127.0.0.1:1", 2, 1)

@@ -21,6 +21,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import hlo
@@ -57,21 +58,30 @@ class Chip:
       flops: FLOP/s in bfloat16.
       hbm_bytes: Size of the main memory.
       hbm_rate: Its bandwidth, bytes/s.
-      link_rate: Bytes/s along one axis of the torus, both directions.
+      ici_rate: Bytes/s that leave it over all its links.
+      num_axes: Of the torus.
+      ring: An axis with a multiple of so many chips is closed to a ring; others are lines.
     """
 
     flops: float
     hbm_bytes: float
     hbm_rate: float
-    link_rate: float
+    ici_rate: float
+    num_axes: int
+    ring: int
+
+    def link_rate(self, sizes: Sequence[int]) -> float:
+        """Bytes/s along one axis of a slice of these sizes: on a line half of a ring's."""
+        rings = all(n % self.ring == 0 for n in sizes if n > 1)
+        return self.ici_rate / self.num_axes / (1 if rings else 2)
 
 
-# cloud.google.com/tpu/docs; interchip bandwidth over the axes of the torus (3, or 2 for e).
+# cloud.google.com/tpu/docs; of the interchip bandwidth, which counts both ways, the half.
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9 / 3),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9 / 2),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9 / 3),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9 / 2),
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, 3, 4),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 2, 16),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 3, 4),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 2, 16),
 }
 
 
@@ -147,7 +157,7 @@ def kernel_costs(
     """
     total = hlo.Costs()
     half = compute.dtype == "bfloat16"
-    passes = 1 if half else hlo.PASSES.get(compute.precision, 1)
+    passes = 1 if half or compute.precision == "default" else hlo.PASSES["highest"]  # none is high
     for name, times in kernels.items():
         if stage := re.search(r"(encoder|decoder)/stage_(\d+)", name):
             side, number = stage[1], int(stage[2])
@@ -174,6 +184,7 @@ def report(
     codec: CodecConfig,
     mesh: jax.sharding.Mesh,
     chip: Chip,
+    link_rate: float,
     precision: str,
 ) -> bool:
     """Compiles a function, prints what it costs, and returns whether it fits."""
@@ -196,7 +207,8 @@ def report(
     num_samples = step.segment_samples(config, codec)
     items = config.batch_size
     if function == "train_step":
-        items, compute = items // config.num_microbatches, config.compute
+        items //= step.fit_microbatches(config, mesh).num_microbatches
+        compute = config.compute
         useful = flops.step_flops(config, codec, num_samples, language)
     else:
         compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
@@ -206,7 +218,7 @@ def report(
     parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
     text = (language, config.max_text_tokens)
     costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text, parts))
-    estimate = Estimate(chip, mesh.size, costs, useful)
+    estimate = Estimate(chip, link_rate, mesh.size, costs, useful)
     print(f"{function}, compiled in {seconds:.0f} s")
     print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
           f"{_giga(memory.temp_size_in_bytes)}, peak {_giga(peak)} of {_giga(chip.hbm_bytes)} GB"
@@ -223,6 +235,7 @@ class Estimate:
     """Time of one run of a program, from what it computes and moves at published rates."""
 
     chip: Chip
+    link_rate: float
     num_chips: int
     costs: hlo.Costs
     useful_flops: float  # of all chips
@@ -241,7 +254,7 @@ class Estimate:
     def links(self) -> float:
         """Seconds of transfers that nothing hides."""
         waiting = sum(c.num_bytes for c in self.costs.collectives if not c.is_async)
-        return waiting / self.chip.link_rate
+        return waiting / self.link_rate
 
     @property
     def step(self) -> float:
@@ -297,9 +310,10 @@ def show_scaling(
 
     A chip computes and reads what it does now; the data axis takes more chips, and fsdp fewer where
     there are not enough, each then with more of the `arguments`. Transfers in a ring of n send
-    (n - 1) / n of an array.
+    (n - 1) / n of an array; slices too small for a torus have lines for rings.
     """
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    chip = estimate.chip
     print("| chips | batch | peak, GB | step, s | links not hidden | estimated utilisation |")
     print("|---|---|---|---|---|---|")
     for num_chips in (4**n for n in range(1, 7) if 4**n % tensor == 0):
@@ -319,7 +333,9 @@ def show_scaling(
                 c = dataclasses.replace(c, num_bytes=c.num_bytes * now / was)
             scaled.collectives.append(c)
         useful = estimate.useful_flops / estimate.num_chips * num_chips
-        e = Estimate(estimate.chip, num_chips, scaled, useful)
+        rings = num_chips >= chip.ring**chip.num_axes
+        rate = chip.link_rate([chip.ring if rings else chip.ring // 2])
+        e = Estimate(chip, rate, num_chips, scaled, useful)
         held = _giga(peak + arguments * (fsdp / new_fsdp - 1))
         print(
             f"| {num_chips} | {items_per_chip * num_chips:g} | {held} | {e.step:.3f} | "
@@ -369,8 +385,9 @@ def main() -> None:
     print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters"
           f"{f', discriminators {judges / 1e6:.1f} M' if judges else ''}; "
           f"{config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
-    chip = CHIPS[topology.partition(":")[0]]
-    if not all([report(f, config, codec, mesh, chip, precision) for f in functions]):
+    kind, _, shape = topology.partition(":")
+    chip, link_rate = CHIPS[kind], CHIPS[kind].link_rate([int(n) for n in shape.split("x")])
+    if not all([report(f, config, codec, mesh, chip, link_rate, precision) for f in functions]):
         sys.exit(1)
 
 

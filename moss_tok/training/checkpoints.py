@@ -73,19 +73,22 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Starts saving `state`; it may be donated as soon as this returns."""
         self.wait()
-        self._folder.mkdir(exist_ok=True)
+        with storage.named_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
         folder = self._folder / pretrained.step_name(int(state.step))
         trees = _split(state.best_params) | {"state": _flat(_rest(state))}
         if state.discriminators is not None:
             trees[_DISCRIMINATORS] = state.discriminators
         self._check_space(trees)
         try:
-            self._saver.save(
-                folder, args=pretrained.CheckpointArgs(self._codec, trees, self._texts)
-            )
-        except OSError as error:
+            with storage.named_errors(folder):
+                self._saver.save(
+                    folder, args=pretrained.CheckpointArgs(self._codec, trees, self._texts)
+                )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"{folder}: the checkpoint could not be written ({error.strerror}); "
+                f"{folder}: the checkpoint could not be written ({reason}); "
                 f"earlier ones are intact: {self._names()}"
             ) from error
 

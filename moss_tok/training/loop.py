@@ -45,7 +45,8 @@ def train(config: TrainConfig) -> bool:
     """Runs or resumes training in `config.workdir`, evaluating and saving on the way.
 
     Returns:
-      Whether num_steps was reached; False where SIGTERM ended the run after a checkpoint.
+      Whether num_steps was reached and the last evaluation done; False where SIGTERM ended the run
+      after a checkpoint.
 
     Raises:
       ValueError: A wrong setting or bad data, before anything is written; a workdir of a run with
@@ -94,9 +95,10 @@ def train(config: TrainConfig) -> bool:
         if int(state.step) < config.num_steps:
             _say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
             return False
-        run.evaluate(state)
-        sharding.barrier("end")
-    return True
+        finished = sharding.all_agree(run.evaluate(state))  # and the others wait for the first
+    if not finished:
+        _say("stopped by SIGTERM during the last evaluation; the same command repeats it")
+    return finished
 
 
 def _codec_config(config: TrainConfig) -> CodecConfig:
@@ -412,10 +414,13 @@ class Run:
                 f"{self.config.max_failed_share:g}; the files are named above"
             )
 
-    def evaluate(self, state: TrainState) -> None:
-        """Draws the curves, scores the evaluation recordings, and shows some; SIGTERM ends it.
+    def evaluate(self, state: TrainState) -> bool:
+        """Draws the curves, scores the evaluation recordings, and shows some.
 
         The first process does it, on one device; the others wait for it in their next step.
+
+        Returns:
+          Whether it came to its end; SIGTERM breaks it off.
         """
         began, step = time.perf_counter(), int(state.step)
         params = sharding.on_one_device(state.best_params, self._mesh)
@@ -425,8 +430,12 @@ class Run:
             language = None
             if head is not None:
                 language = Language(head, self.language, self.tokenizer)
-            self._show(step, Codec(params, self.codec), language)
+            try:
+                self._show(step, Codec(params, self.codec), language)
+            except _StoppedError:
+                return False
         self._began += time.perf_counter() - began  # rates are of training alone
+        return True
 
     def _show(self, step: int, codec: Codec, language: Language | None) -> None:
         self.log.save_curves()
@@ -438,18 +447,17 @@ class Run:
         if language:
             table, text = self._understand(codec, language, clips)
             texts += [text] * bool(text)
-        with contextlib.suppress(_StoppedError):
-            if self.config.trainable != "language":
-                samples = sweep.samples(codec, clips)
-                self.log.write_samples(step, samples, self.codec.sample_rate)
-                _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
-                scores = self._score(codec, clips)
-                table |= scores
-                note = "mel_loss, stft: lower is better; stoi: higher"
-                texts.append(f"{len(clips)} clips ({note}):\n{sweep.format_table(scores)}")
-            text = "\n\n".join(texts) or "no recording has a text"
-            self.log.write_evaluation(step, table, text)
-            _say(f"step {step}, unseen audio: {text}")
+        if self.config.trainable != "language":
+            samples = sweep.samples(codec, clips)
+            self.log.write_samples(step, samples, self.codec.sample_rate)
+            _say(f"listen: {self.config.workdir}/samples/*.wav, see *.png beside them")
+            scores = self._score(codec, clips)
+            table |= scores
+            note = "mel_loss, stft: lower is better; stoi: higher"
+            texts.append(f"{len(clips)} clips ({note}):\n{sweep.format_table(scores)}")
+        text = "\n\n".join(texts) or "no recording has a text"
+        self.log.write_evaluation(step, table, text)
+        _say(f"step {step}, unseen audio: {text}")
 
     def _understand(
         self, codec: Codec, language: Language, clips: list[sweep.Clip]

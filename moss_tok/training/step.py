@@ -1,5 +1,6 @@
 """One training step as one jitted, donated function: discriminators first, then the generator."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +108,7 @@ def sharded_train_step(
     """
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     mesh = shapes.step.sharding.mesh
+    config = fit_microbatches(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask for it
@@ -119,6 +121,17 @@ def sharded_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=sharding.compiler_options(mesh),
     )
+
+
+def fit_microbatches(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainConfig:
+    """With the fewest microbatches, as many as asked for, that the mesh can split evenly.
+
+    A device with fewer items than that takes them one by one.
+    """
+    items = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
+    most = min(config.num_microbatches, items)
+    number = next(n for n in range(most, items + 1) if items % n == 0)
+    return dataclasses.replace(config, num_microbatches=number)
 
 
 def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
