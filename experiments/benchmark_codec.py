@@ -161,11 +161,11 @@ def _ours(args: argparse.Namespace, function: str) -> dict[str, float]:
             return moss_tok.encode(codec, audio).codes.block_until_ready()
         return moss_tok.decode(codec, codes).wav.block_until_ready()
 
-    stats = jax.devices()[0].memory_stats() or {}
-    device_gb = None
-    if "peak_bytes_in_use" in stats:
-        device_gb = lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9  # noqa: E731
-    return _measure(run, weights_gb, args.repeats, device_gb)
+    def device_gb():
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
+
+    on_gpu = jax.default_backend() == "gpu"
+    return _measure(run, weights_gb, args.repeats, device_gb if on_gpu else None)
 
 
 def _official(args: argparse.Namespace, function: str, compiled: bool = False) -> dict[str, float]:
@@ -189,10 +189,12 @@ def _official(args: argparse.Namespace, function: str, compiled: bool = False) -
         if device == "cuda":
             torch.cuda.synchronize()
 
-    device_gb = (lambda: torch.cuda.max_memory_allocated() / 1e9) if device == "cuda" else None
+    def device_gb():
+        return torch.cuda.max_memory_allocated() / 1e9
+
     bfloat16 = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     with torch.no_grad(), bfloat16:
-        return _measure(run, weights_gb, args.repeats, device_gb)
+        return _measure(run, weights_gb, args.repeats, device_gb if device == "cuda" else None)
 
 
 def _compiled(args: argparse.Namespace, function: str) -> dict[str, float]:
