@@ -453,6 +453,11 @@ class TrainConfig:
                 f"batch_size {self.batch_size} must be a multiple of num_microbatches "
                 f"{self.num_microbatches}"
             )
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps must be 0 or more than warmup_steps {self.warmup_steps}, "
+                f"got {self.decay_steps}"
+            )
         self._check_trainable()
         if not self.workdir:
             raise ValueError("workdir must not be empty")

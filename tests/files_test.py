@@ -56,14 +56,25 @@ def test_channels():
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-@pytest.mark.parametrize(("start", "seconds"), [(0.0, 0.5), (0.25, 0.5), (0.9, 0.5), (5.0, 1.0)])
+@pytest.mark.parametrize(
+    ("start", "seconds"), [(0.0, 0.5), (0.25, 0.5), (0.9, 0.5), (0.99995, 1.0)]
+)
 def test_segments(tmp_path, suffix, start, seconds):
     path = tmp_path / f"a{suffix}"
     soundfile.write(path, tone(), RATE)
     whole = files.read_native(path)[0]
     part = files.read_segment(path, start, seconds, RATE)
-    begin = min(int(start * RATE), RATE - 1)
+    begin = int(start * RATE)
     np.testing.assert_array_equal(part, whole[:, begin : begin + int(seconds * RATE)])
+    with pytest.raises(ValueError, match=f"a{suffix}: .*ends after 1 s"):  # it was longer once
+        files.read_segment(path, 1.0, seconds, RATE)
+
+
+def test_what_the_system_cannot_read(tmp_path):
+    """As where a file system of the network has gone."""
+    (tmp_path / "a.wav").symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match="a.wav: cannot be read .Input/output error"):
+        files.read(tmp_path / "a.wav", RATE, 1)
 
 
 @pytest.mark.parametrize("rate", [24000, 96000])

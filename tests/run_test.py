@@ -188,7 +188,7 @@ def test_sigterm_saves_and_says_143(config, tmp_path):
     metrics = Path(config.workdir) / writer.METRICS
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the data workers get it too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert time.monotonic() - began < 30
@@ -227,7 +227,7 @@ def test_workers_end_with_their_parent(config):
     wait_until_gone(process.pid)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "config.json"])
 def test_a_broken_checkpoint_falls_back(ended, capsys, damage):
     workdir = Path(ended.workdir)
     expected = moss_tok.load(workdir).params
@@ -235,8 +235,10 @@ def test_a_broken_checkpoint_falls_back(ended, capsys, damage):
     data = max((newest / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     if damage == "truncated":
         data.write_bytes(data.read_bytes()[:-100])
-    else:
+    elif damage == "missing":
         data.unlink()
+    else:
+        (newest / damage).write_text("")
     assert loop.train(ended)
     printed = capsys.readouterr().out
     assert "broken checkpoint" in printed and "going back to the checkpoint before" in printed

@@ -142,11 +142,14 @@ def read_segment(
       [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, shorter at the file's end.
 
     Raises:
-      ValueError: No such file, not audio, nothing there, or samples that are no numbers.
+      ValueError: No such file, not audio, nothing there (as where a file was cut since its length
+        was noted), or samples that are no numbers.
     """
     with _open(source) as file:
-        rate = file.samplerate
-        file.seek(min(int(start_seconds * rate), max(0, file.frames - 1)))
+        rate, start = file.samplerate, int(start_seconds * file.samplerate)
+        if 0 < file.frames <= start:
+            raise ValueError(f"ends after {file.frames / rate:g} s")
+        file.seek(start)
         wav = file.read(int(np.ceil(seconds * rate)), np.float32, always_2d=True)
     wav = resample(_checked(source, wav), rate, sample_rate)
     return wav[:, : int(np.ceil(seconds * sample_rate))]
@@ -170,6 +173,12 @@ def _remote_duration_seconds(path: storage.Path) -> float:
     with storage.named_errors(path), path.open("rb") as opened:
         with soundfile.SoundFile(opened) as file:
             return file.frames / file.samplerate
+
+
+def subtype(source: str | Path | AudioBytes) -> str:
+    """How samples are stored, in libsndfile's words: "PCM_24". Raises as `read`."""
+    with _open(source) as file:
+        return file.subtype
 
 
 def level_db(wav: np.ndarray) -> float:
@@ -199,8 +208,11 @@ def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     if isinstance(source, AudioBytes):
         head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
     else:
-        with open(source, "rb") as file:
-            head, suffix, target = file.read(4), source.suffix, source
+        try:
+            with open(source, "rb") as file:
+                head, suffix, target = file.read(4), source.suffix, source
+        except OSError as error:  # a file system of the network, say
+            raise ValueError(f"{source}: cannot be read ({error.strerror})") from error
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:

@@ -208,13 +208,16 @@ class _BadParametersError(ValueError):
 
 
 def _check_files(folder: storage.Path) -> None:
-    """Raises ValueError if a file under `folder` is missing or cut; see `_FILES_NAME`."""
+    """Raises ValueError if a file under `folder`, or a text beside it, is missing or cut.
+
+    See `_FILES_NAME`.
+    """
     listing = folder.parent / _FILES_NAME
     if not listing.exists():
         return
     for name, size_bytes in read_json_object(listing).items():
         file = folder.parent / name
-        if folder not in file.parents:
+        if folder not in file.parents and file.parent != folder.parent:
             continue
         if not file.is_file():
             raise ValueError(f"{folder.parent}: broken checkpoint: {name} is missing")
@@ -248,13 +251,15 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         # One gigabyte in flight: Orbax's default holds a second copy of all arrays.
         self._trees = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
         self._names: tuple[str, ...] = ()
+        self._texts: tuple[str, ...] = ()
 
     async def async_save(self, directory: epath.Path, args: "CheckpointArgs"):
         """Starts writing; the futures end when the arrays are on disk."""
+        texts = {"config.json": args.config.to_json(), **args.files}
         if sharding.is_main_process():
-            for name, text in {"config.json": args.config.to_json(), **args.files}.items():
+            for name, text in texts.items():
                 (directory / name).write_text(text)
-        self._names = tuple(args.trees)
+        self._names, self._texts = tuple(args.trees), tuple(texts)
         futures = []
         for name, tree in args.trees.items():
             (directory / name).mkdir(exist_ok=True)
@@ -281,6 +286,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
             self._trees.finalize(directory / name)
         if sharding.is_main_process():
             files = [p for name in self._names for p in storage.files_under(directory / name)]
+            files += [directory / name for name in self._texts]
             sizes = {str(p.relative_to(directory)): storage.size_bytes(p) for p in files}
             (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
 

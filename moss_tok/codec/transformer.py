@@ -1,6 +1,7 @@
 """A causal Transformer stage: projections around pre-norm blocks under one scan."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ class Projection(nn.Module):
     features: int
     axes: tuple[str, str]
     compute: ComputeConfig
+    out_dtype: Any = None  # default: the compute dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,7 +70,10 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", shape, self.axes, 1, self.compute.dtype)
         x = x.astype(self.compute.dtype)
-        return jnp.einsum("bti,io->bto", x, kernel, precision=self.compute.precision)
+        return jnp.einsum(
+            "bti,io->bto", x, kernel, precision=self.compute.precision,
+            preferred_element_type=self.out_dtype,
+        )  # fmt: skip
 
 
 class SelfAttention(nn.Module):
@@ -177,7 +182,7 @@ class Stage(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, input_dim] -> [B, T, output_dim] in the compute dtype.
+        """[B, T, input_dim] -> [B, T, output_dim], in float32 if it has an output projection.
 
         With a cache, the frames of `span`, which go into it.
         """
@@ -201,5 +206,6 @@ class Stage(nn.Module):
             cache = None if cache is None else cache.write(span, fresh)
         if c.output_projection:
             axes = ("embed", "width")
-            x = Projection(c.output_dim, axes, self.compute, name="output_projection")(x)
+            args = (c.output_dim, axes, self.compute, jnp.float32)  # audio has more than 8 bits
+            x = Projection(*args, name="output_projection")(x)
         return x, cache

@@ -5,8 +5,10 @@ undisturbed one would have, under any number of threads, workers or processes. N
 shuffle filters: what cannot be read or is silent is replaced by draws that follow from its index.
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +20,7 @@ from moss_tok.config import DOMAINS, TASKS, TrainConfig
 from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
 
+_LINGER_SECONDS = 120.0
 _TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
 
 Batch = dict[str, np.ndarray]
@@ -40,6 +43,7 @@ class Segment(grain.transforms.RandomMap):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         _end_with_parent()
+        _outlive_sigterm()
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         """An item of a batch, see `batches`."""
@@ -169,6 +173,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _outlive_sigterm() -> None:
+    """In a worker process: where its whole group gets SIGTERM, the parent still needs batches."""
+
+    def linger(*_: object) -> None:
+        timer = threading.Timer(_LINGER_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    if multiprocessing.parent_process() is not None:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, linger)
 
 
 def batches(

@@ -97,7 +97,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     metadata = item.metadata | {"domain": item.domain, "split": item.split}
     cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
     resampled = settings.sample_rate not in (0, rate)
-    subtype = soundfile.info(item.path).subtype
+    subtype = files.subtype(item.path)
     if not (cut or resampled) and item.path.suffix.lower() == ".flac":
         return [_record(item.path.read_bytes(), name, seconds, metadata)]
     if resampled:

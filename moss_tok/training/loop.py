@@ -103,8 +103,15 @@ def train(config: TrainConfig) -> bool:
 
 def _codec_config(config: TrainConfig) -> CodecConfig:
     """The codec of the newest checkpoint, of `init_from`, or of `model`."""
-    if pretrained.saved_steps(storage.to_path(config.workdir)):
-        return pretrained.load_config(config.workdir)
+    workdir = storage.to_path(config.workdir)
+    steps = pretrained.saved_steps(workdir)
+    for step in reversed(steps):  # the newest may be broken, see `Checkpoints.restore_latest`
+        folder = workdir / pretrained.STEPS_FOLDER / pretrained.step_name(step)
+        try:
+            return pretrained.load_config(folder)
+        except (ValueError, OSError):
+            if step == steps[0]:
+                raise
     if not config.init_from:
         return load_codec_config(config.model or "tiny")
     codec = pretrained.load_config(config.init_from)
@@ -366,7 +373,10 @@ class Run:
 
     def _put(self, batches: Iterator[pipeline.Batch]) -> dict[str, jax.Array]:
         """The next batch on its way to the devices; files that could not be read are named."""
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except RuntimeError as error:  # of grain, where a worker died
+            raise ValueError(f"reading training data: {error}") from error
         failed = batch.pop("failed")
         for number, index in failed[failed[..., 0] >= 0]:
             if (number, index) not in self._bad_files:

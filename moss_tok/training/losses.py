@@ -1,4 +1,8 @@
-"""Training losses. All are float32, and frames that touch padding weigh nothing."""
+"""Training losses. All are float32.
+
+Frames that touch padding weigh nothing in the losses of spectra, waveforms and codes;
+discriminators hear both signals with zeros for padding.
+"""
 
 import math
 

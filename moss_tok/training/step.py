@@ -139,9 +139,10 @@ def segment_samples(config: TrainConfig, codec: CodecConfig) -> int:
     frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
     longest = 1 if config.trainable == "language" else max(config.mel_window_lengths)
     if frames * codec.hop_length < longest:
+        least = -(-longest // codec.hop_length) / codec.frame_rate
         raise ValueError(
-            f"segment_seconds must be at least {longest / codec.sample_rate:.3f} for the longest "
-            f"mel window, got {config.segment_seconds}"
+            f"segment_seconds must be at least {least:g}, whole frames in which the longest mel "
+            f"window fits, got {config.segment_seconds}"
         )
     return frames * codec.hop_length
 

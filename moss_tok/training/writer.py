@@ -99,6 +99,8 @@ class MetricsWriter:
         self, step: int, table: dict[str, dict[str, dict[str, float]]], text: str
     ) -> None:
         """Writes metric averages {domain: {system: {metric: mean}}}, also as `text` to read."""
+        self._files[EVALUATION].close()  # to write over what another run said of this step
+        self._files[EVALUATION] = _open(self._workdir / EVALUATION, step - 1)
         self._write(EVALUATION, step, {"table": table})
         files.write_text(self._workdir / "evaluation.md", f"Step {step}\n\n{text}\n")
         for domain, systems in table.items():
