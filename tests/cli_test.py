@@ -480,3 +480,16 @@ def test_bad_streams(folder, monkeypatch, capfdbinary, data, options, message):
     assert error.startswith(b"error: ")
     assert error.count(b"\n") == 1
     assert message in error.decode()
+
+
+def test_what_is_not_here(folder, monkeypatch, capsys):
+    """Addresses, which a path would change; and packages of an extra."""
+    for command in ("encode", "decode", "reconstruct"):
+        assert main([command, "gs://b/in.wav", "out.wav", "--checkpoint", CODEC]) == 2
+        assert capsys.readouterr().err == "error: gs://b/in.wav: has to be on this machine\n"
+    monkeypatch.setitem(sys.modules, "grain", None)
+    monkeypatch.delitem(sys.modules, "moss_tok.data.pipeline", raising=False)
+    for name in [name for name in sys.modules if name.startswith("moss_tok.data")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["tokenize", ".", "--checkpoint", CODEC, "--output", "codes"]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'moss_tok[train]'\n")

@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import moss_tok
+    from moss_tok import storage
     from moss_tok.audio import files
 
-    if not Path(args.input).is_dir():
+    if not storage.to_local_path(args.input).is_dir():
         files.check_output(args.output)
     codec = moss_tok.load(args.checkpoint, component="decoder")
     codec.config.check_num_quantizers(args.num_quantizers)

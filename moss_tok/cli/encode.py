@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import moss_tok
+    from moss_tok import storage
     from moss_tok.audio import files
 
-    source = Path(args.input)
+    source = storage.to_local_path(args.input)
     if source.is_file():
         if not args.output.endswith(".npz"):
             raise ValueError(f"{args.output}: the name must end in .npz")

@@ -53,5 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed: pip install 'moss_tok[train]'", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-workers", type=int, default=os.cpu_count(), metavar="N", help="processes (all cores)"
     )
     parser.add_argument(
-        "--runner", default="", help="run as an Apache Beam pipeline: DirectRunner, DataflowRunner"
+        "--runner", default="", help="run as an Apache Beam pipeline: DirectRunner, FlinkRunner"
     )
     parser.add_argument(
         "--beam-flags", default="", metavar="FLAGS",

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from moss_tok import storage
     from moss_tok.audio import files
     from moss_tok.codec import pretrained
     from moss_tok.config import TASKS, check_choice
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed must be 0..{2**31 - 1}, got {args.seed}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens)
-    source, kinds = Path(args.input), (_CODES, *files.SUFFIXES)
+    source, kinds = storage.to_local_path(args.input), (_CODES, *files.SUFFIXES)
     paths = [source]
     if source.is_dir():
         paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)

@@ -34,6 +34,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except (ValueError, OSError) as error:
             _fail(error)
+        except ModuleNotFoundError as error:
+            _fail(ValueError(f"{error.name} is not installed: pip install 'moss_tok[train]'"))
 
     app.run(guarded, flags_parser=_parse)
 
