@@ -66,6 +66,8 @@ def train(config: TrainConfig) -> bool:
     _write_config(workdir, config)
     counts = f"{len(mixture)} training segments, {len(eval_items)} evaluation recordings"
     _say(f"{counts}; workdir {workdir}")
+    if 0 < config.decay_steps < config.num_steps:
+        _say(f"warning: the learning rate is 0 from step {config.decay_steps} (decay_steps) on")
     texts = language_models.files(language, tokenizer) if language else {}
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal())
