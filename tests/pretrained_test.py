@@ -55,7 +55,7 @@ def test_every_file_is_listed(checkpoint):
     sizes = json.loads((checkpoint / "files.json").read_text())
     assert sizes == {
         str(p.relative_to(checkpoint)): p.stat().st_size
-        for p in (checkpoint / "params").rglob("*")
+        for p in [checkpoint / "config.json", *(checkpoint / "params").rglob("*")]
         if p.is_file()
     }
 
