@@ -70,6 +70,8 @@ def test_bfloat16_stays_close(v1_tiny):
     assert latents[1].dtype == jnp.float32
     error = jnp.linalg.norm(latents[1] - latents[0]) / jnp.linalg.norm(latents[0])
     assert 0 < error < 0.02
+    heard = moss_tok.decode(half, np.zeros((1, 8, 10), int)).wav
+    assert (heard != heard.astype(jnp.bfloat16)).any()  # audio needs more than its 8 bits
 
 
 def test_blocked_attention_gives_the_same_codes(v1_tiny, rng):

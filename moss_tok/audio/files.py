@@ -164,15 +164,18 @@ def duration_seconds(source: str | Path | AudioBytes) -> float:
     if not isinstance(source, AudioBytes) and storage.is_remote(source):
         return _remote_duration_seconds(storage.to_path(source))
     with _open(source) as file:
-        if file.frames < _UNKNOWN:
-            return file.frames / file.samplerate
-        return sum(wav.shape[0] for wav in _read_unknown(file)) / file.samplerate
+        return _seconds(file)
 
 
 def _remote_duration_seconds(path: storage.Path) -> float:
-    with storage.named_errors(path), path.open("rb") as opened:
-        with soundfile.SoundFile(opened) as file:
-            return file.frames / file.samplerate
+    with storage.named_errors(path), path.open("rb") as opened, _File(opened) as file:
+        return _seconds(file)
+
+
+def _seconds(file: soundfile.SoundFile) -> float:
+    known = file.frames < _UNKNOWN
+    frames = file.frames if known else sum(wav.shape[0] for wav in _read_unknown(file))
+    return frames / file.samplerate
 
 
 def subtype(source: str | Path | AudioBytes) -> str:
@@ -199,20 +202,20 @@ def _checked(source: object, wav: np.ndarray) -> np.ndarray:
 def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
     """Opens audio; whatever goes wrong until it is closed is a ValueError that names it."""
     if not isinstance(source, AudioBytes):
-        source = storage.to_path(source)
-        with storage.named_errors(source):
-            if not source.is_file():
-                raise ValueError(f"{source}: no such file")
-            if storage.is_remote(source):  # whole: libsndfile takes a failed download for the end
-                source = AudioBytes(source.read_bytes(), str(source))
-    if isinstance(source, AudioBytes):
-        head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
-    else:
+        target = source = storage.to_path(source)
         try:
-            with open(source, "rb") as file:
-                head, suffix, target = file.read(4), source.suffix, source
+            with storage.named_errors(source):
+                if not source.is_file():
+                    raise ValueError(f"{source}: no such file")
+                if storage.is_remote(source):  # libsndfile takes a failed download for the end
+                    source = AudioBytes(source.read_bytes(), str(source))
+                else:
+                    with source.open("rb") as file:
+                        head, suffix = file.read(4), source.suffix
         except OSError as error:  # a file system of the network, say
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from error
+    if isinstance(source, AudioBytes):
+        head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
     known = head in _MAGIC
     mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
     try:

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from moss_tok.cli.main import missing_package
 from moss_tok.config import TrainConfig
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -35,7 +36,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         except (ValueError, OSError) as error:
             _fail(error)
         except ModuleNotFoundError as error:
-            _fail(ValueError(f"{error.name} is not installed: pip install 'moss_tok[train]'"))
+            _fail(ValueError(missing_package(error)))
 
     app.run(guarded, flags_parser=_parse)
 
