@@ -641,6 +641,12 @@ PRECISIONS = {
 }
 
 
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to say where a package is missing that only the extra `train` brings."""
+    name = (error.name or str(error)).partition(".")[0]
+    return f"{name} is not installed: pip install 'moss_tok[train]'"
+
+
 def parse_json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object; ValueError if it is something else."""
     try:

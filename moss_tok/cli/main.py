@@ -54,13 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
+        from moss_tok.config import missing_package
+
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def missing_package(error: ModuleNotFoundError) -> str:
-    """What to say where a package is missing that only the extra `train` brings."""
-    name = (error.name or str(error)).partition(".")[0]
-    return f"{name} is not installed: pip install 'moss_tok[train]'"

@@ -7,8 +7,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from moss_tok.cli.main import missing_package
-from moss_tok.config import TrainConfig
+from moss_tok.config import TrainConfig, missing_package
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
