@@ -96,6 +96,8 @@ def test_microbatches_change_nothing(config):
         assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-3), name
     np.testing.assert_allclose(a.code_counts, b.code_counts)
     np.testing.assert_allclose(a.totals.domain_items, b.totals.domain_items)
+    books, others = (state.params["quantizer"]["codebooks"] for state in (a, b))
+    np.testing.assert_allclose(books, others, atol=1e-3)  # the dead ones' new vectors as well
 
 
 def test_discriminators_hear_quiet_and_loud_audio_alike():

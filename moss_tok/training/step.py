@@ -177,6 +177,11 @@ def _split(batch: Batch, num_parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def _join(parts: Any) -> Any:
+    """The inverse of `_split`: the batch in its order, however it was split."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def _map_parts(function: Callable[[Batch], Any], parts: Batch) -> Any:
     """Applies `function` to each microbatch.
 
@@ -451,18 +456,17 @@ def _tracked_codes(
     key: jax.Array,
 ) -> dict[str, Any]:
     """The counts of codes; every `reseed_every` steps also parameters whose dead codes moved."""
-    codes, projected = coded
-    num_frames = codec.num_frames(parts["length"])
-    valid = jnp.arange(codes.shape[-1]) < num_frames[..., None]  # [M, B, T]
-    used = parts["keep"][..., None] & valid[:, :, None]  # [M, B, Q, T]
+    codes, projected = _join((coded[0], jnp.swapaxes(coded[1], 1, 2)))  # [B, Q, T], [B, Q, T, c]
+    keep, length = _join((parts["keep"], parts["length"]))
+    valid = jnp.arange(codes.shape[-1]) < codec.num_frames(length)[:, None]  # [B, T]
+    used = keep[..., None] & valid[:, None]  # [B, Q, T]
     added = _histogram(codes, used, codec.quantizer.codebook_size)
     counts = _COUNT_DECAY * state.code_counts + added
     if not config.reseed_every or config.trainable != "all":
         return {"code_counts": counts}
     trees = {name: changed[name] for name in ("params", "ema") if name in changed}
     books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
-    projected = jnp.moveaxis(projected, 1, 0)  # [Q, M, B, T, c]
-    projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
+    projected = projected.swapaxes(0, 1).reshape(len(counts), valid.size, -1)
     # Trained codebooks are left alone until the counts mean something.
     first = _COUNTED_STEPS if config.init_from else 0
     due = (state.step % config.reseed_every == 0) & (state.step >= first)
@@ -475,8 +479,8 @@ def _tracked_codes(
 
 
 def _histogram(codes: jax.Array, used: jax.Array, codebook_size: int) -> jax.Array:
-    """Codes [M, B, Q, T], counted where `used`, to counts [Q, K]."""
-    codes, used = (jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1) for x in (codes, used))
+    """Codes [B, Q, T], counted where `used`, to counts [Q, K]."""
+    codes, used = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (codes, used))
     count = functools.partial(jnp.bincount, length=codebook_size)
     return jax.vmap(lambda c, u: count(c, weights=u))(codes, used.astype(jnp.float32))
 
