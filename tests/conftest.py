@@ -17,6 +17,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import atexit
 import dataclasses
+import gc
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,10 @@ import pytest
 
 import moss_tok
 from moss_tok.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig, mirror
-from moss_tok.training.state import init_state
+from moss_tok.training import state as states
+
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
+init_state = jax.jit(states.init_state, static_argnums=(0, 1, 4))  # op by op it takes longer
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, leaves_equal
+from conftest import GOLDEN, init_state, leaves_equal
 from run_test import small_run
 from training_test import ADVERSARIAL, CODEC, CONFIG, random_batch
 
@@ -47,7 +47,7 @@ def text_batch(seed=0, batch_size=4, lengths=(3, 0, 1, 4)):
 
 
 def one_step(config, batch, language=LANGUAGE):
-    state = states.init_state(config, CODEC, language=language)
+    state = init_state(config, CODEC, language=language)
     before = jax.tree.map(np.asarray, state.params)
     state, metrics = steps.train_step(config, CODEC, state, batch, language)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, before)
@@ -94,7 +94,7 @@ def test_microbatches_and_other_losses_do_not_change_it():
 def test_dropout_reaches_what_the_head_hears(audio):
     """With codes the head hears the quantizers that are kept, and no others."""
     language = dataclasses.replace(LANGUAGE, audio=audio)
-    params = states.init_state(SEMANTIC, CODEC, language=language).params
+    params = init_state(SEMANTIC, CODEC, language=language).params
 
     @jax.jit
     def loss(keep):

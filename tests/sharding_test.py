@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import init_state
 from flax import linen as nn
 from semantic_test import LANGUAGE, SEMANTIC, text_batch
 from training_test import ADVERSARIAL, CODEC, random_batch
@@ -84,10 +85,7 @@ def test_meshes_train_alike(base, monkeypatch):
     microbatches = 1 if base.adversarial else 2
     config = dataclasses.replace(base, batch_size=8, num_microbatches=microbatches)
     language = LANGUAGE if config.language_model else None
-    fresh = jax.jit(states.init_state, static_argnums=(0, 1, 4))(
-        config, CODEC, None, None, language
-    )
-    fresh = jax.device_get(fresh)
+    fresh = jax.device_get(init_state(config, CODEC, language=language))
 
     def train(text):
         mesh = sharding.make_mesh(text)

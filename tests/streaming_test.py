@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import micro_config
+from conftest import init_state, micro_config
 from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok
@@ -16,7 +16,6 @@ from moss_tok import sharding
 from moss_tok.cli.main import main
 from moss_tok.codec import attention, inference, pretrained, streaming
 from moss_tok.config import CodecConfig, ComputeConfig, QuantizerConfig
-from moss_tok.training.state import init_state
 
 MOST_FRAMES = 108  # more than three of the longest window, in code frames, of the golden models
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
-from conftest import GOLDEN, micro_config
+from conftest import GOLDEN, init_state, micro_config
 from processes_test import finish, slurm_environments
 
 import moss_tok
@@ -23,7 +23,6 @@ from moss_tok import sharding
 from moss_tok.cli.main import main
 from moss_tok.codec import inference, pretrained
 from moss_tok.data import batches, read_codes, records, tokenize
-from moss_tok.training.state import init_state
 
 SIZES = (900, 4000, 4100, 4200, 8000, 15, 7000, 30000, 4300, 1)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import leaves_equal, micro_config
+from conftest import init_state, leaves_equal, micro_config
 
 import moss_tok
 from moss_tok import sharding
@@ -58,7 +58,7 @@ def make_batch(wav, length=2048):
 
 
 def run(config, num_steps, state=None, batch=random_batch):
-    state = states.init_state(config, CODEC) if state is None else state
+    state = init_state(config, CODEC) if state is None else state
     for _ in range(num_steps):
         state, metrics = steps.train_step(config, CODEC, state, batch(int(state.step)))
     return state, metrics
@@ -78,7 +78,7 @@ def test_all_parameters_learn_and_nothing_is_lost(config):
     def parts(state):
         return jax.tree.map(np.asarray, (state.params, state.ema, state.discriminators))
 
-    before = parts(states.init_state(config, CODEC))
+    before = parts(init_state(config, CODEC))
     after, _ = run(config, 3)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, parts(after))
     still = [
@@ -128,7 +128,7 @@ def test_frozen_encoder_and_quantizer_stay(micro, tmp_path):
         ADVERSARIAL, trainable="decoder", init_from=str(tmp_path / "start"), weight_decay=0.5
     )
     before = jax.tree.map(np.asarray, micro.params)
-    state = states.init_state(config, CODEC, jax.tree.map(jnp.copy, micro.params))
+    state = init_state(config, CODEC, jax.tree.map(jnp.copy, micro.params))
     after, _ = run(config, 6, state)
     for params in (after.params, after.ema):
         for part in ("encoder", "quantizer"):
@@ -188,8 +188,8 @@ def test_dropout_draws_all_numbers():
 
 
 def test_counts_leave_padding_and_dropped_quantizers_out():
-    codes = jnp.zeros((1, 2, 3, 4), int).at[0, 1].set(2)  # [M, B, Q, T]
-    used = jnp.ones(codes.shape, bool).at[0, 0, :, 3].set(False).at[0, 1, 2].set(False)
+    codes = jnp.zeros((2, 3, 4), int).at[1].set(2)  # [B, Q, T]
+    used = jnp.ones(codes.shape, bool).at[0, :, 3].set(False).at[1, 2].set(False)
     counts = steps._histogram(codes, used, 4)
     np.testing.assert_array_equal(counts, [[3, 0, 4, 0], [3, 0, 4, 0], [3, 0, 0, 0]])
 
@@ -237,7 +237,7 @@ def test_fresh_model_is_a_low_pass_codec():
         for m in CODEC.encoder
     ]
     codec = micro_config(encoder=tuple(quiet), decoder=mirror(tuple(quiet)))
-    params = states.init_state(CONFIG, codec).params
+    params = init_state(CONFIG, codec).params
     t = np.arange(2048) / RATE
     wav = jnp.asarray(0.3 * np.sin(2 * np.pi * 100 * t), jnp.float32)[None, None]
     model = moss_tok.Codec(params, codec).model
@@ -248,7 +248,7 @@ def test_fresh_model_is_a_low_pass_codec():
 
 def test_fresh_quantizer_knows_sizes():
     """Codes are chosen by angle; the constant dimension makes them follow the size as well."""
-    quantizer = states.init_state(CONFIG, CODEC).params["quantizer"]
+    quantizer = init_state(CONFIG, CODEC).params["quantizer"]
     np.testing.assert_array_equal(quantizer["codebooks"][..., -1], 1)
     np.testing.assert_array_equal(quantizer["in_projections"]["bias"][..., -1], 1)
     np.testing.assert_array_equal(quantizer["in_projections"]["gain"][..., -1], 0)
