@@ -213,7 +213,13 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
-    # On the SparseCores of v5p and v6e: sums of gradients are never hidden otherwise.
+}
+# Sums of gradients: beside what is computed, or by the SparseCores of the chips that let them.
+_SUMS_BESIDE = {
+    "xla_enable_async_reduce_scatter_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+}
+_SUMS_ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -222,7 +228,11 @@ _TPU_OPTIONS = {
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
     """What `jax.jit` should tell the compiler about programs on this mesh."""
-    return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return {}
+    without = device.device_kind in ("TPU v4", "TPU v5 lite")
+    return _TPU_OPTIONS | (_SUMS_BESIDE if without else _SUMS_ON_SPARSE_CORES)
 
 
 def fitting(

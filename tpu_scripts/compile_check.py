@@ -199,9 +199,10 @@ def report(
         return False
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    # What the compiler compares with the chip's memory; temp_size_in_bytes counts loops' buffers
+    # more than once.
+    peak = memory.peak_memory_in_bytes + program
     fits = peak <= chip.hbm_bytes
     costs = hlo.analyse(compiled.as_text())
     num_samples = step.segment_samples(config, codec)
@@ -221,8 +222,8 @@ def report(
     estimate = Estimate(chip, link_rate, mesh.size, costs, useful)
     print(f"{function}, compiled in {seconds:.0f} s")
     print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
-          f"{_giga(memory.temp_size_in_bytes)}, peak {_giga(peak)} of {_giga(chip.hbm_bytes)} GB"
-          f"{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
+          f"{_giga(peak - program - arguments)}, program {_giga(program)}, peak {_giga(peak)} of "
+          f"{_giga(chip.hbm_bytes)} GB{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
     estimate.show()
     show_traffic(costs)
     if flags.FLAGS.scaling:
