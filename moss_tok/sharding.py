@@ -213,16 +213,14 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
-}
-# Sums of gradients: beside what is computed, or by the SparseCores of the chips that let them.
-_SUMS_BESIDE = {
-    "xla_enable_async_reduce_scatter_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-}
-_SUMS_ON_SPARSE_CORES = {
+    # Sums of gradients: by the SparseCores of v5p and v6e...
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+}
+_WITHOUT_SPARSE_CORES = {  # ... and else beside what is computed.
+    "xla_enable_async_reduce_scatter_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
 }
 
 
@@ -232,7 +230,7 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
     if device.platform != "tpu":
         return {}
     without = device.device_kind in ("TPU v4", "TPU v5 lite")
-    return _TPU_OPTIONS | (_SUMS_BESIDE if without else _SUMS_ON_SPARSE_CORES)
+    return _TPU_OPTIONS | (_WITHOUT_SPARSE_CORES if without else {})
 
 
 def fitting(
