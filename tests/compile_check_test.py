@@ -212,19 +212,28 @@ b"}
     assert costs.hbm_bytes == 128 * 4 + 128 * 4 + 4  # the row read and written, and its number
 
 
-def test_what_another_core_does_counts():
-    """A computation of the SparseCore ends with the name of its thread."""
-    text = """\
-%beside (p: f32[8,128]) -> f32[8,128] {
-  %p = f32[8,128]{1,0} parameter(0)
-  ROOT %n = f32[8,128]{1,0} negate(%p)
-}, execution_thread="sparsecore"
+@pytest.mark.parametrize(
+    ("start", "done"),
+    [("call-start(%x), to_apply=%beside", "call"), ("async-start(%x), calls=%started", "async")],
+)
+def test_what_another_core_does_counts(start, done):
+    """A computation of the SparseCore ends with the name of its thread; XLA's dump wraps it."""
+    text = f"""\
+%beside (p: f32[8,128]) -> f32[8,128] {{
+  %p = f32[8,128]{{1,0}} parameter(0)
+  ROOT %n = f32[8,128]{{1,0}} negate(%p)
+}}, execution_thread="sparsecore"
 
-ENTRY %main (x: f32[8,128]) -> f32[8,128] {
-  %x = f32[8,128]{1,0} parameter(0)
-  %s = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) call-start(%x), to_apply=%beside
-  ROOT %d = f32[8,128]{1,0} call-done(%s)
-}
+%started (p: f32[8,128]) -> f32[8,128] {{
+  %p = f32[8,128]{{1,0}} parameter(0)
+  ROOT %c = f32[8,128]{{1,0}} call(%p), to_apply=%beside
+}}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  %s = ((f32[8,128]{{1,0}}), f32[8,128]{{1,0}}) {start}, async_execution_thread="sparsecore"
+  ROOT %d = f32[8,128]{{1,0}} {done}-done(%s)
+}}
 """
     assert hlo.analyse(text).hbm_bytes == 2 * 8 * 128 * 4
 
@@ -354,6 +363,25 @@ def test_a_codec_on_a_v5e_host(source, golden_dir):
     done = check(*source, "--topology=v5e:2x2", "--functions=encode", "--batch_size=4")
     assert done.returncode == 0, done.stderr
     assert "encode, compiled" in done.stdout and "utilisation" in done.stdout
+
+
+def test_a_train_step_on_a_v5e_host():
+    pytest.importorskip("libtpu")
+    run = ["--flagfile=experiments/nano_pretrain.flags", "--batch_size=16", "--mesh=fsdp:4"]
+    done = check(*run, "--topology=v5e:2x2", "--functions=train_step", "--nocode")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "reduce-scatter" in done.stdout and "asynchronous" in done.stdout
+
+
+def test_no_figure_waits_for_the_machine_code():
+    pytest.importorskip("libtpu")
+    flags = ["--model=nano", "--topology=v5p:2x2x1", "--functions=encode", "--batch_size=4"]
+    whole, quick = check(*flags), check(*flags, "--nocode")
+    assert (whole.returncode, quick.returncode, quick.stderr) == (0, 0, "")
+    whole, quick = whole.stdout.splitlines(), quick.stdout.splitlines()
+    assert quick[2].startswith("encode, optimised in ")
+    assert quick[3].split(", temp")[0] == whole[3].split(", temp")[0]
+    assert quick[4:] == whole[4:]
 
 
 def test_what_does_not_fit_is_said():

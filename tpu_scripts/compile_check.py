@@ -4,6 +4,7 @@ r"""Compiles a run for a TPU slice, on a machine without one: does it fit, what 
         --flagfile=experiments/nano_pretrain.flags
 
 Needs libtpu (`pip install 'jax[tpu]'`). Every flag of train.py is taken. Exit code 1: does not fit.
+With --nocode it ends when memory is assigned: the machine code takes most of the time.
 See tpu_scripts/README.md for what the estimate is made of.
 """
 
@@ -20,8 +21,11 @@ import dataclasses
 import math
 import re
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hlo
@@ -46,6 +50,8 @@ from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
 from moss_tok.training import flags as train_flags
 from moss_tok.training import flops, state, step
+
+jax.config.update("jax_enable_compilation_cache", False)  # programs for no device of this machine
 
 FUNCTIONS = ("train_step", "encode", "decode")
 
@@ -130,6 +136,60 @@ def _params(codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler makes: the optimised HLO, and bytes of a chip.
+
+    Attributes:
+      text: The HLO.
+      arguments: Bytes.
+      peak: What the compiler holds against the chip's memory, the arguments included.
+        (temp_size_in_bytes counts loops' buffers more than once.)
+      code: Bytes of the machine code; None: not made.
+    """
+
+    text: str
+    arguments: int
+    peak: int
+    code: int | None
+
+
+def compiled(lowered: jax.stages.Lowered) -> Program:
+    """The whole of it."""
+    made = lowered.compile()
+    memory = made.memory_analysis()
+    arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    return Program(made.as_text(), arguments, memory.peak_memory_in_bytes, code)
+
+
+def optimised(lowered: jax.stages.Lowered) -> Program:
+    """The program when memory is assigned, of XLA's dump; the compiler goes on in its thread."""
+    errors = []
+
+    def compile(folder: str) -> None:
+        try:
+            lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except Exception as error:
+            errors.append(error)
+
+    def dumped(ending: str) -> str:
+        found = Path(folder).glob(f"*.after_optimizations{ending}.txt")
+        return "".join(path.read_text() for path in found)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        threading.Thread(target=compile, args=(folder,), daemon=True).start()
+        text = ""
+        while not text or text != dumped("_after_buffer_assignment"):  # the last to be written
+            text = dumped("_after_buffer_assignment")
+            time.sleep(1)
+            if errors:
+                raise errors[0]
+        buffers, memory = dumped("-buffer-assignment"), dumped("-memory-usage-report")
+    arguments = re.findall(r"^allocation \d+: size (\d+), parameter", buffers, re.M)
+    peak = re.search(r"color=0\)\nTotal bytes: (\d+)", memory)
+    return Program(text, sum(map(int, arguments)), int(peak[1]), None)
+
+
 def kernel_costs(
     kernels: dict[str, float],
     codec: CodecConfig,
@@ -191,20 +251,17 @@ def report(
     language, _ = language_models.of_run(config, codec)
     began = time.perf_counter()
     try:
-        compiled = lower(function, config, codec, mesh, precision).compile()
+        make = compiled if flags.FLAGS.code else optimised
+        program = make(lower(function, config, codec, mesh, precision))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"{function}: DOES NOT FIT: {' '.join(str(error).split())[:300]}", flush=True)
         return False
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
-    # What the compiler compares with the chip's memory; temp_size_in_bytes counts loops' buffers
-    # more than once.
-    peak = memory.peak_memory_in_bytes + program
+    peak = program.peak + (program.code or 0)
     fits = peak <= chip.hbm_bytes
-    costs = hlo.analyse(compiled.as_text())
+    costs = hlo.analyse(program.text)
     num_samples = step.segment_samples(config, codec)
     items = config.batch_size
     if function == "train_step":
@@ -220,14 +277,16 @@ def report(
     text = (language, config.max_text_tokens)
     costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text, parts))
     estimate = Estimate(chip, link_rate, mesh.size, costs, useful)
-    print(f"{function}, compiled in {seconds:.0f} s")
-    print(f"  bytes per chip   arguments {_giga(arguments)}, temporaries "
-          f"{_giga(peak - program - arguments)}, program {_giga(program)}, peak {_giga(peak)} of "
+    made = "optimised" if program.code is None else "compiled"
+    code = "" if program.code is None else f", code {_giga(program.code)}"
+    print(f"{function}, {made} in {seconds:.0f} s")
+    print(f"  bytes per chip   arguments {_giga(program.arguments)}, temporaries "
+          f"{_giga(program.peak - program.arguments)}{code}, peak {_giga(peak)} of "
           f"{_giga(chip.hbm_bytes)} GB{'' if fits else ': DOES NOT FIT'}")  # fmt: skip
     estimate.show()
     show_traffic(costs)
     if flags.FLAGS.scaling:
-        show_scaling(estimate, mesh, config.batch_size / mesh.size, arguments, peak)
+        show_scaling(estimate, mesh, config.batch_size / mesh.size, program.arguments, peak)
     return fits
 
 
@@ -388,7 +447,11 @@ def main() -> None:
           f"{config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
     kind, _, shape = topology.partition(":")
     chip, link_rate = CHIPS[kind], CHIPS[kind].link_rate([int(n) for n in shape.split("x")])
-    if not all([report(f, config, codec, mesh, chip, link_rate, precision) for f in functions]):
+    fit = all([report(f, config, codec, mesh, chip, link_rate, precision) for f in functions])
+    if not flags.FLAGS.code:
+        sys.stdout.flush()
+        os._exit(0 if fit else 1)  # the compiler is still at work
+    if not fit:
         sys.exit(1)
 
 
@@ -397,6 +460,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5p:2x2x1", "kind and shape of the slice")
     flags.DEFINE_string("functions", ",".join(FUNCTIONS), "what is compiled")
     flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
+    flags.DEFINE_bool("code", True, "machine code too: most of the time; no figure but its size")
     flags.DEFINE_integer("top", 0, "also so many operations with the most memory traffic")
     flags.DEFINE_bool("scaling", False, "also the estimate for 4 to 4096 chips, by weak scaling")
     train_flags.run(main)

@@ -176,8 +176,8 @@ class _Module:
         if i.opcode == "call":
             total.add(self._run(i.called("to_apply")))
             return
-        if i.opcode == "call-start":  # beside, on a SparseCore
-            beside = self._run(i.called("to_apply"))
+        if 'async_execution_thread="sparsecore"' in i.attributes or i.opcode == "call-start":
+            beside = self._run(i.called("to_apply") or i.called("calls"))
             moving = [dataclasses.replace(c, is_async=True) for c in beside.collectives]
             total.add(dataclasses.replace(beside, collectives=moving))
             return
