@@ -22,11 +22,12 @@ from moss_tok.config import MESH_AXES, parse_mesh
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    # Before "embed": at width 1280 the parts of fsdp:16 would be padded, and summed as a whole.
+    ("head_dim", "fsdp"),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
-    ("head_dim", None),
     ("qkv", None),
     ("layers", None),
     ("width", None),
@@ -238,19 +239,22 @@ def fitting(
 ) -> NamedSharding:
     """Sharding of an array whose axes have logical names; what does not divide stays whole."""
 
-    def parts(axes: str | tuple[str, ...] | None) -> int:
+    def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(mesh.shape[axis] for axis in axes)
+        return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
-    axes = nn.logical_to_mesh_axes(names, RULES)
-    spec = [a if n % parts(a) == 0 else None for a, n in zip(axes, shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    while True:
+        axes = nn.logical_to_mesh_axes(names, RULES)
+        fit = [divides(size, a) for size, a in zip(shape, axes, strict=True)]
+        if all(fit):
+            return NamedSharding(mesh, axes)
+        names = [name if f else None for name, f in zip(names, fit, strict=True)]
 
 
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     """NamedShardings for a tree of parameters whose leaves carry logical names (boxed).
 
-    An axis that the mesh does not divide stays whole.
+    An axis that the mesh does not divide stays whole, and the next of its rule takes its place.
 
     Raises:
       ValueError: A large parameter would be whole on all devices along fsdp (on a mesh without
