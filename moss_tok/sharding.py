@@ -237,7 +237,10 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
 def fitting(
     mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
-    """Sharding of an array whose axes have logical names; what does not divide stays whole."""
+    """Sharding of an array whose axes have logical names.
+
+    What does not divide stays whole, and gives its part of the mesh to the next axis in RULES.
+    """
 
     def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
         axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -254,7 +257,7 @@ def fitting(
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     """NamedShardings for a tree of parameters whose leaves carry logical names (boxed).
 
-    An axis that the mesh does not divide stays whole, and the next of its rule takes its place.
+    They are `fitting`.
 
     Raises:
       ValueError: A large parameter would be whole on all devices along fsdp (on a mesh without

@@ -141,6 +141,15 @@ def test_moments_are_split_like_their_parameters():
     assert wide == [jax.sharding.PartitionSpec(None, None, "fsdp")] * 4 * 3
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "spec"), [(8, (None, "tensor", "fsdp", None)), (6, (None, "tensor", None, "fsdp"))]
+)
+def test_the_width_is_split_where_the_head_size_does_not_divide(head_dim, spec):
+    names, mesh = ("layers", "heads", "head_dim", "embed"), sharding.make_mesh("fsdp:4,tensor:2")
+    found = sharding.fitting(mesh, names, (3, 2, head_dim, 12))
+    assert found.spec == jax.sharding.PartitionSpec(*spec)
+
+
 def test_a_large_parameter_must_not_be_replicated(monkeypatch):
     monkeypatch.setattr(sharding, "LARGE", 500)
     boxed = pretrained.boxed_shapes(CODEC)

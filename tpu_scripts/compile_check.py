@@ -51,8 +51,6 @@ from moss_tok.language.config import LanguageConfig
 from moss_tok.training import flags as train_flags
 from moss_tok.training import flops, state, step
 
-jax.config.update("jax_enable_compilation_cache", False)  # programs for no device of this machine
-
 FUNCTIONS = ("train_step", "encode", "decode")
 
 
@@ -144,7 +142,6 @@ class Program:
       text: The HLO.
       arguments: Bytes.
       peak: What the compiler holds against the chip's memory, the arguments included.
-        (temp_size_in_bytes counts loops' buffers more than once.)
       code: Bytes of the machine code; None: not made.
     """
 
@@ -159,6 +156,7 @@ def compiled(lowered: jax.stages.Lowered) -> Program:
     made = lowered.compile()
     memory = made.memory_analysis()
     arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    # Not temp_size_in_bytes, which counts the buffers of loops more than once.
     return Program(made.as_text(), arguments, memory.peak_memory_in_bytes, code)
 
 
@@ -166,7 +164,7 @@ def optimised(lowered: jax.stages.Lowered) -> Program:
     """The program when memory is assigned, of XLA's dump; the compiler goes on in its thread."""
     errors = []
 
-    def compile(folder: str) -> None:
+    def run(folder: str) -> None:
         try:
             lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except Exception as error:
@@ -177,7 +175,7 @@ def optimised(lowered: jax.stages.Lowered) -> Program:
         return "".join(path.read_text() for path in found)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        threading.Thread(target=compile, args=(folder,), daemon=True).start()
+        threading.Thread(target=run, args=(folder,), daemon=True).start()
         text = ""
         while not text or text != dumped("_after_buffer_assignment"):  # the last to be written
             text = dumped("_after_buffer_assignment")
@@ -420,6 +418,7 @@ def _giga(x: float) -> str:
 
 def main() -> None:
     """Checks the functions that the flags name."""
+    jax.config.update("jax_enable_compilation_cache", False)  # no device here could run them
     topology, precision = flags.FLAGS.topology, flags.FLAGS.precision
     functions = flags.FLAGS.functions.split(",")
     for function in functions:

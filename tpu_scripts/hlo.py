@@ -133,7 +133,7 @@ def analyse(text: str) -> Costs:
     """Costs of one run of an optimised module.
 
     Args:
-      text: `compiled.as_text()`.
+      text: `compiled.as_text()`, or the program in XLA's dump.
 
     Raises:
       ValueError: A loop whose number of turns the text does not say, or a line of unknown form.
@@ -176,7 +176,7 @@ class _Module:
         if i.opcode == "call":
             total.add(self._run(i.called("to_apply")))
             return
-        if 'async_execution_thread="sparsecore"' in i.attributes or i.opcode == "call-start":
+        if 'async_execution_thread="sparsecore"' in i.attributes:  # beside
             beside = self._run(i.called("to_apply") or i.called("calls"))
             moving = [dataclasses.replace(c, is_async=True) for c in beside.collectives]
             total.add(dataclasses.replace(beside, collectives=moving))

@@ -87,7 +87,7 @@ def train_step(
     )
     changed["params"] = state.params | params
     changed |= _averaged(config, state, changed["params"])
-    changed |= _tracked_codes(config, codec, state, changed, parts, coded, reseed_key)
+    changed |= _tracked_codes(config, codec, state, changed, batch, coded, reseed_key)
     metrics = {name: x.mean() for name, x in terms.items()} | norms
     if language is not None:
         metrics["text_steps"] = batch["text_weight"].any().astype(jnp.float32)
@@ -451,15 +451,14 @@ def _tracked_codes(
     codec: CodecConfig,
     state: TrainState,
     changed: dict[str, Any],
-    parts: Batch,
+    batch: Batch,
     coded: tuple[jax.Array, jax.Array],
     key: jax.Array,
 ) -> dict[str, Any]:
     """The counts of codes; every `reseed_every` steps also parameters whose dead codes moved."""
     codes, projected = _join((coded[0], jnp.swapaxes(coded[1], 1, 2)))  # [B, Q, T], [B, Q, T, c]
-    keep, length = _join((parts["keep"], parts["length"]))
-    valid = jnp.arange(codes.shape[-1]) < codec.num_frames(length)[:, None]  # [B, T]
-    used = keep[..., None] & valid[:, None]  # [B, Q, T]
+    valid = jnp.arange(codes.shape[-1]) < codec.num_frames(batch["length"])[:, None]  # [B, T]
+    used = batch["keep"][..., None] & valid[:, None]  # [B, Q, T]
     added = _histogram(codes, used, codec.quantizer.codebook_size)
     counts = _COUNT_DECAY * state.code_counts + added
     if not config.reseed_every or config.trainable != "all":
