@@ -210,6 +210,7 @@ def all_agree(yes: bool) -> bool:
 _TPU_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     "xla_enable_async_all_gather": True,
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,  # else by sums of zeros over fsdp alone
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
