@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "moss_tok"
-ATTENTION = ("auto", "dense", "blocked", "splash")
+ATTENTION = ("auto", "dense", "blocked", "splash", "cudnn")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 STAGES = ("pretrain", "adversarial")
@@ -246,7 +246,7 @@ class ComputeConfig:
       dtype: "float32" or "bfloat16" for the Transformers; parameters, norms, softmax, RoPE and
         the quantizer stay in float32.
       precision: Matmul precision of jax.lax: "default", "high" or "highest".
-      attention: "auto", "dense" or "blocked".
+      attention: "auto", "dense", "blocked", "splash" or "cudnn", see `attention.attend`.
       remat: What the backward pass recomputes per block: "none", "dots" (all but matmuls), "full".
     """
 

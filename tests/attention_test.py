@@ -1,5 +1,7 @@
 """Attention against brute force, RoPE against float64, memory linear in the length."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,22 +47,44 @@ def test_agrees_with_brute_force(implementation, num_frames, window):
     np.testing.assert_allclose(out, brute_force(q, k, v, window), atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
-def test_agrees_with_brute_force_forward_and_backward(implementation, dtype, tolerance):
-    """At v1's head size; relative to the largest value."""
-    qkv = random_qkv(300, dim=64, batch=1).astype(dtype)
-    grad = random_qkv(300, seed=1, dim=64, batch=1)[0].astype(dtype)
-
-    def attend(q, k, v):
-        return attention.attend(q, k, v, 70, implementation, "highest")
-
+def check_gradients(attend, num_frames, window, dtype, tolerance):
+    """At v1's head size, against brute force; relative to the largest value."""
+    qkv = random_qkv(num_frames, dim=64, batch=1).astype(dtype)
+    grad = random_qkv(num_frames, seed=1, dim=64, batch=1)[0].astype(dtype)
     out, backward = jax.vjp(attend, *qkv)
-    exact = [brute_force(*qkv, 70), *brute_force(*qkv, 70, grad)]
+    exact = [brute_force(*qkv, window), *brute_force(*qkv, window, grad)]
     for found, expected in zip((out, *backward(grad)), exact, strict=True):
         assert found.dtype == dtype
         found = np.asarray(found, np.float64)
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_agrees_with_brute_force_forward_and_backward(implementation, dtype, tolerance):
+    def attend(q, k, v):
+        return attention.attend(q, k, v, 70, implementation, "highest")
+
+    check_gradients(attend, 300, 70, dtype, tolerance)
+
+
+@pytest.mark.skipif(not attention._on("nvidia"), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mesh", ["", "data:1"])
+@pytest.mark.parametrize(("num_frames", "window"), [(300, 70), (300, 300), (257, 60), (2, 1)])
+def test_cudnn_agrees_with_brute_force(num_frames, window, mesh):
+    def attend(q, k, v):
+        return attention.attend(q, k, v, window)
+
+    assert attention.choose(num_frames, 64, jnp.bfloat16) == "cudnn"
+    with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        check_gradients(jax.jit(attend), num_frames, window, "bfloat16", 2e-2)
+
+
+@pytest.mark.skipif(attention._on("nvidia"), reason="of machines without an NVIDIA GPU")
+def test_cudnn_says_what_it_needs():
+    q, k, v = random_qkv(8)
+    with pytest.raises(ValueError, match="attention=cudnn needs an NVIDIA GPU"):
+        attention.attend(q, k, v, 4, "cudnn")
 
 
 @pytest.mark.parametrize("batch", [4, 3])

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the GPU
 # Eight devices; and most of the time goes into compiling, so it is told not to try hard.
 os.environ.setdefault(
     "XLA_FLAGS",

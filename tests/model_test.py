@@ -74,6 +74,21 @@ def test_bfloat16_stays_close(v1_tiny):
     assert (heard != heard.astype(jnp.bfloat16)).any()  # audio needs more than its 8 bits
 
 
+def test_bfloat16_gradients_stay_close(micro):
+    """Also those of the layers' scales, which are multiplied into the weights then."""
+    wav = 0.1 * jax.random.normal(jax.random.key(0), (2, 1, 16 * 100))
+
+    def loss(params, compute):
+        model = CodecModel(micro.config, compute)
+        return jnp.square(model.apply({"params": params}, wav, method="latents")).sum()
+
+    exact = jax.grad(loss)(micro.params, ComputeConfig())["encoder"]
+    half = ComputeConfig(dtype="bfloat16", remat="dots")
+    found = jax.grad(loss)(micro.params, half)["encoder"]
+    error = jax.tree.map(lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(a), exact, found)
+    assert 0 < max(jax.tree.leaves(error)) < 0.03
+
+
 def test_blocked_attention_gives_the_same_codes(v1_tiny, rng):
     wav = 0.1 * rng.standard_normal((1, 1, 72000), np.float32)
     blocked = dataclasses.replace(v1_tiny, compute=ComputeConfig(attention="blocked"))

@@ -5,7 +5,7 @@ Shapes: q, k, v are [B, N, T, H]; see the legend in `moss_tok/__init__.py`.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,9 +16,11 @@ from jax.sharding import PartitionSpec
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 _BLOCK_FRAMES = (64, 256)
-RESIDUALS = "attention"  # what the splash kernel keeps for its backward pass, for jax.checkpoint
+_RESIDUALS = "attention"  # what the splash kernel keeps for its backward pass
 _LANES = 128  # the splash kernel's blocks are multiples of this,
 _LARGEST_BLOCK = 8  # at most so many
+_CUDNN_CAPABILITY = 8.0  # of GPUs from Ampere on
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
 
 
 def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Array:
@@ -82,39 +84,67 @@ def attend(
       window: Number of keys a query sees, its own included.
       implementation: "dense" builds [T, T] scores; "blocked" walks over blocks of queries and
         needs memory linear in T, backward too; "splash" is a TPU kernel that skips what the
-        window hides (on CPUs it is interpreted, which is slow); "auto": see `choose`.
+        window hides (on CPUs it is interpreted, which is slow); "cudnn" is that of NVIDIA GPUs, in
+        bfloat16 or float16; "auto": see `choose`.
       precision: Matmul precision.
 
     Returns:
       [B, N, T, H] in q's dtype.
+
+    Raises:
+      ValueError: "cudnn" without such a GPU, type or head size.
     """
     num_frames = q.shape[2]
     if isinstance(num_frames, int):  # else of an export, of any size
         window = min(window, num_frames)
     if implementation == "auto":
-        implementation = choose(num_frames)
+        implementation = choose(num_frames, q.shape[-1], q.dtype)
     if implementation == "dense":
         t = jnp.arange(num_frames)
         mask = (t[None] <= t[:, None]) & (t[None] > t[:, None] - window)
         return _masked_attention(q, k, v, mask, precision)
-    attention = {"blocked": _blocked, "splash": _splash}[implementation]
-    return attention(q, k, v, window, precision)
+    if implementation == "blocked":
+        return _blocked(q, k, v, window, precision)
+    kernel = {"splash": _splash_kernel, "cudnn": _cudnn_kernel}[implementation]
+    return _per_device(functools.partial(kernel, window=window, precision=precision), q, k, v)
 
 
-def choose(num_frames: int) -> str:
-    """The implementation of "auto": splash on TPUs, elsewhere dense for short sequences.
+def saveable(primitive: Any, *shapes: Any, **params: Any) -> bool:
+    """Policy of `jax.checkpoint`: what the kernels keep for their backward passes."""
+    named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
+    return primitive.name == _CUDNN_FORWARD or named(primitive, *shapes, **params)
+
+
+def choose(num_frames: int, head_dim: int, dtype: Any) -> str:
+    """The implementation of "auto": the accelerator's kernel, elsewhere dense for short sequences.
 
     The devices are those of the mesh that is set (`jax.set_mesh`), else jax's default ones.
     """
-    if _on_tpu():
+    if _on("tpu"):
         return "splash"
+    if not _cudnn_lacks(head_dim, dtype):
+        return "cudnn"
     return "dense" if num_frames <= _DENSE_FRAMES else "blocked"
 
 
-def _on_tpu() -> bool:
+def _on(kind: str) -> bool:
+    """Whether the devices' kind begins so: "tpu" or "nvidia"."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = device.device_kind if device is not None else jax.default_backend()
-    return kind.lower().startswith("tpu")
+    found = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return found.lower().startswith(kind)
+
+
+def _cudnn_lacks(head_dim: int, dtype: Any) -> str:
+    """What the cuDNN kernel would need and has not; nothing: it can be used."""
+    if not _on("nvidia"):
+        return "an NVIDIA GPU"
+    if float(jax.devices()[0].compute_capability) < _CUDNN_CAPABILITY:
+        return f"compute capability {_CUDNN_CAPABILITY}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16, not {jnp.dtype(dtype)}"
+    if head_dim % 8 or head_dim > 128:
+        return f"a multiple of 8 up to 128 as head size, not {head_dim}"
+    return ""
 
 
 def _masked_attention(q, k, v, mask, precision):
@@ -280,15 +310,14 @@ def _pad_frames(x, number):
     return jnp.pad(x, ((0, 0), (0, 0), (0, number), (0, 0)))
 
 
-def _splash(q, k, v, window, precision):
-    """The TPU kernel, on each device of the mesh for its items and heads."""
+def _per_device(kernel, q, k, v):
+    """A kernel of the accelerator's, on each device of the mesh for its items and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = functools.partial(_splash_kernel, window=window, precision=precision)
     if mesh.empty:
         return kernel(q, k, v)
     batch, heads = _split(mesh, ("data", "fsdp"), q.shape[0]), _split(mesh, ("tensor",), q.shape[1])
     spec = PartitionSpec(batch, heads)
-    # Without the check of varying axes: Pallas kernels do not tell theirs.
+    # Without the check of varying axes: kernels do not tell theirs.
     kernel = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return kernel(q, k, v)
 
@@ -328,13 +357,27 @@ def _splash_kernel(q, k, v, *, window, precision):
         block_sizes=splash_attention.BlockSizes(
             **{f"block_{n}": block for n in names}, **{f"{n}_layout": layout for n in "qkv"}
         ),
-        residual_checkpoint_name=RESIDUALS,
-        interpret=not _on_tpu(),
+        residual_checkpoint_name=_RESIDUALS,
+        interpret=not _on("tpu"),
     )
     precision = "highest" if precision == "high" else precision or "default"  # Pallas has no high
     with jax.default_matmul_precision(precision):
         out = jax.vmap(kernel)(*(_pad_frames(x, padding) for x in (q * dim**-0.5, k, v)))
     return out[:, :, :num_frames]
+
+
+def _cudnn_kernel(q, k, v, *, window, precision):
+    del precision  # products of 16 bits, sums of 32
+    if lacks := _cudnn_lacks(q.shape[-1], q.dtype):
+        raise ValueError(f"attention=cudnn needs {lacks}; attention=auto takes what there is")
+    num_frames = q.shape[2]
+    seen = (window - 1, 0) if window < num_frames else None
+    # Its backward pass wants an even number.
+    q, k, v = (_pad_frames(x, num_frames % 2).swapaxes(1, 2) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=seen, implementation="cudnn"
+    )
+    return out[:, :num_frames].swapaxes(1, 2)
 
 
 def splash_block(num_frames: int, window: int) -> int:

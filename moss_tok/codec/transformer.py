@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moss_tok.codec import attention
@@ -14,13 +15,15 @@ from moss_tok.config import ComputeConfig, TransformerConfig
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
+        attention.saveable,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def parameter(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> jax.Array:
+def parameter(
+    module: nn.Module, name: str, shape, axes, num_in: int, dtype, scale: jax.Array | None = None
+) -> jax.Array:
     """A float32 weight [num_in input axes, output axes], in the compute dtype; a bias starts at 0.
 
     Args:
@@ -30,13 +33,15 @@ def parameter(module: nn.Module, name: str, shape, axes, num_in: int, dtype) -> 
       axes: Their logical names.
       num_in: How many of them are inputs; 0: it is a bias.
       dtype: What it is computed in.
+      scale: float32, of the last output axis: what it is multiplied with before.
     """
     init = nn.initializers.zeros
     if num_in:
         in_axis, out_axis = tuple(range(num_in)), tuple(range(num_in, len(shape)))
         init = nn.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
     init = nn.with_logical_partitioning(init, axes)
-    return module.param(name, init, shape, jnp.float32).astype(dtype)
+    value = module.param(name, init, shape, jnp.float32)
+    return (value if scale is None else value * scale).astype(dtype)
 
 
 def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") -> type[nn.Module]:
@@ -85,22 +90,29 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, table: jax.Array, past: Cache | None, span: Span | None
+        self,
+        x: jax.Array,
+        table: jax.Array,
+        past: Cache | None,
+        span: Span | None,
+        scale: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D], rope table -> [B, T, D]; of streams also the keys and values of the chunk."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         d, n, h = c.model_dim, c.num_heads, c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
-        out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype)
-        q, k, v = jnp.einsum("btd,dcnh->cbnth", x, qkv, precision=precision)
+        out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
+        qkv = jnp.einsum("btd,dcnh->btcnh", x, qkv, precision=precision)
+        q, k, v = (y.squeeze(2).swapaxes(1, 2) for y in jnp.split(qkv, 3, axis=2))  # [B, N, T, H]
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
         if past is None:
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
         else:
             x = attention.attend_cached(q, k, v, past, span.start, precision)
         fresh = None if past is None else past.fresh(span, k, v)
-        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
+        x = x.swapaxes(1, 2)
+        return jnp.einsum("btnh,nhd->btd", x, out, precision=precision), fresh
 
 
 class FeedForward(nn.Module):
@@ -110,14 +122,21 @@ class FeedForward(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
         up = parameter(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
-        down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype)
+        down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype, scale)
         x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
-        x = jax.nn.gelu(x, approximate=False)
+        x = _gelu(x)
         return jnp.einsum("btf,fd->btd", x, down, precision=precision)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # several times as large as what it is given
+def _gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, in float32; result in x's dtype. jax.nn's, by erfc, takes twice as long."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * np.sqrt(0.5)))).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -143,17 +162,25 @@ class Block(nn.Module):
         )
         x = attention.split_items(x)
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
-        y, fresh = SelfAttention(*args, self.window, name="attention")(y, table, past, span)
-        x = x + y * self._layer_scale("attention_scale")
+        inner, outer = self._layer_scale("attention_scale")
+        attend = SelfAttention(*args, self.window, name="attention")
+        y, fresh = attend(y, table, past, span, inner)
+        x = x + y * outer
         y = norm(name="mlp_norm")(x).astype(self.compute.dtype)
-        y = FeedForward(*args, name="mlp")(y)
-        return x + y * self._layer_scale("mlp_scale"), fresh
+        inner, outer = self._layer_scale("mlp_scale")
+        y = FeedForward(*args, name="mlp")(y, inner)
+        return x + y * outer, fresh
 
-    def _layer_scale(self, name: str) -> jax.Array:
+    def _layer_scale(self, name: str) -> tuple[jax.Array | None, jax.Array | int]:
+        """What the branch's last weights are multiplied with, and what it is multiplied with.
+
+        Weights that are cast anyway take the scale along: then its gradient is one of weights, and
+        nothing of the branch is kept for it, which is less memory traffic.
+        """
         init = nn.initializers.constant(self.config.layer_scale)
         init = nn.with_logical_partitioning(init, ("norm",))
         scale = self.param(name, init, (self.config.model_dim,), jnp.float32)
-        return scale.astype(self.compute.dtype)
+        return (None, scale) if self.compute.dtype == "float32" else (scale, 1)
 
 
 class LongChunkBlock(Block):
