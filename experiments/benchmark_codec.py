@@ -3,21 +3,27 @@
   python experiments/benchmark_codec.py --presets=v1 --seconds=10,60 --official=DIR --compile
 
 DIR is a checkout of github.com/OpenMOSS/MOSS-Audio-Tokenizer (which needs torch and transformers).
-Weights are random. Every measurement runs in a process of its own, the implementations in turns, so
-the peaks of memory are their own: of the process, which includes the interpreter and what compiling
-leaves (0.5 GB), or of the GPU if there is one. A ratio is ours over theirs: below 1 is faster.
+--compile also measures it with each of its Transformer layers under torch.compile.
+Weights are random. A ratio is ours over theirs: below 1 is faster. Without a GPU every measurement
+runs in a process of its own, the implementations in turns, so the peaks of memory are the
+process's, with the interpreter and what compiling leaves (0.5 GB). On a GPU each implementation has
+one process, and the peaks are what the program reserves (ours) or the allocator gave (PyTorch).
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
-import math
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +43,15 @@ def main() -> None:
     parser.add_argument("--official", help="checkout of the official repository (presets v1, tiny)")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--convert", action="store_true", help="also measure conversion's memory")
+    parser.add_argument("--functions", default="encode,decode")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker, _, function = args.worker.partition(" ")
-        print(json.dumps(_WORKERS[worker](args, function)))
+        for worker in args.worker.split(","):
+            for found in _WORKERS[worker](args):
+                print(f"{worker}: {found}", file=sys.stderr)
+                print(json.dumps(found), flush=True)
         return
     others = ["official", "compiled"][: 1 + args.compile] if args.official else []
     heads = ["preset", "batch", "seconds", "what", "ours"]
@@ -49,78 +59,87 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in args.presets.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            _measure_preset(name, others, Path(folder) / "official", args)
+            _measure_preset(name, heads, Path(folder) / "official", args)
 
 
-def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.Namespace) -> None:
+def _measure_preset(name: str, heads: list[str], weights: Path, args: argparse.Namespace) -> None:
     from moss_tok.codec import huggingface
 
     config = preset(name)
     weights.mkdir()
     huggingface.write_official(weights, config, random_params(config), "float32")
     size_gb = sum(f.stat().st_size for f in weights.glob("*.safetensors")) / 1e9
-    workers = ["ours"] + (others if config.layout == "v1" else [])
+    others = heads[5::2] if config.layout == "v1" else []  # which its class can compute
     lengths = list(filter(None, args.seconds.split(",")))
-    for batch, seconds in itertools.product(args.batch_sizes.split(","), lengths):
-        for function in ("encode", "decode"):
-            found = {
-                w: _spawn(f"{w} {function}", name, weights, seconds, args, batch) for w in workers
-            }
-            for what, ours in found["ours"].items():
+    cases = list(itertools.product(args.batch_sizes.split(","), lengths, args.functions.split(",")))
+    together = shutil.which("nvidia-smi") is not None
+    for group in [cases] if together else [[case] for case in cases]:
+        found = {"ours": _spawn("ours", name, weights, args, group)}
+        if others:
+            both = _spawn(",".join(others), name, weights, args, group)
+            found |= {w: both[i * len(group) :] for i, w in enumerate(others)}
+        for number, (batch, seconds, function) in enumerate(group):
+            for what, ours in found["ours"][number].items():
                 unit = "GB" if "memory" in what else "s"
                 cells = [name, batch, seconds, function + what, f"{ours:.3g} {unit}"]
-                for other in others:
-                    theirs = found.get(other, {}).get(what, math.nan)
+                for other in heads[5::2]:
+                    if other not in found:
+                        cells += ["-", "-"]
+                        continue
+                    theirs = found[other][number][what]
                     cells += [f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
     if args.convert:
         for worker in ("import", "export"):
-            peak = _spawn(worker, name, weights, "0", args)["peak memory"]
+            peak = _spawn(worker, name, weights, args, [])[0]["peak memory"]
             print(f"{name}: {worker} peaks at {peak:.2f} GB, weights {size_gb:.2f} GB: "
                   f"{peak / size_gb:.2f} times", flush=True)  # fmt: skip
 
 
 def _spawn(
-    worker: str, name: str, weights: Path, seconds: str, args: Any, batch: str = "1"
-) -> dict[str, float]:
+    worker: str, name: str, weights: Path, args: Any, cases: list[tuple[str, ...]]
+) -> list[dict[str, float]]:
     command = [sys.executable, __file__, f"--worker={worker}", f"--presets={name}"]
-    command += [f"--seconds={seconds}", f"--batch_sizes={batch}", f"--repeats={args.repeats}"]
+    command += [f"--cases={json.dumps(cases)}", f"--repeats={args.repeats}"]
     command += [f"--dtype={args.dtype}"]
     command += [f"--official={args.official}::{weights}"]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    return json.loads(out.splitlines()[-1])
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines]
 
 
 def random_params(config: Any, seed: int = 0) -> dict[str, Any]:
     """Random parameters of plausible size, numpy float32."""
+    import jax
+
     from moss_tok.codec import pretrained
 
-    generator = np.random.default_rng(seed)
+    constant = {"scale": 1.0, "bias": 0.0, "gain": 1.0}
+    constant |= {"attention_scale": 0.01, "mlp_scale": 0.01}
 
-    def draw(tree: Any, name: str = "") -> Any:
-        if isinstance(tree, dict):
-            return {k: draw(v, k) for k, v in tree.items()}
-        constant = {"scale": 1.0, "bias": 0.0, "gain": 1.0}
-        constant |= {"attention_scale": 0.01, "mlp_scale": 0.01}
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = path[-1].key
         if name in constant:
-            return np.full(tree.shape, constant[name], np.float32)
-        values = generator.standard_normal(tree.shape, np.float32)
+            return np.full(leaf.shape, constant[name], np.float32)
+        generator = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
+        values = generator.standard_normal(leaf.shape, np.float32)
         values *= 0.03 if name != "codebooks" else 1.0
         return values
 
-    return draw(pretrained.param_shapes(config))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(pretrained.param_shapes(config))
+    with ThreadPoolExecutor() as pool:
+        return jax.tree.unflatten(tree, pool.map(draw, *zip(*leaves, strict=True)))
 
 
-def _codes(config: Any, args: argparse.Namespace) -> np.ndarray:
-    num_frames = round(float(args.seconds) * config.frame_rate)
-    shape = (int(args.batch_sizes), config.quantizer.num_quantizers, num_frames)
-    return np.random.default_rng(1).integers(0, config.quantizer.codebook_size, shape, np.int32)
-
-
-def _audio(config: Any, args: argparse.Namespace) -> np.ndarray:
-    num_samples = int(float(args.seconds) * config.sample_rate)
-    shape = (int(args.batch_sizes), config.num_channels, num_samples)
-    return 0.1 * np.random.default_rng(1).standard_normal(shape, np.float32)
+def _given(args: argparse.Namespace, case: list[str]) -> np.ndarray:
+    """What a case is given: audio [B, C, S] or codes [B, Q, T]."""
+    batch, seconds, function = case
+    config, generator = preset(args.presets), np.random.default_rng(1)
+    if function == "encode":
+        shape = (int(batch), config.num_channels, int(float(seconds) * config.sample_rate))
+        return 0.1 * generator.standard_normal(shape, np.float32)
+    shape = (config.quantizer.num_quantizers, round(float(seconds) * config.frame_rate))
+    return generator.integers(0, config.quantizer.codebook_size, (int(batch), *shape), np.int32)
 
 
 def _time(function: Any, repeats: int) -> float:
@@ -145,7 +164,7 @@ def _peak_gb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
-def _ours(args: argparse.Namespace, function: str) -> dict[str, float]:
+def _ours(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     import jax
 
     import moss_tok
@@ -153,70 +172,80 @@ def _ours(args: argparse.Namespace, function: str) -> dict[str, float]:
     weights = args.official.split("::")[1]
     codec = moss_tok.load(weights, compute=moss_tok.ComputeConfig(dtype=args.dtype))
     weights_gb = sum(x.nbytes for x in jax.tree.leaves(codec.params)) / 1e9
-    audio = jax.device_put(_audio(codec.config, args))
-    codes = jax.device_put(_codes(codec.config, args))
-
-    def run():
-        if function == "encode":
-            return moss_tok.encode(codec, audio).codes.block_until_ready()
-        return moss_tok.decode(codec, codes).wav.block_until_ready()
-
-    def device_gb():
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
-
     on_gpu = jax.default_backend() == "gpu"
-    return _measure(run, weights_gb, args.repeats, device_gb if on_gpu else None)
+    loading = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9 if on_gpu else _peak_gb()
+
+    def prepare(case):
+        given, function = jax.device_put(_given(args, case)), getattr(moss_tok, case[2])
+        return (jax.jit(function).lower(codec, given).compile() if on_gpu else function), given
+
+    with ThreadPoolExecutor() as pool:
+        prepared = list(pool.map(prepare, args.cases))
+    for function, given in prepared:
+        if on_gpu:
+            memory = function.memory_analysis()
+            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes + given.nbytes
+
+        def run(function=function, given=given):
+            jax.block_until_ready(function(codec, given))
+
+        seconds, peak = _measure(run, args.repeats)
+        yield {
+            "": seconds,
+            ", peak memory beyond weights": needed / 1e9 if on_gpu else peak - weights_gb,
+            ", peak memory while loading": loading,
+        }
 
 
-def _official(args: argparse.Namespace, function: str, compiled: bool = False) -> dict[str, float]:
+def _official(args: argparse.Namespace, compiled: bool = False) -> Iterator[dict[str, float]]:
     import torch
 
-    checkout, weights = args.official.split("::")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _official_class(Path(checkout)).from_pretrained(weights, dtype=torch.float32).eval()
-    model = model.to(device)
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    model = _official_model(args.official, device)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 1000  # shapes
+        for module in model.modules():
+            if type(module).__name__.endswith("TransformerLayer"):
+                module.compile()
     weights_gb = sum(x.nbytes for x in model.parameters()) / 1e9
-    config = preset(args.presets)
-    given = {
-        "encode": torch.from_numpy(_audio(config, args)),
-        "decode": torch.from_numpy(_codes(config, args)).transpose(0, 1).long(),  # [Q, B, T]
-    }[function].to(device)
-    call = getattr(model, function)
-    call = torch.compile(call) if compiled else call
-
-    def run():
-        call(given, return_dict=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def device_gb():
-        return torch.cuda.max_memory_allocated() / 1e9
-
+    loading = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else _peak_gb()
     bfloat16 = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    with torch.no_grad(), bfloat16:
-        return _measure(run, weights_gb, args.repeats, device_gb if device == "cuda" else None)
+    for case in args.cases:
+        given = torch.from_numpy(_given(args, case)).to(device)
+        given = given if case[2] == "encode" else given.transpose(0, 1).long()  # [Q, B, T]
+        call = getattr(model, case[2])
+
+        def run(call=call, given=given):
+            call(given, return_dict=True)
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad(), bfloat16:
+            seconds, peak = _measure(run, args.repeats)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else peak
+        yield {
+            "": seconds,
+            ", peak memory beyond weights": peak - weights_gb,
+            ", peak memory while loading": loading,
+        }
 
 
-def _compiled(args: argparse.Namespace, function: str) -> dict[str, float]:
-    return _official(args, function, compiled=True)
+@functools.lru_cache(maxsize=1)
+def _official_model(official: str, device: str) -> Any:
+    import torch
+
+    checkout, weights = official.split("::")
+    found = _official_class(Path(checkout)).from_pretrained(weights, dtype=torch.float32)
+    return found.eval().to(device)
 
 
-def _measure(
-    function: Any, weights_gb: float, repeats: int, device_gb: Any = None
-) -> dict[str, float]:
-    """Seconds, and peaks of memory: of the function, and of what came before.
-
-    `device_gb` gives the GPU's peak, which counts instead of the process's.
-    """
-    loaded = (device_gb or _peak_gb)()
-    if not device_gb:
-        _forget_peak()
-    seconds = _time(function, repeats)
-    return {
-        "": seconds,
-        ", peak memory beyond weights": (device_gb or _peak_gb)() - weights_gb,
-        ", peak memory while loading": loaded,
-    }
+def _measure(function: Any, repeats: int) -> tuple[float, float]:
+    """Seconds, and the process's peak of memory since then in GB."""
+    _forget_peak()
+    return _time(function, repeats), _peak_gb()
 
 
 def _official_class(checkout: Path) -> Any:
@@ -235,26 +264,26 @@ def _official_class(checkout: Path) -> Any:
     return module.MossAudioTokenizerModel
 
 
-def _import(args: argparse.Namespace, _: str) -> dict[str, float]:
+def _import(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     from moss_tok.convert import convert
 
     weights = Path(args.official.split("::")[1])
     convert(weights, weights.parent / "ours")
-    return {"peak memory": _peak_gb()}
+    yield {"peak memory": _peak_gb()}
 
 
-def _export(args: argparse.Namespace, _: str) -> dict[str, float]:
+def _export(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     from moss_tok.convert import convert
 
     folder = Path(args.official.split("::")[1]).parent
     convert(folder / "ours", folder / "exported")
-    return {"peak memory": _peak_gb()}
+    yield {"peak memory": _peak_gb()}
 
 
 _WORKERS = {
     "ours": _ours,
     "official": _official,
-    "compiled": _compiled,
+    "compiled": functools.partial(_official, compiled=True),
     "import": _import,
     "export": _export,
 }

@@ -1,15 +1,21 @@
-"""Speed, model FLOPs utilisation and peak memory of training, by preset and stage.
+"""Speed, model FLOPs utilisation and peak memory of training steps.
 
-    python experiments/benchmark_training.py --presets=tiny,nano --batch_size=8 --seconds=0.96
+    python experiments/benchmark_training.py tiny:batch_size=8 nano:stage=adversarial,dtype=bfloat16
 
-Random audio that is on the device already, so it measures the step alone. Utilisation is the
-step's useful FLOPs (moss_tok/training/flops.py) over the rate of a large matrix product measured
-in the same run. The peak is what XLA reserves for the state, the batch and the step.
+A run is a preset and flags of train.py; all are compiled at once, then run in turn. Random audio
+that is on the device already, so it measures the step alone. Utilisation is the step's useful FLOPs
+(moss_tok/training/flops.py) over the rate of a large matrix product measured in the same process.
+The peak is what XLA reserves for the state, the batch and the step.
 """
 
 import argparse
 import dataclasses
+import functools
+import math
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +28,8 @@ from moss_tok.training.step import batch_shapes, segment_samples, train_step
 
 
 def peak_flops(dtype: str, size: int) -> float:
-    """FLOP/s of a product of two square matrices: the best of ten."""
-    a = jnp.ones((size, size), dtype)
+    """FLOP/s of a product of two square matrices of random numbers: the best of ten."""
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))
     best = float("inf")
@@ -34,63 +40,77 @@ def peak_flops(dtype: str, size: int) -> float:
     return 2 * size**3 / best
 
 
-def measure(config: TrainConfig, codec: CodecConfig, num_steps: int) -> tuple[float, float]:
-    """Seconds per step, the median of `num_steps` after two, and the peak of memory in GB."""
+def parse_run(text: str) -> tuple[str, TrainConfig, CodecConfig]:
+    """PRESET:FLAG=VALUE,... as its name, the run and the codec."""
+    name, _, flags = text.partition(":")
+    types = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+    pairs = [flag.split("=") for flag in flags.split(",") if flag]
+    return text, TrainConfig(model=name, **{k: types[k](v) for k, v in pairs}), preset(name)
+
+
+def compile_step(text: str, config: TrainConfig, codec: CodecConfig) -> Any:
+    """The compiled step of a batch of recordings that are on the device already."""
+    began = time.perf_counter()
+    shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    state = jax.eval_shape(functools.partial(init_state, config, codec))
+    step = train_step.lower(config, codec, state, shapes).compile()
+    print(f"{text}: compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return step
+
+
+def peak_bytes(step: Any) -> int:
+    """What XLA reserves for a compiled step."""
+    memory = step.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def measure(config: TrainConfig, codec: CodecConfig, step: Any, num_steps: int) -> float:
+    """Seconds per step, the median of `num_steps` after two."""
     shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["wav"] += 0.1 * jax.random.normal(jax.random.key(0), batch["wav"].shape)
     batch["length"] += batch["wav"].shape[-1]
     state = jax.jit(init_state, static_argnums=(0, 1))(config, codec)
-    step = train_step.lower(config, codec, state, batch).compile()
-    memory = step.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     times = []
     for _ in range(num_steps + 2):
         began = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - began)
-    return sorted(times[2:])[num_steps // 2], peak / 1e9
+    return sorted(times[2:])[num_steps // 2]
 
 
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--presets", default="tiny")
-    parser.add_argument("--stages", default="pretrain,adversarial")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=0.96)
-    parser.add_argument("--num_microbatches", type=int, default=1)
-    parser.add_argument("--discriminator_channels", type=int, default=32)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("runs", nargs="+", help="PRESET:FLAG=VALUE,...")
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
+    parser.add_argument("--matmul_dtype", default="float32")
     args = parser.parse_args()
-    device = jax.devices()[0].device_kind
-    peak = peak_flops(args.dtype, args.matmul_size)
-    print(f"{device}, {args.dtype}: {peak / 1e12:.3g} TFLOP/s in a product of {args.matmul_size}")
-    print("| preset | stage | steps/s | audio s/s | TFLOP per step | utilisation | peak |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.presets.split(","):
-        codec = preset(name)
-        for stage in args.stages.split(","):
-            config = dataclasses.replace(
-                TrainConfig(), stage=stage, batch_size=args.batch_size, dtype=args.dtype,
-                num_microbatches=args.num_microbatches, remat=args.remat,
-                discriminator_channels=args.discriminator_channels,
-                segment_seconds=args.seconds,
-            )  # fmt: skip
-            num_samples = segment_samples(config, codec)
-            step, memory_gb = measure(config, codec, args.num_steps)
-            work = flops.step_flops(config, codec, num_samples)
-            audio = args.batch_size * num_samples / codec.sample_rate / step
-            print(
-                f"| {name} | {stage} | {1 / step:.2f} | {audio:.0f} | {work / 1e12:.3g} | "
-                f"{work / step / peak:.1%} | {memory_gb:.2f} GB |",
-                flush=True,
-            )
+    runs = [parse_run(text) for text in args.runs]
+    device = jax.devices()[0]
+    peak = peak_flops(args.matmul_dtype, args.matmul_size)
+    print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
+          f"{args.matmul_size}")  # fmt: skip
+    with ThreadPoolExecutor() as pool:  # several at once: compiling takes minutes
+        steps = [pool.submit(compile_step, *run) for run in runs]
+    print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
+    print("|---|---|---|---|---|---|")
+    for (text, config, codec), step in zip(runs, steps, strict=True):
+        step, num_samples = step.result(), segment_samples(config, codec)
+        work = flops.step_flops(config, codec, num_samples)
+        row = f"{work / 1e12:.3g} | - | {peak_bytes(step) / 1e9:.2f} GB, too much"
+        if peak_bytes(step) < (device.memory_stats() or {}).get("bytes_limit", math.inf):
+            seconds = measure(config, codec, step, args.num_steps)
+            audio = config.batch_size * num_samples / codec.sample_rate / seconds
+            row = (f"{seconds:.4g} | {audio:.0f} | {work / 1e12:.3g} | {work / seconds / peak:.1%} "
+                   f"| {peak_bytes(step) / 1e9:.2f} GB")  # fmt: skip
+        else:
+            row = f"- | - | {row}"
+        print(f"| {text.replace(',', ', ')} | {row} |", flush=True)
 
 
 if __name__ == "__main__":
