@@ -2,13 +2,16 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the GPU
 # Eight devices; and most of the time goes into compiling, so it is told not to try hard.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_llvm_disable_expensive_passes=true"
+    # jax 0.12 has no such flag.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.12" else ""),
 )
 
 # Equal programs are compiled once, also by the processes that tests start.
