@@ -80,6 +80,22 @@ def test_cudnn_agrees_with_brute_force(num_frames, window, mesh):
         check_gradients(jax.jit(attend), num_frames, window, "bfloat16", 2e-2)
 
 
+@pytest.mark.parametrize(("num_frames", "window"), [(300, 70), (65, 65), (65, 20), (1, 1)])
+def test_cudnn_is_asked_for_the_window(num_frames, window, monkeypatch):
+    """What cuDNN is given, computed by XLA."""
+    compute = jax.nn.dot_product_attention
+
+    def by_xla(q, *args, implementation, **kwargs):
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        return compute(q, *args, **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(attention, "_cudnn_lacks", lambda head_dim, dtype: "")
+    qkv = random_qkv(num_frames).astype("bfloat16")
+    out = attention.attend(*qkv, window)
+    np.testing.assert_allclose(np.float64(out), brute_force(*qkv, window), atol=3e-2)
+
+
 @pytest.mark.skipif(attention._on("nvidia"), reason="of machines without an NVIDIA GPU")
 def test_cudnn_says_what_it_needs():
     q, k, v = random_qkv(8)
