@@ -641,6 +641,11 @@ PRECISIONS = {
 }
 
 
+def out_of_memory(error: RuntimeError) -> str:
+    """The first line of jax's error where a device's memory does not do; empty of other errors."""
+    return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else ""
+
+
 def missing_package(error: ModuleNotFoundError) -> str:
     """What to say where a package is missing that only the extra `train` brings."""
     name = (error.name or str(error)).partition(".")[0]

@@ -9,12 +9,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 from conftest import GOLDEN
 
 import moss_tok
+from moss_tok.cli import info
 from moss_tok.cli.main import COMMANDS, main
 from moss_tok.codec import inference
 
@@ -493,3 +495,26 @@ def test_what_is_not_here(folder, capsys):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: grain is not installed: pip install 'moss_tok[train]'\n"
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(info, "run", lambda args: jnp.ones(10**13, jnp.int8))
+    assert main(["info", "tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: RESOURCE_EXHAUSTED") and error.count("\n") == 1
+
+    def broken(args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(info, "run", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["info", "tiny"])
+
+
+def test_too_little_memory_for_a_run_is_one_line():
+    script = "from moss_tok.training import flags; import jax.numpy as jnp; flags.define()"
+    script += "; flags.run(lambda: jnp.ones(10**13, jnp.int8))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RESOURCE_EXHAUSTED") and done.stderr.count("\n") == 1
+    assert "batch_size" in done.stderr

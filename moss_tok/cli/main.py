@@ -58,5 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from moss_tok.config import out_of_memory
+
+        if not (line := out_of_memory(error)):
+            raise
+        print(f"error: {line}; take shorter audio or fewer files at a time", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from moss_tok.config import TrainConfig, missing_package
+from moss_tok.config import TrainConfig, missing_package, out_of_memory
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
@@ -36,6 +36,11 @@ def run(main: Callable[[], None]) -> NoReturn:
             _fail(error)
         except ModuleNotFoundError as error:
             _fail(ValueError(missing_package(error)))
+        except RuntimeError as error:
+            if not (line := out_of_memory(error)):
+                raise
+            hint = "take a smaller batch_size, more num_microbatches, remat=full or fsdp of mesh"
+            _fail(ValueError(f"{line}; {hint}"))
 
     app.run(guarded, flags_parser=_parse)
 
