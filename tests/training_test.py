@@ -195,20 +195,23 @@ def test_counts_leave_padding_and_dropped_quantizers_out():
 
 
 def test_reseeding_moves_dead_codes_only(rng):
-    books = jnp.asarray(rng.standard_normal((2, 8, 3)), jnp.float32)
-    counts = jnp.array([[8.0] * 7 + [0.0], [1.0] * 8])
-    projected = 5 + jnp.asarray(rng.random((2, 12, 3)), jnp.float32)
-    valid = jnp.arange(12) % 2 == 1
+    """Onto vectors that the quantizer has coded; the last one has coded none."""
+    books = jnp.asarray(rng.standard_normal((3, 8, 3)), jnp.float32)
+    counts = jnp.array([[8.0] * 5 + [0.0] * 3, [1.0] * 8, [8.0] * 7 + [0.0]])
+    projected = 5 + jnp.asarray(rng.random((3, 12, 3)), jnp.float32)
+    used = jnp.array([[False, True] * 6, [True] * 12, [False] * 12])
     trees, after = steps._reseed(
-        {"params": books, "ema": 2 * books}, counts, projected, valid, jax.random.key(0)
+        {"params": books, "ema": 2 * books}, counts, projected, used, jax.random.key(0)
     )
     for name, start in (("params", books), ("ema", 2 * books)):
         changed = np.asarray((trees[name] != start).any(-1))
-        assert changed.tolist() == [[False] * 7 + [True], [False] * 8]
-    matches = (projected[0] == trees["params"][0, 7]).all(-1)
-    assert np.flatnonzero(matches) % 2 == 1
-    np.testing.assert_array_equal(trees["params"][0, 7], trees["ema"][0, 7])
-    assert after[0, 7] == 7.0
+        assert changed.tolist() == [[False] * 5 + [True] * 3, [False] * 8, [False] * 8]
+    for code in range(5, 8):
+        matches = np.flatnonzero((projected[0] == trees["params"][0, code]).all(-1))
+        assert matches.size == 1 and matches[0] % 2 == 1
+        np.testing.assert_array_equal(trees["params"][0, code], trees["ema"][0, code])
+    np.testing.assert_array_equal(after[0, 5:], 5.0)
+    np.testing.assert_array_equal(after[1:], counts[1:])
 
 
 def test_average_follows_the_parameters():

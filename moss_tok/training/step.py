@@ -469,8 +469,9 @@ def _tracked_codes(
     # Trained codebooks are left alone until the counts mean something.
     first = _COUNTED_STEPS if config.init_from else 0
     due = (state.step % config.reseed_every == 0) & (state.step >= first)
+    used = used.swapaxes(0, 1).reshape(len(counts), -1)
     books, counts = jax.lax.cond(
-        due, _reseed, lambda *x: x[:2], books, counts, projected, valid.reshape(-1), key
+        due, _reseed, lambda *x: x[:2], books, counts, projected, used, key
     )
     for name, tree in trees.items():
         trees[name] = tree | {"quantizer": tree["quantizer"] | {"codebooks": books[name]}}
@@ -488,7 +489,7 @@ def _reseed(
     books: dict[str, jax.Array],
     counts: jax.Array,
     projected: jax.Array,
-    valid: jax.Array,
+    used: jax.Array,
     key: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Moves codes that are hardly used onto vectors of this batch.
@@ -497,14 +498,15 @@ def _reseed(
       books: Codebooks [Q, K, c], all to be changed alike.
       counts: [Q, K].
       projected: What was quantized, [Q, N, c].
-      valid: bool [N], vectors that are no padding.
+      used: bool [Q, N], vectors that are no padding, of items that use the quantizer.
       key: For the choice.
     """
-    order = jnp.argsort(~valid)  # valid ones first
-    draw = jax.random.uniform(key, counts.shape) * valid.sum()
-    chosen = order[draw.astype(jnp.int32)]
-    fresh = jnp.take_along_axis(projected, chosen[..., None], axis=1)
+    rank = jnp.cumsum(used, axis=-1)
+    number = rank[:, -1:]
+    draw = (jax.random.uniform(key, counts.shape) * number).astype(jnp.int32)
+    chosen = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(rank, draw)
+    fresh = jnp.take_along_axis(projected, chosen[..., None], axis=1, mode="clip")
     expected = counts.sum(-1, keepdims=True) / counts.shape[1]
-    dead = counts < DEAD_SHARE * expected
+    dead = (counts < DEAD_SHARE * expected) & (number > 0)
     books = jax.tree.map(lambda book: jnp.where(dead[..., None], fresh, book), books)
     return books, jnp.where(dead, expected, counts)
