@@ -641,15 +641,21 @@ PRECISIONS = {
 }
 
 
-def out_of_memory(error: RuntimeError) -> str:
-    """The first line of jax's error where a device's memory does not do; empty of other errors."""
-    return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else ""
+def user_error(error: Exception, less: str) -> str:
+    """The line that an error is worth to a user; empty for a mistake of ours.
 
-
-def missing_package(error: ModuleNotFoundError) -> str:
-    """What to say where a package is missing that only the extra `train` brings."""
-    name = (error.name or str(error)).partition(".")[0]
-    return f"{name} is not installed: pip install 'moss_tok[train]'"
+    Args:
+      error: Any.
+      less: What takes less of a device's memory.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or str(error)).partition(".")[0]
+        line = f"{name} is not installed: pip install 'moss_tok[train]'"
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # jax's
+        line = f"{str(error).splitlines()[0]}; {less}"
+    else:
+        line = str(error) if isinstance(error, (ValueError, OSError)) else ""
+    return " ".join(line.split())
 
 
 def parse_json_object(text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -498,7 +498,10 @@ def test_what_is_not_here(folder, capsys):
 
 
 def test_too_little_memory_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(info, "run", lambda args: jnp.ones(10**13, jnp.int8))
+    def full(args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAllocations:\n")
+
+    monkeypatch.setattr(info, "run", full)
     assert main(["info", "tiny"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: RESOURCE_EXHAUSTED") and error.count("\n") == 1
@@ -512,8 +515,16 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
 
 
 def test_too_little_memory_for_a_run_is_one_line():
-    script = "from moss_tok.training import flags; import jax.numpy as jnp; flags.define()"
-    script += "; flags.run(lambda: jnp.ones(10**13, jnp.int8))"
+    script = """
+import jax
+from moss_tok.training import flags
+
+def main():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\\nAllocations:\\n")
+
+flags.define()
+flags.run(main)
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: RESOURCE_EXHAUSTED") and done.stderr.count("\n") == 1

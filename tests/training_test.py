@@ -111,7 +111,7 @@ def test_discriminators_hear_quiet_and_loud_audio_alike():
     np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "num_steps"), [(CONFIG, 150), (ADVERSARIAL, 80)])
+@pytest.mark.parametrize(("config", "num_steps"), [(CONFIG, 150), (ADVERSARIAL, 120)])
 def test_overfits_a_clip(config, num_steps):
     config = dataclasses.replace(config, mel_windows=TrainConfig().mel_windows)
     t = np.arange(2048) / RATE

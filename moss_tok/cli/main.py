@@ -50,20 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     try:
         return command.run(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        from moss_tok.config import missing_package
+    except Exception as error:
+        from moss_tok.config import user_error
 
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from moss_tok.config import out_of_memory
-
-        if not (line := out_of_memory(error)):
+        line = user_error(error, "take shorter audio or fewer files at a time")
+        if not line:
             raise
-        print(f"error: {line}; take shorter audio or fewer files at a time", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

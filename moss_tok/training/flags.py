@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from moss_tok.config import TrainConfig, missing_package, out_of_memory
+from moss_tok.config import TrainConfig, user_error
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
@@ -32,21 +32,18 @@ def run(main: Callable[[], None]) -> NoReturn:
         logging.set_verbosity(logging.ERROR)
         try:
             main()
-        except (ValueError, OSError) as error:
-            _fail(error)
-        except ModuleNotFoundError as error:
-            _fail(ValueError(missing_package(error)))
-        except RuntimeError as error:
-            if not (line := out_of_memory(error)):
+        except Exception as error:
+            less = "take a smaller batch_size, more num_microbatches, remat=full or fsdp of mesh"
+            line = user_error(error, less)
+            if not line:
                 raise
-            hint = "take a smaller batch_size, more num_microbatches, remat=full or fsdp of mesh"
-            _fail(ValueError(f"{line}; {hint}"))
+            _fail(line)
 
     app.run(guarded, flags_parser=_parse)
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -54,7 +51,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, OSError, ValueError) as error:
-        _fail(error)
+        _fail(" ".join(str(error).split()))
     if len(rest) > 1:
-        _fail(ValueError(f"unexpected argument {rest[1]!r}; settings are given as --name=value"))
+        _fail(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
     return rest
