@@ -4,7 +4,7 @@ import os
 import tempfile
 from importlib.metadata import version
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the GPU
+os.environ["JAX_PLATFORMS"] = os.environ.get("MOSS_TOK_TEST_PLATFORM", "cpu")
 # Eight devices; and most of the time goes into compiling, so it is told not to try hard.
 os.environ.setdefault(
     "XLA_FLAGS",

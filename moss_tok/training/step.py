@@ -465,14 +465,11 @@ def _tracked_codes(
         return {"code_counts": counts}
     trees = {name: changed[name] for name in ("params", "ema") if name in changed}
     books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
-    projected = projected.swapaxes(0, 1).reshape(len(counts), valid.size, -1)
     # Trained codebooks are left alone until the counts mean something.
     first = _COUNTED_STEPS if config.init_from else 0
     due = (state.step % config.reseed_every == 0) & (state.step >= first)
-    used = used.swapaxes(0, 1).reshape(len(counts), -1)
-    books, counts = jax.lax.cond(
-        due, _reseed, lambda *x: x[:2], books, counts, projected, used, key
-    )
+    vectors = _by_quantizer(projected), _by_quantizer(used)
+    books, counts = jax.lax.cond(due, _reseed, lambda *x: x[:2], books, counts, *vectors, key)
     for name, tree in trees.items():
         trees[name] = tree | {"quantizer": tree["quantizer"] | {"codebooks": books[name]}}
     return trees | {"code_counts": counts}
@@ -480,9 +477,14 @@ def _tracked_codes(
 
 def _histogram(codes: jax.Array, used: jax.Array, codebook_size: int) -> jax.Array:
     """Codes [B, Q, T], counted where `used`, to counts [Q, K]."""
-    codes, used = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (codes, used))
     count = functools.partial(jnp.bincount, length=codebook_size)
-    return jax.vmap(lambda c, u: count(c, weights=u))(codes, used.astype(jnp.float32))
+    weights = _by_quantizer(used.astype(jnp.float32))
+    return jax.vmap(lambda c, u: count(c, weights=u))(_by_quantizer(codes), weights)
+
+
+def _by_quantizer(x: jax.Array) -> jax.Array:
+    """[B, Q, T, ...] to [Q, N, ...], all vectors that a quantizer saw."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
 
 
 def _reseed(
