@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--official", help="checkout of the official repository (presets v1, tiny)")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--convert", action="store_true", help="also measure conversion's memory")
-    parser.add_argument("--functions", default="encode,decode")
+    parser.add_argument("--functions", default="encode,decode", help="what is timed")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -59,41 +59,41 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in args.presets.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            _measure_preset(name, heads, Path(folder) / "official", args)
+            _measure_preset(name, others, Path(folder) / "official", args)
 
 
-def _measure_preset(name: str, heads: list[str], weights: Path, args: argparse.Namespace) -> None:
+def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.Namespace) -> None:
     from moss_tok.codec import huggingface
 
     config = preset(name)
     weights.mkdir()
     huggingface.write_official(weights, config, random_params(config), "float32")
     size_gb = sum(f.stat().st_size for f in weights.glob("*.safetensors")) / 1e9
-    others = heads[5::2] if config.layout == "v1" else []  # which its class can compute
     lengths = list(filter(None, args.seconds.split(",")))
     cases = list(itertools.product(args.batch_sizes.split(","), lengths, args.functions.split(",")))
     together = shutil.which("nvidia-smi") is not None
     for group in [cases] if together else [[case] for case in cases]:
         found = {"ours": _spawn("ours", name, weights, args, group)}
-        if others:
+        if others and config.layout == "v1":  # which its class can compute
             both = _spawn(",".join(others), name, weights, args, group)
             found |= {w: both[i * len(group) :] for i, w in enumerate(others)}
-        for number, (batch, seconds, function) in enumerate(group):
-            for what, ours in found["ours"][number].items():
-                unit = "GB" if "memory" in what else "s"
-                cells = [name, batch, seconds, function + what, f"{ours:.3g} {unit}"]
-                for other in heads[5::2]:
-                    if other not in found:
-                        cells += ["-", "-"]
-                        continue
-                    theirs = found[other][number][what]
-                    cells += [f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}"]
-                print(f"| {' | '.join(cells)} |", flush=True)
+        for number, case in enumerate(group):
+            _print_rows([name, *case], others, {w: rows[number] for w, rows in found.items()})
     if args.convert:
         for worker in ("import", "export"):
             peak = _spawn(worker, name, weights, args, [])[0]["peak memory"]
             print(f"{name}: {worker} peaks at {peak:.2f} GB, weights {size_gb:.2f} GB: "
                   f"{peak / size_gb:.2f} times", flush=True)  # fmt: skip
+
+
+def _print_rows(case: list[str], others: list[str], found: dict[str, dict[str, float]]) -> None:
+    for what, ours in found["ours"].items():
+        unit = "GB" if "memory" in what else "s"
+        cells = [*case[:-1], case[-1] + what, f"{ours:.3g} {unit}"]
+        for other in others:
+            theirs = found.get(other, {}).get(what)
+            cells += [f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}"] if theirs else ["-", "-"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _spawn(

@@ -41,11 +41,18 @@ def peak_flops(dtype: str, size: int) -> float:
 
 
 def parse_run(text: str) -> tuple[str, TrainConfig, CodecConfig]:
-    """PRESET:FLAG=VALUE,... as its name, the run and the codec."""
+    """PRESET:FLAG=VALUE,... as it is, the run and the codec."""
     name, _, flags = text.partition(":")
     types = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
-    pairs = [flag.split("=") for flag in flags.split(",") if flag]
-    return text, TrainConfig(model=name, **{k: types[k](v) for k, v in pairs}), preset(name)
+    found = {}
+    try:
+        for flag, _, value in (pair.partition("=") for pair in flags.split(",") if pair):
+            if flag not in types:
+                raise ValueError(f"unknown flag {flag!r}; flags are train.py's, as FLAG=VALUE")
+            found[flag] = types[flag](value)
+        return text, TrainConfig(model=name, **found), preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def compile_step(text: str, config: TrainConfig, codec: CodecConfig) -> Any:
@@ -85,32 +92,29 @@ def measure(config: TrainConfig, codec: CodecConfig, step: Any, num_steps: int) 
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", help="PRESET:FLAG=VALUE,...")
+    parser.add_argument("runs", nargs="+", type=parse_run, help="PRESET:FLAG=VALUE,...")
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
     parser.add_argument("--matmul_dtype", default="float32")
     args = parser.parse_args()
-    runs = [parse_run(text) for text in args.runs]
     device = jax.devices()[0]
     peak = peak_flops(args.matmul_dtype, args.matmul_size)
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
           f"{args.matmul_size}")  # fmt: skip
     with ThreadPoolExecutor() as pool:  # several at once: compiling takes minutes
-        steps = [pool.submit(compile_step, *run) for run in runs]
+        steps = [pool.submit(compile_step, *run) for run in args.runs]
     print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
     print("|---|---|---|---|---|---|")
-    for (text, config, codec), step in zip(runs, steps, strict=True):
+    for (text, config, codec), step in zip(args.runs, steps, strict=True):
         step, num_samples = step.result(), segment_samples(config, codec)
         work = flops.step_flops(config, codec, num_samples)
-        row = f"{work / 1e12:.3g} | - | {peak_bytes(step) / 1e9:.2f} GB, too much"
+        speed, share = "- | -", "too large"
         if peak_bytes(step) < (device.memory_stats() or {}).get("bytes_limit", math.inf):
             seconds = measure(config, codec, step, args.num_steps)
             audio = config.batch_size * num_samples / codec.sample_rate / seconds
-            row = (f"{seconds:.4g} | {audio:.0f} | {work / 1e12:.3g} | {work / seconds / peak:.1%} "
-                   f"| {peak_bytes(step) / 1e9:.2f} GB")  # fmt: skip
-        else:
-            row = f"- | - | {row}"
-        print(f"| {text.replace(',', ', ')} | {row} |", flush=True)
+            speed, share = f"{seconds:.4g} | {audio:.0f}", f"{work / seconds / peak:.1%}"
+        print(f"| {text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
+              f"{peak_bytes(step) / 1e9:.2f} GB |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
