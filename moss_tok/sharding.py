@@ -220,9 +220,10 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
 }
-_WITHOUT_SPARSE_CORES = {  # ... and else beside what is computed.
+_WITHOUT_SPARSE_CORES = {  # ... and else beside what is computed; so are parameters gathered.
     "xla_enable_async_reduce_scatter_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # norms, too
 }
 
 

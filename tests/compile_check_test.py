@@ -152,6 +152,13 @@ def test_weak_scaling_needs_both_axes(sizes):
         compile_check.check_scaling(mesh)
 
 
+def test_what_hides_a_transfer_may_be_too_short():
+    gather = hlo.Collective("all-gather", "", 50e9, 2, 2, 1, True, "0", 98.5e12, 0)
+    costs = hlo.Costs(collectives=[gather, dataclasses.replace(gather, flops_beside=394e12)])
+    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 50e9, 4, costs, 1)
+    assert (estimate.links, estimate.short) == (0, 0.5)  # 1 s each, beside 0.5 and 2 s
+
+
 def test_weak_scaling_grows_the_data_axis(capsys):
     """A gather over fsdp, the same at any number of chips; a sum over data, which grows with it."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
@@ -312,6 +319,7 @@ ENTRY %main (p: f32[8,128], x: f32[1,128]) -> f32[16,128] {{
     (gathered,) = costs.collectives
     assert gathered.is_async and gathered.num_bytes == 8 * 128 * 4
     row = 128 * 4
+    assert gathered.bytes_beside == 2 * row
     assert costs.hbm_bytes == (8 + 16) * row + 2 * row  # the start; what is computed beside it
 
 

@@ -315,6 +315,15 @@ class Estimate:
         return waiting / self.link_rate
 
     @property
+    def short(self) -> float:
+        """Seconds by which transfers take longer than the operations they are spread over."""
+        spread = [c for c in self.costs.collectives if c.chain is not None]
+        return sum(max(0.0, c.num_bytes / self.link_rate - self._beside(c)) for c in spread)
+
+    def _beside(self, c: hlo.Collective) -> float:
+        return max(c.flops_beside / self.chip.flops, c.bytes_beside / self.chip.hbm_rate)
+
+    @property
     def step(self) -> float:
         """Seconds in all."""
         return max(self.compute, self.memory) + self.links
@@ -346,6 +355,7 @@ class Estimate:
             f"{self.memory:.3f} s",
             "estimated time": f"max(arithmetic, memory) + links not hidden {self.links:.3f} s = "
             f"{self.step:.3f} s; {self.binds} binds",
+            "not in it": f"{self.short:.3f} s by which transfers take longer than what hides them",
             "utilisation": f"{self.useful_flops / 1e12:.0f} useful TFLOP / {self.num_chips} / "
             f"({self.step:.3f} s x {chip.flops / 1e12:.0f} TFLOP/s) = {self.utilisation:.0%}, "
             "an estimate",

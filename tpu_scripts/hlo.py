@@ -84,7 +84,11 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of transfer between chips, and how often it runs in a step."""
+    """One kind of transfer between chips, and how often it runs in a step.
+
+    If it is spread over fusions, `chain` names it, and what they compute and move meanwhile is
+    `flops_beside` and `bytes_beside`.
+    """
 
     opcode: str
     source: str  # the operation in the Python program
@@ -93,6 +97,14 @@ class Collective:
     stride: int  # from one chip of a group to the next, in the order of the mesh
     times: float
     is_async: bool
+    chain: str | None = None
+    flops_beside: float = 0
+    bytes_beside: float = 0
+
+    def repeated(self, times: float) -> "Collective":
+        """That of a program which runs `times` times."""
+        sums = ("num_bytes", "times", "flops_beside", "bytes_beside")
+        return dataclasses.replace(self, **{name: times * getattr(self, name) for name in sums})
 
 
 @dataclasses.dataclass
@@ -115,10 +127,7 @@ class Costs:
         """Adds another program that runs `times` times."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
-        self.collectives += [
-            dataclasses.replace(c, num_bytes=times * c.num_bytes, times=times * c.times)
-            for c in other.collectives
-        ]
+        self.collectives += [c.repeated(times) for c in other.collectives]
         for mine, others in ((self.kernels, other.kernels), (self.traffic, other.traffic)):
             for name, amount in others.items():
                 mine[name] = mine.get(name, 0) + times * amount
@@ -183,7 +192,7 @@ class _Module:
             return
         if i.opcode in _NO_TRAFFIC or i.opcode.endswith(("-done", "-update")):
             return
-        kind = i.opcode.removesuffix("-start")
+        kind, moved = i.opcode.removesuffix("-start"), self._traffic(computation, i)
         if kind in _COLLECTIVES:
             total.collectives.append(_collective(computation, i, kind, kind != i.opcode))
         elif i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
@@ -193,10 +202,11 @@ class _Module:
             inner = self._computations[i.called("calls")]
             flops = self._flops(inner)
             total.flops += flops
+            self._put_beside(total, i.called("calls"), flops, moved)
             total.collectives += self._inner_collectives(inner, flops > 0)
         else:
             total.flops += _flops(computation, i)
-        total.move(_source(i), self._traffic(computation, i))
+        total.move(_source(i), moved)
 
     def _branches(self, i: Instruction) -> list[str]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
@@ -241,14 +251,25 @@ class _Module:
         started = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES and (started or not _is_spread(i)):
+            if kind in _COLLECTIVES and (started or not _chain(i)):
                 if kind == "all-reduce" and _is_scattered(computation, i):
                     kind = "reduce-scatter"
-                hidden = computes or marked or _is_spread(i) or i.opcode.endswith("-start")
+                hidden = computes or marked or bool(_chain(i)) or i.opcode.endswith("-start")
                 yield _collective(computation, i, kind, hidden)
             elif i.opcode == "fusion":
                 inner = self._computations[i.called("calls")]
                 yield from self._inner_collectives(inner, computes or marked)
+
+    def _put_beside(self, total: Costs, fusion: str, flops: float, num_bytes: float) -> None:
+        """Shares out what a fusion does among the transfers that are spread over it."""
+        chains = {_chain(i) for i in self._reachable(fusion)} - {None}
+        for n, c in enumerate(total.collectives):
+            if c.chain in chains:
+                total.collectives[n] = dataclasses.replace(
+                    c,
+                    flops_beside=c.flops_beside + flops / len(chains),
+                    bytes_beside=c.bytes_beside + num_bytes / len(chains),
+                )
 
     def _traffic(self, computation: Computation, i: Instruction) -> float:
         """Bytes between main memory and the core."""
@@ -292,7 +313,7 @@ class _Module:
                 read += i.arrays[0].num_bytes
             elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
                 pass  # updated in place
-            elif i.opcode == "tuple" or _is_spread(i) or '"AsyncCollective' in i.attributes:
+            elif i.opcode == "tuple" or _chain(i) or '"AsyncCollective' in i.attributes:
                 pass  # handed on
             elif i.opcode == "fusion":
                 nested = self._computations[i.called("calls")]
@@ -425,7 +446,7 @@ def _collective(computation: Computation, i: Instruction, kind: str, is_async: b
     share = (size - 1) / size
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
     moved_bytes = data * moved.get(kind, share)
-    return Collective(kind, _source(i), moved_bytes, size, stride, 1, is_async)
+    return Collective(kind, _source(i), moved_bytes, size, stride, 1, is_async, _chain(i))
 
 
 def _is_scattered(computation: Computation, i: Instruction) -> bool:
@@ -434,9 +455,10 @@ def _is_scattered(computation: Computation, i: Instruction) -> bool:
     return root.opcode == "dynamic-slice" and root.operands[0] == i.name
 
 
-def _is_spread(i: Instruction) -> bool:
-    """Whether a transfer goes on over several fusions."""
-    return "chain_id=" in i.attributes
+def _chain(i: Instruction) -> str | None:
+    """Which transfer it is a part of, if that is spread over several fusions."""
+    found = re.search(r'chain_id="(\w+)"', i.attributes)
+    return found[1] if found else None
 
 
 def _source(i: Instruction) -> str:

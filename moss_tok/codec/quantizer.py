@@ -164,11 +164,6 @@ class ResidualQuantizer(nn.Module):
         """
         batch, num_quantizers, num_frames = codes.shape
         keep = jnp.ones((batch, num_quantizers), bool) if keep is None else keep
-        # A second, unused level: one would be no loop, and fused with a decoder that rounds anew.
-        missing = min(2, self.config.num_quantizers) - num_quantizers
-        if missing > 0:
-            codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
-            keep = jnp.pad(keep, ((0, 0), (0, missing)))
         most = min(self.config.codebook_size - 1, jnp.iinfo(codes.dtype).max)
         codes = jnp.clip(codes, 0, most).astype(jnp.int32)  # negative ones would count from the end
 
@@ -178,7 +173,7 @@ class ResidualQuantizer(nn.Module):
             return total + value * used[:, None, None], None
 
         total = jnp.zeros((batch, num_frames, self.config.rvq_dim), jnp.float32)
-        levels = (self._levels(codes.shape[1]), jnp.moveaxis(codes, 1, 0), keep.T)
+        levels = (self._levels(num_quantizers), jnp.moveaxis(codes, 1, 0), keep.T)
         total, _ = jax.lax.scan(step, total, levels)
         return self._output(total)
 

@@ -106,16 +106,15 @@ class SelfAttention(nn.Module):
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
-        qkv = jnp.einsum("btd,dcnh->btcnh", x, qkv, precision=precision)
-        q, k, v = (y.squeeze(2).swapaxes(1, 2) for y in jnp.split(qkv, 3, axis=2))  # [B, N, T, H]
+        # Three products, not one: TPUs would write its result again, part by part.
+        q, k, v = (jnp.einsum("btd,dnh->bnth", x, qkv[:, i], precision=precision) for i in range(3))
         q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
         if past is None:
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
         else:
             x = attention.attend_cached(q, k, v, past, span.start, precision)
         fresh = None if past is None else past.fresh(span, k, v)
-        x = x.swapaxes(1, 2)
-        return jnp.einsum("btnh,nhd->btd", x, out, precision=precision), fresh
+        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
 
 
 class FeedForward(nn.Module):
