@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moss_tok.codec import init as codec_init
+
 FLAGS = Path(__file__).with_name("quickstart.flags")
 RESULT = "result.json"
 
@@ -51,13 +53,11 @@ VARIANTS = {
 
 
 def undo(names: list[str]) -> None:
-    """Takes parts of the initialisation out of `moss_tok.training.state`."""
-    from moss_tok.training import state
-
+    """Takes parts of the initialisation out of `moss_tok.codec.init`."""
     if "low_pass" in names:
-        state._low_pass = lambda modules, stages, side: stages
+        codec_init._low_pass = lambda modules, stages, side: stages
     if "sizes" in names:
-        paired = state._paired
+        paired = codec_init._paired
 
         def without_sizes(quantizer):
             done = paired(quantizer)
@@ -65,9 +65,9 @@ def undo(names: list[str]) -> None:
             codebooks = 0.1 * quantizer["codebooks"]
             return done | {"in_projections": projections, "codebooks": codebooks}
 
-        state._paired = without_sizes
+        codec_init._paired = without_sizes
     if "dealt" in names:
-        state._seen_first = random_kernels
+        codec_init._seen_first = random_kernels
 
 
 def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
@@ -116,16 +116,17 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 
 def write_models(folder: Path) -> None:
     """12hz.json, with 12.5 frames per second, and narrow.json; of about the size of tiny."""
-    from moss_tok import config as configs
+    from moss_tok.codec import presets
+    from moss_tok.codec.config import CodecConfig, QuantizerConfig
 
     def write(name, patches, widths, latent, rvq_dim):
         rows = [
             (240, widths[0], 128, 2, 2, 384, 1.0),
             (widths[0] * patches[1], widths[1], 192, 3, 2, 512, 1.0),
         ]
-        encoder = configs._stack(patches, rows, "v1", layer_scale=0.1)
-        quantizer = configs.QuantizerConfig(latent, rvq_dim, latent, 16, 1024, 8)
-        codec = configs.CodecConfig(24000, 1, encoder, quantizer, configs.mirror(encoder), "v1")
+        encoder = presets._stack(patches, rows, "v1", layer_scale=0.1)
+        quantizer = QuantizerConfig(latent, rvq_dim, latent, 16, 1024, 8)
+        codec = CodecConfig(24000, 1, encoder, quantizer, presets.mirror(encoder), "v1")
         (folder / name).write_text(codec.to_json())
 
     write("12hz.json", (240, 4, 2), (128, 256), 512, 96)

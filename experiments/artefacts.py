@@ -16,7 +16,7 @@ import numpy as np
 import soxr
 
 import moss_tok
-from moss_tok.config import PatchConfig
+from moss_tok.codec.config import PatchConfig
 from moss_tok.data import sources
 from moss_tok.evaluation import sweep
 

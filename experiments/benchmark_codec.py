@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_tok.config import PRESETS, preset
+from moss_tok.codec.presets import PRESETS, preset
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from moss_tok.config import TrainConfig, preset
+from moss_tok.codec.presets import preset
 from moss_tok.data import pipeline, prepare, sources
+from moss_tok.training.config import TrainConfig
 
 
 def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> None:

@@ -20,7 +20,8 @@ from benchmark_codec import random_params
 
 import moss_tok
 from moss_tok.codec import streaming
-from moss_tok.config import PRESETS, ComputeConfig, preset
+from moss_tok.codec.presets import PRESETS, preset
+from moss_tok.nn.compute import ComputeConfig
 
 
 def main() -> None:

@@ -19,8 +19,10 @@ from benchmark_codec import random_params
 
 import moss_tok
 from moss_tok.audio import files
-from moss_tok.config import PRECISIONS, PRESETS, CodecConfig, preset
+from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.presets import PRESETS, preset
 from moss_tok.data import tokenize
+from moss_tok.nn.compute import PRECISIONS
 
 
 def main() -> None:

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from moss_tok import sharding
-from moss_tok.config import CodecConfig, TrainConfig, preset
+from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.presets import preset
 from moss_tok.training import flops
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.state import init_state
 from moss_tok.training.step import batch_shapes, segment_samples, train_step
 

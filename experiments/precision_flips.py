@@ -18,9 +18,9 @@ import numpy as np
 
 import moss_tok
 from moss_tok.codec.inference import Codec, decode_one, encode_one
-from moss_tok.config import PRECISIONS
 from moss_tok.data import sources
 from moss_tok.evaluation import metrics, sweep
+from moss_tok.nn.compute import PRECISIONS
 
 _EINSUM = jnp.einsum
 

@@ -18,8 +18,8 @@ import optax
 
 import moss_tok
 from moss_tok.audio import files, manifest
+from moss_tok.audio.manifest import TASKS
 from moss_tok.codec import inference
-from moss_tok.config import TASKS
 from moss_tok.language import generate
 from moss_tok.language import pretrained as language_models
 

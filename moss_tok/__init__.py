@@ -18,8 +18,8 @@ from typing import Any
 
 _WHERE = {
     "Codec": "moss_tok.codec.inference",
-    "CodecConfig": "moss_tok.config",
-    "ComputeConfig": "moss_tok.config",
+    "CodecConfig": "moss_tok.codec.config",
+    "ComputeConfig": "moss_tok.nn.compute",
     "Decoded": "moss_tok.codec.inference",
     "Encoded": "moss_tok.codec.inference",
     "DecoderStream": "moss_tok.codec.streaming",
@@ -33,7 +33,7 @@ _WHERE = {
     "reset_streams": "moss_tok.codec.streaming",
     "encode": "moss_tok.codec.inference",
     "load": "moss_tok.codec.pretrained",
-    "preset": "moss_tok.config",
+    "preset": "moss_tok.codec.presets",
 }
 
 __all__ = sorted(_WHERE)

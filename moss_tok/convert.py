@@ -6,9 +6,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from moss_tok import storage
+from moss_tok import checkpoint, storage, tensors
 from moss_tok.codec import huggingface, pretrained
-from moss_tok.config import check_choice
+from moss_tok.errors import check_choice
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -29,15 +29,15 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       ValueError: Broken source, or a destination that exists.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
-    folder, destination = pretrained.find_checkpoint(source), storage.to_local_path(destination)
-    pretrained.check_destination(destination)
-    if huggingface.is_official(folder):
+    folder, destination = checkpoint.find_checkpoint(source), storage.to_local_path(destination)
+    checkpoint.check_destination(destination)
+    if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         if dtype != "float32":
             params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
         pretrained.save(destination, config, pretrained.to_device(params))
         return "checkpoint"
     codec = pretrained.load(folder)
-    with pretrained.new_directory(destination) as temporary:
+    with checkpoint.new_directory(destination) as temporary:
         huggingface.write_official(temporary, codec.config, codec.params, dtype)
     return "official"

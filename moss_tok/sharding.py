@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moss_tok.config import MESH_AXES, parse_mesh
+MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
@@ -44,8 +44,29 @@ RULES = (
 LARGE = 2**20
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of the axes in `text`, "data:4,fsdp:8": 1 for those not named, -1 for the rest.
+
+    Raises:
+      ValueError: Another name or form, a size that is neither positive nor -1, or -1 twice.
+    """
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition(":")
+        known = name in MESH_AXES and name not in sizes
+        if not known or not (size == "-1" or size.isdecimal() and int(size) > 0):
+            raise ValueError(
+                f"mesh must be {','.join(f'{axis}:N' for axis in MESH_AXES)} or some of them, "
+                f"N positive or -1 for the rest, got {text!r}"
+            )
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh must have one -1 at most, got {text!r}")
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `text`, see `config.parse_mesh`.
+    """The mesh of `text`, see `parse_mesh`.
 
     Its axes are Auto: `jax.make_mesh` defaults to Explicit, where Linen's constraints turn into
     assertions.
@@ -81,6 +102,31 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The first axis split over data and fsdp."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+
+
+def split_items(x: jax.Array) -> jax.Array:
+    """[B, ...] as it is; on a mesh, its items go where the batch's are.
+
+    Without being told, XLA also splits the width of activations, as that of parameters is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    told = any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    batch = None if mesh.empty or told else dividing_axes(mesh, "batch", x.shape[0])
+    if batch is None:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *others))
+
+
+def dividing_axes(
+    mesh: jax.sharding.AbstractMesh, logical_name: str, size: int
+) -> tuple[str, ...] | None:
+    """The mesh axes of a logical axis by RULES, if they divide `size`; else None: not split."""
+    axes = dict(RULES)[logical_name] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    present = tuple(axis for axis in axes if axis in mesh.shape)
+    parts = math.prod(mesh.shape[axis] for axis in present)
+    return present if present and size % parts == 0 else None
 
 
 def check_batch_size(mesh: jax.sharding.Mesh, batch_size: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_tok import sharding
-from moss_tok.codec import attention
+from moss_tok.nn import attention, kernels, rope
 
 
 def brute_force(q, k, v, window, out_grad=None):
@@ -68,7 +68,7 @@ def test_agrees_with_brute_force_forward_and_backward(implementation, dtype, tol
     check_gradients(attend, 300, 70, dtype, tolerance)
 
 
-@pytest.mark.skipif(not attention._on("nvidia"), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(not kernels.on("nvidia"), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("mesh", ["", "data:1"])
 @pytest.mark.parametrize(("num_frames", "window"), [(300, 70), (300, 300), (257, 60), (2, 1)])
 def test_cudnn_agrees_with_brute_force(num_frames, window, mesh):
@@ -90,13 +90,13 @@ def test_cudnn_is_asked_for_the_window(num_frames, window, monkeypatch):
         return compute(q, *args, **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setattr(attention, "_cudnn_lacks", lambda head_dim, dtype: "")
+    monkeypatch.setattr(kernels, "cudnn_lacks", lambda head_dim, dtype: "")
     qkv = random_qkv(num_frames).astype("bfloat16")
     out = attention.attend(*qkv, window)
     np.testing.assert_allclose(np.float64(out), brute_force(*qkv, window), atol=3e-2)
 
 
-@pytest.mark.skipif(attention._on("nvidia"), reason="of machines without an NVIDIA GPU")
+@pytest.mark.skipif(kernels.on("nvidia"), reason="of machines without an NVIDIA GPU")
 def test_cudnn_says_what_it_needs():
     q, k, v = random_qkv(8)
     with pytest.raises(ValueError, match="attention=cudnn needs an NVIDIA GPU"):
@@ -142,7 +142,7 @@ def test_window_counts_the_query_itself():
 def test_rope_phases_are_exact_far_out(start):
     """34,560,000 is a day at 400 Hz."""
     positions = start + np.arange(50)
-    cos, sin = attention.rope_table(jnp.asarray(positions, jnp.uint32), 64, 10000.0)
+    cos, sin = rope.rope_table(jnp.asarray(positions, jnp.uint32), 64, 10000.0)
     frequencies = 10000.0 ** (-np.arange(32) / 32)
     phases = positions[:, None].astype(np.longdouble) * frequencies.astype(np.longdouble)
     tolerance = 1e-6 if start < 2**30 else 2e-5  # float64 frequencies err by 1e-16 of 2e9 radians
@@ -154,8 +154,8 @@ def test_rope_depends_on_distance_alone():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def product(a, b):
-        tables = [attention.rope_table(jnp.array([p]), 16, 100.0) for p in (a, b)]
-        rotated = [attention.apply_rope(z, t) for z, t in zip((x, y), tables, strict=True)]
+        tables = [rope.rope_table(jnp.array([p]), 16, 100.0) for p in (a, b)]
+        rotated = [rope.apply_rope(z, t) for z, t in zip((x, y), tables, strict=True)]
         return float((rotated[0] * rotated[1]).sum())
 
     assert product(5, 2) == pytest.approx(product(10_000_005, 10_000_002), abs=1e-5)

@@ -16,6 +16,7 @@ import soundfile
 from conftest import GOLDEN
 
 import moss_tok
+from moss_tok import checkpoint
 from moss_tok.cli import info
 from moss_tok.cli.main import COMMANDS, main
 from moss_tok.codec import inference
@@ -77,8 +78,8 @@ def test_convert_and_info(folder, capsys):
     assert main(["convert", "ours", "official"]) == 0
     capsys.readouterr()
     outputs = []
-    for checkpoint in (CODEC, "ours", "official"):
-        assert main(["info", checkpoint]) == 0
+    for name in (CODEC, "ours", "official"):
+        assert main(["info", name]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2]
     assert "75 to 600 bit/s" in outputs[0] and "window 100 frames (1 s)" in outputs[0]
@@ -309,9 +310,9 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
     steps = folder / "run" / "checkpoints"
     steps.mkdir(parents=True)
     for step in (3, 20):
-        pretrained.save(steps / pretrained.step_name(step), micro.config, micro.params)
+        pretrained.save(steps / checkpoint.step_name(step), micro.config, micro.params)
     (steps / "00000030.orbax-checkpoint-tmp").mkdir()
-    assert pretrained.find_checkpoint(folder / "run").name == "00000020"
+    assert checkpoint.find_checkpoint(folder / "run").name == "00000020"
     assert main(["info", "run"]) == 0
     assert json.loads((steps / "00000020" / "config.json").read_text())["format"] == "moss_tok"
 

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moss_tok import config
-from moss_tok.codec import attention, transformer
+from moss_tok.codec import transformer
+from moss_tok.codec.config import TransformerConfig
+from moss_tok.codec.presets import load_codec_config
 from moss_tok.language.config import LanguageConfig
+from moss_tok.nn import kernels
+from moss_tok.nn.compute import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
@@ -58,11 +61,11 @@ def test_both_passes_of_a_loop_equal_those_without():
 
 def test_both_passes_of_a_stage_count_what_xla_counts_unrolled():
     """Three layers in a scan; and one after the other, which XLA's own count can see."""
-    one = config.TransformerConfig(
+    one = TransformerConfig(
         256, 256, 256, 2, 1, 1024, 96, input_projection=False, output_projection=False
     )
     three = dataclasses.replace(one, num_layers=3)
-    compute = config.ComputeConfig(precision="default", attention="dense")
+    compute = ComputeConfig(precision="default", attention="dense")
     x = jnp.zeros((1, 96, 256))
     stage, layer = transformer.Stage(three, compute, 96), transformer.Stage(one, compute, 96)
 
@@ -343,21 +346,21 @@ def test_bad_flags(flags, message):
 
 
 def test_costs_of_an_attention_kernel():
-    codec = config.load_codec_config("tiny")
-    compute = config.ComputeConfig(dtype="bfloat16")
+    codec = load_codec_config("tiny")
+    compute = ComputeConfig(dtype="bfloat16")
     names = {"jit(f)/encoder/stage_1/layers/splash_mha_fwd": 2.0}
     module, rate = codec.encoder[1], codec.stage_rates("encoder")[1]
     frames = 256
     found = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
     heads = 2 * 3 * module.num_heads
-    assert attention.splash_block(frames, frames) == 256
+    assert kernels.splash_block(frames, frames) == 256
     assert found.flops == heads * 2 * 2 * 256 * 256 * module.head_dim
     assert found.hbm_bytes == heads * 256 * 128 * 2 * (2 + 3)
     for precision, passes in (("highest", 6), ("high", 6), ("default", 1)):  # it has no high
-        compute = config.ComputeConfig(precision=precision)
+        compute = ComputeConfig(precision=precision)
         exact = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
         assert exact.flops == passes * found.flops
-    compute = config.ComputeConfig(dtype="bfloat16")
+    compute = ComputeConfig(dtype="bfloat16")
     language = LanguageConfig(8, 257, 256, 128, 1, 2, 1, 64)
     names = {"jit(f)/SemanticHead/model/layers/splash_mha_fwd": 2.0}
     found = compile_check.kernel_costs(

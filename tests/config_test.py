@@ -10,7 +10,9 @@ from conftest import micro_config
 
 import moss_tok
 from moss_tok.codec import pretrained
-from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig
+from moss_tok.codec.config import CodecConfig
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.training.config import TrainConfig
 
 PUBLISHED = {
     # name: parameters, hop_length, encoder windows

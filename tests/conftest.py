@@ -20,6 +20,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import atexit
 import dataclasses
+import functools
 import gc
 import shutil
 from pathlib import Path
@@ -29,10 +30,20 @@ import numpy as np
 import pytest
 
 import moss_tok
-from moss_tok.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig, mirror
+from moss_tok.codec import init as codec_init
+from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
+from moss_tok.codec.presets import mirror
 from moss_tok.training import state as states
 
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config):
+    """Fresh parameters of a codec; op by op it takes longer."""
+    return codec_init.init_params(config, jax.random.key(0))
+
+
 init_state = jax.jit(states.init_state, static_argnums=(0, 1, 4))  # op by op it takes longer
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -73,8 +84,7 @@ def micro_config(**changes) -> CodecConfig:
 def micro():
     """A codec of `micro_config` with random weights."""
     config = micro_config()
-    state = init_state(moss_tok.config.TrainConfig(), config)
-    return moss_tok.Codec(state.params, config)
+    return moss_tok.Codec(init_params(config), config)
 
 
 @pytest.fixture(autouse=True, scope="module")

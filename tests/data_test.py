@@ -12,8 +12,8 @@ import soundfile
 
 from moss_tok.audio import files, manifest
 from moss_tok.cli import main as cli
-from moss_tok.config import TrainConfig
 from moss_tok.data import pipeline, prepare, records, sources, synthetic
+from moss_tok.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 RATE = 8000

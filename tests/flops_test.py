@@ -8,10 +8,11 @@ import pytest
 from conftest import micro_config
 
 from moss_tok.codec.transformer import Stage
-from moss_tok.config import ComputeConfig, TrainConfig
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead
+from moss_tok.nn.compute import ComputeConfig
 from moss_tok.training import flops
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.discriminators import Discriminators
 
 COMPUTE = ComputeConfig(precision="default", attention="dense")

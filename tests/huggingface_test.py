@@ -10,6 +10,7 @@ import safetensors.numpy
 from conftest import leaves_equal, micro_config
 
 import moss_tok
+from moss_tok import tensors as tensor_files
 from moss_tok.codec import huggingface, huggingface_config
 from moss_tok.convert import convert
 
@@ -178,7 +179,7 @@ def test_truncated_safetensors(official):
 def test_one_side_reads_only_its_tensors(official, component, monkeypatch):
     read = []
     monkeypatch.setattr(
-        huggingface, "_put", lambda params, tensor, array, stacked: read.append(tensor.name)
+        tensor_files, "_put", lambda params, tensor, array, stacked: read.append(tensor.name)
     )
     huggingface.read_official(official, component)
     other = {"encoder": "decoder", "decoder": "encoder"}[component]
@@ -243,7 +244,7 @@ def test_bfloat16(golden_dir, v1_tiny, tmp_path):
 
 
 def test_large_exports_are_sharded(v1_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 1_000_000)
+    monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 1_000_000)
     huggingface.write_official(tmp_path, v1_tiny.config, v1_tiny.params, "float32")
     assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # as the umask says

@@ -11,10 +11,13 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
-    ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
-     "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
-     "codec.export", "codec.codes"],
+    ["errors", "json_files", "sharding", "storage", "tensors", "checkpoint"],
+    ["nn.compute", "training.config", "nn.rope", "nn.cache", "nn.kernels",
+     "nn.attention", "nn.layers"],
+    ["audio.files", "audio.manifest", "audio.spectral"],
+    ["codec.config", "codec.presets", "codec.transformer", "codec.quantizer", "codec.model",
+     "codec.init", "codec.inference", "codec.streaming", "codec.huggingface_config",
+     "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic",

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import moss_tok
-from moss_tok.config import ComputeConfig
+from moss_tok.codec import pretrained
 from moss_tok.evaluation import transcription
 from moss_tok.language import generate, qwen, text
 from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig, preset
 from moss_tok.language.generate import Language, Sampling
+from moss_tok.nn.compute import ComputeConfig
 
 CONFIG = LanguageConfig(8, 257, 256, 32, 2, 4, 2, 48, head_dim=8)
 
@@ -307,6 +307,6 @@ def test_error_rates():
 
 
 def test_a_codec_without_language_model(micro, tmp_path):
-    moss_tok.codec.pretrained.save(tmp_path / "c", micro.config, micro.params)
+    pretrained.save(tmp_path / "c", micro.config, micro.params)
     with pytest.raises(ValueError, match="has no language model; train one with"):
         language_models.load(tmp_path / "c")

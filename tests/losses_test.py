@@ -8,8 +8,8 @@ import pytest
 
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
-from moss_tok.config import DiscriminatorConfig, TrainConfig
 from moss_tok.training import discriminators, losses
+from moss_tok.training.config import DiscriminatorConfig, TrainConfig
 
 WINDOWS = TrainConfig().mel_window_lengths
 

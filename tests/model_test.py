@@ -9,7 +9,7 @@ import pytest
 
 import moss_tok
 from moss_tok.codec.model import CodecModel, deinterleave, interleave, patchify, unpatchify
-from moss_tok.config import ComputeConfig
+from moss_tok.nn.compute import ComputeConfig
 
 
 def test_patches_are_channel_major():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from moss_tok import config
+from moss_tok import sharding
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
@@ -129,7 +129,7 @@ def test_watch_goes_by_what_the_workers_say(gcloud, monkeypatch, status, code, a
 def test_setup_sends_the_whole_repository(gcloud, monkeypatch):
     watch(gcloud, monkeypatch, 1, state=["ACTIVE"], status=["none"])
     with tarfile.open(gcloud / f"{pod.FOLDER}.tar.gz") as archive:
-        assert {"setup.py", "train.py", "moss_tok/config.py"} <= {*archive.getnames()}
+        assert {"setup.py", "train.py", "moss_tok/sharding.py"} <= {*archive.getnames()}
 
 
 def test_watch_asks_again_where_gcloud_gives_no_answer(gcloud, monkeypatch, capsys):
@@ -213,7 +213,7 @@ def test_the_job_for_kubernetes_uses_all_chips_of_its_slice():
     (container,) = spec["template"]["spec"]["containers"]
     assert container["workingDir"] == "/moss_tok"
     (mesh,) = [flag for flag in container["command"] if flag.startswith("--mesh=")]
-    sizes = config.parse_mesh(mesh.removeprefix("--mesh="))
+    sizes = sharding.parse_mesh(mesh.removeprefix("--mesh="))
     assert sizes == {"data": -1, "fsdp": 16, "tensor": 1}
     (rule,) = spec["podFailurePolicy"]["rules"]  # bad input is not tried again
     assert rule["action"] == "FailJob"

@@ -13,8 +13,7 @@ import pytest
 from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
 from training_test import ADVERSARIAL, CODEC, CONFIG
 
-from moss_tok import sharding
-from moss_tok.codec import pretrained
+from moss_tok import checkpoint, sharding
 from moss_tok.training import checkpoints, loop, writer
 from moss_tok.training import state as states
 
@@ -28,6 +27,7 @@ def make_mesh(shape, names, *, devices, **options):
 jax.make_mesh = make_mesh
 sys.argv.pop(0)
 import optax
+from moss_tok import checkpoint
 from moss_tok.training import state
 state._adamw = lambda config, peak: optax.sgd(2e-5, momentum=0.8)  # Adam would blow up rounding
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -118,7 +118,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(pretrain):
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, code=143)
-    steps = pretrained.saved_steps(Path(config.workdir))
+    steps = checkpoint.saved_steps(Path(config.workdir))
     assert len(steps) == 1 and rows_without_timing(config.workdir)[-1]["step"] == steps[0]
 
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors
 
 import moss_tok
+from moss_tok import tensors
 from moss_tok.codec import huggingface
 from moss_tok.convert import convert
 
@@ -33,7 +34,7 @@ def test_names_and_sizes(published):
     parameters, tensors = MODELS[name]
     config = huggingface.read_folder_config(folder)
     table = huggingface.tensor_table(config)
-    assert len(table) == len(huggingface.tensor_files(folder)) == tensors
+    assert len(table) == len(tensors.tensor_files(folder)) == tensors
     assert sum(int(np.prod(t.shape)) for t in table) == parameters
     ours = moss_tok.preset(name)
     assert (config.encoder, config.decoder, config.quantizer) == (
@@ -56,7 +57,7 @@ def test_round_trip(published, tmp_path):
     _, folder = published
     convert(folder, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "official")
-    before, after = (huggingface.tensor_files(p) for p in (folder, tmp_path / "official"))
+    before, after = (tensors.tensor_files(p) for p in (folder, tmp_path / "official"))
     assert before.keys() == after.keys()
     for name in before:
         arrays = []

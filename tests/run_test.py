@@ -18,8 +18,7 @@ from data_test import make_clips
 from training_test import ADVERSARIAL, CODEC
 
 import moss_tok
-from moss_tok import storage
-from moss_tok.codec import pretrained
+from moss_tok import checkpoint, storage
 from moss_tok.evaluation import sweep
 from moss_tok.training import checkpoints, loop, writer
 from moss_tok.training import state as states
@@ -193,7 +192,7 @@ def test_sigterm_saves_and_says_143(config, tmp_path):
     assert process.returncode == 143, output
     assert time.monotonic() - began < 30
     assert "stopped by SIGTERM after step" in output and "which is saved" in output
-    steps = pretrained.saved_steps(Path(config.workdir))
+    steps = checkpoint.saved_steps(Path(config.workdir))
     assert len(steps) == 1 and rows_without_timing(config.workdir)[-1]["step"] == steps[0]
     wait_until_gone(process.pid)
 
@@ -255,13 +254,13 @@ def test_checkpoints_that_stay(ended):
 
 def test_a_full_disk_leaves_earlier_checkpoints(ended, monkeypatch):
     config = dataclasses.replace(ended, num_steps=6)
-    real = pretrained.CheckpointHandler.finalize
+    real = checkpoint.CheckpointHandler.finalize
 
     def full(self, directory):
         real(self, directory)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained.CheckpointHandler, "finalize", full)
+    monkeypatch.setattr(checkpoint.CheckpointHandler, "finalize", full)
     with pytest.raises(
         ValueError, match="could not be written .*earlier ones are intact: 00000002, 00000004"
     ):

@@ -16,10 +16,11 @@ from training_test import ADVERSARIAL, CODEC, random_batch
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
-from moss_tok.config import ComputeConfig, DiscriminatorConfig
 from moss_tok.language import pretrained as language_models
+from moss_tok.nn.compute import ComputeConfig
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
+from moss_tok.training.config import DiscriminatorConfig
 from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.step import sharded_train_step
 

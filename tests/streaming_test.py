@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init_state, micro_config
+from conftest import init_params, micro_config
 from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok
-from moss_tok import config as config_module
 from moss_tok import sharding
 from moss_tok.cli.main import main
-from moss_tok.codec import attention, inference, pretrained, streaming
-from moss_tok.config import CodecConfig, ComputeConfig, QuantizerConfig
+from moss_tok.codec import inference, presets, pretrained, streaming
+from moss_tok.codec.config import CodecConfig, QuantizerConfig
+from moss_tok.nn import attention, rope
+from moss_tok.nn.compute import ComputeConfig
 
 MOST_FRAMES = 108  # more than three of the longest window, in code frames, of the golden models
 
@@ -25,10 +26,10 @@ def v2_micro():
     """The six stages and windows of v2, a hundredth as long, in stereo; random weights."""
     windows = (0.01, 0.02, 0.04, 0.08, 0.1, 0.1)
     rows = [(6 if i == 0 else 8, 8 if i == 5 else 4, 16, 2, 1, 32, windows[i]) for i in range(6)]
-    encoder = config_module._stack((6, 2, 2, 2, 2, 2), rows, "v2", layer_scale=0.5)
+    encoder = presets._stack((6, 2, 2, 2, 2, 2), rows, "v2", layer_scale=0.5)
     quantizer = QuantizerConfig(8, 6, 8, 4, 16, 3)
-    config = CodecConfig(9600, 2, encoder, quantizer, config_module.mirror(encoder), "v2")
-    return moss_tok.Codec(init_state(config_module.TrainConfig(), config).params, config)
+    config = CodecConfig(9600, 2, encoder, quantizer, presets.mirror(encoder), "v2")
+    return moss_tok.Codec(init_params(config), config)
 
 
 @pytest.fixture(scope="module", params=["v1_tiny", "nano_tiny", "v2_micro"])
@@ -174,8 +175,8 @@ def test_slots_of_codes_are_independent(v1_tiny, rng):
 def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
     """Phases depend on distances alone, and are as precise far out as at the beginning."""
     codec, wav, codes, wav_hat = whole
-    day, table = 24 * 3600 * 400, attention.rope_table
-    monkeypatch.setattr(attention, "rope_table", lambda p, *args: table(p + day, *args))
+    day, table = 24 * 3600 * 400, rope.rope_table
+    monkeypatch.setattr(rope, "rope_table", lambda p, *args: table(p + day, *args))
     jax.clear_caches()
     hop = codec.config.hop_length
     state = streaming.init_encoder_stream(codec, 2)
@@ -526,7 +527,7 @@ def test_a_window_of_one_frame():
         for side in ("encoder", "decoder")
     }
     config = dataclasses.replace(config, **sides)
-    codec = moss_tok.Codec(init_state(config_module.TrainConfig(), config).params, config)
+    codec = moss_tok.Codec(init_params(config), config)
     wav = np.random.default_rng(0).standard_normal((1, 1, 160)).astype(np.float32)
     stream = moss_tok.EncoderStream(codec, chunk_frames=[8, 2])
     expected = moss_tok.encode(codec, wav).codes[0]

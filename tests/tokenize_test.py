@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
-from conftest import GOLDEN, init_state, micro_config
+from conftest import GOLDEN, init_params, micro_config
 from processes_test import finish, slurm_environments
 
 import moss_tok
@@ -44,8 +44,7 @@ def root(tmp_path_factory):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "some.jsonl").write_text(text)
     config = micro_config()
-    state = init_state(moss_tok.config.TrainConfig(), config)
-    pretrained.save(folder / "codec", config, state.params)
+    pretrained.save(folder / "codec", config, init_params(config))
     return folder
 
 

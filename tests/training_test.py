@@ -13,11 +13,13 @@ from conftest import init_state, leaves_equal, micro_config
 
 import moss_tok
 from moss_tok import sharding
+from moss_tok.codec import init as codec_init
 from moss_tok.codec import pretrained
-from moss_tok.config import TrainConfig, mirror, preset
+from moss_tok.codec.presets import mirror, preset
 from moss_tok.training import losses
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
+from moss_tok.training.config import TrainConfig
 
 RATE = 8000
 CONFIG = TrainConfig(
@@ -262,7 +264,7 @@ def test_fresh_quantizer_knows_sizes():
 )
 def test_fresh_quantizers_share_out_the_dimensions(sizes):
     """Each sees different ones; those of a group see no dimension twice where there are enough."""
-    kernels = np.asarray(states._seen_first(*sizes))
+    kernels = np.asarray(codec_init._seen_first(*sizes))
     num_quantizers, rvq_dim, codebook_dim = sizes
     seen = min(codebook_dim - 1, rvq_dim)
     assert (kernels.sum((1, 2)) == seen).all() and kernels.sum(2).max() <= 1

@@ -37,19 +37,17 @@ from jax.experimental import topologies
 
 import moss_tok
 from moss_tok import sharding
-from moss_tok.codec import attention, pretrained
-from moss_tok.config import (
-    PRECISIONS,
-    CodecConfig,
-    ComputeConfig,
-    TrainConfig,
-    check_choice,
-    load_codec_config,
-)
+from moss_tok.codec import pretrained
+from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.presets import load_codec_config
+from moss_tok.errors import check_choice
 from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
+from moss_tok.nn.compute import PRECISIONS, ComputeConfig
+from moss_tok.nn.kernels import splash_block
 from moss_tok.training import flags as train_flags
 from moss_tok.training import flops, state, step
+from moss_tok.training.config import TrainConfig
 
 FUNCTIONS = ("train_step", "encode", "decode")
 
@@ -224,7 +222,7 @@ def kernel_costs(
         else:
             module = language
             window = frames = round(codec.frame_rate * seconds) + 2 + num_tokens
-        size = attention.splash_block(frames, min(window, frames))
+        size = splash_block(frames, min(window, frames))
         blocks = -(-frames // size)
         seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
         rows = zip((items, module.num_heads), parts, strict=True)

@@ -9,7 +9,11 @@ from typing import Any
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.config import TASKS, is_number, split_lines
+from moss_tok.errors import is_number
+from moss_tok.json_files import split_lines
+
+TASKS = ("transcribe", "transcribe_speakers", "caption")
+DOMAINS = ("speech", "music", "sound", "other")
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names

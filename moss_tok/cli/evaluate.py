@@ -130,7 +130,7 @@ def _others(text: str, name: str, datasets: list[Any]) -> list[Any]:
 
 def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | None:
     """The checkpoint's language model, if there is one, texts to score it by, and a wish to."""
-    from moss_tok.codec import pretrained
+    from moss_tok.checkpoint import find_checkpoint
     from moss_tok.evaluation import protocol, transcription
     from moss_tok.language import pretrained as language_models
 
@@ -142,7 +142,7 @@ def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | 
         if asked:
             raise ValueError("wer and cer need a data set whose lines have a transcript")
         return None
-    if language_models.load_config(pretrained.find_checkpoint(checkpoint)):
+    if language_models.load_config(find_checkpoint(checkpoint)):
         transcription.check_installed()
         return language_models.load(checkpoint)
     if asked:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from moss_tok import checkpoint
 from moss_tok.cli import arguments
 
 
@@ -26,16 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import moss_tok
-    from moss_tok import config, storage
-    from moss_tok.codec import export, pretrained
+    from moss_tok import storage
+    from moss_tok.codec import export
+    from moss_tok.errors import check_choice
 
-    config.check_choice("function", args.function, export.FUNCTIONS)
+    check_choice("function", args.function, export.FUNCTIONS)
     output = storage.to_local_path(args.output)
-    pretrained.check_destination(output)
+    checkpoint.check_destination(output)
     component = "encoder" if args.function.startswith("encode") else "decoder"
     codec = moss_tok.load(args.checkpoint, component=component)
     options = (args.num_quantizers, args.chunk_frames, args.weights)
     artifact = export.export(codec, args.function, *options)
-    with pretrained.new_directory(output) as folder:
+    with checkpoint.new_directory(output) as folder:
         export.write(folder, args.function, *artifact)
     print(f"{output}: {args.function} for {', '.join(export.PLATFORMS)}, weights {args.weights}")

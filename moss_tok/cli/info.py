@@ -14,11 +14,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from pathlib import Path
 
-    from moss_tok import config as configs
-    from moss_tok.codec import pretrained
+    from moss_tok.codec import presets, pretrained
 
-    if args.checkpoint in configs.PRESETS and not Path(args.checkpoint).exists():
-        config = configs.preset(args.checkpoint)
+    if args.checkpoint in presets.PRESETS and not Path(args.checkpoint).exists():
+        config = presets.preset(args.checkpoint)
     else:
         config = pretrained.load_config(args.checkpoint)
     print("\n".join(describe(config, pretrained.param_shapes(config))))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(args) or 0
     except Exception as error:
-        from moss_tok.config import user_error
+        from moss_tok.errors import user_error
 
         line = user_error(error, "take shorter audio or fewer files at a time")
         if not line:

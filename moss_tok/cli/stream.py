@@ -119,7 +119,7 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
 
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.config import parse_json_object
+    from moss_tok.json_files import parse_json_object
 
     dtype, full_scale = _PCM[pcm]
     stream = None

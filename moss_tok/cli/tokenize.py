@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     import moss_tok
-    from moss_tok import config, sharding
+    from moss_tok import sharding
     from moss_tok.codec import pretrained
     from moss_tok.data import tokenize
+    from moss_tok.errors import check_choice
+    from moss_tok.nn.compute import PRECISIONS
 
-    config.check_choice("precision", args.precision, tuple(config.PRECISIONS))
+    check_choice("precision", args.precision, tuple(PRECISIONS))
     if (args.shard_index is None) != (args.num_shards is None):
         raise ValueError("--shard-index and --num-shards go together")
     together = args.num_shards is None  # processes of jax.distributed end together
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     tokenize.check_folder(args.output)
     items = tokenize.find_items(args.input)
-    compute = config.PRECISIONS[args.precision]
+    compute = PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)
     plan = tokenize.plan(codec, items, args.output, settings)
     seconds = sum(item.duration_seconds for _, item in items)

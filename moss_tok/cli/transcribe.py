@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from moss_tok import storage
     from moss_tok.audio import files
+    from moss_tok.audio.manifest import TASKS
     from moss_tok.codec import pretrained
-    from moss_tok.config import TASKS, check_choice
+    from moss_tok.errors import check_choice
     from moss_tok.language import pretrained as language_models
     from moss_tok.language.generate import Sampling
 

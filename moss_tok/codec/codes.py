@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.config import CodecConfig
+from moss_tok.codec.config import CodecConfig
 
 _KEYS = ("sample_rate", "num_samples", "num_channels", "hop_length", "codebook_size")
 

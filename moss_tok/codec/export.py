@@ -18,11 +18,12 @@ import numpy as np
 from flax import traverse_util
 from jax import export as jax_export
 
-from moss_tok.codec import huggingface, inference, streaming
-from moss_tok.codec.attention import Cache
+from moss_tok import tensors
+from moss_tok.codec import inference, streaming
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import Caches, empty_caches
-from moss_tok.config import check_choice
+from moss_tok.errors import check_choice
+from moss_tok.nn.cache import Cache
 
 FUNCTIONS = ("encode", "decode", "encode_step", "decode_step")
 WEIGHTS = ("beside", "inside")
@@ -101,7 +102,7 @@ def write(
     (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
     if params:
         arrays = {name: np.asarray(x) for name, x in params.items()}
-        huggingface.write_tensors(folder / "params.safetensors", arrays)
+        tensors.write_tensors(folder / "params.safetensors", arrays)
 
 
 def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None:

@@ -10,15 +10,15 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from moss_tok.config import (
+from moss_tok.codec.config import (
     CodecConfig,
     ModuleConfig,
     PatchConfig,
     QuantizerConfig,
     TransformerConfig,
-    is_number,
-    parse_json_object,
 )
+from moss_tok.errors import is_number
+from moss_tok.json_files import parse_json_object
 
 _CLASSES = {
     "AutoConfig": "configuration_moss_audio_tokenizer.MossAudioTokenizerConfig",

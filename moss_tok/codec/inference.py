@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_tok.codec.attention import Span
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.model import CodecModel, empty_caches
-from moss_tok.config import CodecConfig, ComputeConfig, is_number
+from moss_tok.errors import is_number
+from moss_tok.nn.cache import Span
+from moss_tok.nn.compute import ComputeConfig
 
 WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
 CHUNK_SECONDS = 20.0  # each reads all weights again

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moss_tok.codec.attention import Cache, Span
+from moss_tok.codec.config import CodecConfig, PatchConfig
 from moss_tok.codec.quantizer import Quantized, ResidualQuantizer
 from moss_tok.codec.transformer import Stage
-from moss_tok.config import CodecConfig, ComputeConfig, PatchConfig
+from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.compute import ComputeConfig
 
 Caches = dict[str, Cache]  # by stage
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moss_tok.config import QuantizerConfig
+from moss_tok.codec.config import QuantizerConfig
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

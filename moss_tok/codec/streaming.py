@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok import sharding
-from moss_tok.codec.attention import Span
 from moss_tok.codec.inference import (
     Codec,
     check_codes,
@@ -26,6 +25,7 @@ from moss_tok.codec.inference import (
     zero_past,
 )
 from moss_tok.codec.model import Caches, empty_caches
+from moss_tok.nn.cache import Span
 
 CHUNK_FRAMES = (1, 2, 4, 8)
 

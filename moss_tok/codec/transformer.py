@@ -1,84 +1,17 @@
-"""A causal Transformer stage: projections around pre-norm blocks under one scan."""
+"""A causal Transformer stage of a codec: projections around pre-norm blocks under one scan."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from moss_tok.codec import attention
-from moss_tok.codec.attention import Cache, Span
-from moss_tok.config import ComputeConfig, TransformerConfig
-
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        attention.saveable,
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def parameter(
-    module: nn.Module, name: str, shape, axes, num_in: int, dtype, scale: jax.Array | None = None
-) -> jax.Array:
-    """A float32 weight [num_in input axes, output axes], in the compute dtype; a bias starts at 0.
-
-    Args:
-      module: Whose parameter it is.
-      name: What it is called.
-      shape: Its axes.
-      axes: Their logical names.
-      num_in: How many of them are inputs; 0: it is a bias.
-      dtype: What it is computed in.
-      scale: float32, of the last output axis: what it is multiplied with before.
-    """
-    init = nn.initializers.zeros
-    if num_in:
-        in_axis, out_axis = tuple(range(num_in)), tuple(range(num_in, len(shape)))
-        init = nn.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
-    init = nn.with_logical_partitioning(init, axes)
-    value = module.param(name, init, shape, jnp.float32)
-    return (value if scale is None else value * scale).astype(dtype)
-
-
-def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") -> type[nn.Module]:
-    """`num_layers` of `block` under one scan, over their parameters and the second argument.
-
-    So compile time does not grow with the depth.
-    """
-    if remat != "none":
-        block = nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=num_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
-class Projection(nn.Module):
-    """Linear map without bias over the last axis."""
-
-    features: int
-    axes: tuple[str, str]
-    compute: ComputeConfig
-    out_dtype: Any = None  # default: the compute dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, in] -> [B, T, features]."""
-        shape = (x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", shape, self.axes, 1, self.compute.dtype)
-        x = x.astype(self.compute.dtype)
-        return jnp.einsum(
-            "bti,io->bto", x, kernel, precision=self.compute.precision,
-            preferred_element_type=self.out_dtype,
-        )  # fmt: skip
+from moss_tok import sharding
+from moss_tok.codec.config import TransformerConfig
+from moss_tok.nn import attention, rope
+from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.layers import Projection, gelu, parameter, scan_layers
 
 
 class SelfAttention(nn.Module):
@@ -108,7 +41,7 @@ class SelfAttention(nn.Module):
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
         # Three products, not one: TPUs would write its result again, part by part.
         q, k, v = (jnp.einsum("btd,dnh->bnth", x, qkv[:, i], precision=precision) for i in range(3))
-        q, k = attention.apply_rope(q, table), attention.apply_rope(k, table)
+        q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
         if past is None:
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
         else:
@@ -130,18 +63,8 @@ class FeedForward(nn.Module):
         up = parameter(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
         down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype, scale)
         x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
-        x = _gelu(x)
+        x = gelu(x)
         return jnp.einsum("btf,fd->btd", x, down, precision=precision)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)  # keeps x alone for the backward pass
-def _gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, in float32; result in x's dtype.
-
-    jax.nn's, by erfc, takes a quarter longer on a CPU, and sqrt(1/2) as 0.707 in bfloat16.
-    """
-    y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + jax.lax.erf(y * np.sqrt(0.5)))).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -165,7 +88,7 @@ class Block(nn.Module):
             scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         )
-        x = attention.split_items(x)
+        x = sharding.split_items(x)
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
         inner, outer = self._layer_scale("attention_scale")
         attend = SelfAttention(*args, self.window, name="attention")
@@ -226,7 +149,7 @@ class Stage(nn.Module):
         positions = jnp.arange(x.shape[1])
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
-        table = attention.rope_table(positions, c.head_dim, c.max_period)
+        table = rope.rope_table(positions, c.head_dim, c.max_period)
         of_block = (c, self.compute, self.window)
         if cache is not None and x.shape[1] > cache.num_frames:
             layers = scan_layers(LongChunkBlock, c.num_layers)(*of_block, name="layers")

@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from moss_tok.config import read_json_object
+from moss_tok.json_files import read_json_object
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ import grain
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.config import DOMAINS, TASKS, TrainConfig
+from moss_tok.audio.manifest import DOMAINS, TASKS
 from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
+from moss_tok.training.config import TrainConfig
 
 _LINGER_SECONDS = 120.0
 _TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read

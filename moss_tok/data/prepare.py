@@ -24,8 +24,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
-from moss_tok.config import read_json_object
 from moss_tok.data import records
+from moss_tok.json_files import read_json_object
 
 _PARTS = "parts"  # a listing per finished shard
 _SILENCE_DB = -60.0

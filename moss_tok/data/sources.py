@@ -9,8 +9,7 @@ import numpy as np
 
 from moss_tok import storage
 from moss_tok.audio import files, manifest
-from moss_tok.audio.manifest import AudioItem
-from moss_tok.config import TASKS
+from moss_tok.audio.manifest import TASKS, AudioItem
 from moss_tok.data import records
 
 _SHARD_NAME = re.compile(r"(\w+)-\d+-of-\d+\.array_record")

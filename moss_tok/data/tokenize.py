@@ -33,9 +33,10 @@ from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import inference, pretrained
 from moss_tok.codec.inference import Codec
-from moss_tok.config import check_choice, is_number, read_json_object
 from moss_tok.data import codes, records, sources
 from moss_tok.data.batches import BatchEncoder, Found, Statistics
+from moss_tok.errors import check_choice, is_number
+from moss_tok.json_files import read_json_object
 
 FORMATS = ("arrayrecord", "jsonl")
 _MOST_AHEAD = 1000  # recordings, of which some may be longer than is known

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from moss_tok.audio import files
-from moss_tok.config import is_number, read_json_lines, read_json_object
+from moss_tok.errors import is_number
 from moss_tok.evaluation import protocol, report
+from moss_tok.json_files import read_json_lines, read_json_object
 
 _CLIPS = 8  # of a data set
 _VERSIONS = 4  # bitrates of a system

@@ -30,18 +30,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moss_tok.audio import files, manifest
+from moss_tok.audio.manifest import TASKS
 from moss_tok.codec import codes
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec, bucket_frames, decode_batch, encode_batch
-from moss_tok.config import (
-    TASKS,
-    CodecConfig,
-    parse_json_object,
-    read_json_lines,
-    read_json_object,
-    split_lines,
-)
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
+from moss_tok.json_files import parse_json_object, read_json_lines, read_json_object, split_lines
 
 _BATCH_SECONDS = 120.0  # of audio at once, padding included, unless one recording is longer
 _LARGEST_BATCH = 64

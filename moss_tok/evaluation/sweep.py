@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.audio.manifest import AudioItem
+from moss_tok.audio.manifest import TASKS, AudioItem
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec, decode_one, encode
-from moss_tok.config import TASKS, CodecConfig
 from moss_tok.data import sources
 from moss_tok.evaluation import metrics
 

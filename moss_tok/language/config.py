@@ -3,7 +3,8 @@
 import dataclasses
 import json
 
-from moss_tok.config import check_choice, is_number, parse_json_object
+from moss_tok.errors import check_choice, is_number
+from moss_tok.json_files import parse_json_object
 
 INPUTS = ("codes", "latents")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_tok.codec.attention import Span
+from moss_tok.audio.manifest import TASKS
 from moss_tok.codec.inference import (
     Codec,
     bucket_frames,
@@ -22,10 +22,12 @@ from moss_tok.codec.inference import (
     valid_mask,
     zero_past,
 )
-from moss_tok.config import TASKS, ComputeConfig, check_choice
+from moss_tok.errors import check_choice
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead, empty_cache
 from moss_tok.language.text import Tokenizer
+from moss_tok.nn.cache import Span
+from moss_tok.nn.compute import ComputeConfig
 
 _BATCH = 16  # recordings that are transcribed at once
 

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moss_tok.codec import attention
-from moss_tok.codec.attention import Cache, Span
-from moss_tok.codec.transformer import parameter, scan_layers
-from moss_tok.config import TASKS, ComputeConfig
+from moss_tok import sharding
+from moss_tok.audio.manifest import TASKS
 from moss_tok.language.config import LanguageConfig
+from moss_tok.nn import attention, rope
+from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.layers import parameter, scan_layers
 
 
 class Norm(nn.Module):
@@ -52,7 +54,7 @@ class GroupedAttention(nn.Module):
             bias = parameter(self, f"{name}_bias", (n, c.head_dim), axes[1:], 0, dtype)
             y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=precision)
             projected[name] = y + bias[:, None]
-        q, k = (attention.apply_rope(projected[name], table) for name in "qk")
+        q, k = (rope.apply_rope(projected[name], table) for name in "qk")
         v, group = projected["v"], c.num_heads // c.num_kv_heads
 
         def shared(x):
@@ -100,7 +102,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values."""
         c, compute = self.config, self.compute
-        x = attention.split_items(x)
+        x = sharding.split_items(x)
         y = Norm(c.norm_epsilon, name="attention_norm")(x)
         y, fresh = GroupedAttention(c, compute, name="attention")(y, table, past, span)
         x = x + y
@@ -133,7 +135,7 @@ class LanguageModel(nn.Module):
         positions = jnp.arange(x.shape[1])
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
-        table = attention.rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        table = rope.rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x, fresh = self.layers(x, cache, table, span)
         if cache is not None:
             cache = cache.write(span, fresh)

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moss_tok import storage
-from moss_tok.codec import pretrained
-from moss_tok.config import CodecConfig, ComputeConfig, TrainConfig
+from moss_tok import checkpoint, storage
+from moss_tok.codec.config import CodecConfig
 from moss_tok.language import config as configs
 from moss_tok.language import qwen, text
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.generate import Language
 from moss_tok.language.model import SemanticHead
 from moss_tok.language.text import Tokenizer
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.training.config import TrainConfig
 
 TREE = "language"
 _CONFIG = "language.json"
@@ -36,12 +37,12 @@ def load(path: str | storage.Path, compute: ComputeConfig | None = None) -> Lang
     Raises:
       ValueError: No such checkpoint, one without a language model, or a broken one.
     """
-    folder = pretrained.find_checkpoint(path)
+    folder = checkpoint.find_checkpoint(path)
     found = load_config(folder)
     if found is None:
         raise ValueError(f"{path}: has no language model; train one with --language_model")
     config, tokenizer = found
-    params = pretrained.read_tree(folder / TREE, nn.meta.unbox(boxed_shapes(config)))
+    params = checkpoint.read_tree(folder / TREE, nn.meta.unbox(boxed_shapes(config)))
     return Language(params, config, tokenizer, compute or ComputeConfig())
 
 

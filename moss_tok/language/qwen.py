@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from moss_tok.codec import huggingface
-from moss_tok.codec.huggingface import Tensor
-from moss_tok.config import read_json_object
+from moss_tok import tensors
+from moss_tok.json_files import read_json_object
 from moss_tok.language.config import LanguageConfig
+from moss_tok.tensors import Tensor
 
 _OUTPUT = "lm_head.weight"  # some files repeat the tied embedding
 
 
 def is_qwen(path: Path) -> bool:
     """Whether `path` is a directory with a config.json and weights."""
-    return (path / "config.json").is_file() and huggingface.is_official(path)
+    return (path / "config.json").is_file() and tensors.is_official(path)
 
 
 def read_config(path: Path, latents_dim: int, end_id: int, audio: str) -> LanguageConfig:
@@ -71,11 +71,11 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
     Raises:
       ValueError: Tensors that are missing, unknown, misshapen or corrupt, all of them named.
     """
-    files = huggingface.tensor_files(path)
+    files = tensors.tensor_files(path)
     table = list(_table(config))
     if _OUTPUT in files:
         table.append(dataclasses.replace(table[0], name=_OUTPUT, path=(_OUTPUT,)))
-    params = huggingface.read_tensors(path, files, table, {t.name for t in table})
+    params = tensors.read_tensors(path, files, table, {t.name for t in table})
     output = params.pop(_OUTPUT, params["embedding"])
     if not np.array_equal(output, params["embedding"]):
         raise ValueError(f"{path}: {_OUTPUT} is not the embedding, to which it must be tied")

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moss_tok import sharding, storage
-from moss_tok.codec import pretrained
-from moss_tok.config import CodecConfig, TrainConfig
+from moss_tok import checkpoint, sharding, storage
+from moss_tok.codec.config import CodecConfig
 from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.text import Tokenizer
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.state import TrainState
 
 _DISCRIMINATORS = "discriminators"
@@ -36,12 +36,12 @@ class Checkpoints:
         texts: dict[str, str] | None = None,
     ):
         """Of the run `config`; `texts` are files that every step gets, by name."""
-        self._folder = storage.absolute(workdir) / pretrained.STEPS_FOLDER
+        self._folder = storage.absolute(workdir) / checkpoint.STEPS_FOLDER
         self._codec, self._texts = codec, texts or {}
         self._keep, self._keep_every = config.keep_checkpoints, config.keep_every
         # The handler writes into the folder at once, so it has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        self._saver = ocp.AsyncCheckpointer(pretrained.CheckpointHandler(), async_options=options)
+        self._saver = ocp.AsyncCheckpointer(checkpoint.CheckpointHandler(), async_options=options)
         self._remove_unfinished()  # of a run that was killed
         sharding.barrier("checkpoints")
 
@@ -75,7 +75,7 @@ class Checkpoints:
         self.wait()
         with storage.named_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-        folder = self._folder / pretrained.step_name(int(state.step))
+        folder = self._folder / checkpoint.step_name(int(state.step))
         trees = _split(state.best_params) | {"state": _flat(_rest(state))}
         if state.discriminators is not None:
             trees[_DISCRIMINATORS] = state.discriminators
@@ -83,7 +83,10 @@ class Checkpoints:
         try:
             with storage.named_errors(folder):
                 self._saver.save(
-                    folder, args=pretrained.CheckpointArgs(self._codec, trees, self._texts)
+                    folder,
+                    args=checkpoint.CheckpointArgs(
+                        {"config.json": self._codec.to_json()} | self._texts, trees
+                    ),
                 )
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -105,9 +108,9 @@ class Checkpoints:
         Raises:
           ValueError: Steps were saved, and none can be read.
         """
-        steps = pretrained.saved_steps(self._folder.parent)
+        steps = checkpoint.saved_steps(self._folder.parent)
         for step in reversed(steps):
-            folder = self._folder / pretrained.step_name(step)
+            folder = self._folder / checkpoint.step_name(step)
             state, error = None, "another process cannot read it"
             try:
                 state = _restore(folder, like)
@@ -124,8 +127,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         if sharding.is_main_process():
-            left = [p for p in pretrained.step_folders(self._folder.parent)
-                    if not pretrained.is_complete(p)]  # fmt: skip
+            left = [p for p in checkpoint.step_folders(self._folder.parent)
+                    if not checkpoint.is_complete(p)]  # fmt: skip
             for folder in [*left, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
                 storage.remove_folder(folder)
 
@@ -142,34 +145,34 @@ class Checkpoints:
             )
 
     def _names(self) -> str:
-        steps = pretrained.saved_steps(self._folder.parent)
-        return ", ".join(map(pretrained.step_name, steps)) or "none yet"
+        steps = checkpoint.saved_steps(self._folder.parent)
+        return ", ".join(map(checkpoint.step_name, steps)) or "none yet"
 
     def _remove_old(self) -> None:
         if not sharding.is_main_process():
             return
-        for step in pretrained.saved_steps(self._folder.parent)[: -self._keep]:
+        for step in checkpoint.saved_steps(self._folder.parent)[: -self._keep]:
             if not (self._keep_every and step % self._keep_every == 0):
-                storage.remove_folder(self._folder / pretrained.step_name(step))
+                storage.remove_folder(self._folder / checkpoint.step_name(step))
 
 
 def load_discriminators(path: str, shapes: Any) -> Any | None:
     """The discriminators of a checkpoint or workdir, of `shapes`, or None if it has none."""
-    folder = pretrained.find_checkpoint(path) / _DISCRIMINATORS
+    folder = checkpoint.find_checkpoint(path) / _DISCRIMINATORS
     if not folder.is_dir():
         return None
-    return pretrained.read_tree(folder, shapes)
+    return checkpoint.read_tree(folder, shapes)
 
 
 def load_language(
     path: str, config: LanguageConfig, tokenizer: Tokenizer, shapes: Any
 ) -> Any | None:
     """The language model of a checkpoint or workdir, or None if it has not this one."""
-    folder = pretrained.find_checkpoint(path)
+    folder = checkpoint.find_checkpoint(path)
     found = language_models.load_config(folder)
     if found is None or found[0] != config or found[1].json != tokenizer.json:
         return None
-    return pretrained.read_tree(folder / language_models.TREE, shapes)
+    return checkpoint.read_tree(folder / language_models.TREE, shapes)
 
 
 def _split(params: Any) -> dict[str, Any]:
@@ -182,13 +185,13 @@ def _split(params: Any) -> dict[str, Any]:
 def _restore(folder: storage.Path, like: TrainState) -> TrainState:
     best: dict[str, Any] = {}
     for name, shapes in _split(like.best_params).items():
-        tree = pretrained.read_tree(folder / name, shapes)
+        tree = checkpoint.read_tree(folder / name, shapes)
         best |= tree if name == "params" else {name: tree}
     discriminators = like.discriminators
     if discriminators is not None:
-        discriminators = pretrained.read_tree(folder / _DISCRIMINATORS, discriminators)
+        discriminators = checkpoint.read_tree(folder / _DISCRIMINATORS, discriminators)
     shapes = _rest(like)
-    flat = pretrained.read_tree(folder / "state", _flat(shapes))
+    flat = checkpoint.read_tree(folder / "state", _flat(shapes))
     leaves = [flat[name] for name in _flat(shapes)]
     state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     state = state.replace(discriminators=discriminators)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok.audio import spectral
-from moss_tok.config import DiscriminatorConfig
+from moss_tok.training.config import DiscriminatorConfig
 
 BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # edges, as shares of the spectrum
 _PERIOD_WIDTHS = (1, 4, 16, 32, 32)  # times the base width

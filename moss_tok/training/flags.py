@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from moss_tok.config import TrainConfig, user_error
+from moss_tok.errors import user_error
+from moss_tok.training.config import TrainConfig
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 

@@ -10,8 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moss_tok.config import CodecConfig, PatchConfig, TrainConfig, TransformerConfig
+from moss_tok.codec.config import CodecConfig, PatchConfig, TransformerConfig
 from moss_tok.language.config import LanguageConfig
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.discriminators import Discriminators
 
 

@@ -14,25 +14,22 @@ import jax
 import numpy as np
 import tqdm
 
-from moss_tok import sharding, storage
+from moss_tok import checkpoint, sharding, storage
 from moss_tok.audio import files
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import pretrained
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
-from moss_tok.config import (
-    FREE_FIELDS,
-    CodecConfig,
-    TrainConfig,
-    load_codec_config,
-    read_json_object,
-)
+from moss_tok.codec.presets import load_codec_config
 from moss_tok.data import pipeline, sources, synthetic
 from moss_tok.evaluation import sweep, transcription
+from moss_tok.json_files import read_json_object
 from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.generate import Language
 from moss_tok.language.text import Tokenizer
 from moss_tok.training import checkpoints, writer
+from moss_tok.training.config import FREE_FIELDS, TrainConfig
 from moss_tok.training.state import TrainState, init_state, state_shapes, zero_totals
 from moss_tok.training.step import segment_samples, sharded_train_step
 
@@ -106,9 +103,9 @@ def train(config: TrainConfig) -> bool:
 def _codec_config(config: TrainConfig) -> CodecConfig:
     """The codec of the newest checkpoint, of `init_from`, or of `model`."""
     workdir = storage.to_path(config.workdir)
-    steps = pretrained.saved_steps(workdir)
+    steps = checkpoint.saved_steps(workdir)
     for step in reversed(steps):  # the newest may be broken, see `Checkpoints.restore_latest`
-        folder = workdir / pretrained.STEPS_FOLDER / pretrained.step_name(step)
+        folder = workdir / checkpoint.STEPS_FOLDER / checkpoint.step_name(step)
         try:
             return pretrained.load_config(folder)
         except (ValueError, OSError):

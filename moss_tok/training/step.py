@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from moss_tok import sharding
+from moss_tok.audio.manifest import DOMAINS
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.model import CodecModel
-from moss_tok.config import DOMAINS, CodecConfig, TrainConfig
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead
 from moss_tok.training import losses
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.discriminators import judges
 from moss_tok.training.state import (
     SEMANTIC_TERM,

@@ -13,8 +13,10 @@ import tensorboardX
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.config import DOMAINS, TrainConfig, read_json_lines
+from moss_tok.audio.manifest import DOMAINS
 from moss_tok.evaluation import report
+from moss_tok.json_files import read_json_lines
+from moss_tok.training.config import TrainConfig
 from moss_tok.training.state import SEMANTIC_TERM, TrainState, learning_rate
 from moss_tok.training.step import DEAD_SHARE
 

@@ -1,0 +1,268 @@
+"""What a codec is: the modules of both sides and the quantizer between them, as frozen configs.
+
+Shapes follow the legend in `moss_tok/__init__.py`. A `CodecConfig` is hashable, so it can be a
+static argument of `jax.jit`.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+from pathlib import Path
+from typing import Any
+
+from moss_tok.errors import check_choice, check_positive
+from moss_tok.json_files import from_fields, parse_json_object
+
+FORMAT = "moss_tok"
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    """Folds `patch_size` frames into one (encoder) or unfolds one into `patch_size` (decoder)."""
+
+    patch_size: int
+
+    def __post_init__(self):
+        check_positive(self, "patch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """One causal Transformer stage.
+
+    Attributes:
+      input_dim: Width of the incoming frames.
+      output_dim: Width of the outgoing frames.
+      model_dim: Width inside, D.
+      num_heads: Attention heads, N.
+      num_layers: Blocks, L.
+      mlp_dim: Width of the feed-forward layer, F.
+      context_seconds: How far a frame sees back, itself included.
+      layer_scale: Initial value of the LayerScale vectors.
+      max_period: Longest RoPE period, in frames over 2 pi.
+      input_projection: Whether the stage has an input projection (needed where dims differ).
+      output_projection: The same for the output.
+    """
+
+    input_dim: int
+    output_dim: int
+    model_dim: int
+    num_heads: int
+    num_layers: int
+    mlp_dim: int
+    context_seconds: float
+    layer_scale: float = 0.01
+    max_period: float = 10000.0
+    input_projection: bool = True
+    output_projection: bool = True
+
+    def __post_init__(self):
+        names = ("input_dim", "output_dim", "model_dim", "num_heads", "num_layers", "mlp_dim")
+        check_positive(self, *names, "context_seconds", "max_period")
+        if self.max_period < 1:
+            raise ValueError(f"max_period must be at least 1, got {self.max_period}")
+        if self.model_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"model_dim must be a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                f"got {self.model_dim}"
+            )
+        for side in ("input", "output"):
+            dim = getattr(self, f"{side}_dim")
+            if dim != self.model_dim and not getattr(self, f"{side}_projection"):
+                raise ValueError(
+                    f"{side}_projection must be true where {side}_dim {dim} is not "
+                    f"model_dim {self.model_dim}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, H."""
+        return self.model_dim // self.num_heads
+
+
+ModuleConfig = PatchConfig | TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """Residual LFQ quantizer: `num_quantizers` codebooks of `codebook_size` x `codebook_dim`."""
+
+    input_dim: int
+    rvq_dim: int
+    output_dim: int
+    num_quantizers: int
+    codebook_size: int
+    codebook_dim: int
+
+    def __post_init__(self):
+        check_positive(self, *(f.name for f in dataclasses.fields(self)))
+        if self.codebook_size > 32768:
+            raise ValueError(f"codebook_size must be at most 32768, got {self.codebook_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """A codec: the modules of both sides, in order, and the quantizer between them.
+
+    Attributes:
+      sample_rate: Hz.
+      num_channels: C; several channels are interleaved into one stream of C * sample_rate Hz.
+      encoder: Modules from the stream to the latents.
+      quantizer: The quantizer.
+      decoder: Modules from the quantized latents to the stream.
+      layout: Family of the official tensor names it is exported with, "v1" or "v2".
+      official_json: The official config.json it was read from, kept for the way back; or empty.
+    """
+
+    sample_rate: int
+    num_channels: int
+    encoder: tuple[ModuleConfig, ...]
+    quantizer: QuantizerConfig
+    decoder: tuple[ModuleConfig, ...]
+    layout: str = "v1"
+    official_json: str = dataclasses.field(default="", repr=False)
+
+    def __post_init__(self):
+        check_positive(self, "sample_rate", "num_channels")
+        if self.layout not in ("v1", "v2"):
+            raise ValueError(f"layout must be v1 or v2, got {self.layout!r}")
+        dim = _chain("encoder", self.encoder, 1, downsample=True)
+        if dim != self.quantizer.input_dim:
+            raise ValueError(
+                f"quantizer input_dim must be {dim}, the encoder's output, "
+                f"got {self.quantizer.input_dim}"
+            )
+        if _chain("decoder", self.decoder, self.quantizer.output_dim, downsample=False) != 1:
+            raise ValueError("the decoder must end in one sample per frame of the stream")
+        down, up = _patch_product(self.encoder), _patch_product(self.decoder)
+        if down != up:
+            raise ValueError(f"the encoder downsamples by {down}, the decoder upsamples by {up}")
+        if down % self.num_channels:
+            raise ValueError(
+                f"the patches fold {down} samples, no multiple of {self.num_channels} channels"
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per channel and code frame."""
+        return _patch_product(self.encoder) // self.num_channels
+
+    @property
+    def frame_rate(self) -> float:
+        """Code frames per second."""
+        return self.sample_rate / self.hop_length
+
+    def stage_rates(self, side: str) -> tuple[float, ...]:
+        """Frames per second inside each module of `side` ("encoder" or "decoder").
+
+        For a patch it is the slower of its two rates.
+        """
+        stream_rate = float(self.sample_rate * self.num_channels)
+        rates, folded = [], _patch_product(self.encoder) if side == "decoder" else 1
+        for module in getattr(self, side):
+            if isinstance(module, PatchConfig) and side == "encoder":
+                folded *= module.patch_size
+            rates.append(stream_rate / folded)
+            if isinstance(module, PatchConfig) and side == "decoder":
+                folded //= module.patch_size
+        return tuple(rates)
+
+    def windows(self, side: str) -> tuple[int | None, ...]:
+        """Attention window of each module of `side` in frames, self included; None for patches."""
+        return tuple(
+            None if isinstance(m, PatchConfig) else max(1, int(round(rate * m.context_seconds)))
+            for m, rate in zip(getattr(self, side), self.stage_rates(side), strict=True)
+        )
+
+    def num_frames(self, num_samples: int) -> int:
+        """Code frames of `num_samples` samples per channel; a partly filled one counts."""
+        return -(-num_samples // self.hop_length)
+
+    def bitrate(self, num_quantizers: int | None = None) -> float:
+        """Bits per second with the first `num_quantizers` (default: all) quantizers."""
+        num_quantizers = num_quantizers or self.quantizer.num_quantizers
+        return self.frame_rate * num_quantizers * math.log2(self.quantizer.codebook_size)
+
+    def check_num_quantizers(self, num_quantizers: int | None) -> int:
+        """Returns a valid `num_quantizers`, all of them for None.
+
+        Raises:
+          ValueError: It is no integer of 1..Q.
+        """
+        most = self.quantizer.num_quantizers
+        if num_quantizers is None:
+            return most
+        is_integer = isinstance(num_quantizers, numbers.Integral)
+        is_integer &= not isinstance(num_quantizers, bool)
+        if not is_integer or not 1 <= num_quantizers <= most:
+            raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
+        return int(num_quantizers)
+
+    def to_json(self) -> str:
+        """The config as JSON text that `from_json` reads."""
+        fields = {"format": FORMAT} | dataclasses.asdict(self)
+        for side in ("encoder", "decoder"):
+            fields[side] = [
+                {"type": _TYPE_NAMES[type(m)]} | dataclasses.asdict(m) for m in getattr(self, side)
+            ]
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "CodecConfig":
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: No JSON, or a key or value that is not known.
+        """
+        fields = parse_json_object(text)
+        if fields.pop("format", None) != FORMAT:
+            raise ValueError(f'not a moss_tok config: "format" must be "{FORMAT}"')
+        for side in ("encoder", "decoder"):
+            modules = fields.get(side)
+            if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+                raise ValueError(f"{side} must be a list of modules")
+            fields[side] = tuple(_module_from_dict(m) for m in modules)
+        if not isinstance(fields.get("quantizer"), dict):
+            raise ValueError("quantizer must be an object")
+        fields["quantizer"] = from_fields(QuantizerConfig, fields["quantizer"], "quantizer")
+        return from_fields(cls, fields, "config")
+
+
+_TYPE_NAMES = {PatchConfig: "patch", TransformerConfig: "transformer"}
+
+
+def _patch_product(modules: tuple[ModuleConfig, ...]) -> int:
+    return math.prod(m.patch_size for m in modules if isinstance(m, PatchConfig))
+
+
+def _chain(side: str, modules: tuple[ModuleConfig, ...], dim: int, downsample: bool) -> int:
+    """Follows the frame width through `modules`, raising where two do not fit; the last width."""
+    for i, module in enumerate(modules):
+        if isinstance(module, PatchConfig):
+            if not downsample and dim % module.patch_size:
+                raise ValueError(
+                    f"{side} module {i}: patch_size {module.patch_size} does not divide width {dim}"
+                )
+            dim = dim * module.patch_size if downsample else dim // module.patch_size
+        elif module.input_dim != dim:
+            raise ValueError(f"{side} module {i}: input_dim must be {dim}, got {module.input_dim}")
+        else:
+            dim = module.output_dim
+    return dim
+
+
+def _module_from_dict(fields: dict[str, Any]) -> ModuleConfig:
+    fields = dict(fields)
+    name = fields.pop("type", None)
+    types = {v: k for k, v in _TYPE_NAMES.items()}
+    check_choice("module type", name, tuple(types))
+    return from_fields(types[name], fields, name)
+
+
+def read_codec_config(path: Path) -> CodecConfig:
+    """Reads a config.json of ours; ValueError names the file if it is broken."""
+    try:
+        return CodecConfig.from_json(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,132 @@
+"""Codecs by name: the published shapes, and a small one to try things with."""
+
+import dataclasses
+from pathlib import Path
+
+from moss_tok.codec.config import (
+    CodecConfig,
+    ModuleConfig,
+    PatchConfig,
+    QuantizerConfig,
+    TransformerConfig,
+    read_codec_config,
+)
+from moss_tok.errors import check_choice
+
+
+def _stack(
+    patches: tuple[int, ...],
+    rows: list[tuple[int, int, int, int, int, int, float]],
+    layout: str,
+    layer_scale: float = 0.01,
+) -> tuple[ModuleConfig, ...]:
+    """An encoder: a patch before each stage, and after the last one where a patch is left.
+
+    Rows are (input_dim, output_dim, model_dim, num_heads, num_layers, mlp_dim, context_seconds).
+    """
+    modules: list[ModuleConfig] = []
+    for patch_size, row in zip(patches, rows, strict=False):
+        modules.append(PatchConfig(patch_size))
+        stage = TransformerConfig(*row, layer_scale=layer_scale)
+        # The v1 classes have a projection only where it changes the width; later ones always.
+        if layout == "v1":
+            stage = dataclasses.replace(
+                stage,
+                input_projection=stage.input_dim != stage.model_dim,
+                output_projection=stage.output_dim != stage.model_dim,
+            )
+        modules.append(stage)
+    modules += [PatchConfig(p) for p in patches[len(rows) :]]
+    return tuple(modules)
+
+
+def mirror(modules: tuple[ModuleConfig, ...]) -> tuple[ModuleConfig, ...]:
+    """The decoder that undoes an encoder module by module."""
+
+    def turn(module: ModuleConfig) -> ModuleConfig:
+        if isinstance(module, PatchConfig):
+            return module
+        return dataclasses.replace(
+            module,
+            input_dim=module.output_dim,
+            output_dim=module.input_dim,
+            input_projection=module.output_projection,
+            output_projection=module.input_projection,
+        )
+
+    return tuple(turn(m) for m in reversed(modules))
+
+
+def _v1() -> CodecConfig:
+    rows = [
+        (240, 384, 768, 12, 12, 3072, 10.0),
+        (768, 384, 768, 12, 12, 3072, 10.0),
+        (768, 640, 768, 12, 12, 3072, 10.0),
+        (1280, 768, 1280, 20, 32, 5120, 10.0),
+    ]
+    encoder = _stack((240, 2, 2, 2), rows, "v1")
+    quantizer = QuantizerConfig(768, 512, 768, 32, 1024, 8)
+    return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
+
+
+def _v2() -> CodecConfig:
+    rows = [
+        (240, 384, 768, 12, 12, 3072, 1.0),
+        (768, 384, 768, 12, 12, 3072, 2.0),
+        (768, 384, 768, 12, 12, 3072, 4.0),
+        (768, 384, 768, 12, 12, 3072, 8.0),
+        (768, 640, 768, 12, 12, 3072, 10.0),
+        (1280, 768, 1280, 20, 32, 5120, 10.0),
+    ]
+    encoder = _stack((240, 2, 2, 2, 2, 2), rows, "v2")
+    quantizer = QuantizerConfig(768, 512, 768, 32, 1024, 8)
+    return CodecConfig(48000, 2, encoder, quantizer, mirror(encoder), "v2")
+
+
+def _nano() -> CodecConfig:
+    rows = [
+        (240, 384, 256, 4, 4, 1024, 4.0),
+        (768, 384, 256, 4, 2, 1024, 6.0),
+        (768, 384, 256, 4, 2, 1024, 8.0),
+        (768, 192, 256, 4, 4, 1024, 10.0),
+    ]
+    encoder = _stack((240, 2, 2, 2, 4), rows, "v2")
+    quantizer = QuantizerConfig(768, 512, 768, 16, 1024, 8)
+    return CodecConfig(48000, 2, encoder, quantizer, mirror(encoder), "v2")
+
+
+def _tiny() -> CodecConfig:
+    # 50 Hz: at 12.5 Hz a model this small has no room for phases, and so none for pitch.
+    rows = [
+        (240, 160, 128, 2, 2, 384, 1.0),
+        (320, 256, 192, 3, 2, 512, 1.0),
+    ]
+    encoder = _stack((240, 2), rows, "v1", layer_scale=0.1)
+    quantizer = QuantizerConfig(256, 96, 256, 16, 1024, 8)
+    return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
+
+
+_PRESETS = {"v1": _v1, "v2": _v2, "nano": _nano, "tiny": _tiny}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str) -> CodecConfig:
+    """The codec called `name`: "v1", "v2" and "nano" as published, "tiny" to try things with."""
+    check_choice("preset", name, PRESETS)
+    return _PRESETS[name]()
+
+
+def load_codec_config(model: str) -> CodecConfig:
+    """The codec of `TrainConfig.model`: a preset or a config.json of ours.
+
+    Raises:
+      ValueError: Neither.
+    """
+    if model in PRESETS:
+        return preset(model)
+    path = Path(model)
+    if not path.is_file():
+        raise ValueError(
+            f"model must be one of {', '.join(PRESETS)} or a config.json, got {model!r}"
+        )
+    return read_codec_config(path)

@@ -1,0 +1,182 @@
+"""Tensors of other projects: safetensors files, and tables that say which parameter each one is."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors looks up by name
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from moss_tok import storage
+from moss_tok.json_files import read_json_object
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+_GROUP_SIZE = 64
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One official tensor and the parameter it is.
+
+    Attributes:
+      name: Official name.
+      shape: Official shape.
+      path: Where the parameter is in our tree.
+      row: Row of a parameter stacked over layers or quantizers; None for the whole one.
+      to_ours: Official array -> our layout.
+      to_official: The inverse.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    row: int | None
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_official: Callable[[np.ndarray], np.ndarray]
+
+
+def is_official(path: Path) -> bool:
+    """Whether `path` holds official weights: one safetensors file or an index of several."""
+    return (path / WEIGHTS_NAME).exists() or (path / INDEX_NAME).exists()
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it."""
+    if (path / INDEX_NAME).exists():
+        index = read_json_object(path / INDEX_NAME)
+        weight_map = index.get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name for name in names):
+            raise ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
+        files = {name: path / Path(file).name for name, file in weight_map.items()}
+        for file in sorted(set(files.values())):
+            found = set(_names(file))
+            if gone := sorted(n for n, f in files.items() if f == file and n not in found):
+                raise ValueError(f"{file}: lacks {len(gone)} tensors of the index: {gone[0]} ...")
+            if more := sorted(n for n in found if files.get(n) != file):
+                raise ValueError(f"{file}: {more[0]} is not in the index, or of another file")
+        return files
+    return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file) as tensors:
+        return list(tensors.keys())
+
+
+def _open(file: Path):
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: corrupt safetensors file: {error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+
+
+def read_tensors(
+    path: Path, files: dict[str, Path], table: Iterable[Tensor], wanted: set[str]
+) -> dict[str, Any]:
+    """Reads those tensors of a table that are `wanted`, into a tree of float32 numpy arrays.
+
+    Args:
+      path: What messages name.
+      files: Tensor name -> file, all that there are.
+      table: All that there should be.
+      wanted: Names.
+
+    Raises:
+      ValueError: As `read_official`.
+    """
+    table = {t.name: t for t in table}
+    problems = [f"missing {name}" for name in table.keys() - files.keys()]
+    problems += [f"unknown {name}" for name in files.keys() - table.keys()]
+    params: dict[str, Any] = {}
+    stacked = _stacked_rows(table.values())
+    for file, names in _batches([n for n in table if n in files], files):
+        with _open(file) as tensors:
+            for name in names:
+                tensor, found = table[name], tensors.get_slice(name)
+                shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                if dtype not in _DTYPES:
+                    problems.append(f"{name} has type {dtype}, not one of {', '.join(_DTYPES)}")
+                elif shape != tensor.shape:
+                    problems.append(f"{name} has shape {shape}, not {tensor.shape}")
+                elif name in wanted and not problems:
+                    array = tensor.to_ours(tensors.get_tensor(name).astype(np.float32))
+                    _put(params, tensor, array, stacked)
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} bad tensors: {'; '.join(sorted(problems))}")
+    return params
+
+
+def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Groups of tensors of one file.
+
+    An open file stays mapped as far as it was read. It is opened again for each group, so that
+    the peak of memory holds the weights once.
+    """
+    for file in sorted({files[name] for name in names}):
+        here = [name for name in names if files[name] == file]
+        for start in range(0, len(here), _GROUP_SIZE):
+            yield file, here[start : start + _GROUP_SIZE]
+
+
+def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
+    rows: dict[tuple[str, ...], int] = {}
+    for tensor in table:
+        if tensor.row is not None:
+            rows[tensor.path] = max(rows.get(tensor.path, 0), tensor.row + 1)
+    return rows
+
+
+def _put(params, tensor: Tensor, array: np.ndarray, stacked) -> None:
+    *parents, leaf = tensor.path
+    for name in parents:
+        params = params.setdefault(name, {})
+    if tensor.row is None:
+        params[leaf] = np.ascontiguousarray(array)
+    else:
+        if leaf not in params:
+            params[leaf] = np.empty((stacked[tensor.path], *array.shape), np.float32)
+        params[leaf][tensor.row] = array
+
+
+def write_tensors(
+    path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file; OSError where that fails."""
+    try:
+        safetensors.numpy.save_file(arrays, path, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
+    storage.set_mode(path)  # safetensors writes for the owner alone
+
+
+def split(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:
+    """Groups of tensors, each of at most MAX_SHARD_BYTES at `itemsize` bytes a number."""
+    shards, size = [[]], 0
+    for tensor in table:
+        size_bytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + size_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += size_bytes
+    return shards
+
+
+def official_array(params, tensor: Tensor, dtype: str) -> np.ndarray:
+    """The official array of a tensor, from our parameters."""
+    for name in tensor.path:
+        params = params[name]
+    array = params if tensor.row is None else params[tensor.row]
+    return np.ascontiguousarray(tensor.to_official(np.asarray(array)), dtype=dtype)
