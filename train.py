@@ -5,7 +5,7 @@ import sys
 
 from absl import flags
 
-from moss_tok.training import flags as train_flags
+from moss_tok.objectives import flags as train_flags
 
 train_flags.define()
 flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where there are several")
@@ -22,13 +22,14 @@ def main() -> None:
     import jax  # takes a second; a bad flag should not wait for it
 
     from moss_tok import sharding, storage
+    from moss_tok.objectives.config import build_objective
     from moss_tok.training import loop
 
     if flags.FLAGS.compilation_cache_dir:
         cache = storage.to_path(flags.FLAGS.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", str(cache))
     sharding.connect(*(flags.FLAGS[name].value for name in _CONNECTION))
-    if not loop.train(config):
+    if not loop.train(config, build_objective(config)):
         sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again
 
 

@@ -84,7 +84,8 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
     from absl import flags
 
     import moss_tok
-    from moss_tok.training import flags as train_flags
+    from moss_tok.objectives import flags as train_flags
+    from moss_tok.objectives.config import build_objective
     from moss_tok.training import loop
 
     changes, undone = VARIANTS[name]
@@ -98,13 +99,13 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
         *(change.replace("--model=", f"--model={args.out}/") for change in changes),
     ])  # fmt: skip
     config = train_flags.config()
-    loop.train(config)
-    codec = moss_tok.load(config.workdir)
+    loop.train(config, build_objective(config))
+    codec = moss_tok.load(config.run.workdir)
     lines = (workdir / "evaluation.jsonl").read_text().splitlines()
     most = codec.config.quantizer.num_quantizers
     found = {
         "table": json.loads(lines[-1])["table"],
-        "artefacts": artefacts.measure(codec, config.train_data, [most]),
+        "artefacts": artefacts.measure(codec, config.data.train_data, [most]),
     }
     (workdir / RESULT).write_text(json.dumps(found))
 

@@ -7,7 +7,6 @@ them as files and as ArrayRecord shards.
 """
 
 import argparse
-import dataclasses
 import os
 import tempfile
 import time
@@ -16,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.presets import preset
 from moss_tok.data import pipeline, prepare, sources
-from moss_tok.training.config import TrainConfig
+from moss_tok.data.config import AudioDataConfig
 
 
 def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> None:
@@ -31,15 +31,14 @@ def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> Non
         soundfile.write(folder / f"{i}.flac", wav, 44100)
 
 
-def audio_per_second(source: str, config: TrainConfig, measured_seconds: float) -> float:
+def audio_per_second(
+    source: str, codec: CodecConfig, config: AudioDataConfig, measured_seconds: float
+) -> float:
     """Seconds of audio in batches over seconds passed."""
-    codec = preset(config.model)
     num_samples = int(config.segment_seconds * codec.frame_rate) * codec.hop_length
     mixture = sources.training_mixture(source, config.segment_seconds)
-    batches = pipeline.batches(
-        config, mixture, num_samples=num_samples, sample_rate=codec.sample_rate,
-        num_channels=codec.num_channels,
-    )  # fmt: skip
+    shape = pipeline.SegmentShape(num_samples, codec.sample_rate, codec.num_channels)
+    batches = pipeline.batches(config, mixture, shape)
     for _ in range(10):  # more than is read ahead
         next(batches)
     began, count = time.perf_counter(), 0
@@ -59,10 +58,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--measured_seconds", type=float, default=20.0)
     args = parser.parse_args()
-    config = dataclasses.replace(
-        TrainConfig(), model=args.model, segment_seconds=args.segment_seconds,
-        batch_size=args.batch_size,
-    )  # fmt: skip
+    config = AudioDataConfig(batch_size=args.batch_size, segment_seconds=args.segment_seconds)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
         found = [args.train_data]
@@ -75,7 +71,7 @@ def main() -> None:
                 prepare.write_shard(out, shard, settings)
             found = [f"{folder}/flac", f"{folder}/shards"]
         for source in found:
-            rate = audio_per_second(source, config, args.measured_seconds)
+            rate = audio_per_second(source, preset(args.model), config, args.measured_seconds)
             print(f"{Path(source).name}: {rate:.0f} s of audio per second on one core, "
                   f"{rate / 3600:.2f} hours", flush=True)  # fmt: skip
 

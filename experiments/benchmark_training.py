@@ -4,7 +4,7 @@
 
 A run is a preset and flags of train.py; all are compiled at once, then run in turn. Random audio
 that is on the device already, so it measures the step alone. Utilisation is the step's useful FLOPs
-(moss_tok/training/flops.py) over the rate of a large matrix product measured in the same process.
+(moss_tok/objectives/flops.py) over the rate of a large matrix product measured in the same process.
 The peak is what XLA reserves for the state, the batch and the step.
 """
 
@@ -20,13 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moss_tok import sharding
-from moss_tok.codec.config import CodecConfig
+from moss_tok import settings, sharding
 from moss_tok.codec.presets import preset
-from moss_tok.training import flops
-from moss_tok.training.config import TrainConfig
-from moss_tok.training.state import init_state
-from moss_tok.training.step import batch_shapes, segment_samples, train_step
+from moss_tok.objectives import flops
+from moss_tok.objectives.config import all_fields, build_objective, configure
+from moss_tok.training.state import Recipe, init_state
+from moss_tok.training.step import batch_shapes, train_step
 
 
 def peak_flops(dtype: str, size: int) -> float:
@@ -42,29 +41,42 @@ def peak_flops(dtype: str, size: int) -> float:
     return 2 * size**3 / best
 
 
-def parse_run(text: str) -> tuple[str, TrainConfig, CodecConfig]:
-    """PRESET:FLAG=VALUE,... as it is, the run and the codec."""
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A run to measure: its text on the command line, what a step computes, and its batch."""
+
+    text: str
+    recipe: Recipe
+    batch_size: int
+
+
+def parse_run(text: str) -> Benchmark:
+    """Reads PRESET:FLAG=VALUE,..."""
     name, _, flags = text.partition(":")
-    types = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
-    found = {}
+    types = {name: type(settings.flag_default(field)) for name, field in all_fields().items()}
+    found = {"model": name}
     try:
         for flag, _, value in (pair.partition("=") for pair in flags.split(",") if pair):
             if flag not in types:
                 raise ValueError(f"unknown flag {flag!r}; flags are train.py's, as FLAG=VALUE")
             found[flag] = types[flag](value)
-        return text, TrainConfig(model=name, **found), preset(name)
+        config = configure(**found)
+        objective = build_objective(config, codec=preset(name))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    return Benchmark(text, recipe, config.data.batch_size)
 
 
-def compile_step(text: str, config: TrainConfig, codec: CodecConfig) -> Any:
+def compile_step(run: Benchmark) -> Any:
     """The compiled step of a batch of recordings that are on the device already."""
     began = time.perf_counter()
-    shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
+    shapes = batch_shapes(run.recipe, run.batch_size, sharding.make_mesh("data:1"))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-    state = jax.eval_shape(functools.partial(init_state, config, codec))
-    step = train_step.lower(config, codec, state, shapes).compile()
-    print(f"{text}: compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    state = jax.eval_shape(functools.partial(init_state, run.recipe))
+    step = train_step.lower(run.recipe, state, shapes).compile()
+    seconds = time.perf_counter() - began
+    print(f"{run.text}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
     return step
 
 
@@ -75,13 +87,13 @@ def peak_bytes(step: Any) -> int:
     return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def measure(config: TrainConfig, codec: CodecConfig, step: Any, num_steps: int) -> float:
+def measure(run: Benchmark, step: Any, num_steps: int) -> float:
     """Seconds per step, the median of `num_steps` after two."""
-    shapes = batch_shapes(config, codec, sharding.make_mesh("data:1"))
+    shapes = batch_shapes(run.recipe, run.batch_size, sharding.make_mesh("data:1"))
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["wav"] += 0.1 * jax.random.normal(jax.random.key(0), batch["wav"].shape)
     batch["length"] += batch["wav"].shape[-1]
-    state = jax.jit(init_state, static_argnums=(0, 1))(config, codec)
+    state = jax.jit(init_state, static_argnums=0)(run.recipe)
     times = []
     for _ in range(num_steps + 2):
         began = time.perf_counter()
@@ -104,18 +116,20 @@ def main() -> None:
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
           f"{args.matmul_size}")  # fmt: skip
     with ThreadPoolExecutor() as pool:  # several at once: compiling takes minutes
-        steps = [pool.submit(compile_step, *run) for run in args.runs]
+        steps = [pool.submit(compile_step, run) for run in args.runs]
     print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
     print("|---|---|---|---|---|---|")
-    for (text, config, codec), step in zip(args.runs, steps, strict=True):
-        step, num_samples = step.result(), segment_samples(config, codec)
-        work = flops.step_flops(config, codec, num_samples)
+    for run, compiling in zip(args.runs, steps, strict=True):
+        step = compiling.result()
+        objective = run.recipe.objective
+        work = run.batch_size * flops.item_flops(objective)
         speed, share = "- | -", "too large"
         if peak_bytes(step) < (device.memory_stats() or {}).get("bytes_limit", math.inf):
-            seconds = measure(config, codec, step, args.num_steps)
-            audio = config.batch_size * num_samples / codec.sample_rate / seconds
+            seconds = measure(run, step, args.num_steps)
+            item_seconds = objective.num_samples / objective.codec.sample_rate
+            audio = run.batch_size * item_seconds / seconds
             speed, share = f"{seconds:.4g} | {audio:.0f}", f"{work / seconds / peak:.1%}"
-        print(f"| {text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
+        print(f"| {run.text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
               f"{peak_bytes(step) / 1e9:.2f} GB |", flush=True)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN
+from helpers import GOLDEN
 
 from moss_tok.cli.main import main
 from moss_tok.evaluation import baselines

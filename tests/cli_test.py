@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN
+from helpers import GOLDEN
 
 import moss_tok
 from moss_tok import checkpoint
@@ -518,7 +518,7 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
 def test_too_little_memory_for_a_run_is_one_line():
     script = """
 import jax
-from moss_tok.training import flags
+from moss_tok.objectives import flags
 
 def main():
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\\nAllocations:\\n")

@@ -1,18 +1,18 @@
 """Configs: published sizes, JSON there and back, errors that say what is wrong."""
 
-import dataclasses
 import json
 import math
 
 import jax
 import pytest
-from conftest import micro_config
+from helpers import micro_config
 
 import moss_tok
+from moss_tok import settings
 from moss_tok.codec import pretrained
 from moss_tok.codec.config import CodecConfig
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.training.config import TrainConfig
+from moss_tok.objectives.config import all_fields, configure
 
 PUBLISHED = {
     # name: parameters, hop_length, encoder windows
@@ -114,9 +114,34 @@ def test_no_json(text):
 )
 def test_train_config_refuses(field, value):
     with pytest.raises(ValueError, match=field):
-        dataclasses.replace(TrainConfig(num_microbatches=4), **{field: value})
+        configure(**{"num_microbatches": 4, field: value})
 
 
 def test_compute_config_refuses():
     with pytest.raises(ValueError, match="attention must be one of auto, dense, blocked"):
         ComputeConfig(attention="flash")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"discriminator_channels": 4}, "discriminator_channels"),
+        ({"adversarial_weight": 0.0, "stage": "pretrain"}, "adversarial_weight"),
+        ({"trainable": "language", "mel_windows": "64"}, "mel_windows"),
+        ({"learning_rat": 1.0}, "learning_rat"),
+    ],
+)
+def test_flags_that_an_objective_does_not_have(flags, name):
+    with pytest.raises(ValueError, match=f"the objective [a-z]+ has no setting {name}"):
+        configure(**flags)
+
+
+def test_settings_there_and_back():
+    """Flat values of any run, as flags and train_config.json have them, give the run again."""
+    flags = {"stage": "adversarial", "mel_windows": "64,128", "discriminator_periods": "3",
+             "augment_noise_db": "0:20", "profile_steps": "3:5", "mesh": "data:2"}  # fmt: skip
+    config = configure(**flags)
+    values = settings.flatten(config)
+    assert flags.items() <= values.items()
+    assert configure(**values) == config
+    assert set(values) <= set(all_fields())

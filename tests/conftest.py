@@ -19,8 +19,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import atexit
-import dataclasses
-import functools
 import gc
 import shutil
 from pathlib import Path
@@ -28,28 +26,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import GOLDEN, init_params, micro_config
 
 import moss_tok
-from moss_tok.codec import init as codec_init
-from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
-from moss_tok.codec.presets import mirror
-from moss_tok.training import state as states
 
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(config):
-    """Fresh parameters of a codec; op by op it takes longer."""
-    return codec_init.init_params(config, jax.random.key(0))
-
-
-init_state = jax.jit(states.init_state, static_argnums=(0, 1, 4))  # op by op it takes longer
-
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
-GOLDEN = Path(__file__).parent / "golden"
-CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
 
 @pytest.fixture(scope="session")
@@ -65,19 +48,6 @@ def v1_tiny():
 @pytest.fixture(scope="session")
 def nano_tiny():
     return moss_tok.load(GOLDEN / "nano_tiny")
-
-
-def micro_config(**changes) -> CodecConfig:
-    """A few thousand parameters at 8 kHz, 16 samples per frame, windows of 6 and 3 frames."""
-    encoder = (
-        PatchConfig(8),
-        TransformerConfig(8, 6, 16, 2, 2, 32, 0.006, layer_scale=0.5),
-        PatchConfig(2),
-        TransformerConfig(12, 8, 16, 2, 1, 32, 0.006, layer_scale=0.5),
-    )
-    quantizer = QuantizerConfig(8, 6, 8, 4, 16, 3)
-    config = CodecConfig(8000, 1, encoder, quantizer, mirror(encoder), "v1")
-    return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +74,3 @@ def _forget_programs_in_time():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def leaves_equal(a, b) -> bool:
-    """Whether two trees hold the same values, bit for bit."""
-    same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
-    return all(jax.tree.leaves(same))

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers import RATE, ROOT, make_clips
 
 from moss_tok.audio import files, manifest
 from moss_tok.cli import main as cli
 from moss_tok.data import pipeline, prepare, records, sources, synthetic
-from moss_tok.training.config import TrainConfig
+from moss_tok.data.config import AudioDataConfig
+from moss_tok.data.pipeline import SegmentShape
+from moss_tok.settings import build
 
-ROOT = Path(__file__).parents[1]
-RATE = 8000
 SECONDS = 0.256
-CONFIG = TrainConfig(batch_size=3)
+FLAGS = {"batch_size": 3}
+SHAPE = SegmentShape(2048, RATE, 1)
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +29,9 @@ def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("clips"))
 
 
-def make_clips(folder, lengths=(1.0, 0.7, 0.1, 2.0, 0.6, 0.6)):
-    generator, rows = np.random.default_rng(0), []
-    for i, seconds in enumerate(lengths):
-        wav = 0.1 * generator.standard_normal(int(seconds * RATE))
-        soundfile.write(folder / f"{i}.flac", wav, RATE)
-        split, domain = ("test", "speech") if i > 3 else ("train", "music")
-        rows.append({"path": f"{i}.flac", "split": split, "domain": domain, "transcript": f"T{i}"})
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
-
-
-def batches(source, config=CONFIG, **options):
+def batches(source, flags=FLAGS, shape=SHAPE, **options):
     mixture = sources.training_mixture(str(source), SECONDS)
-    sizes = {"num_samples": 2048, "sample_rate": RATE, "num_channels": 1}
-    return pipeline.batches(config, mixture, **sizes | options)
+    return pipeline.batches(build(AudioDataConfig, flags), mixture, shape, **options)
 
 
 def equal(a, b):
@@ -53,7 +43,7 @@ def test_a_batch_is_a_function_of_its_number(clips):
     seen = [next(stream) for _ in range(12)]
     for start in (0, 1, 7, 11):
         assert equal(seen[start], next(batches(clips / "manifest.jsonl", start=start)))
-    other = next(batches(clips / "manifest.jsonl", dataclasses.replace(CONFIG, seed=1)))
+    other = next(batches(clips / "manifest.jsonl", seed=1))
     assert not np.array_equal(other["wav"], seen[0]["wav"])
     lengths = np.concatenate([b["length"] for b in seen])
     assert set(lengths) == {800, 2048}
@@ -63,7 +53,7 @@ def test_a_batch_is_a_function_of_its_number(clips):
 
 
 def test_processes_share_a_batch(clips):
-    config = dataclasses.replace(CONFIG, batch_size=5)
+    config = FLAGS | dict(batch_size=5)
     whole = batches(clips, config)
     parts = [batches(clips, config, rows=rows) for rows in (range(2), range(2, 4), range(4, 5))]
     for _ in range(3):
@@ -76,7 +66,7 @@ def test_processes_share_a_batch(clips):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(clips, num_workers):
     expected = batches(clips)
-    found = batches(clips, dataclasses.replace(CONFIG, num_workers=num_workers))
+    found = batches(clips, FLAGS | dict(num_workers=num_workers))
     for _ in range(5):
         assert equal(next(expected), next(found))
     found.close()
@@ -122,7 +112,7 @@ def test_a_mixture_follows_its_weights(clips, tmp_path):
     text = (other / "manifest.jsonl").read_text().replace("music", "sound")
     (other / "manifest.jsonl").write_text(text)
     both = f"{clips}/manifest.jsonl:1,{other}/manifest.jsonl:3"
-    stream = batches(both, dataclasses.replace(CONFIG, batch_size=40))
+    stream = batches(both, FLAGS | dict(batch_size=40))
     domains = next(stream)["domain"]
     assert (domains == pipeline.DOMAINS.index("sound")).sum() == 30
     by_size = sources.training_mixture(both.replace(":1", "").replace(":3", ""), SECONDS)
@@ -156,7 +146,7 @@ def test_bad_files_are_replaced(clips, tmp_path):
     (tmp_path / "0.flac").write_bytes(b"fLaC" + b"\0" * 500)
     (tmp_path / "1.flac").write_bytes(b"")
     (tmp_path / "2.flac").unlink()
-    config = dataclasses.replace(CONFIG, batch_size=16)
+    config = FLAGS | dict(batch_size=16)
     stream = batches(tmp_path / "manifest.jsonl", config)
     seen = [next(stream) for _ in range(4)]
     assert all((b["length"] == 2048).all() and np.abs(b["wav"]).max() > 0.1 for b in seen)
@@ -180,9 +170,9 @@ def test_silence_is_drawn_again(tmp_path):
     make_clips(tmp_path, [1.0] * 4)
     for name in ("0.flac", "1.flac"):
         soundfile.write(tmp_path / name, np.zeros(RATE), RATE)
-    source, config = tmp_path / "manifest.jsonl", dataclasses.replace(CONFIG, batch_size=32)
+    source, config = tmp_path / "manifest.jsonl", FLAGS | dict(batch_size=32)
     assert (np.abs(next(batches(source, config))["wav"]).max((1, 2)) > 0).all()
-    off = dataclasses.replace(config, silence_db=-1e6)
+    off = config | dict(silence_db=-1e6)
     assert (np.abs(next(batches(source, off))["wav"]).max((1, 2)) == 0).any()
 
 
@@ -197,7 +187,7 @@ def test_silence_is_drawn_again(tmp_path):
     ],
 )
 def test_levels(clips, changes, low, high):
-    config = dataclasses.replace(CONFIG, batch_size=32, **changes)
+    config = FLAGS | {"batch_size": 32} | changes
     batch = next(batches(clips, config))
     whole = batch["length"] == 2048
     levels = [files.level_db(w) for w in batch["wav"][whole]]

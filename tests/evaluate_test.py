@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN
+from helpers import GOLDEN
 
 import moss_tok
 from moss_tok.cli.main import main

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from helpers import GOLDEN
 
 import moss_tok
 from moss_tok.cli.main import main

@@ -5,15 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import micro_config
+from helpers import ADVERSARIAL, LANGUAGE, PRETRAIN, SEMANTIC, make_recipe, micro_config
 
 from moss_tok.codec.transformer import Stage
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.training import flops
-from moss_tok.training.config import TrainConfig
-from moss_tok.training.discriminators import Discriminators
+from moss_tok.objectives import flops
+from moss_tok.objectives.discriminators import Discriminators
 
 COMPUTE = ComputeConfig(precision="default", attention="dense")
 
@@ -45,13 +44,12 @@ def test_windows_count_only_what_is_seen():
 
 @pytest.mark.parametrize("changes", [{"discriminator_windows": ""}, {"discriminator_periods": ""}])
 def test_discriminators_count_what_xla_counts(changes):
-    config = TrainConfig(
-        discriminator_channels=8, **{"discriminator_periods": "3", "discriminator_windows": "512"}
-        | changes,
-    )  # fmt: skip
-    model, wav = Discriminators(config.discriminators), jnp.zeros((1, 1, 6000))
+    flags = ADVERSARIAL | {"discriminator_channels": 8, "segment_seconds": 0.75} | changes
+    objective = make_recipe(flags).objective
+    model = Discriminators(objective.adversarial.discriminators)
+    wav = jnp.zeros((1, 1, objective.num_samples))
     found = counted(model.apply, model.init(jax.random.key(0), wav), wav)
-    expected = flops.discriminator_flops(config, micro_config(), 6000)
+    expected = flops.discriminator_flops(objective)
     assert expected == pytest.approx(found, rel=0.1)
 
 
@@ -66,16 +64,16 @@ def test_a_language_model_counts_what_xla_counts():
 
 
 def test_a_step_costs_more_with_discriminators_and_less_with_frozen_parts():
-    codec, config = micro_config(), TrainConfig(batch_size=4)
-    plain = flops.step_flops(config, codec, 2048)
-    assert plain == 4 * 3 * sum(flops.codec_flops(codec, 2048).values())
-    judged = dataclasses.replace(config, stage="adversarial", discriminator_channels=2)
-    assert flops.step_flops(judged, codec, 2048) > plain
-    frozen = dataclasses.replace(config, trainable="decoder", init_from="x")
-    assert flops.step_flops(frozen, codec, 2048) < plain
-    language = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24)
-    heard = dataclasses.replace(config, language_model="tiny")
-    added = 4 * 3 * flops.language_flops(language, codec.num_frames(2048), config.max_text_tokens)
-    assert flops.step_flops(heard, codec, 2048, language) == plain + added
-    alone = dataclasses.replace(heard, trainable="language", init_from="x")
-    assert added < flops.step_flops(alone, codec, 2048, language) < plain + added
+    def found(flags, language=None):
+        return flops.item_flops(make_recipe(flags, language=language).objective)
+
+    codec = micro_config()
+    plain = found(PRETRAIN)
+    assert plain == 3 * sum(flops.codec_flops(codec, 2048).values())
+    assert found(ADVERSARIAL) > plain
+    assert found(PRETRAIN | {"trainable": "decoder", "init_from": "x"}) < plain
+    added = 3 * flops.language_flops(LANGUAGE, codec.num_frames(2048), SEMANTIC["max_text_tokens"])
+    assert found(SEMANTIC, LANGUAGE) == plain + added
+    alone = {"language_model": "tiny", "max_text_tokens": 4, "segment_seconds": 0.256}
+    alone |= {"trainable": "language", "init_from": "x"}
+    assert added < found(alone, LANGUAGE) < plain + added

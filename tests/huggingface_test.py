@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import leaves_equal, micro_config
+from helpers import leaves_equal, micro_config
 
 import moss_tok
 from moss_tok import tensors as tensor_files

@@ -310,3 +310,17 @@ def test_a_codec_without_language_model(micro, tmp_path):
     pretrained.save(tmp_path / "c", micro.config, micro.params)
     with pytest.raises(ValueError, match="has no language model; train one with"):
         language_models.load(tmp_path / "c")
+
+
+def test_configs_of_other_versions():
+    """What a file lacks takes its default; what is not known would change the result."""
+    config = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24)
+    fields = json.loads(config.to_json())
+    for name in ("rope_theta", "audio", "head_dim"):
+        del fields[name]
+    assert LanguageConfig.from_json(json.dumps(fields)) == config
+    with pytest.raises(ValueError, match="unknown key 'frob' in language model"):
+        LanguageConfig.from_json(json.dumps(fields | {"frob": 1}))
+    del fields["model_dim"]
+    with pytest.raises(ValueError, match="missing key 'model_dim' in language model"):
+        LanguageConfig.from_json(json.dumps(fields))

@@ -8,10 +8,10 @@ import pytest
 
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
-from moss_tok.training import discriminators, losses
-from moss_tok.training.config import DiscriminatorConfig, TrainConfig
+from moss_tok.objectives import discriminators, losses
+from moss_tok.objectives.config import CodecSettings, DiscriminatorSettings
 
-WINDOWS = TrainConfig().mel_window_lengths
+WINDOWS = CodecSettings().mel_windows
 
 
 def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=WINDOWS):
@@ -152,7 +152,7 @@ def test_losses_are_float32_whatever_the_features(rng):
 
 @pytest.fixture(scope="module")
 def judges():
-    model = discriminators.Discriminators(DiscriminatorConfig(2, (2, 11), (2048, 512)))
+    model = discriminators.Discriminators(DiscriminatorSettings(2, (2, 11), (2048, 512)))
     params = model.init(jax.random.key(0), jnp.zeros((1, 1, 4096)))
     return lambda wav: model.apply(params, wav)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from moss_tok import sharding
+from moss_tok.mesh import parse_mesh
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
@@ -213,7 +213,7 @@ def test_the_job_for_kubernetes_uses_all_chips_of_its_slice():
     (container,) = spec["template"]["spec"]["containers"]
     assert container["workingDir"] == "/moss_tok"
     (mesh,) = [flag for flag in container["command"] if flag.startswith("--mesh=")]
-    sizes = sharding.parse_mesh(mesh.removeprefix("--mesh="))
+    sizes = parse_mesh(mesh.removeprefix("--mesh="))
     assert sizes == {"data": -1, "fsdp": 16, "tensor": 1}
     (rule,) = spec["podFailurePolicy"]["rules"]  # bad input is not tried again
     assert rule["action"] == "FailJob"

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import leaves_equal, micro_config
+from helpers import leaves_equal, micro_config
 
 import moss_tok
 from moss_tok.codec import pretrained

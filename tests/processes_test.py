@@ -1,21 +1,31 @@
 """Several processes on this machine train like one, through jax.distributed."""
 
-import dataclasses
-import os
 import signal
-import socket
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
-from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
-from training_test import ADVERSARIAL, CODEC, CONFIG
+from helpers import (
+    ADVERSARIAL,
+    PRETRAIN,
+    finish,
+    free_port,
+    make_clips,
+    make_recipe,
+    rows_without_timing,
+    slurm_environments,
+    small_run,
+    start,
+    train,
+    wait_for,
+)
 
 from moss_tok import checkpoint, sharding
-from moss_tok.training import checkpoints, loop, writer
+from moss_tok.training import checkpoints, optimizer, writer
 from moss_tok.training import state as states
+from moss_tok.training.config import RunConfig
 
 MESH = "data:2,fsdp:2"
 # As on the torus of a TPU slice, where a process's devices do not lie side by side in the mesh.
@@ -27,17 +37,12 @@ def make_mesh(shape, names, *, devices, **options):
 jax.make_mesh = make_mesh
 sys.argv.pop(0)
 import optax
-from moss_tok import checkpoint
-from moss_tok.training import state
-state._adamw = lambda config, peak: optax.sgd(2e-5, momentum=0.8)  # Adam would blow up rounding
+from moss_tok.training import optimizer
+def plain_sgd(config, peak, decayed):  # Adam would make rounding errors large
+    return optax.sgd(2e-5, momentum=0.8)
+optimizer.adamw = plain_sgd
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def free_port(first=0):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", first))
-        return probe.getsockname()[1]
 
 
 def start_two(*configs, python=()):
@@ -50,14 +55,6 @@ def start_two(*configs, python=()):
     ]  # fmt: skip
 
 
-def slurm_environments():
-    """What Slurm says to each of two processes; jax takes its port from the job's number."""
-    port = free_port(61_440 + os.getpid() % 4096)
-    common = {"SLURM_JOB_ID": str(port - 61_440), "SLURM_STEP_NODELIST": "127.0.0.1",
-              "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
-    return [common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
-
-
 def start_two_by_slurm(*configs):
     """`start_two`, connected by what Slurm says."""
     return [
@@ -66,67 +63,66 @@ def start_two_by_slurm(*configs):
     ]
 
 
-def finish(processes, code=0):
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [code] * len(processes), outputs
-    return outputs
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips"), [1.0, 0.7, 0.1, 2.0, 0.6, 1.2])
 
 
 @pytest.fixture
-def pretrain(clips, tmp_path):  # noqa: F811
+def pretrain(clips, tmp_path):
     """A short run of the first stage, which compiles faster."""
-    return small_run(CONFIG, clips, tmp_path, num_eval_clips=1)
+    return small_run(PRETRAIN, clips, tmp_path, num_eval_clips=1)
 
 
-def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):
     """They go on from what one process saved, and one from what they saved; the second stage.
 
     Each holds every other row of a batch.
     """
-    monkeypatch.setattr(states, "_adamw", lambda config, peak: optax.sgd(2e-5, momentum=0.8))
+    monkeypatch.setattr(
+        optimizer, "adamw", lambda config, peak, decayed: optax.sgd(2e-5, momentum=0.8)
+    )
     config = small_run(ADVERSARIAL, clips, tmp_path, num_eval_clips=0)
-    loop.train(dataclasses.replace(config, num_steps=5))
-    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
-    loop.train(dataclasses.replace(parts, num_steps=1))
-    two = dataclasses.replace(parts, num_steps=4, mesh=MESH, num_workers=1)
+    train(config | dict(num_steps=5))
+    parts = config | dict(workdir=str(tmp_path / "parts"))
+    train(parts | dict(num_steps=1))
+    two = parts | dict(num_steps=4, mesh=MESH, num_workers=1)
     outputs = finish(start_two(two, two, python=("-c", INTERLEAVED)))
-    assert "going on from step 1" in outputs[0]
+    assert "resuming from step 1" in outputs[0]
     assert "step 4/4" in outputs[0] and "step 4/4" not in outputs[1]
-    loop.train(dataclasses.replace(parts, num_steps=5))
-    for a, b in zip(*map(rows_without_timing, (config.workdir, parts.workdir)), strict=True):
+    train(parts | dict(num_steps=5))
+    for a, b in zip(*map(rows_without_timing, (config["workdir"], parts["workdir"])), strict=True):
         assert a["step"] == b["step"]
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    like = states.state_shapes(config, CODEC, sharding.make_mesh("data:1"))
-    found = [
-        checkpoints.Checkpoints(Path(c.workdir), CODEC, c).restore_latest(like, print)
-        for c in (config, parts)
-    ]
-    for name in ("params", "discriminators"):
-        trees = [getattr(state, name) for state in found]
+    recipe = make_recipe(config)
+    like = states.state_shapes(recipe, sharding.make_mesh("data:1"))
+    found = []
+    for run in (config, parts):
+        saver = checkpoints.Checkpoints(Path(run["workdir"]), RunConfig(), recipe.objective)
+        found.append(saver.restore_latest(like, print))
+    for part in (lambda s: s.params, lambda s: s.extra["discriminators"]):
+        trees = [part(state) for state in found]
         for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
-    momenta = [(state.opt_state, state.discriminator_opt_state) for state in found]
+    momenta = [(state.opt_state, state.extra["discriminator_opt_state"]) for state in found]
     difference = optax.tree.norm(optax.tree.sub(*momenta))
     assert difference <= 1e-5 * optax.tree.norm(momenta[0])
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(pretrain):
-    config = dataclasses.replace(pretrain, mesh=MESH, num_steps=100000, checkpoint_every=100000)
+    config = pretrain | dict(mesh=MESH, num_steps=100000, checkpoint_every=100000)
     processes = start_two_by_slurm(config, config)
-    metrics = Path(config.workdir) / writer.METRICS
+    metrics = Path(config["workdir"]) / writer.METRICS
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, code=143)
-    steps = checkpoint.saved_steps(Path(config.workdir))
-    assert len(steps) == 1 and rows_without_timing(config.workdir)[-1]["step"] == steps[0]
+    steps = checkpoint.saved_steps(Path(config["workdir"]))
+    assert len(steps) == 1 and rows_without_timing(config["workdir"])[-1]["step"] == steps[0]
 
 
 def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):
-    own = [
-        dataclasses.replace(pretrain, mesh=MESH, workdir=str(tmp_path / f"own{n}"))
-        for n in range(2)
-    ]
+    own = [pretrain | dict(mesh=MESH, workdir=str(tmp_path / f"own{n}")) for n in range(2)]
     processes = start_two(*own)
     for output in finish(processes, code=2):
         assert "must be a folder that all processes share" in output.strip().split("\n")[-1]
@@ -154,4 +150,4 @@ def test_bad_flags(pretrain, flags, message):
     output, _ = (process := start(pretrain, *flags)).communicate()
     assert process.returncode == 2
     assert output.startswith("error: ") and message in output and output.count("\n") == 1
-    assert not Path(pretrain.workdir).exists()
+    assert not Path(pretrain["workdir"]).exists()

@@ -8,25 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import init_state
 from flax import linen as nn
-from semantic_test import LANGUAGE, SEMANTIC, text_batch
-from training_test import ADVERSARIAL, CODEC, random_batch
+from helpers import (
+    ADVERSARIAL,
+    CODEC,
+    LANGUAGE,
+    SEMANTIC,
+    init_state,
+    make_recipe,
+    random_batch,
+    text_batch,
+)
 
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.language import pretrained as language_models
 from moss_tok.nn.compute import ComputeConfig
+from moss_tok.objectives.config import DiscriminatorSettings
+from moss_tok.objectives.discriminators import Discriminators
+from moss_tok.training import optimizer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
-from moss_tok.training.config import DiscriminatorConfig
-from moss_tok.training.discriminators import Discriminators
 from moss_tok.training.step import sharded_train_step
 
 
 def boxed_discriminators():
-    model = Discriminators(DiscriminatorConfig())
+    model = Discriminators(DiscriminatorSettings())
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1, 4096)))["params"]
 
 
@@ -75,25 +83,28 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
     np.testing.assert_allclose(decoded, moss_tok.decode(micro, expected).wav, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [SEMANTIC, ADVERSARIAL], ids=lambda c: c.stage)
+@pytest.mark.parametrize("base", [SEMANTIC, ADVERSARIAL], ids=["semantic", "adversarial"])
 def test_meshes_train_alike(base, monkeypatch):
     """Losses and parameters of 5 steps of SGD, and the first gradients: what it accumulates first.
 
     Adam would make rounding errors of small gradients as large as the gradients.
     """
-    monkeypatch.setattr(states, "_adamw", lambda config, peak: optax.sgd(2e-5, momentum=0.8))
+    monkeypatch.setattr(
+        optimizer, "adamw", lambda config, peak, decayed: optax.sgd(2e-5, momentum=0.8)
+    )
     # Convolutions in a loop are slow on CPUs: the discriminators get all at once.
-    microbatches = 1 if base.adversarial else 2
-    config = dataclasses.replace(base, batch_size=8, num_microbatches=microbatches)
-    language = LANGUAGE if config.language_model else None
-    fresh = jax.device_get(init_state(config, CODEC, language=language))
+    language = LANGUAGE if base is SEMANTIC else None
+    sizes = {"batch_size": 8, "num_microbatches": 2 if language else 1}
+    recipe = make_recipe(base | sizes, language=language)
+    fresh = jax.device_get(init_state(recipe))
 
     def train(text):
         mesh = sharding.make_mesh(text)
-        shapes = states.state_shapes(config, CODEC, mesh, language)
+        shapes = states.state_shapes(recipe, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         state = jax.device_put(fresh, shardings)
-        step = sharded_train_step(config, CODEC, shapes, language)
+        step = sharded_train_step(recipe, shapes, 8)
+        begun = (fresh.params, fresh.extra.get("discriminators"))
         rows, first = [], None
         for seed in range(5):
             # In these no vector is so near to two codes that rounding decides.
@@ -101,15 +112,13 @@ def test_meshes_train_alike(base, monkeypatch):
             batch = jax.tree.map(np.asarray, batch)
             state, metrics = step(state, sharding.global_batch(mesh, 8, batch))
             rows.append({k: float(v) for k, v in metrics.items()})
-            opt_states = (state.opt_state, state.discriminator_opt_state)
+            opt_states = (state.opt_state, state.extra.get("discriminator_opt_state"))
             first = jax.device_get(opt_states) if first is None else first
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         gradients = [x for _, x in optax.tree.get_all_with_path(first, "trace")]
         gradients = [tree for tree in gradients if jax.tree.leaves(tree)]
-        params = jax.device_get((state.params, state.discriminators))
-        moved = jax.tree.map(
-            lambda a, b: np.abs(a - b).max(), params, (fresh.params, fresh.discriminators)
-        )
+        params = jax.device_get((state.params, state.extra.get("discriminators")))
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, begun)
         assert all(max(jax.tree.leaves(tree)) > 1e-4 for tree in moved if tree is not None)
         return rows, gradients, params
 
@@ -129,7 +138,7 @@ def test_meshes_train_alike(base, monkeypatch):
 
 def test_moments_are_split_like_their_parameters():
     mesh = sharding.make_mesh("fsdp:4,tensor:2")
-    shapes = states.state_shapes(ADVERSARIAL, CODEC, mesh)
+    shapes = states.state_shapes(make_recipe(ADVERSARIAL), mesh)
     found = jax.tree_util.tree_leaves_with_path(shapes)
     kernels = [x.sharding.spec for path, x in found if path[-1] == jax.tree_util.DictKey("up")]
     # Two stages on each side; parameters, average, two moments.
@@ -198,11 +207,11 @@ def test_rows_of_a_process_and_batches_that_do_not_fit():
 @pytest.mark.parametrize(("batch_size", "asked", "found"), [(8, 4, 2), (24, 4, 6), (24, 2, 2)])
 def test_microbatches_are_split_over_the_mesh(batch_size, asked, found):
     """Else every device would compute all of a microbatch."""
-    config = dataclasses.replace(ADVERSARIAL, batch_size=batch_size, num_microbatches=asked)
-    fitted = steps.fit_microbatches(config, sharding.make_mesh("data:2,fsdp:2,tensor:2"))
-    assert fitted.num_microbatches == found
-    whole = dataclasses.replace(fitted, num_microbatches=asked)
-    assert whole == config
+    flags = ADVERSARIAL | dict(batch_size=batch_size, num_microbatches=asked)
+    recipe = make_recipe(flags)
+    mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+    fitted = steps.fit_microbatches(recipe, mesh, batch_size)
+    assert fitted == dataclasses.replace(recipe, num_microbatches=found)
 
 
 @pytest.mark.parametrize("address", ["host", ":1", "host:", "host:0", "host:65536", "host:x"])

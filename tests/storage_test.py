@@ -1,6 +1,5 @@
 """Buckets, against an emulator of Google Cloud Storage: data, runs, checkpoints."""
 
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -11,17 +10,24 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import leaves_equal
-from processes_test import finish, free_port
-from run_test import clips, rows_without_timing, small_run, start, wait_for  # noqa: F401
-from training_test import CONFIG
+from helpers import (
+    PRETRAIN,
+    finish,
+    free_port,
+    leaves_equal,
+    make_clips,
+    rows_without_timing,
+    small_run,
+    start,
+    train,
+    wait_for,
+)
 
 import moss_tok
 from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.cli import main as cli
 from moss_tok.data import records, sources
-from moss_tok.training import loop
 
 needs_emulator = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gcsfs", "gcp_storage_emulator")),
@@ -77,34 +83,37 @@ def upload(folder, address):
         (storage.to_path(address) / path.relative_to(folder)).write_bytes(path.read_bytes())
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips"), [1.0, 0.7, 0.1, 2.0, 0.6, 1.2])
+
+
 @needs_emulator
-def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):  # noqa: F811
+def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, clips, tmp_path):
     """Killed while it saves and started again, with data and workdir in the bucket."""
-    local = small_run(CONFIG, clips, tmp_path, num_steps=6, num_eval_clips=2, checkpoint_every=2)
+    local = small_run(PRETRAIN, clips, tmp_path, num_steps=6, num_eval_clips=2, checkpoint_every=2)
     finish([start(local)])
     upload(clips, f"{bucket}/clips")
-    remote = dataclasses.replace(
-        local, train_data=f"{bucket}/clips/manifest.jsonl", workdir=f"{bucket}/run"
-    )
+    remote = local | dict(train_data=f"{bucket}/clips/manifest.jsonl", workdir=f"{bucket}/run")
     process = start(remote)
     assert any("step 5/6" in line for line in process.stdout)  # 2 is saved, 4 is being saved
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "going on from step 2" in finish([start(remote)])[0]
-    workdir = storage.to_path(remote.workdir)
+    assert "resuming from step 2" in finish([start(remote)])[0]
+    workdir = storage.to_path(remote["workdir"])
     mirror = storage.Mirror(workdir)
     mirror.fetch("metrics.jsonl", "evaluation.md", "curves.png")
     assert len(storage.files_under(mirror.local)) == 3
-    assert rows_without_timing(mirror.local) == rows_without_timing(local.workdir)
-    found, expected = (moss_tok.load(c.workdir) for c in (remote, local))
+    assert rows_without_timing(mirror.local) == rows_without_timing(local["workdir"])
+    found, expected = (moss_tok.load(c["workdir"]) for c in (remote, local))
     assert leaves_equal(found.params, expected.params)
     assert [p for p in (workdir / "samples").iterdir() if p.suffix == ".wav"]
-    refused = dataclasses.replace(remote, learning_rate=1.0)
+    refused = remote | dict(learning_rate=1.0)
     assert "holds another run" in finish([start(refused)], code=2)[0]
 
 
 @needs_emulator
-def test_audio_in_a_bucket(bucket, clips):  # noqa: F811
+def test_audio_in_a_bucket(bucket, clips):
     upload(clips, f"{bucket}/audio")
     for item in manifest.find_items(clips):
         remote = f"{bucket}/audio/{item.path.name}"
@@ -120,17 +129,17 @@ def test_audio_in_a_bucket(bucket, clips):  # noqa: F811
 
 
 @needs_emulator
-def test_shards_in_a_bucket(bucket, clips, tmp_path, monkeypatch):  # noqa: F811
+def test_shards_in_a_bucket(bucket, clips, tmp_path, monkeypatch):
     assert cli.main(["prepare", str(clips), str(tmp_path / "shards")]) == 0
     upload(tmp_path / "shards", f"{bucket}/shards")
-    config = small_run(CONFIG, clips, tmp_path, num_steps=2, num_eval_clips=0)
-    local = dataclasses.replace(config, train_data=str(tmp_path / "shards"))
-    loop.train(local)
-    remote = dataclasses.replace(
-        config, train_data=f"{bucket}/shards/*.array_record", workdir=str(tmp_path / "remote")
+    config = small_run(PRETRAIN, clips, tmp_path, num_steps=2, num_eval_clips=0)
+    local = config | dict(train_data=str(tmp_path / "shards"))
+    train(local)
+    remote = config | dict(
+        train_data=f"{bucket}/shards/*.array_record", workdir=str(tmp_path / "remote")
     )
-    loop.train(remote)
-    assert rows_without_timing(remote.workdir) == rows_without_timing(local.workdir)
+    train(remote)
+    assert rows_without_timing(remote["workdir"]) == rows_without_timing(local["workdir"])
     cache = pathlib.Path(os.environ["MOSS_TOK_CACHE"])
     copies = [p for p in storage.files_under(cache) if p.suffix == records.SUFFIX]
     shards = [p for p in storage.files_under(tmp_path / "shards") if p.suffix == records.SUFFIX]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init_params, micro_config
+from helpers import init_params, micro_config
 from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok

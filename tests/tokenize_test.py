@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
-from conftest import GOLDEN, init_params, micro_config
-from processes_test import finish, slurm_environments
+from helpers import GOLDEN, finish, init_params, micro_config, slurm_environments
 
 import moss_tok
 from moss_tok import sharding

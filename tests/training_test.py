@@ -9,129 +9,110 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init_state, leaves_equal, micro_config
+from helpers import (
+    ADVERSARIAL,
+    CODEC,
+    GOLDEN,
+    PRETRAIN,
+    RATE,
+    init_params,
+    init_state,
+    leaves_equal,
+    make_batch,
+    make_recipe,
+    micro_config,
+    random_batch,
+    run_steps,
+)
 
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import init as codec_init
 from moss_tok.codec import pretrained
 from moss_tok.codec.presets import mirror, preset
-from moss_tok.training import losses
-from moss_tok.training import state as states
+from moss_tok.objectives import code_use, losses
+from moss_tok.objectives.config import all_fields, build_objective, configure
+from moss_tok.training import microbatches, optimizer
 from moss_tok.training import step as steps
-from moss_tok.training.config import TrainConfig
+from moss_tok.training.config import OptimizerConfig
+from moss_tok.training.state import Recipe
 
-RATE = 8000
-CONFIG = TrainConfig(
-    learning_rate=3e-3,
-    warmup_steps=2,
-    batch_size=4,
-    segment_seconds=0.256,
-    reseed_every=5,
-    mel_windows="64,512",  # seven take twice as long to compile; losses_test.py has them
-    mesh="data:1",
-)
-ADVERSARIAL = dataclasses.replace(
-    CONFIG,
-    stage="adversarial",
-    discriminator_learning_rate=1e-3,
-    discriminator_channels=2,
-    discriminator_periods="3",  # compiling all of them takes minutes
-    discriminator_windows="512",
-)
-CODEC = micro_config()
+STAGES = pytest.mark.parametrize("flags", [PRETRAIN, ADVERSARIAL], ids=["pretrain", "adversarial"])
+GOLDEN_STEPS = json.loads((GOLDEN / "train_step.json").read_text())
 
 
-def random_batch(seed=0, batch_size=4, scale=0.1):
-    wav = scale * np.random.default_rng(seed).standard_normal((batch_size, 1, 2048))
-    return make_batch(wav)
+def discriminators(recipe):
+    """Fresh parameters."""
+    return init_state(recipe).extra["discriminators"]
 
 
-def make_batch(wav, length=2048):
-    batch_size = wav.shape[0]
-    return {
-        "wav": jnp.asarray(wav, jnp.float32),
-        "length": jnp.broadcast_to(jnp.asarray(length), (batch_size,)),
-        "domain": jnp.arange(batch_size) % 4,
-        "position": jnp.arange(batch_size),
-        "failed_reads": jnp.zeros(batch_size, jnp.int32),
-        "stop": jnp.zeros(batch_size, bool),
-    }
-
-
-def run(config, num_steps, state=None, batch=random_batch):
-    state = init_state(config, CODEC) if state is None else state
-    for _ in range(num_steps):
-        state, metrics = steps.train_step(config, CODEC, state, batch(int(state.step)))
-    return state, metrics
-
-
-@pytest.mark.parametrize("config", [CONFIG, ADVERSARIAL], ids=lambda c: c.stage)
-def test_first_step_is_golden(config):
+@STAGES
+def test_first_step_is_golden(flags):
     """Numbers of a first step, so that a change of the maths does not pass unnoticed."""
-    _, metrics = run(config, 1)
-    golden = json.loads((Path(__file__).parent / "golden" / "train_step.json").read_text())
+    _, metrics = run_steps(make_recipe(flags), 1)
     found = {k: float(v) for k, v in metrics.items() if k != "stop"}
-    assert found == pytest.approx(golden[config.stage], rel=1e-3)
+    assert found == pytest.approx(GOLDEN_STEPS[flags.get("stage", "pretrain")], rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ADVERSARIAL], ids=lambda c: c.stage)
-def test_all_parameters_learn_and_nothing_is_lost(config):
+@STAGES
+def test_all_parameters_learn_and_nothing_is_lost(flags):
     def parts(state):
-        return jax.tree.map(np.asarray, (state.params, state.ema, state.discriminators))
+        trees = (state.params, state.ema, state.extra.get("discriminators"))
+        return jax.tree.map(np.asarray, trees)
 
-    before = parts(init_state(config, CODEC))
-    after, _ = run(config, 3)
+    recipe = make_recipe(flags)
+    before = parts(init_state(recipe))
+    after, _ = run_steps(recipe, 3)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, parts(after))
     still = [
         jax.tree_util.keystr(k) for k, v in jax.tree_util.tree_leaves_with_path(moved) if not v
     ]
     assert still == []
-    assert int(after.step) == 3 and int(after.skipped) == 0
+    assert int(after.step) == 3 and int(after.totals.skipped) == 0
 
 
-@pytest.mark.parametrize("config", [CONFIG, ADVERSARIAL], ids=lambda c: c.stage)
-def test_microbatches_change_nothing(config):
-    parts = dataclasses.replace(config, num_microbatches=2)
-    (a, x), (b, y) = run(config, 1), run(parts, 1)
+@STAGES
+def test_microbatches_change_nothing(flags):
+    a, x = run_steps(make_recipe(flags), 1)
+    b, y = run_steps(make_recipe(flags | {"num_microbatches": 2}), 1)
     for name in x:
         assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-3), name
-    np.testing.assert_allclose(a.code_counts, b.code_counts)
+    np.testing.assert_allclose(a.extra["code_counts"], b.extra["code_counts"])
     np.testing.assert_allclose(a.totals.domain_items, b.totals.domain_items)
     books, others = (state.params["quantizer"]["codebooks"] for state in (a, b))
     np.testing.assert_allclose(books, others, atol=1e-3)  # the dead ones' new vectors as well
 
 
 def test_discriminators_hear_quiet_and_loud_audio_alike():
-    params = states.init_discriminators(ADVERSARIAL, CODEC)
+    recipe = make_recipe(ADVERSARIAL)
+    params = discriminators(recipe)
     loud, quiet = random_batch(), random_batch(scale=0.02)
 
     def judgement(batch):
         name, wav = "window_512", 0.5 * batch["wav"]
-        return steps._judge(ADVERSARIAL, name, params[name], batch, wav)[0][-1]
+        return recipe.objective.judge(name, params[name], batch, wav)[0][-1]
 
     np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "num_steps"), [(CONFIG, 150), (ADVERSARIAL, 120)])
-def test_overfits_a_clip(config, num_steps):
-    config = dataclasses.replace(config, mel_windows=TrainConfig().mel_windows)
+@pytest.mark.parametrize(("flags", "num_steps"), [(PRETRAIN, 150), (ADVERSARIAL, 120)])
+def test_overfits_a_clip(flags, num_steps):
+    recipe = make_recipe(flags | {"mel_windows": "32,64,128,256,512,1024,2048"})
     t = np.arange(2048) / RATE
     batch = make_batch(np.tile(0.3 * np.sin(2 * np.pi * 440 * t), (4, 1, 1)))
-    _, first = run(config, 1, batch=lambda i: batch)
-    _, last = run(config, num_steps, batch=lambda i: batch)
+    _, first = run_steps(recipe, 1, batch=lambda i: batch)
+    _, last = run_steps(recipe, num_steps, batch=lambda i: batch)
     assert float(last["reconstruction_loss"]) < 0.5 * float(first["reconstruction_loss"])
 
 
 def test_frozen_encoder_and_quantizer_stay(micro, tmp_path):
     """Fine-tuning the decoder leaves every code as it was, bit for bit."""
     pretrained.save(tmp_path / "start", micro.config, micro.params)
-    config = dataclasses.replace(
-        ADVERSARIAL, trainable="decoder", init_from=str(tmp_path / "start"), weight_decay=0.5
-    )
+    start = {"trainable": "decoder", "init_from": str(tmp_path / "start"), "weight_decay": 0.5}
+    recipe = make_recipe(ADVERSARIAL | start)
     before = jax.tree.map(np.asarray, micro.params)
-    state = init_state(config, CODEC, jax.tree.map(jnp.copy, micro.params))
-    after, _ = run(config, 6, state)
+    state = init_state(recipe, jax.tree.map(jnp.copy, micro.params))
+    after, _ = run_steps(recipe, 6, state)
     for params in (after.params, after.ema):
         for part in ("encoder", "quantizer"):
             assert leaves_equal(params[part], before[part])
@@ -147,52 +128,56 @@ def test_frozen_encoder_and_quantizer_stay(micro, tmp_path):
 def test_padding_reaches_no_loss_and_no_discriminator():
     """What lies in the padding changes nothing but the codec's own view of it."""
     clean = random_batch()["wav"].at[..., 1500:].set(0)
-    parts = steps._split(make_batch(clean, 1500), 1)
+    parts = microbatches.split(make_batch(clean, 1500), 1)
     spoiled = parts | {"wav": parts["wav"].at[..., 1500:].set(jnp.nan)}
-    params = states.init_discriminators(ADVERSARIAL, CODEC)
+    recipe = make_recipe(ADVERSARIAL)
+    params = discriminators(recipe)
     wav_hat = 0.1 * jnp.ones_like(parts["wav"])
-    judge = jax.jit(steps._discriminator_gradient, static_argnums=0)
-    found = [judge(ADVERSARIAL, params, x, wav_hat) for x in (parts, spoiled)]
+    judge = jax.jit(recipe.objective.discriminator_gradient)
+    found = [judge(params, x, wav_hat) for x in (parts, spoiled)]
     assert leaves_equal(*found)
-    zeros = jnp.zeros((1, 4))
-    generated = {"wav_hat": wav_hat, "commitment_loss": zeros, "codebook_loss": zeros}
-    differentiate = jax.jit(steps._generator_gradient, static_argnums=(0, 1))
-    gradient, _ = differentiate(ADVERSARIAL, CODEC, params, parts, generated)
+    zeros = jnp.zeros(4)
+    outputs = {"wav_hat": wav_hat[0], "commitment_loss": zeros, "codebook_loss": zeros}
+    part = jax.tree.map(lambda x: x[0], parts)
+    differentiate = jax.jit(recipe.objective.output_gradient, static_argnums=3)
+    gradient, _ = differentiate({"discriminators": params}, part, outputs, 1)
     np.testing.assert_array_equal(gradient["wav_hat"][..., 1500:], 0)
     assert (np.abs(gradient["wav_hat"][..., 200:1400]).max(-1) > 0).all()
 
 
 def test_updates_that_are_not_finite_are_skipped():
-    state, _ = run(CONFIG, 2)
+    recipe = make_recipe(PRETRAIN)
+    state, _ = run_steps(recipe, 2)
     before = jax.tree.map(np.asarray, state)
     broken = random_batch()
     broken["wav"] = broken["wav"].at[0, 0, 100].set(jnp.nan)
     for number in (1, 2):
-        state, metrics = steps.train_step(CONFIG, CODEC, state, broken)
+        state, metrics = steps.train_step(recipe, state, broken)
         assert int(metrics["skipped_in_row"]) == number
-    kept = ("params", "ema", "opt_state", "code_counts", "totals")
+    kept = ("params", "ema", "opt_state", "extra")
     assert all(leaves_equal(getattr(state, k), getattr(before, k)) for k in kept)
+    assert leaves_equal(state.totals.metrics, before.totals.metrics)
     assert not np.isfinite(metrics["reconstruction_loss"])
-    state, metrics = steps.train_step(CONFIG, CODEC, state, random_batch())
-    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (5, 2, 0)
+    state, metrics = steps.train_step(recipe, state, random_batch())
+    assert int(state.step) == 5
+    assert (int(state.totals.skipped), int(state.totals.skipped_in_row)) == (2, 0)
     assert np.isfinite(float(metrics["loss"]))
 
 
 def test_dropout_draws_all_numbers():
     key, positions = jax.random.key(0), jnp.arange(4000)
-    full = steps._quantizer_dropout(CONFIG, CODEC, key, positions)
+    full = code_use.draw_dropout(4, 1.0, key, positions)
     counts = np.bincount(np.asarray(full.sum(-1)), minlength=5)
     assert counts[0] == 0 and counts[1:].min() > 900
-    some = steps._quantizer_dropout(CONFIG, CODEC, key, positions[100:200])
+    some = code_use.draw_dropout(4, 1.0, key, positions[100:200])
     np.testing.assert_array_equal(some, full[100:200])
-    none = dataclasses.replace(CONFIG, quantizer_dropout=0.0)
-    assert steps._quantizer_dropout(none, CODEC, key, positions).all()
+    assert code_use.draw_dropout(4, 0.0, key, positions).all()
 
 
 def test_counts_leave_padding_and_dropped_quantizers_out():
     codes = jnp.zeros((2, 3, 4), int).at[1].set(2)  # [B, Q, T]
     used = jnp.ones(codes.shape, bool).at[0, :, 3].set(False).at[1, 2].set(False)
-    counts = steps._histogram(codes, used, 4)
+    counts = code_use.histogram(codes, used, 4)
     np.testing.assert_array_equal(counts, [[3, 0, 4, 0], [3, 0, 4, 0], [3, 0, 0, 0]])
 
 
@@ -202,7 +187,7 @@ def test_reseeding_moves_dead_codes_only(rng):
     counts = jnp.array([[8.0] * 5 + [0.0] * 3, [1.0] * 8, [8.0] * 7 + [0.0]])
     projected = 5 + jnp.asarray(rng.random((3, 12, 3)), jnp.float32)
     used = jnp.array([[False, True] * 6, [True] * 12, [False] * 12])
-    trees, after = steps._reseed(
+    trees, after = code_use.reseed(
         {"params": books, "ema": 2 * books}, counts, projected, used, jax.random.key(0)
     )
     for name, start in (("params", books), ("ema", 2 * books)):
@@ -217,9 +202,10 @@ def test_reseeding_moves_dead_codes_only(rng):
 
 
 def test_average_follows_the_parameters():
-    state, _ = run(CONFIG, 1)
+    recipe = make_recipe(PRETRAIN)
+    state, _ = run_steps(recipe, 1)
     before = jax.tree.map(np.asarray, state.ema)
-    state, _ = run(CONFIG, 1, state)
+    state, _ = run_steps(recipe, 1, state)
     weight = 1 - 2 / 11  # second step: (1 + 1) / (10 + 1)
     expected = jax.tree.map(lambda e, p: e + weight * (p - e), before, state.params)
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
@@ -227,11 +213,10 @@ def test_average_follows_the_parameters():
 
 
 def test_learning_rate_schedules():
-    config = TrainConfig(warmup_steps=10, decay_steps=110)
-    schedule = states.learning_rate(config, 1.0)
+    schedule = optimizer.learning_rate(OptimizerConfig(warmup_steps=10, decay_steps=110), 1.0)
     values = [float(schedule(s)) for s in (0, 4, 9, 10, 60, 110, 500)]
     np.testing.assert_allclose(values, [0.1, 0.5, 1, 1, 0.5, 0, 0], atol=1e-6)
-    schedule = states.learning_rate(dataclasses.replace(config, decay_steps=0), 1.0)
+    schedule = optimizer.learning_rate(OptimizerConfig(warmup_steps=10), 1.0)
     assert float(schedule(10 + 10**5)) == pytest.approx(0.999996**1e5, rel=1e-3)
 
 
@@ -242,7 +227,7 @@ def test_fresh_model_is_a_low_pass_codec():
         for m in CODEC.encoder
     ]
     codec = micro_config(encoder=tuple(quiet), decoder=mirror(tuple(quiet)))
-    params = init_state(CONFIG, codec).params
+    params = init_params(codec)
     t = np.arange(2048) / RATE
     wav = jnp.asarray(0.3 * np.sin(2 * np.pi * 100 * t), jnp.float32)[None, None]
     model = moss_tok.Codec(params, codec).model
@@ -253,7 +238,7 @@ def test_fresh_model_is_a_low_pass_codec():
 
 def test_fresh_quantizer_knows_sizes():
     """Codes are chosen by angle; the constant dimension makes them follow the size as well."""
-    quantizer = init_state(CONFIG, CODEC).params["quantizer"]
+    quantizer = init_params(CODEC)["quantizer"]
     np.testing.assert_array_equal(quantizer["codebooks"][..., -1], 1)
     np.testing.assert_array_equal(quantizer["in_projections"]["bias"][..., -1], 1)
     np.testing.assert_array_equal(quantizer["in_projections"]["gain"][..., -1], 0)
@@ -275,28 +260,28 @@ def test_fresh_quantizers_share_out_the_dimensions(sizes):
 
 def test_bfloat16_is_close_to_float32():
     """Compute in half precision; parameters, losses and spectra stay in float32."""
-    half = dataclasses.replace(ADVERSARIAL, dtype="bfloat16", remat="dots")
-    golden = json.loads((Path(__file__).parent / "golden" / "train_step.json").read_text())
-    state, found = run(half, 1)
+    half = make_recipe(ADVERSARIAL | {"dtype": "bfloat16", "remat": "dots"})
+    state, found = run_steps(half, 1)
     for name in ("reconstruction_loss", "adversarial_loss", "discriminator_loss"):
         assert found[name].dtype == jnp.float32
-    expected = golden["adversarial"]["reconstruction_loss"]
+    expected = GOLDEN_STEPS["adversarial"]["reconstruction_loss"]
     assert float(found["reconstruction_loss"]) == pytest.approx(expected, rel=0.05)
-    for tree in (state.params, state.ema, state.discriminators, state.opt_state):
+    for tree in (state.params, state.ema, state.extra, state.opt_state):
         assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(tree))
 
 
 def test_bfloat16_discriminators_judge_like_float32_ones():
     """The same audio: in half precision the codec itself finds other codes, so other audio."""
-    params, batch = states.init_discriminators(ADVERSARIAL, CODEC), random_batch()
+    params = discriminators(make_recipe(ADVERSARIAL))
+    batch = random_batch()
 
     @functools.partial(jax.jit, static_argnums=0)
     def judged(dtype):
-        config = dataclasses.replace(ADVERSARIAL, dtype=dtype)
+        objective = make_recipe(ADVERSARIAL | {"dtype": dtype}).objective
         waves = (batch["wav"], random_batch(1)["wav"])
         found = []
         for name in params:
-            real, fake = steps._judge(config, name, params[name], batch, *waves)
+            real, fake = objective.judge(name, params[name], batch, *waves)
             found.append(
                 (
                     losses.discriminator_loss(real, fake),
@@ -315,14 +300,25 @@ def test_flag_files_trace(name):
     """The full-size steps of the flagfiles fit together, as far as shapes tell."""
     text = (Path(__file__).parents[1] / "experiments" / f"{name}.flags").read_text()
     lines = [line[2:].split("=") for line in text.splitlines() if line.startswith("--")]
-    kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{key: kinds[key](value) for key, value in lines})
-    codec = preset(config.model or "v1")
-    batch = steps.batch_shapes(config, codec, sharding.make_mesh("data:1"))
-    state = jax.eval_shape(lambda: states.init_state(config, codec))
-    after, metrics = jax.eval_shape(
-        lambda s, b: steps.train_step(config, codec, s, b), state, batch
-    )
+    kinds = {name: type(field.default) for name, field in all_fields().items()}
+    numbers = (int, float)
+    flags = {k: kinds[k](v) if kinds[k] in numbers else v for k, v in lines}
+    config = configure(**flags)
+    objective = build_objective(config, codec=preset(flags.get("model", "v1")))
+    recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    batch = steps.batch_shapes(recipe, config.data.batch_size, sharding.make_mesh("data:1"))
+    state = jax.eval_shape(lambda: init_state(recipe))
+    after, metrics = jax.eval_shape(lambda s, b: steps.train_step(recipe, s, b), state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
     assert all(jax.tree.leaves(same)) and metrics["loss"].shape == ()
+
+
+def test_weight_decay_is_for_matrices():
+    """Each is made by `nn.layers.parameter`; vectors, codebooks and weight norms do not decay."""
+    boxed = jax.eval_shape(lambda: codec_init.init_boxed(CODEC, jax.random.key(0)))
+    decayed = jax.tree_util.tree_leaves_with_path(optimizer.decayed_leaves(boxed))
+    names = {path[-1].key for path, decays in decayed if decays}
+    assert names == {"kernel", "qkv", "out", "up", "down"}
+    others = {path[-1].key for path, decays in decayed if not decays}
+    assert {"codebooks", "direction", "gain", "bias", "scale", "attention_scale"} <= others

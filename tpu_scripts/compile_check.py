@@ -41,13 +41,13 @@ from moss_tok.codec import pretrained
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.presets import load_codec_config
 from moss_tok.errors import check_choice
-from moss_tok.language import pretrained as language_models
 from moss_tok.language.config import LanguageConfig
 from moss_tok.nn.compute import PRECISIONS, ComputeConfig
 from moss_tok.nn.kernels import splash_block
-from moss_tok.training import flags as train_flags
-from moss_tok.training import flops, state, step
-from moss_tok.training.config import TrainConfig
+from moss_tok.objectives import flags as train_flags
+from moss_tok.objectives import flops
+from moss_tok.objectives.config import build_objective
+from moss_tok.training import state, step
 
 FUNCTIONS = ("train_step", "encode", "decode")
 
@@ -100,19 +100,23 @@ def get_mesh(topology: str, text: str) -> jax.sharding.Mesh:
 
 
 def lower(
-    function: str, config: TrainConfig, codec: CodecConfig, mesh: jax.sharding.Mesh, precision: str
+    function: str,
+    recipe: state.Recipe,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    precision: str,
 ) -> jax.stages.Lowered:
     """The train step of a run, or encode or decode of a batch like its batches."""
-    language, _ = language_models.of_run(config, codec)
-    batch = step.batch_shapes(config, codec, mesh, language)
+    codec = recipe.objective.codec
+    batch = step.batch_shapes(recipe, batch_size, mesh)
     if function == "train_step":
-        shapes = state.state_shapes(config, codec, mesh, language)
-        return step.sharded_train_step(config, codec, shapes, language).lower(shapes, batch)
+        shapes = state.state_shapes(recipe, mesh)
+        return step.sharded_train_step(recipe, shapes, batch_size).lower(shapes, batch)
     ready = moss_tok.Codec(_params(codec, mesh), codec, PRECISIONS[precision])
     argument = batch["wav"]
     if function == "decode":
         frames = codec.num_frames(argument.shape[-1])
-        shape = (config.batch_size, codec.quantizer.num_quantizers, frames)
+        shape = (batch_size, codec.quantizer.num_quantizers, frames)
         argument = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=argument.sharding)
 
     def apply(ready, x):
@@ -236,19 +240,19 @@ def kernel_costs(
 
 def report(
     function: str,
-    config: TrainConfig,
-    codec: CodecConfig,
+    recipe: state.Recipe,
+    batch_size: int,
     mesh: jax.sharding.Mesh,
     chip: Chip,
     link_rate: float,
     precision: str,
 ) -> bool:
     """Compiles a function, prints what it costs, and returns whether it fits."""
-    language, _ = language_models.of_run(config, codec)
+    objective, codec = recipe.objective, recipe.objective.codec
     began = time.perf_counter()
     try:
         make = compiled if flags.FLAGS.code else optimised
-        program = make(lower(function, config, codec, mesh, precision))
+        program = make(lower(function, recipe, batch_size, mesh, precision))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -258,19 +262,19 @@ def report(
     peak = program.peak + (program.code or 0)
     fits = peak <= chip.hbm_bytes
     costs = hlo.analyse(program.text)
-    num_samples = step.segment_samples(config, codec)
-    items = config.batch_size
+    items = batch_size
     if function == "train_step":
-        items //= step.fit_microbatches(config, mesh).num_microbatches
-        compute = config.compute
-        useful = flops.step_flops(config, codec, num_samples, language)
+        items //= step.fit_microbatches(recipe, mesh, batch_size).num_microbatches
+        compute = objective.compute
+        useful = batch_size * flops.item_flops(objective)
     else:
-        compute, sides = PRECISIONS[precision], flops.codec_flops(codec, num_samples)
+        compute = PRECISIONS[precision]
+        sides = flops.codec_flops(codec, objective.num_samples)
         names = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
-        useful = config.batch_size * sum(sides[name] for name in names)
-    audio = num_samples / codec.sample_rate
+        useful = batch_size * sum(sides[name] for name in names)
+    audio = objective.num_samples / codec.sample_rate
     parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
-    text = (language, config.max_text_tokens)
+    text = (objective.language, objective.settings.text.max_text_tokens)
     costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text, parts))
     estimate = Estimate(chip, link_rate, mesh.size, costs, useful)
     made = "optimised" if program.code is None else "compiled"
@@ -282,7 +286,7 @@ def report(
     estimate.show()
     show_traffic(costs)
     if flags.FLAGS.scaling:
-        show_scaling(estimate, mesh, config.batch_size / mesh.size, program.arguments, peak)
+        show_scaling(estimate, mesh, batch_size / mesh.size, program.arguments, peak)
     return fits
 
 
@@ -433,28 +437,31 @@ def main() -> None:
         check_choice("functions", function, FUNCTIONS)
     check_choice("precision", precision, tuple(PRECISIONS))
     config = train_flags.config()
-    if config.init_from and not config.model:
-        codec = pretrained.load_config(config.init_from)
+    init_from = config.run.init_from
+    model = getattr(config.objective, "codec", config.objective).model
+    if init_from and not model:
+        codec = pretrained.load_config(init_from)
     else:
-        codec = load_codec_config(config.model or "tiny")
-    mesh = get_mesh(topology, config.mesh)
-    sharding.check_batch_size(mesh, config.batch_size)
+        codec = load_codec_config(model or "tiny")
+    batch_size = config.data.batch_size
+    mesh = get_mesh(topology, config.devices.mesh)
+    sharding.check_batch_size(mesh, batch_size)
     if flags.FLAGS.scaling:
         check_scaling(mesh)
-    count = sum(x.size for x in jax.tree.leaves(_params(codec, mesh)))
-    language, _ = language_models.of_run(config, codec)
-    if language is not None:
-        count += sum(x.size for x in jax.tree.leaves(language_models.boxed_shapes(language)))
-    judges = state.state_shapes(config, codec, mesh, language).discriminators
+    objective = build_objective(config, codec=codec)
+    recipe = state.Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    shapes = state.state_shapes(recipe, mesh)
+    count = sum(x.size for x in jax.tree.leaves(shapes.params))
+    judges = shapes.extra.get("discriminators")
     judges = sum(x.size for x in jax.tree.leaves(judges))
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
-    print(f"{config.model or config.init_from}: {count / 1e6:.1f} M parameters"
+    print(f"{model or init_from}: {count / 1e6:.1f} M parameters"
           f"{f', discriminators {judges / 1e6:.1f} M' if judges else ''}; "
-          f"{config.batch_size} x {config.segment_seconds:g} s")  # fmt: skip
+          f"{batch_size} x {config.data.segment_seconds:g} s")  # fmt: skip
     kind, _, shape = topology.partition(":")
     chip, link_rate = CHIPS[kind], CHIPS[kind].link_rate([int(n) for n in shape.split("x")])
-    fit = all([report(f, config, codec, mesh, chip, link_rate, precision) for f in functions])
+    fit = all([report(f, recipe, batch_size, mesh, chip, link_rate, precision) for f in functions])
     if not flags.FLAGS.code:
         sys.stdout.flush()
         os._exit(0 if fit else 1)  # the compiler is still at work

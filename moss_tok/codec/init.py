@@ -17,11 +17,18 @@ _INPUT_GAIN = 2.0
 
 def init_params(codec: CodecConfig, key: jax.Array) -> Any:
     """Fresh float32 parameters; see `_low_pass` and `_paired` for what they start as."""
+    return nn.meta.unbox(init_boxed(codec, key))
+
+
+def init_boxed(codec: CodecConfig, key: jax.Array) -> Any:
+    """`init_params` in boxes that carry logical axis names."""
     wav = jnp.zeros((1, codec.num_channels, codec.hop_length))
-    params = nn.meta.unbox(CodecModel(codec).init(key, wav)["params"])
+    boxed = CodecModel(codec).init(key, wav)["params"]
+    params = nn.meta.unbox(boxed)
     for side in ("encoder", "decoder"):
         params[side] = _low_pass(getattr(codec, side), params[side], side)
-    return params | {"quantizer": _paired(params["quantizer"])}
+    params |= {"quantizer": _paired(params["quantizer"])}
+    return nn.meta.replace_boxed(boxed, params)
 
 
 def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:

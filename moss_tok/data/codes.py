@@ -15,6 +15,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
+from moss_tok import storage
+from moss_tok.data import records
+from moss_tok.data.config import PLAN
 from moss_tok.json_files import read_json_object
 
 
@@ -69,19 +72,27 @@ class Writer:
 
 
 class CodeSource:
-    """Random access to the items of a folder of shards: a data source for grain."""
+    """Random access to the items of a folder of shards: a data source for grain.
 
-    def __init__(self, folder: str | Path):
-        """Opens the shards. Raises ValueError where there are none, or not all of them."""
-        self.folder = Path(folder)
-        plan = self.folder / "plan.json"
+    Attributes:
+      settings: What plan.json says: "codec", its fingerprint; "num_quantizers"; "format"; ...
+    """
+
+    def __init__(self, folder: str | storage.Path):
+        """Opens the shards. Raises ValueError where there are none, or not all of them.
+
+        Those in buckets are copied first.
+        """
+        self.folder = storage.to_path(folder)
+        plan = self.folder / PLAN
         if not plan.is_file():
-            raise ValueError(f"{folder}: no plan.json, so no output of moss-tok tokenize")
+            raise ValueError(f"{folder}: no {PLAN}, so no output of moss-tok tokenize")
         self.settings = read_json_object(plan)
         paths = sorted(self.folder.glob("codes-*-of-*"))
         wanted = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 0
         if len(paths) != wanted or not paths:
             raise ValueError(f"{folder}: {len(paths)} of {wanted or 'its'} shards are there")
+        paths = records.local_copies(paths)
         self._lines: list[str] | None = None
         if self.settings["format"] == "jsonl":
             self._lines = [line for p in paths for line in p.read_text().splitlines()]
@@ -105,7 +116,7 @@ class CodeSource:
         return Item(fields["id"], codes, fields["num_samples"], fields["metadata"])
 
 
-def read_codes(folder: str | Path) -> CodeSource:
+def read_codes(folder: str | storage.Path) -> CodeSource:
     """The items of a folder that `moss-tok tokenize` has written.
 
     Returns:

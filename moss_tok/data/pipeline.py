@@ -6,6 +6,7 @@ shuffle filters: what cannot be read or is silent is replaced by draws that foll
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -17,9 +18,9 @@ import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.audio.manifest import DOMAINS, TASKS
+from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
-from moss_tok.training.config import TrainConfig
 
 _LINGER_SECONDS = 120.0
 _TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
@@ -27,19 +28,39 @@ _TRIES = 8  # draws for an item before a silent one is taken, or padding where n
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentShape:
+    """What segments are cut into.
+
+    Attributes:
+      num_samples: S, per channel.
+      sample_rate: Hz.
+      num_channels: C.
+      tokenizer: For texts; None: none are made.
+      max_text_tokens: Longest text; a segment with a longer one counts as without.
+    """
+
+    num_samples: int
+    sample_rate: int
+    num_channels: int
+    tokenizer: Tokenizer | None = None
+    max_text_tokens: int = 0
+
+
 class Segment(grain.transforms.RandomMap):
     """Turns an index into a random segment of that item, reading only what it needs."""
 
-    def __init__(self, config: TrainConfig, sources: tuple[Source, ...], number: int,
-                 num_samples: int, sample_rate: int, num_channels: int,
-                 tokenizer: Tokenizer | None):  # fmt: skip
+    def __init__(
+        self,
+        config: AudioDataConfig,
+        sources: tuple[Source, ...],
+        number: int,
+        shape: SegmentShape,
+    ):
         self._config = config
         self._number = number
         self._source = sources[number]
-        self._num_samples = num_samples
-        self._sample_rate = sample_rate
-        self._num_channels = num_channels
-        self._tokenizer = tokenizer
+        self._shape = shape
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -61,10 +82,10 @@ class Segment(grain.transforms.RandomMap):
                     break
             index = int(rng.integers(len(self._source)))
         if wav is None:
-            wav = np.zeros((self._num_channels, 0), np.float32)
+            wav = np.zeros((self._shape.num_channels, 0), np.float32)
         wav = self._augment(wav, rng)
-        padding = self._num_samples - wav.shape[-1]
-        tokens = {} if self._tokenizer is None else self._tokens(*text)
+        padding = self._shape.num_samples - wav.shape[-1]
+        tokens = {} if self._shape.tokenizer is None else self._tokens(*text)
         return tokens | {
             "wav": np.pad(wav, ((0, 0), (0, padding))),
             "length": np.int32(wav.shape[-1]),
@@ -73,10 +94,12 @@ class Segment(grain.transforms.RandomMap):
         }
 
     def _tokens(self, text: str, task: str) -> Batch:
-        most, tokens = self._config.max_text_tokens, self._tokenizer.encode(text)
-        tokens = tokens if len(tokens) <= most else []
+        limit = self._shape.max_text_tokens
+        tokens = self._shape.tokenizer.encode(text)
+        if len(tokens) > limit:
+            tokens = []
         return {
-            "text": np.pad(np.array(tokens, np.int32), (0, most - len(tokens))),
+            "text": np.pad(np.array(tokens, np.int32), (0, limit - len(tokens))),
             "text_length": np.int32(len(tokens)),
             "task": np.int32(TASKS.index(task)),
         }
@@ -86,30 +109,32 @@ class Segment(grain.transforms.RandomMap):
     ) -> tuple[np.ndarray, str, tuple[str, str]]:
         """Audio, domain, text and task; no text where the segment is a part of the recording."""
         recording = self._source[index]
-        rate = self._sample_rate
+        rate = self._shape.sample_rate
         if self._config.augment_speed:
             speed = 1 + rng.uniform(-self._config.augment_speed, self._config.augment_speed)
             rate = round(rate / speed)  # as which it is read, not as which it is taken
-        seconds = self._num_samples / rate
+        seconds = self._shape.num_samples / rate
         start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
         wav = files.read_segment(recording.audio, start, seconds, rate)
-        wav = files.to_channels(wav, self._num_channels)[:, : self._num_samples]
+        wav = files.to_channels(wav, self._shape.num_channels)[:, : self._shape.num_samples]
         if self._config.augment_shift_seconds:
-            room = self._config.augment_shift_seconds * self._sample_rate
-            room = min(self._num_samples - wav.shape[1], round(room))
+            room = self._config.augment_shift_seconds * self._shape.sample_rate
+            room = min(self._shape.num_samples - wav.shape[1], round(room))
             wav = np.pad(wav, ((0, 0), (int(rng.integers(room + 1)), 0)))
         text = recording.text if recording.duration_seconds <= seconds else ""
         return wav, recording.domain, (text, recording.task)
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Changes the sound, then the level, as far as the peak stays within full scale."""
-        equalizer_db, noise = self._config.augment_equalizer_db, self._config.noise_range
-        gain_db, loudness = self._config.augment_gain_db, self._config.loudness_range
+        equalizer_db = self._config.augment_equalizer_db
+        noise = self._config.augment_noise_db
+        gain_db = self._config.augment_gain_db
+        loudness = self._config.augment_loudness_db
         if not (equalizer_db or noise or gain_db or loudness) or not wav.any():
             return wav
         peak = max(1.0, np.abs(wav).max())
         if equalizer_db:
-            wav = _equalize(wav, self._sample_rate, equalizer_db, rng)
+            wav = _equalize(wav, self._shape.sample_rate, equalizer_db, rng)
         if noise:
             wav = _add_noise(wav, rng.uniform(*noise), rng)
         if equalizer_db or noise:
@@ -190,27 +215,22 @@ def _outlive_sigterm() -> None:
 
 
 def batches(
-    config: TrainConfig,
+    config: AudioDataConfig,
     mixture: Mixture,
-    *,
-    num_samples: int,
-    sample_rate: int,
-    num_channels: int,
+    shape: SegmentShape,
+    seed: int = 0,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from number `start` on.
 
     Args:
-      config: The run: batch_size, seed, augmentation, num_workers.
+      config: batch_size, augmentation, num_workers.
       mixture: What to draw from; within a source of files, longer ones are drawn more often.
-      num_samples: S, samples per segment and channel.
-      sample_rate: Hz.
-      num_channels: C.
+      shape: What segments are cut into.
+      seed: Of the order and of what is drawn.
       start: Batches already consumed.
       rows: Which rows of each batch to make; default: all.
-      tokenizer: For texts; default: none are made.
 
     Returns:
       Iterator over {"wav": float32 [B, C, S], zero past "length": int32 [B]; "domain": int32 [B],
@@ -221,9 +241,8 @@ def batches(
     """
     parts = []
     for number, source in enumerate(mixture.sources):
-        segment = Segment(config, mixture.sources, number, num_samples, sample_rate, num_channels,
-                          tokenizer)  # fmt: skip
-        indices = grain.MapDataset.range(len(source)).seed(config.seed + number)
+        segment = Segment(config, mixture.sources, number, shape)
+        indices = grain.MapDataset.range(len(source)).seed(seed + number)
         parts.append(indices.shuffle().repeat().random_map(segment))
     dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
 

@@ -50,7 +50,7 @@ class Shards:
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        copies = _local_copies(self.paths)
+        copies = local_copies(self.paths)
         try:
             self._source = ArrayRecordDataSource([str(p) for p in copies])
         except (RuntimeError, ValueError) as error:
@@ -79,7 +79,7 @@ def shard(path: storage.Path) -> Shards:
     return Shards([path])
 
 
-def _local_copies(paths: Sequence[storage.Path]) -> list[Path]:
+def local_copies(paths: Sequence[storage.Path]) -> list[Path]:
     """Shards on this machine: those in buckets are copied to a cache first.
 
     It is $MOSS_TOK_CACHE, or ~/.cache/moss_tok. Files that it has, of the same size, stay.

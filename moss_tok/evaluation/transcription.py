@@ -73,7 +73,8 @@ def _sampling(language: Language, references: Sequence[str]) -> Sampling:
 def evaluate(
     codec: Codec,
     language: Language,
-    clips: Sequence[sweep.Clip],
+    recordings: Sequence[np.ndarray],
+    texts: Sequence[str],
     numbers: Sequence[int],
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Error rates {system: {"wer", "cer"}} from the first n codes, and the last n's texts.
@@ -81,19 +82,22 @@ def evaluate(
     Args:
       codec: The codec.
       language: What listens.
-      clips: Recordings with texts, one with a word at least.
+      recordings: Audio [C, S], or codes [q, T] integers.
+      texts: What is said in them, one with a word at least.
       numbers: Of quantizers.
     """
-    table, wavs, texts = {}, [clip.wav for clip in clips], []
-    sampling = _sampling(language, [clip.text for clip in clips])
+    of_codes = np.issubdtype(recordings[0].dtype, np.integer)
+    transcribe = transcribe_codes if of_codes else transcribe_wavs
+    table = {}
+    understood: list[str] = []
+    sampling = _sampling(language, texts)
     for number in numbers:
-        texts = transcribe_wavs(codec, language, wavs, number, sampling=sampling)
-        rates = error_rates([clip.text for clip in clips], texts)
-        exact = np.mean(
-            [normalize(c.text) == normalize(t) for c, t in zip(clips, texts, strict=True)]
-        )
-        table[sweep.system_name(number)] = rates | {"exact": float(exact)}
-    return table, texts
+        understood = transcribe(codec, language, recordings, number, sampling=sampling)
+        pairs = zip(texts, understood, strict=True)
+        exact = [normalize(said) == normalize(found) for said, found in pairs]
+        rates = error_rates(texts, understood)
+        table[sweep.system_name(number)] = rates | {"exact": float(np.mean(exact))}
+    return table, understood
 
 
 def write_dataset(

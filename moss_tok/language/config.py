@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 from moss_tok.errors import check_choice, is_number
-from moss_tok.json_files import parse_json_object
+from moss_tok.json_files import from_fields, parse_json_object
+from moss_tok.nn.blocks import BlockConfig
 
 INPUTS = ("codes", "latents")
 
@@ -71,18 +72,30 @@ class LanguageConfig:
             raise ValueError(f"end_id {self.end_id} must be below vocab_size {self.vocab_size}")
         check_choice("language_input", self.audio, INPUTS)
 
+    @property
+    def block(self) -> BlockConfig:
+        """The shape of its blocks."""
+        return BlockConfig(
+            self.model_dim,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.mlp_dim,
+            self.norm_epsilon,
+        )
+
     def to_json(self) -> str:
         """JSON text that `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "LanguageConfig":
-        """Reads what `to_json` wrote; ValueError if it is something else."""
-        fields, known = parse_json_object(text), {f.name for f in dataclasses.fields(cls)}
-        if fields.keys() != known:
-            odd = sorted(fields.keys() ^ known)[0]
-            raise ValueError(f"no language model: key {odd!r} is missing or unknown")
-        return cls(**fields)
+        """Reads what `to_json` of this or an earlier version wrote: missing keys take defaults.
+
+        Raises:
+          ValueError: No JSON, or a key or value that is not known.
+        """
+        return from_fields(cls, parse_json_object(text), "language model")
 
 
 def preset(

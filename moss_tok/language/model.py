@@ -8,106 +8,15 @@ Source: arXiv 2412.15115, and Qwen2ForCausalLM of Hugging Face Transformers for 
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
-from moss_tok import sharding
 from moss_tok.audio.manifest import TASKS
 from moss_tok.language.config import LanguageConfig
-from moss_tok.nn import attention, rope
+from moss_tok.nn import blocks, rope
 from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.nn.layers import parameter, scan_layers
-
-
-class Norm(nn.Module):
-    """RMS norm in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] in x's dtype."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale).astype(x.dtype)
-
-
-class GroupedAttention(nn.Module):
-    """Causal attention whose query heads share keys and values in groups."""
-
-    config: LanguageConfig
-    compute: ComputeConfig
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, table: jax.Array, past: Cache | None, span: Span | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D], rope table -> [B, T, D]; with a past also the chunk's keys and values."""
-        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
-        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        projected = {}
-        for name, n in heads.items():
-            axes = ("embed", "heads", "head_dim")
-            kernel = parameter(self, name, (c.model_dim, n, c.head_dim), axes, 1, dtype)
-            bias = parameter(self, f"{name}_bias", (n, c.head_dim), axes[1:], 0, dtype)
-            y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=precision)
-            projected[name] = y + bias[:, None]
-        q, k = (rope.apply_rope(projected[name], table) for name in "qk")
-        v, group = projected["v"], c.num_heads // c.num_kv_heads
-
-        def shared(x):
-            return jnp.repeat(x, group, axis=1)  # [B, N, T, H]
-
-        if past is None:
-            y = attention.attend(
-                q, shared(k), shared(v), x.shape[1], self.compute.attention, precision
-            )
-        else:
-            before = jax.tree.map(shared, past)
-            y = attention.attend_cached(q, shared(k), shared(v), before, span.start, precision)
-        fresh = None if past is None else past.fresh(span, k, v)
-        shape = (c.num_heads, c.head_dim, c.model_dim)
-        out = parameter(self, "out", shape, ("heads", "head_dim", "embed"), 2, dtype)
-        return jnp.einsum("bnth,nhd->btd", y, out, precision=precision), fresh
-
-
-class SwiGLU(nn.Module):
-    """Feed-forward layer: down(silu(gate) * up)."""
-
-    config: LanguageConfig
-    compute: ComputeConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
-        shape, axes = (c.model_dim, c.mlp_dim), ("embed", "mlp")
-        gate, up = (parameter(self, name, shape, axes, 1, dtype) for name in ("gate", "up"))
-        down = parameter(self, "down", shape[::-1], axes[::-1], 1, dtype)
-        gate, up = (jnp.einsum("btd,df->btf", x, w, precision=precision) for w in (gate, up))
-        return jnp.einsum("btf,fd->btd", nn.silu(gate) * up, down, precision=precision)
-
-
-class Block(nn.Module):
-    """Pre-norm block."""
-
-    config: LanguageConfig
-    compute: ComputeConfig
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, past: Cache | None, table: jax.Array, span: Span | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values."""
-        c, compute = self.config, self.compute
-        x = sharding.split_items(x)
-        y = Norm(c.norm_epsilon, name="attention_norm")(x)
-        y, fresh = GroupedAttention(c, compute, name="attention")(y, table, past, span)
-        x = x + y
-        y = Norm(c.norm_epsilon, name="mlp_norm")(x)
-        return x + SwiGLU(c, compute, name="mlp")(y), fresh
+from moss_tok.nn.layers import parameter, rms_norm
 
 
 class LanguageModel(nn.Module):
@@ -121,8 +30,8 @@ class LanguageModel(nn.Module):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.model_dim), jnp.float32)
-        self.layers = scan_layers(Block, c.num_layers, self.compute.remat)(c, self.compute)
-        self.norm = Norm(c.norm_epsilon)
+        self.layers = blocks.stack_blocks(c.block, c.num_layers, self.compute)
+        self.norm = rms_norm(c.norm_epsilon)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Tokens [B, U] -> [B, U, D]."""
@@ -139,7 +48,7 @@ class LanguageModel(nn.Module):
         x, fresh = self.layers(x, cache, table, span)
         if cache is not None:
             cache = cache.write(span, fresh)
-        return self.norm(x), cache
+        return self.norm(x).astype(x.dtype), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -152,8 +61,7 @@ class LanguageModel(nn.Module):
 
 def empty_cache(config: LanguageConfig, compute: ComputeConfig, batch: int, size: int) -> Cache:
     """A cache of `size` positions for `batch` texts that have not begun."""
-    shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
-    return Cache(*(jnp.zeros(shape, compute.dtype) for _ in range(2)))
+    return blocks.empty_cache(config.block, config.num_layers, compute, batch, size)
 
 
 class SemanticHead(nn.Module):
@@ -207,9 +115,7 @@ class SemanticHead(nn.Module):
         # The end has the place after the last token.
         targets = jnp.concatenate([text, end], axis=1)
         targets = jnp.where(number == text_length[:, None], self.config.end_id, targets)
-        entropy = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(
-            logits, targets[..., None], axis=-1
-        ).squeeze(-1)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         counted = number <= text_length[:, None]
         return jnp.where(counted, entropy, 0).sum(-1) / (1 + text_length)
 

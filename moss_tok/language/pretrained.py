@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok import checkpoint, storage
-from moss_tok.codec.config import CodecConfig
 from moss_tok.language import config as configs
 from moss_tok.language import qwen, text
 from moss_tok.language.config import LanguageConfig
@@ -20,7 +19,6 @@ from moss_tok.language.generate import Language
 from moss_tok.language.model import SemanticHead
 from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.training.config import TrainConfig
 
 TREE = "language"
 _CONFIG = "language.json"
@@ -68,31 +66,19 @@ def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:
     return found | {_TOKENIZER: tokenizer.json} if tokenizer.json else found
 
 
-def of_run(
-    config: TrainConfig, codec: CodecConfig
-) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
-    """The language model that a run is to train, and its tokenizer; None twice for none.
-
-    Raises:
-      ValueError: No such model, or a tokenizer that does not fit.
-    """
-    if not config.language_model:
-        return None, None
-    quantizer, audio = codec.quantizer, config.language_input
-    latents_dim = quantizer.output_dim if audio == "codes" else quantizer.input_dim
-    return find(config.language_model, config.tokenizer, latents_dim, audio)
-
-
 def find(
     model: str, tokenizer: str, latents_dim: int, audio: str
 ) -> tuple[LanguageConfig, Tokenizer]:
-    """`of_run` by its parts.
+    """The language model of a run, and its tokenizer.
 
     Args:
       model: A preset, or a directory with Qwen2.5 weights.
       tokenizer: A tokenizer.json or its folder, "bytes"; "": the directory's, or bytes.
       latents_dim: Width of the codec's frames.
       audio: "codes" or "latents".
+
+    Raises:
+      ValueError: No such model, or a tokenizer that does not fit.
     """
     folder = storage.to_path(model)
     if model in configs.PRESETS:
@@ -114,7 +100,7 @@ def find(
 
 def init(config: LanguageConfig, key: jax.Array) -> Any:
     """Fresh parameters of a semantic head."""
-    return nn.meta.unbox(_init(config, key))
+    return nn.meta.unbox(init_boxed(config, key))
 
 
 def start(model: str, config: LanguageConfig) -> Any | None:
@@ -128,9 +114,10 @@ def start(model: str, config: LanguageConfig) -> Any | None:
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(config: LanguageConfig) -> Any:
     """ShapeDtypeStructs of the parameters, in boxes that carry logical axis names."""
-    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_boxed, config), jax.random.key(0))
 
 
-def _init(config: LanguageConfig, key: jax.Array) -> Any:
+def init_boxed(config: LanguageConfig, key: jax.Array) -> Any:
+    """`init` in boxes that carry logical axis names."""
     latents, one = jnp.zeros((1, 1, config.latents_dim)), jnp.ones(1, jnp.int32)
     return SemanticHead(config).init(key, latents, one, 0 * one, one[None], one)["params"]

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,18 @@ _REMAT_POLICIES = {
 }
 
 
+@flax.struct.dataclass
+class Matrix(nn.LogicallyPartitioned):
+    """The box of a parameter that is a matrix: weight decay is for these alone."""
+
+
+def _boxed_matrix(init: Any, axes: tuple[str, ...]) -> Any:
+    def boxed(*args: Any) -> Matrix:
+        return Matrix(init(*args), axes)
+
+    return boxed
+
+
 def parameter(
     module: nn.Module, name: str, shape, axes, num_in: int, dtype, scale: jax.Array | None = None
 ) -> jax.Array:
@@ -34,11 +47,12 @@ def parameter(
       dtype: What it is computed in.
       scale: float32, of the last output axis: what it is multiplied with before.
     """
-    init = nn.initializers.zeros
     if num_in:
-        in_axis, out_axis = tuple(range(num_in)), tuple(range(num_in, len(shape)))
-        init = nn.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
-    init = nn.with_logical_partitioning(init, axes)
+        inputs = tuple(range(num_in))
+        outputs = tuple(range(num_in, len(shape)))
+        init = _boxed_matrix(nn.initializers.lecun_normal(in_axis=inputs, out_axis=outputs), axes)
+    else:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
     value = module.param(name, init, shape, jnp.float32)
     return (value if scale is None else value * scale).astype(dtype)
 
@@ -58,6 +72,12 @@ def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") ->
         length=num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def rms_norm(epsilon: float, name: str | None = None) -> nn.RMSNorm:
+    """RMS norm over the last axis; its result is float32."""
+    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return nn.RMSNorm(epsilon, jnp.float32, scale_init=ones, use_fast_variance=False, name=name)
 
 
 class Projection(nn.Module):

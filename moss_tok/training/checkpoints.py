@@ -1,8 +1,8 @@
 """Saving and restoring the train state, each step a checkpoint that `moss_tok.load` reads.
 
-Beside config.json, a step holds `params/` (the averaged weights, if there is an average),
-`discriminators/` in the adversarial stage, `language/` and its files where there is a language
-model, and `state/`: everything else that a step changes.
+A step holds the objective's files (config.json, ...), `params/` (the averaged weights, if there is
+an average), a folder for each part of the parameters or of the extra state that the objective wants
+apart (`language/`, `discriminators/`), and `state/`: everything else that a step changes.
 """
 
 import shutil
@@ -12,14 +12,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from moss_tok import checkpoint, sharding, storage
-from moss_tok.codec.config import CodecConfig
-from moss_tok.language import pretrained as language_models
-from moss_tok.language.config import LanguageConfig
-from moss_tok.language.text import Tokenizer
-from moss_tok.training.config import TrainConfig
+from moss_tok.training.config import RunConfig
+from moss_tok.training.objective import Objective, Say
 from moss_tok.training.state import TrainState
 
-_DISCRIMINATORS = "discriminators"
+_PARAMS = "params"
+_STATE = "state"
+_COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 
 
 class Checkpoints:
@@ -28,17 +27,12 @@ class Checkpoints:
     Saving goes on in the background; leaving the context waits for it.
     """
 
-    def __init__(
-        self,
-        workdir: storage.Path,
-        codec: CodecConfig,
-        config: TrainConfig,
-        texts: dict[str, str] | None = None,
-    ):
-        """Of the run `config`; `texts` are files that every step gets, by name."""
+    def __init__(self, workdir: storage.Path, config: RunConfig, objective: Objective):
+        """Opens the folder of steps and removes what a killed run left unfinished."""
         self._folder = storage.absolute(workdir) / checkpoint.STEPS_FOLDER
-        self._codec, self._texts = codec, texts or {}
-        self._keep, self._keep_every = config.keep_checkpoints, config.keep_every
+        self._config = config
+        self._objective = objective
+        self._files = objective.files()
         # The handler writes into the folder at once, so it has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(checkpoint.CheckpointHandler(), async_options=options)
@@ -76,18 +70,12 @@ class Checkpoints:
         with storage.named_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
         folder = self._folder / checkpoint.step_name(int(state.step))
-        trees = _split(state.best_params) | {"state": _flat(_rest(state))}
-        if state.discriminators is not None:
-            trees[_DISCRIMINATORS] = state.discriminators
+        trees = _folders(self._objective, state)
+        trees[_STATE] = _flat(_rest(self._objective, state))
         self._check_space(trees)
         try:
             with storage.named_errors(folder):
-                self._saver.save(
-                    folder,
-                    args=checkpoint.CheckpointArgs(
-                        {"config.json": self._codec.to_json()} | self._texts, trees
-                    ),
-                )
+                self._saver.save(folder, args=checkpoint.CheckpointArgs(self._files, trees))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
@@ -95,7 +83,7 @@ class Checkpoints:
                 f"earlier ones are intact: {self._names()}"
             ) from error
 
-    def restore_latest(self, like: TrainState, say: Any) -> TrainState | None:
+    def restore_latest(self, like: TrainState, say: Say) -> TrainState | None:
         """The newest step that can be read; broken ones are set aside, and `say` is told.
 
         Args:
@@ -113,7 +101,7 @@ class Checkpoints:
             folder = self._folder / checkpoint.step_name(step)
             state, error = None, "another process cannot read it"
             try:
-                state = _restore(folder, like)
+                state = _restore(folder, self._objective, like)
             except ValueError as reason:
                 error = reason
             if sharding.all_agree(state is not None):
@@ -151,63 +139,71 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if not sharding.is_main_process():
             return
-        for step in checkpoint.saved_steps(self._folder.parent)[: -self._keep]:
-            if not (self._keep_every and step % self._keep_every == 0):
+        newest = self._config.keep_checkpoints
+        every = self._config.keep_every
+        for step in checkpoint.saved_steps(self._folder.parent)[:-newest]:
+            if not (every and step % every == 0):
                 storage.remove_folder(self._folder / checkpoint.step_name(step))
 
 
-def load_discriminators(path: str, shapes: Any) -> Any | None:
-    """The discriminators of a checkpoint or workdir, of `shapes`, or None if it has none."""
-    folder = checkpoint.find_checkpoint(path) / _DISCRIMINATORS
+def load_folder(path: str, name: str, shapes: Any) -> Any | None:
+    """The tree in a folder of a checkpoint or workdir, of `shapes`, or None if it has none."""
+    folder = checkpoint.find_checkpoint(path) / name
     if not folder.is_dir():
         return None
     return checkpoint.read_tree(folder, shapes)
 
 
-def load_language(
-    path: str, config: LanguageConfig, tokenizer: Tokenizer, shapes: Any
-) -> Any | None:
-    """The language model of a checkpoint or workdir, or None if it has not this one."""
-    folder = checkpoint.find_checkpoint(path)
-    found = language_models.load_config(folder)
-    if found is None or found[0] != config or found[1].json != tokenizer.json:
-        return None
-    return checkpoint.read_tree(folder / language_models.TREE, shapes)
+def _folders(objective: Objective, state: TrainState) -> dict[str, Any]:
+    """What others read of a state, a tree per folder."""
+    rest = dict(state.best_params)
+    trees = {name: rest.pop(name) for name in objective.param_folders if name in rest}
+    extra = {name: state.extra[name] for name in objective.extra_folders}
+    return {_PARAMS: rest} | trees | extra
 
 
-def _split(params: Any) -> dict[str, Any]:
-    """Parameters by folder: what encode and decode need, and the language model."""
-    codec = {name: tree for name, tree in params.items() if name != language_models.TREE}
-    rest = {name: params[name] for name in params.keys() - codec.keys()}
-    return {"params": codec, **rest}
+def _rest(objective: Objective, state: TrainState) -> TrainState:
+    """The state without what has folders of its own."""
+    extra = {k: v for k, v in state.extra.items() if k not in objective.extra_folders}
+    state = state.replace(extra=extra)
+    return state.replace(params=None) if state.ema is None else state.replace(ema=None)
 
 
-def _restore(folder: storage.Path, like: TrainState) -> TrainState:
+def _restore(folder: storage.Path, objective: Objective, like: TrainState) -> TrainState:
     best: dict[str, Any] = {}
-    for name, shapes in _split(like.best_params).items():
+    extra: dict[str, Any] = {}
+    for name, shapes in _folders(objective, like).items():
         tree = checkpoint.read_tree(folder / name, shapes)
-        best |= tree if name == "params" else {name: tree}
-    discriminators = like.discriminators
-    if discriminators is not None:
-        discriminators = checkpoint.read_tree(folder / _DISCRIMINATORS, discriminators)
-    shapes = _rest(like)
-    flat = checkpoint.read_tree(folder / "state", _flat(shapes))
+        if name in objective.extra_folders:
+            extra[name] = tree
+        else:
+            best |= tree if name == _PARAMS else {name: tree}
+    shapes = _rest(objective, like)
+    flat = checkpoint.read_tree(folder / _STATE, _flat(shapes))
     leaves = [flat[name] for name in _flat(shapes)]
     state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    state = state.replace(discriminators=discriminators)
+    state = state.replace(extra=state.extra | extra)
     return state.replace(params=best) if like.ema is None else state.replace(ema=best)
-
-
-def _rest(state: TrainState) -> TrainState:
-    """The state without what has trees of its own."""
-    state = state.replace(discriminators=None)
-    return state.replace(params=None) if state.ema is None else state.replace(ema=None)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
     """Leaves by name: optax's nested tuples do not survive a file format."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        flat[_name_on_disk(name)] = leaf
+    return flat
+
+
+def _name_on_disk(name: str) -> str:
+    """Runs from before the state had `extra` and `totals` of this form can be resumed."""
+    if name.startswith("extra."):
+        return name.removeprefix("extra.")
+    if name in _COUNTS:
+        return name.removeprefix("totals.")
+    if name == "totals.metrics.semantic_loss_steps":
+        return "totals.metrics.text_steps"
+    return name
 
 
 def _free_name(folder: storage.Path) -> storage.Path:

@@ -16,42 +16,38 @@ from moss_tok.audio import files
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.evaluation import report
 from moss_tok.json_files import read_json_lines
-from moss_tok.training.config import TrainConfig
-from moss_tok.training.state import SEMANTIC_TERM, TrainState, learning_rate
-from moss_tok.training.step import DEAD_SHARE
+from moss_tok.training.optimizer import learning_rate
+from moss_tok.training.state import Recipe, TrainState
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
-_USED = 0.36  # what one use 50 steps ago has decayed to
 
 
-def summarize(config: TrainConfig, state: TrainState) -> dict[str, Any]:
-    """A line of metrics.jsonl: means since the last line, per domain too, and codebook health.
+def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
+    """A line of metrics.jsonl: means since the last line, per domain too, and the objective's.
 
-    `codebook_perplexity` and `codebook_usage` (share of codes used lately) have a value per
-    quantizer. Values of domains that did not occur are left out.
+    Values of domains that did not occur, and of terms that no item had, are left out.
     """
-    totals, counts = state.totals, np.asarray(state.code_counts)
+    totals = state.totals
+    objective = recipe.objective
     steps = max(float(totals.steps), 1.0)
     values: dict[str, Any] = {name: float(x) / steps for name, x in totals.metrics.items()}
-    if "text_steps" in values:
-        share, loss = values.pop("text_steps"), values.pop(SEMANTIC_TERM)
+    for name in objective.masked_terms:
+        share = values.pop(f"{name}_steps")
+        mean = values.pop(name)
         if share:  # else there is nothing to take the mean of
-            values[SEMANTIC_TERM] = loss / share
+            values[name] = mean / share
     for number, domain in enumerate(DOMAINS):
         items = float(totals.domain_items[number])
-        for name, sums in totals.domain_terms.items() if items else ():
+        if not items:
+            continue
+        for name, sums in totals.domain_terms.items():
             values[f"{domain}/{name}"] = float(sums[number]) / items
-    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
-    perplexity = np.exp(-np.sum(share * np.log(share + 1e-20), -1))
-    values |= {
-        "learning_rate": float(learning_rate(config, config.learning_rate)(int(state.step) - 1)),
-        "codebook_perplexity": [round(float(x), 2) for x in perplexity],
-        "codebook_usage": [round(float(x), 4) for x in (counts > _USED).mean(-1)],
-        "dead_codes": float((share * counts.shape[1] < DEAD_SHARE).mean()),
-        "skipped_updates": int(state.skipped),
-        "failed_reads": int(state.failed_reads),
-    }
+    schedule = learning_rate(recipe.optimizer, recipe.optimizer.learning_rate)
+    values["learning_rate"] = float(schedule(int(state.step) - 1))
+    values |= objective.summary(state.extra)
+    values["skipped_updates"] = int(totals.skipped)
+    values["failed_reads"] = int(totals.failed_reads)
     return values
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok.audio import spectral
-from moss_tok.training.config import DiscriminatorConfig
+from moss_tok.objectives.config import DiscriminatorSettings
 
 BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # edges, as shares of the spectrum
 _PERIOD_WIDTHS = (1, 4, 16, 32, 32)  # times the base width
@@ -135,21 +135,23 @@ def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
     return spectra * power ** ((_COMPRESSION - 1) / 2)
 
 
-def judges(config: DiscriminatorConfig, dtype: str = "float32") -> dict[str, nn.Module]:
+def judges(config: DiscriminatorSettings, dtype: str = "float32") -> dict[str, nn.Module]:
     """Each discriminator, by the name of its parameters in `Discriminators`."""
-    made = [
-        PeriodDiscriminator(p, config.channels, dtype, name=f"period_{p}") for p in config.periods
-    ]
-    made += [
-        SpectrumDiscriminator(w, config.channels, dtype, name=f"window_{w}") for w in config.windows
-    ]
-    return {judge.name: judge for judge in made}
+    channels = config.discriminator_channels
+    made: dict[str, nn.Module] = {}
+    for period in config.discriminator_periods:
+        name = f"period_{period}"
+        made[name] = PeriodDiscriminator(period, channels, dtype, name=name)
+    for window in config.discriminator_windows:
+        name = f"window_{window}"
+        made[name] = SpectrumDiscriminator(window, channels, dtype, name=name)
+    return made
 
 
 class Discriminators(nn.Module):
     """All of them; for audio whose peak is about 1."""
 
-    config: DiscriminatorConfig
+    config: DiscriminatorSettings
     dtype: str = "float32"
 
     @nn.compact

@@ -1,13 +1,14 @@
-"""The flags of a training run, one per field of `TrainConfig`; a user's error is one line."""
+"""The flags of a training run, one per setting of any objective; a user's error is one line."""
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
 
+from moss_tok import settings
 from moss_tok.errors import user_error
+from moss_tok.objectives.config import all_fields, configure
 from moss_tok.training.config import TrainConfig
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -15,14 +16,19 @@ _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEF
 
 def define() -> None:
     """Defines them."""
-    for field in dataclasses.fields(TrainConfig):
-        _DEFINE[field.type](field.name, field.default, field.metadata["help"])
+    for name, field in all_fields().items():
+        default = settings.flag_default(field)
+        _DEFINE[type(default)](name, default, field.metadata["help"])
 
 
 def config() -> TrainConfig:
-    """The run they describe; ValueError where a value is not accepted."""
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    return TrainConfig(**{name: flags.FLAGS[name].value for name in names})
+    """The run that the given flags describe.
+
+    Raises:
+      ValueError: A value that is not accepted, or a flag that the objective does not have.
+    """
+    given = {name: flags.FLAGS[name] for name in all_fields() if flags.FLAGS[name].present}
+    return configure(**{name: flag.value for name, flag in given.items()})
 
 
 def run(main: Callable[[], None]) -> NoReturn:

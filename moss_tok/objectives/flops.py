@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from moss_tok.codec.config import CodecConfig, PatchConfig, TransformerConfig
 from moss_tok.language.config import LanguageConfig
-from moss_tok.training.config import TrainConfig
-from moss_tok.training.discriminators import Discriminators
+from moss_tok.objectives.adversarial import AdversarialObjective
+from moss_tok.objectives.codec import CodecObjective
+from moss_tok.objectives.discriminators import Discriminators, judges
+from moss_tok.objectives.recognition import RecognitionObjective
 
 
 def stage_flops(stage: TransformerConfig, num_frames: int, window: int) -> float:
@@ -54,49 +56,44 @@ def language_flops(language: LanguageConfig, num_frames: int, num_tokens: int) -
     return 2.0 * (weights * size + attended + outer)
 
 
-def discriminator_flops(config: TrainConfig, codec: CodecConfig, num_samples: int) -> float:
+def discriminator_flops(objective: AdversarialObjective) -> float:
     """Forward FLOPs of all discriminators on one item."""
-    model = Discriminators(config.discriminators, config.dtype)
-    wav = jax.ShapeDtypeStruct((1, codec.num_channels, num_samples), jnp.float32)
+    settings = objective.adversarial.discriminators
+    model = Discriminators(settings, objective.compute.dtype)
+    shape = (1, objective.codec.num_channels, objective.num_samples)
+    wav = jax.ShapeDtypeStruct(shape, jnp.float32)
     features, variables = jax.eval_shape(
         lambda x: model.init_with_output(jax.random.key(0), x), wav
     )
     kernels = jax.tree_util.tree_leaves_with_path(variables["params"])
     total = 0.0
-    for name, layers in zip(_names(config), features, strict=True):
-        shapes = {
-            int(path[1].key.rpartition("_")[2]): leaf.shape
-            for path, leaf in kernels
-            if path[0].key == name and any(getattr(p, "key", "") == "direction" for p in path)
-        }
+    for name, layers in zip(judges(settings), features, strict=True):
+        shapes = {}
+        for path, leaf in kernels:
+            names = [getattr(entry, "key", "") for entry in path]
+            if names[0] == name and "direction" in names:
+                shapes[int(names[1].rpartition("_")[2])] = leaf.shape
         for number, layer in enumerate(layers):
             total += 2.0 * math.prod(layer.shape[:-1]) * math.prod(shapes[number])
     return total
 
 
-def _names(config: TrainConfig) -> list[str]:
-    c = config.discriminators
-    return [f"period_{p}" for p in c.periods] + [f"window_{w}" for w in c.windows]
-
-
-def step_flops(
-    config: TrainConfig,
-    codec: CodecConfig,
-    num_samples: int,
-    language: LanguageConfig | None = None,
-) -> float:
-    """Useful FLOPs of a training step: a backward pass costs twice its forward pass.
+def item_flops(objective: CodecObjective) -> float:
+    """Useful FLOPs of a training step per item: a backward pass costs twice its forward pass.
 
     The discriminators see recordings and reconstructions with gradients in their parameters, then
     recordings forward and reconstructions with gradients in the audio.
     """
-    forward = codec_flops(codec, num_samples)
-    total = 0 if config.trainable == "language" else 3 * forward["decoder"]
-    passes = 3 if config.trainable == "all" else 1
-    total += (forward["encoder"] + forward["quantizer"]) * passes
-    if language is not None:
-        num_frames = codec.num_frames(num_samples)
-        total += 3 * language_flops(language, num_frames, config.max_text_tokens)
-    if config.adversarial:
-        total += (3 + 3 + 1 + 2) * discriminator_flops(config, codec, num_samples)
-    return config.batch_size * total
+    codec = objective.codec
+    forward = codec_flops(codec, objective.num_samples)
+    passes = 3 if objective.trainable == "all" else 1
+    total = (forward["encoder"] + forward["quantizer"]) * passes
+    if not isinstance(objective, RecognitionObjective):
+        total += 3 * forward["decoder"]
+    if objective.language is not None:
+        num_frames = codec.num_frames(objective.num_samples)
+        num_tokens = objective.settings.text.max_text_tokens
+        total += 3 * language_flops(objective.language, num_frames, num_tokens)
+    if isinstance(objective, AdversarialObjective):
+        total += (3 + 3 + 1 + 2) * discriminator_flops(objective)
+    return total

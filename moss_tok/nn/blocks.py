@@ -1,0 +1,156 @@
+"""Blocks of decoder-only language models: RMS norms, grouped queries, SwiGLU.
+
+Source: Qwen2.5 (arXiv 2412.15115) has biases on q, k and v; Qwen3 (arXiv 2505.09388) norms the
+heads of q and k instead. Details as Qwen2ForCausalLM and Qwen3ForCausalLM of Hugging Face
+Transformers have them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moss_tok import sharding
+from moss_tok.nn import attention, rope
+from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.layers import parameter, rms_norm, scan_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """The shape of a block.
+
+    Attributes:
+      model_dim: Width, D.
+      num_heads: Query heads, N.
+      num_kv_heads: Heads of keys and values, which groups of query heads share.
+      head_dim: Width of a head, H.
+      mlp_dim: Width of the feed-forward layer, F.
+      norm_epsilon: Of the RMS norms.
+      qkv_bias: Whether q, k and v have biases, as in Qwen2.5.
+      head_norm: Whether each head of q and k has an RMS norm, as in Qwen3.
+    """
+
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    head_norm: bool = False
+
+
+class GroupedAttention(nn.Module):
+    """Causal attention whose query heads share keys and values in groups."""
+
+    config: BlockConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, table: jax.Array | None, past: Cache | None, span: Span | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values.
+
+        `table` is of `rope.rope_table`; None: without positions.
+        """
+        c = self.config
+        precision = self.compute.precision
+        q = self._project("q", x, c.num_heads)
+        k = self._project("k", x, c.num_kv_heads)
+        v = self._project("v", x, c.num_kv_heads)
+        if c.head_norm:
+            q = rms_norm(c.norm_epsilon, "q_norm")(q).astype(x.dtype)
+            k = rms_norm(c.norm_epsilon, "k_norm")(k).astype(x.dtype)
+        if table is not None:
+            q = rope.apply_rope(q, table)
+            k = rope.apply_rope(k, table)
+        group = c.num_heads // c.num_kv_heads
+
+        def shared(x):
+            return jnp.repeat(x, group, axis=1)  # [B, N, T, H]
+
+        if past is None:
+            window = x.shape[1]
+            implementation = self.compute.attention
+            y = attention.attend(q, shared(k), shared(v), window, implementation, precision)
+            fresh = None
+        else:
+            before = jax.tree.map(shared, past)
+            y = attention.attend_cached(q, shared(k), shared(v), before, span.start, precision)
+            fresh = past.fresh(span, k, v)
+        shape = (c.num_heads, c.head_dim, c.model_dim)
+        axes = ("heads", "head_dim", "embed")
+        out = parameter(self, "out", shape, axes, 2, self.compute.dtype)
+        return jnp.einsum("bnth,nhd->btd", y, out, precision=precision), fresh
+
+    def _project(self, name: str, x: jax.Array, num_heads: int) -> jax.Array:
+        """[B, T, D] -> [B, num_heads, T, H]."""
+        c = self.config
+        dtype = self.compute.dtype
+        axes = ("embed", "heads", "head_dim")
+        shape = (c.model_dim, num_heads, c.head_dim)
+        kernel = parameter(self, name, shape, axes, 1, dtype)
+        y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=self.compute.precision)
+        if not c.qkv_bias:
+            return y
+        bias = parameter(self, f"{name}_bias", shape[1:], axes[1:], 0, dtype)
+        return y + bias[:, None]
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer: down(silu(gate) * up)."""
+
+    mlp_dim: int
+    output_dim: int
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, output_dim]."""
+        dtype = self.compute.dtype
+        precision = self.compute.precision
+        axes = ("embed", "mlp")
+        shape = (x.shape[-1], self.mlp_dim)
+        gate = parameter(self, "gate", shape, axes, 1, dtype)
+        up = parameter(self, "up", shape, axes, 1, dtype)
+        down = parameter(self, "down", (self.mlp_dim, self.output_dim), axes[::-1], 1, dtype)
+        gated = jnp.einsum("btd,df->btf", x, gate, precision=precision)
+        raised = jnp.einsum("btd,df->btf", x, up, precision=precision)
+        return jnp.einsum("btf,fd->btd", nn.silu(gated) * raised, down, precision=precision)
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then the feed-forward layer."""
+
+    config: BlockConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, past: Cache | None, table: jax.Array | None, span: Span | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values."""
+        c = self.config
+        x = sharding.split_items(x)
+        y = rms_norm(c.norm_epsilon, "attention_norm")(x).astype(x.dtype)
+        y, fresh = GroupedAttention(c, self.compute, name="attention")(y, table, past, span)
+        x = x + y
+        y = rms_norm(c.norm_epsilon, "mlp_norm")(x).astype(x.dtype)
+        return x + SwiGLU(c.mlp_dim, c.model_dim, self.compute, name="mlp")(y), fresh
+
+
+def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -> nn.Module:
+    """Blocks under one scan: (x, cache, rope table, span) -> (x, keys and values of the chunk)."""
+    return scan_layers(Block, num_layers, compute.remat)(config, compute)
+
+
+def empty_cache(
+    config: BlockConfig, num_layers: int, compute: ComputeConfig, batch: int, size: int
+) -> Cache:
+    """A cache of `size` positions for `batch` sequences that have not begun."""
+    shape = (num_layers, batch, config.num_kv_heads, size, config.head_dim)
+    return Cache(*(jnp.zeros(shape, compute.dtype) for _ in range(2)))

@@ -1,0 +1,1 @@
+"""What can be trained: a file for each objective, and `config.py` with all settings."""

@@ -1,0 +1,124 @@
+"""Speech recognition from codes that were made before, where no encoder runs; its builder."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moss_tok import storage
+from moss_tok.audio import manifest
+from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.inference import Codec
+from moss_tok.codec.model import CodecModel
+from moss_tok.data.code_batches import CodeShape
+from moss_tok.data.config import CodeDataConfig
+from moss_tok.language.generate import Language
+from moss_tok.objectives import audio, code_data, code_use, text
+from moss_tok.objectives.codec import COUNTS
+from moss_tok.objectives.config import CodecSettings
+from moss_tok.objectives.recognition import RecognitionObjective
+from moss_tok.training.config import TrainConfig
+from moss_tok.training.objective import Batch, Evaluation, Progress, Say, TrainingData
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeRecognitionObjective(RecognitionObjective):
+    """Recognition from codes: no encoder runs, and batches are of recordings, not of segments."""
+
+    def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Codes [Q, T], of which "num_quantizers" and "length" frames count, and texts."""
+        num_frames = self.codec.num_frames(self.num_samples)
+        return {
+            "codes": ((self.codec.quantizer.num_quantizers, num_frames), jnp.int32),
+            "length": ((), jnp.int32),
+            "num_quantizers": ((), jnp.int32),
+        } | text.item_shapes(self.settings.text)
+
+    def prepare(self, key: jax.Array, batch: Batch) -> Batch:
+        """Draws the quantizers in use, and frames that the language model misses."""
+        num_frames = batch["codes"].shape[-1]
+        drawn = self.draw(key, batch["position"], num_frames, batch["length"])
+        numbers = jnp.arange(drawn["in_use"].shape[1])
+        drawn["in_use"] &= numbers < batch["num_quantizers"][:, None]
+        return batch | drawn
+
+    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+        """The cross-entropy of the text; the codes."""
+        apply = functools.partial(CodecModel(self.codec, self.compute).apply, {"params": params})
+        frames = apply(part["codes"], part["in_use"], method="dequantize")
+        loss = text.cross_entropy(
+            self.language, self.compute, params[text.FOLDER], frames, part["length"], part
+        )
+        return {text.TERM: loss}, part["codes"]
+
+    def finish(
+        self,
+        key: jax.Array,
+        step: jax.Array,
+        batch: Batch,
+        seen: Any,
+        extra: dict[str, Any],
+        trees: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Counts codes."""
+        del key, step, seen
+        num_frames = batch["codes"].shape[-1]
+        valid = jnp.arange(num_frames) < batch["length"][:, None]
+        used = batch["in_use"][..., None] & valid[:, None]
+        return {COUNTS: code_use.add_counts(extra[COUNTS], batch["codes"], used)}, trees
+
+    def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
+        """Folders of codes; ValueError where they are codes of another codec."""
+        del mirror
+        return code_data.find_data(config, self.code_shape(), say)
+
+    def code_shape(self) -> CodeShape:
+        """What recordings are made into."""
+        return CodeShape(
+            self.codec.quantizer.num_quantizers,
+            self.codec.num_frames(self.num_samples),
+            self.codec.frame_rate,
+            self.tokenizer,
+            self.settings.text.max_text_tokens,
+        )
+
+    def evaluate(
+        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+    ) -> Evaluation | None:
+        """Error rates of what is understood of held-out codes."""
+        del say, progress
+        items = data.held_out()
+        if not items:
+            return None
+        codec_params, head = audio.split_params(params)
+        codec = Codec(codec_params, self.codec)
+        language = Language(head, self.language, self.tokenizer)
+        texts = [manifest.read_text(item.metadata)[0] for item in items]
+        codes = [item.codes for item in items]
+        table, words = audio.score_text(codec, language, codes, texts)
+        return Evaluation(table, words or "no recording has a text")
+
+
+def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionObjective:
+    """The objective of a run; ValueError where a model does not exist or does not fit.
+
+    `codec` is what is trained; default: what the settings and the workdir say. From codes, no
+    encoder runs.
+    """
+    settings = config.objective
+    codec = codec or audio.codec_of_run(config)
+    language, tokenizer = text.find_model(settings.text, codec)
+    from_codes = isinstance(config.data, CodeDataConfig)
+    objective = CodeRecognitionObjective if from_codes else RecognitionObjective
+    return objective(
+        settings=CodecSettings(model=settings.model, codes=settings.codes, text=settings.text),
+        codec=codec,
+        compute=config.devices.compute,
+        num_samples=audio.segment_samples(config.data, codec),
+        trainable=text.FOLDER,
+        fresh=False,
+        language=language,
+        tokenizer=tokenizer,
+    )

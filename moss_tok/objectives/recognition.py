@@ -1,0 +1,58 @@
+"""Speech recognition: a language model learns to read a codec that stays as it is."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from moss_tok.codec.inference import Codec
+from moss_tok.codec.model import CodecModel
+from moss_tok.evaluation import sweep
+from moss_tok.language.generate import Language
+from moss_tok.objectives import audio, text
+from moss_tok.objectives.codec import CodecObjective
+from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, TrainingData
+
+
+@dataclasses.dataclass(frozen=True)
+class RecognitionObjective(CodecObjective):
+    """The text's cross-entropy alone; nothing is decoded."""
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The text's."""
+        return (text.TERM,)
+
+    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+        """The cross-entropy of the text; codes and projected vectors."""
+        model = CodecModel(self.codec, self.compute)
+        apply = functools.partial(model.apply, {"params": params})
+        latents, quantized = apply(part["wav"], part["in_use"], method="quantize")
+        frames = quantized.latents if self.language.audio == "codes" else latents
+        num_frames = self.codec.num_frames(part["length"])
+        loss = text.cross_entropy(
+            self.language, self.compute, params[text.FOLDER], frames, num_frames, part
+        )
+        return {text.TERM: loss}, (quantized.codes, quantized.projected)
+
+    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+        """The text's."""
+        del part
+        return {text.TERM: text.term(self.settings.text, outputs[text.TERM])}
+
+    def evaluate(
+        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+    ) -> Evaluation | None:
+        """Error rates of what is understood."""
+        del progress
+        if not data.items:
+            return None
+        codec_params, head = audio.split_params(params)
+        codec = Codec(codec_params, self.codec)
+        clips = sweep.read_clips(data.items, codec, say)
+        language = Language(head, self.language, self.tokenizer)
+        table, words = audio.score_text(
+            codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
+        )
+        return Evaluation(table, words or "no recording has a text")

@@ -1,0 +1,69 @@
+"""What comes between steps: SIGTERM, and the profile of some of them."""
+
+import contextlib
+import signal
+from typing import Any
+
+import jax
+
+from moss_tok import storage
+from moss_tok.training.objective import Say
+
+_PROFILE = "profile"
+
+
+class StoppedError(Exception):
+    """SIGTERM came during an evaluation."""
+
+
+class StopSignal:
+    """Whether SIGTERM came; a context manager. Outside the main thread it never does."""
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        def receive(number, frame):
+            del number, frame
+            self.received = True
+
+        with contextlib.suppress(ValueError):  # not in the main thread
+            self._before = signal.signal(signal.SIGTERM, receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class Trace:
+    """The profile of some steps; a context manager, which ends it whatever ends the run."""
+
+    def __init__(self, steps: range, mirror: storage.Mirror, workdir: str, say: Say):
+        self._steps = steps
+        self._mirror = mirror
+        self._workdir = workdir
+        self._say = say
+        self._on = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._switch(False)
+
+    def at(self, step: int, before: Any) -> None:
+        """To be called before each step, with what the last one gives: it may still run."""
+        wanted = step in self._steps
+        if wanted != self._on:
+            jax.block_until_ready(before)
+        self._switch(wanted)
+
+    def _switch(self, wanted: bool) -> None:
+        if wanted and not self._on:
+            jax.profiler.start_trace(str(self._mirror.local / _PROFILE))
+        elif self._on and not wanted:
+            jax.profiler.stop_trace()
+            self._mirror.send()
+            self._say(f"profile: {self._workdir}/{_PROFILE}")
+        self._on = wanted

@@ -1,0 +1,67 @@
+"""AdamW with a schedule, weight decay on matrices, and groups with their own learning rates."""
+
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+
+from moss_tok.nn.layers import Matrix
+from moss_tok.training.config import OptimizerConfig
+from moss_tok.training.objective import Objective
+
+
+def learning_rate(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then exponential decay, or a cosine down to 0 at `decay_steps`."""
+    warmup = max(1, config.warmup_steps)
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    if config.decay_steps:
+        fall = optax.cosine_decay_schedule(peak, max(1, config.decay_steps - warmup))
+    else:
+        fall = optax.exponential_decay(peak, 1, config.decay_per_step)
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def adamw(config: OptimizerConfig, peak: float, decayed: Any) -> optax.GradientTransformation:
+    """AdamW; `decayed` is a tree of bools, see `decayed_leaves`."""
+    return optax.adamw(
+        learning_rate(config, peak),
+        config.beta1,
+        config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+
+
+def decayed_leaves(boxed: Any) -> Any:
+    """Which parameters of a tree in boxes decay: those that were made as matrices."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.meta.AxisMetadata)
+
+    return jax.tree.map(lambda x: isinstance(x, Matrix), boxed, is_leaf=is_box)
+
+
+def of_objective(config: OptimizerConfig, objective: Objective) -> optax.GradientTransformation:
+    """The optimizer of the trained parameters: clipping by global norm, then AdamW by group."""
+    boxed = jax.eval_shape(objective.init, jax.random.key(0))
+    decayed = objective.trained(decayed_leaves(boxed))
+    groups = {}
+    for name, factor in objective.group_rates.items():
+        groups[name] = adamw(config, factor * config.learning_rate, decayed)
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: objective.group(tuple(entry.key for entry in path)), params
+        )
+
+    clip = optax.clip_by_global_norm(config.gradient_clip)
+    return optax.chain(clip, optax.partition(groups, labels))
+
+
+def update(
+    optimizer: optax.GradientTransformation, gradient: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The next parameters and optimizer state."""
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state

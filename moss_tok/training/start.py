@@ -1,0 +1,73 @@
+"""How a run begins: the same settings as before, and the newest state or a fresh one."""
+
+import json
+from typing import Any
+
+import jax
+
+from moss_tok import settings, sharding, storage
+from moss_tok.audio import files
+from moss_tok.json_files import read_json_object
+from moss_tok.training.checkpoints import Checkpoints
+from moss_tok.training.config import TrainConfig
+from moss_tok.training.objective import Say
+from moss_tok.training.state import Recipe, TrainState, init_state
+
+_CONFIG_NAME = "train_config.json"
+
+
+def check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
+    """Refuses a workdir whose run differs in a setting that defines the result.
+
+    Settings that the file lacks had their default; those that this run does not have do not count.
+    """
+    path = workdir / _CONFIG_NAME
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir {workdir} is no folder")
+    if not path.exists():
+        return
+    before = read_json_object(path)
+    now = settings.flatten(config)
+    differences = []
+    for field in settings.leaf_fields_of(config):
+        value = before.get(field.name, settings.flag_default(field))
+        if not field.metadata["free"] and not _same(field, value, now[field.name]):
+            differences.append(f"{field.name} was {value!r}, now {now[field.name]!r}")
+    if differences:
+        raise ValueError(f"workdir {workdir} holds another run: {'; '.join(differences)}")
+
+
+def _same(field: Any, before: Any, now: Any) -> bool:
+    """Whether two values of a flag mean the same."""
+    kind = field.metadata["kind"]
+    if kind is None or before == now:
+        return before == now
+    try:
+        return kind.parse(field.name, before) == kind.parse(field.name, now)
+    except (ValueError, AttributeError):  # a broken file
+        return False
+
+
+def write_config(workdir: storage.Path, config: TrainConfig) -> None:
+    """Writes the settings; ValueError if some process does not see what the first one wrote."""
+    path = workdir / _CONFIG_NAME
+    text = json.dumps(settings.flatten(config), indent=2) + "\n"
+    if sharding.is_main_process():
+        files.write_text(path, text)
+    sharding.barrier("settings")
+    if not sharding.all_agree(path.exists() and path.read_text() == text):
+        raise ValueError(f"workdir {workdir}: must be a folder that all processes share")
+
+
+def first_state(
+    recipe: Recipe, init_from: str, shapes: TrainState, saver: Checkpoints, say: Say
+) -> TrainState:
+    """The newest checkpoint's state; else a fresh one, from `init_from` if that is set."""
+    state = saver.restore_latest(shapes, say)
+    if state is not None:
+        say(f"resuming from step {int(state.step)}")
+        return state
+    params, extra = recipe.objective.start(init_from, shapes.params, shapes.extra, say)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    init = jax.jit(init_state, static_argnums=0, out_shardings=shardings)
+    return init(recipe, params, extra)

@@ -1,0 +1,245 @@
+"""What several test files share: tiny models, batches, runs."""
+
+import dataclasses
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import soundfile
+
+from moss_tok.codec import init as codec_init
+from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
+from moss_tok.codec.presets import mirror
+from moss_tok.language.config import LanguageConfig
+from moss_tok.objectives.config import build_objective, configure
+from moss_tok.training import loop, writer
+from moss_tok.training import state as states
+from moss_tok.training import step as steps
+from moss_tok.training.state import Recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+ROOT = Path(__file__).parents[1]
+RATE = 8000  # Hz, of the tiny models and recordings
+
+
+def micro_config(**changes) -> CodecConfig:
+    """A few thousand parameters at 8 kHz, 16 samples per frame, windows of 6 and 3 frames."""
+    encoder = (
+        PatchConfig(8),
+        TransformerConfig(8, 6, 16, 2, 2, 32, 0.006, layer_scale=0.5),
+        PatchConfig(2),
+        TransformerConfig(12, 8, 16, 2, 1, 32, 0.006, layer_scale=0.5),
+    )
+    quantizer = QuantizerConfig(8, 6, 8, 4, 16, 3)
+    config = CodecConfig(RATE, 1, encoder, quantizer, mirror(encoder), "v1")
+    return dataclasses.replace(config, **changes)
+
+
+CODEC = micro_config()
+
+# Flags of runs with it.
+PRETRAIN = {
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "batch_size": 4,
+    "segment_seconds": 0.256,
+    "reseed_every": 5,
+    "mel_windows": "64,512",  # seven take twice as long to compile; losses_test.py has them
+    "mesh": "data:1",
+}
+ADVERSARIAL = PRETRAIN | {
+    "stage": "adversarial",
+    "discriminator_learning_rate": 1e-3,
+    "discriminator_channels": 2,
+    "discriminator_periods": "3",  # compiling all of them takes minutes
+    "discriminator_windows": "512",
+}
+LANGUAGE = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24, head_dim=8)
+SEMANTIC = PRETRAIN | {"language_model": "tiny", "max_text_tokens": 4}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config):
+    """Fresh parameters of a codec; op by op it takes longer."""
+    return codec_init.init_params(config, jax.random.key(0))
+
+
+init_state = jax.jit(states.init_state, static_argnums=0)
+
+
+def make_recipe(flags, codec=CODEC, language=None) -> Recipe:
+    """What a step computes with these flags; `language` is a smaller one than the flags say."""
+    config = configure(**flags)
+    objective = build_objective(config, codec=codec)
+    if language is not None:
+        objective = dataclasses.replace(objective, language=language)
+    return Recipe(objective, config.optimizer, config.run.seed, config.devices.num_microbatches)
+
+
+def train(flags) -> bool:
+    """A whole run."""
+    config = configure(**flags)
+    return loop.train(config, build_objective(config))
+
+
+def plain_sgd(config, peak, decayed):
+    """In place of `optimizer.adamw`, which makes rounding errors of small gradients large."""
+    del config, peak, decayed
+    return optax.sgd(2e-5, momentum=0.8)
+
+
+def random_batch(seed=0, batch_size=4, scale=0.1):
+    """A batch of noise."""
+    wav = scale * np.random.default_rng(seed).standard_normal((batch_size, 1, 2048))
+    return make_batch(wav)
+
+
+def make_batch(wav, length=2048):
+    """A batch of audio [B, C, S]."""
+    batch_size = wav.shape[0]
+    return {
+        "wav": jnp.asarray(wav, jnp.float32),
+        "length": jnp.broadcast_to(jnp.asarray(length), (batch_size,)),
+        "domain": jnp.arange(batch_size) % 4,
+        "position": jnp.arange(batch_size),
+        "failed_reads": jnp.zeros(batch_size, jnp.int32),
+        "stop": jnp.zeros(batch_size, bool),
+    }
+
+
+def text_batch(seed=0, batch_size=4, lengths=(3, 0, 1, 4)):
+    """`random_batch`, of which some have texts."""
+    tokens = np.random.default_rng(seed + 1).integers(0, 256, (batch_size, 4))
+    extra = {
+        "text": jnp.asarray(tokens, jnp.int32),
+        "text_length": jnp.resize(jnp.array(lengths), batch_size),
+        "task": jnp.arange(batch_size) % 3,
+    }
+    return random_batch(seed, batch_size) | extra
+
+
+def run_steps(recipe, num_steps, state=None, batch=random_batch):
+    """The state and the metrics after some steps."""
+    state = init_state(recipe) if state is None else state
+    for _ in range(num_steps):
+        state, metrics = steps.train_step(recipe, state, batch(int(state.step)))
+    return state, metrics
+
+
+def make_clips(folder, lengths=(1.0, 0.7, 0.1, 2.0, 0.6, 0.6)):
+    """Recordings of noise with a manifest; the last two are held out."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for i, seconds in enumerate(lengths):
+        wav = 0.1 * generator.standard_normal(int(seconds * RATE))
+        soundfile.write(folder / f"{i}.flac", wav, RATE)
+        split, domain = ("test", "speech") if i > 3 else ("train", "music")
+        rows.append({"path": f"{i}.flac", "split": split, "domain": domain, "transcript": f"T{i}"})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def small_run(flags, clips, folder, **changes):
+    """Flags of a run on the codec and clips of the tests, with a workdir that is not there yet."""
+    (folder / "micro.json").write_text(CODEC.to_json())
+    paths = {
+        "model": str(folder / "micro.json"),
+        "train_data": str(clips / "manifest.jsonl"),
+        "workdir": str(folder / "run"),
+    }
+    return flags | paths | {"log_every": 1} | changes
+
+
+def leaves_equal(a, b) -> bool:
+    """Whether two trees hold the same values, bit for bit."""
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def rows_without_timing(workdir):
+    """Lines of metrics.jsonl without what differs from run to run."""
+    rows = writer.read_rows(Path(workdir) / writer.METRICS)
+    return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+
+
+def as_flags(flags):
+    """As train.py takes them."""
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def start(config, *flags, num_devices=1, environment=(), python=()):
+    """train.py in a process group of its own; what it compiles is kept, for the next one."""
+    xla_flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
+    added = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": xla_flags}
+    cache = f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"
+    return subprocess.Popen(
+        [sys.executable, *python, str(ROOT / "train.py"), *as_flags(config), cache, *flags],
+        env=os.environ | added | dict(environment),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, process, seconds=240):
+    """Waits for a condition while a process runs."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def processes_of(session):
+    """Numbers of the processes of a session that are not zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_until_gone(session, seconds=10):
+    """multiprocessing's own helper ends a moment after the process that it served."""
+    deadline = time.monotonic() + seconds
+    while left := processes_of(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def free_port(first=0):
+    """A port that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", first))
+        return probe.getsockname()[1]
+
+
+def finish(processes, code=0):
+    """What the processes printed, when all have ended with `code`."""
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), outputs
+    return outputs
+
+
+def slurm_environments():
+    """What Slurm says to each of two processes; jax takes its port from the job's number."""
+    port = free_port(61_440 + os.getpid() % 4096)
+    common = {"SLURM_JOB_ID": str(port - 61_440), "SLURM_STEP_NODELIST": "127.0.0.1",
+              "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
+    return [common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
