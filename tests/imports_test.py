@@ -26,7 +26,7 @@ FLOORS = [
      "evaluation.pages"],
     ["training.config", "training.objective", "training.optimizer", "training.microbatches",
      "training.state", "training.step", "training.checkpoints", "training.writer",
-     "training.interrupts", "training.start", "training.loop"],
+     "training.interrupts", "training.start", "training.progress", "training.loop"],
     ["objectives.config", "objectives.flags", "objectives.losses", "objectives.discriminators",
      "objectives.code_use", "objectives.text", "objectives.audio", "objectives.codec",
      "objectives.adversarial", "objectives.recognition", "objectives.code_data",

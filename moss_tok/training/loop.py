@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from moss_tok import sharding, storage
-from moss_tok.training import checkpoints, start, writer
+from moss_tok.training import checkpoints, progress, start, writer
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.interrupts import StoppedError, StopSignal, Trace
 from moss_tok.training.objective import Batch, Objective, TrainingData
@@ -40,16 +40,16 @@ def train(config: TrainConfig, objective: Objective) -> bool:
     workdir = storage.to_path(config.run.workdir)
     start.check_same_run(workdir, config)
     mirror = storage.Mirror(workdir)
-    data = objective.find_data(config, mirror, say)
+    data = objective.find_data(config, mirror, progress.say)
     start.write_config(workdir, config)
-    say(f"{data.describe()}; workdir {workdir}")
+    progress.say(f"{data.describe()}; workdir {workdir}")
     if 0 < config.optimizer.decay_steps < config.run.num_steps:
         decayed = config.optimizer.decay_steps
-        say(f"warning: the learning rate is 0 from step {decayed} (decay_steps) on")
+        progress.say(f"warning: the learning rate is 0 from step {decayed} (decay_steps) on")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         saver = stack.enter_context(checkpoints.Checkpoints(workdir, config.run, objective))
-        state = start.first_state(recipe, config.run.init_from, shapes, saver, say)
+        state = start.first_state(recipe, config.run.init_from, shapes, saver, progress.say)
         first = int(state.step)
         log = None
         if sharding.is_main_process():
@@ -57,17 +57,17 @@ def train(config: TrainConfig, objective: Objective) -> bool:
         rows = sharding.local_rows(mesh, config.data.batch_size)
         batches = data.batches(first, rows)
         stack.callback(batches.close)
-        trace = Trace(config.run.profile_steps, mirror, config.run.workdir, say)
+        trace = Trace(config.run.profile_steps, mirror, config.run.workdir, progress.say)
         stack.enter_context(trace)
         run = Run(config, recipe, shapes, data, saver, log, stop, trace)
         state = run.steps(state, batches)
         saver.wait()
         if int(state.step) < config.run.num_steps:
-            say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
+            progress.say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
             return False
         finished = sharding.all_agree(run.evaluate(state))  # and the others wait for the first
     if not finished:
-        say("stopped by SIGTERM during the last evaluation; the same command repeats it")
+        progress.say("stopped by SIGTERM during the last evaluation; the same command repeats it")
     return finished
 
 
@@ -91,7 +91,7 @@ class Run:
         self._num_rows = len(sharding.local_rows(self._mesh, self._batch_size))
         self._terminal = sys.stderr.isatty() and sharding.is_main_process()
         self._bar = self._progress_bar(0, "training", "step")
-        self._rates = _Rates(0)
+        self._rates = progress.Rates(0)
         whole = sharding.replicated(self._mesh)
         objective = self.recipe.objective
         self._zero_totals = jax.jit(lambda: zero_totals(objective), out_shardings=whole)
@@ -108,7 +108,7 @@ class Run:
         config = self.config.run
         first = int(state.step)
         train_step = sharded_train_step(self.recipe, self.shapes, self._batch_size)
-        self._rates = _Rates(first)
+        self._rates = progress.Rates(first)
         self._bar.reset(config.num_steps)
         self._bar.update(first)
         metrics = None
@@ -148,7 +148,7 @@ class Run:
             if (number, index) not in self._bad_files:
                 self._bad_files.add((number, index))
                 reason = self.data.failure(int(number), int(index))
-                say(f"warning: {reason}; replaced", everywhere=True)
+                progress.say(f"warning: {reason}; replaced", everywhere=True)
         batch["failed_reads"] = np.sum(failed[..., 0] >= 0, -1, np.int32)
         return sharding.global_batch(self._mesh, self._batch_size, batch)
 
@@ -176,10 +176,10 @@ class Run:
             self.log.write(step, values)
         self._bar.set_postfix(loss=f"{values['loss']:.2f}")
         if not self._terminal:
-            say(self._line(step, values))
-        kept = {name: getattr(state.totals, name)
-                for name in ("skipped", "skipped_in_row", "failed_reads")}  # fmt: skip
-        return state.replace(totals=self._zero_totals().replace(**kept))
+            progress.say(
+                progress.line(step, self.config.run.num_steps, values, self.recipe.objective)
+            )
+        return state.replace(totals=state.totals.restarted(self._zero_totals()))
 
     def _check_reads(self, step: int, failed: int) -> None:
         reads = step * self._batch_size
@@ -189,18 +189,6 @@ class Run:
                 f"{failed} of {reads} reads failed, more than max_failed_share "
                 f"{share:g}; the files are named above"
             )
-
-    def _line(self, step: int, values: dict[str, Any]) -> str:
-        num_steps = self.config.run.num_steps
-        minutes = (num_steps - step) / values["steps_per_second"] / 60
-        parts = [f"step {step}/{num_steps} loss {values['loss']:.3f}"]
-        for name, value in values.items():
-            if name.endswith("_loss") and "/" not in name:
-                parts.append(f"{name.removesuffix('_loss')} {value:.3f}")
-        parts.append(self.recipe.objective.progress(values))
-        speed = values["audio_seconds_per_second"]
-        parts.append(f"{speed:.0f} s of audio per s, {minutes:.1f} min left")
-        return " ".join(part for part in parts if part)
 
     def evaluate(self, state: TrainState) -> bool:
         """Draws the curves, scores the evaluation recordings, and shows some.
@@ -214,7 +202,7 @@ class Run:
         params = sharding.on_one_device(state.best_params, self._mesh)
         if self.log is not None:
             self.log.save_curves()
-            say(f"loss curves: {self.config.run.workdir}/curves.png")
+            progress.say(f"loss curves: {self.config.run.workdir}/curves.png")
             try:
                 self._show(int(state.step), params)
             except StoppedError:
@@ -224,14 +212,14 @@ class Run:
 
     def _show(self, step: int, params: Any) -> None:
         objective = self.recipe.objective
-        found = objective.evaluate(params, self.data, say, self._evaluation_progress)
+        found = objective.evaluate(params, self.data, progress.say, self._evaluation_progress)
         if found is None:
             return
         if found.samples:
             self.log.write_samples(step, found.samples, found.sample_rate)
-            say(f"listen: {self.config.run.workdir}/samples/*.wav, see *.png beside them")
+            progress.say(f"listen: {self.config.run.workdir}/samples/*.wav, see *.png beside them")
         self.log.write_evaluation(step, found.table, found.text)
-        say(f"step {step}, unseen audio: {found.text}")
+        progress.say(f"step {step}, unseen audio: {found.text}")
 
     @contextlib.contextmanager
     def _evaluation_progress(self, total: int, unit: str) -> Iterator[Callable[[], None]]:
@@ -243,31 +231,3 @@ class Run:
                     raise StoppedError
 
             yield done
-
-
-class _Rates:
-    """Steps and seconds of audio per second since the last line of the log."""
-
-    def __init__(self, step: int):
-        self._step = step
-        self._began = time.perf_counter()
-
-    def since_last(self, step: int, batch_seconds: float) -> dict[str, float]:
-        now = time.perf_counter()
-        per_second = (step - self._step) / (now - self._began)
-        self._step = step
-        self._began = now
-        return {
-            "steps_per_second": per_second,
-            "audio_seconds_per_second": per_second * batch_seconds,
-        }
-
-    def leave_out(self, seconds: float) -> None:
-        self._began += seconds
-
-
-def say(text: str, everywhere: bool = False) -> None:
-    """Prints a line in the main process; `everywhere`: what only this one may know."""
-    if everywhere or sharding.is_main_process():
-        tqdm.tqdm.write(text)
-        sys.stdout.flush()

@@ -54,6 +54,14 @@ class Totals:
     skipped_in_row: jax.Array
     failed_reads: jax.Array
 
+    def restarted(self, zeros: "Totals") -> "Totals":
+        """With the sums of `zeros`; what counts over the whole run stays."""
+        return zeros.replace(
+            skipped=self.skipped,
+            skipped_in_row=self.skipped_in_row,
+            failed_reads=self.failed_reads,
+        )
+
 
 @flax.struct.dataclass
 class TrainState:
