@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
+    ["config", "sharding", "storage", "audio.notes", "audio.windows",
+     "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg", "audio.containers", "audio.kinds",
+     "audio.libsndfile", "audio.ffmpeg", "audio.opening", "audio.writing", "audio.files",
+     "audio.folders", "audio.manifest", "audio.spectral"],
     ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
      "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
      "codec.export", "codec.codes"],

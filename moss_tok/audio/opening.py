@@ -1,0 +1,287 @@
+"""Opening audio: what a file is, whether it is whole, and what decodes it."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from moss_tok import storage
+from moss_tok.audio import containers, flac, kinds, mpeg, notes, ogg
+from moss_tok.audio.decoder import Chain, Decoder
+from moss_tok.audio.ffmpeg import FfmpegDecoder
+from moss_tok.audio.libsndfile import LibsndfileDecoder, UnsupportedError
+from moss_tok.audio.windows import Window
+
+_HEAD_BYTES = 4096
+# What a decoder is given before a place to which it seeks, so that it has forgotten everything.
+_MPEG_PREROLL_SECONDS = 1.0
+_OGG_PREROLL_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioBytes:
+    """An audio file in memory; `name` is what errors call it."""
+
+    data: bytes = dataclasses.field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | AudioBytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """An open file.
+
+    Attributes:
+      name: What errors call it.
+      file: To read and seek in.
+      size: Bytes.
+      suffix: Of its name, in lower case.
+      key: The same for the same content; None where that is not known.
+    """
+
+    name: str
+    file: BinaryIO
+    size: int
+    suffix: str
+    key: tuple[str, int, int] | None = None
+
+
+@contextlib.contextmanager
+def open_audio(source: Source, whole: bool = True) -> Iterator[Decoder]:
+    """Opens audio. Errors of the system, until it is closed, are a ValueError that names it.
+
+    A file in a bucket is downloaded first where its `whole` audio is wanted.
+
+    Raises:
+      ValueError: No such file, not audio, not supported, or shorter than its header announces.
+    """
+    with _open_input(source, whole) as opened:
+        decoder = _decoder(opened)
+        with contextlib.closing(decoder):
+            yield decoder
+
+
+@contextlib.contextmanager
+def _open_input(source: Source, whole: bool) -> Iterator[_Input]:
+    if isinstance(source, AudioBytes):
+        yield _in_memory(source)
+        return
+    path = storage.to_path(source)
+    try:
+        with storage.named_errors(path):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
+            if storage.is_remote(path) and whole:  # libsndfile takes a failed download for the end
+                yield _in_memory(AudioBytes(path.read_bytes(), str(path)))
+                return
+            if storage.is_remote(path):
+                with path.open("rb") as file:
+                    size = containers.file_size(file)
+                    yield _Input(str(path), file, size, path.suffix.lower())
+                return
+            # Without a buffer: libsndfile moves the position of the same descriptor.
+            with path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+                yield _Input(str(path), file, status.st_size, path.suffix.lower(), key)
+    except OSError as error:  # a file system of the network, say
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _in_memory(source: AudioBytes) -> _Input:
+    suffix = Path(source.name).suffix.lower()
+    return _Input(source.name, io.BytesIO(source.data), len(source.data), suffix)
+
+
+def _decoder(opened: _Input) -> Decoder:
+    """The decoder of a file, by its first bytes."""
+    head, start = _read_head(opened)
+    if start == 0:
+        reason = kinds.not_audio(head, opened.size)
+        if reason:
+            raise ValueError(f"{opened.name}: not audio, but {reason}")
+    if head[:4] == b"fLaC":
+        return _open_flac(opened, start)
+    if head[:4] == b"OggS":
+        return _open_ogg(opened, start)
+    if kinds.is_sndfile(head) or kinds.is_ffmpeg(head):
+        return _open_container(opened, kinds.is_sndfile(head), kinds.is_ffmpeg(head))
+    if kinds.is_mpeg(head) or start or opened.suffix in kinds.MPEG_SUFFIXES:
+        decoder = _open_mpeg(opened, start, opened.size, is_plain=True)
+        if decoder is not None:
+            return decoder
+    if opened.suffix in kinds.FFMPEG_SUFFIXES:  # some formats have no mark at their beginning
+        return _open_ffmpeg(opened, opened.file, opened.suffix[1:])
+    return _open_plainly(opened)
+
+
+def _read_head(opened: _Input) -> tuple[bytes, int]:
+    """The first bytes after ID3 tags, and where they are."""
+    start = 0
+    while True:
+        opened.file.seek(start)
+        head = opened.file.read(_HEAD_BYTES)
+        tag = mpeg.id3_bytes(head[:10])
+        if not tag:
+            return head, start
+        start += tag
+
+
+def _open_plainly(opened: _Input) -> Decoder:
+    """What libsndfile makes of it."""
+    try:
+        return LibsndfileDecoder(opened.name, opened.file, quiet=True)
+    except UnsupportedError as error:
+        raise ValueError(
+            f"{opened.name}: not audio ({error}; accepted: {kinds.ACCEPTED})"
+        ) from error
+
+
+def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
+    """WAV and other files that announce how much audio they have."""
+    layout = containers.read_layout(opened.file, opened.size)
+    if layout.missing_bytes:
+        raise ValueError(f"{opened.name}: truncated, {layout.missing_bytes} bytes missing")
+    if not name:
+        return _open_ffmpeg(opened, opened.file, ffmpeg_name)
+    if layout.size_zero:
+        notes.say_once(f"{opened.name}: its header announces no audio; read to the end of the file")
+    if layout.format_tag in containers.MPEG_TAGS:
+        decoder = _open_mpeg(opened, layout.start, layout.start + layout.length, is_plain=False)
+        if decoder is not None:
+            return decoder
+    num_frames = None
+    if layout.format_tag == containers.GSM_TAG:  # libsndfile makes a block of noise of a pad byte
+        num_frames = layout.length // containers.GSM_BYTES * containers.GSM_SAMPLES
+    file = Window(opened.file, layout.pieces) if layout.pieces else opened.file
+    try:
+        return LibsndfileDecoder(opened.name, file, num_frames=num_frames)
+    except UnsupportedError as error:
+        codec = containers.unsupported_codec(layout.format_tag)
+        if codec or "upported" in str(error) or "nimplemented" in str(error):
+            return _open_ffmpeg(opened, file, f"{codec} in {name}" if codec else name)
+        raise ValueError(f"{opened.name}: truncated or corrupt ({error})") from error
+
+
+def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
+    """What PyAV makes of it."""
+    if not kinds.has_ffmpeg():
+        raise ValueError(
+            f"{opened.name}: {kind} is not supported without PyAV, {kinds.INSTALL} "
+            f"(accepted: {kinds.ACCEPTED})"
+        )
+    return FfmpegDecoder(opened.name, file)
+
+
+def _open_flac(opened: _Input, start: int) -> Decoder:
+    """FLAC, one or several appended to each other."""
+    streams = flac.find_streams(opened.file, start, opened.size)
+    makers: list[Callable[[], Decoder]] = []
+    for stream in streams:
+        file = opened.file
+        if start or len(streams) > 1:
+            file = Window(opened.file, [(stream.start, stream.length)])
+        makers.append(functools.partial(_flac_stream, opened.name, file, stream.is_whole))
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
+    decoder = _open_known(name, file)
+    if not is_whole and decoder.num_frames:  # the decoder has to try
+        try:
+            decoder.seek(decoder.num_frames - 1)
+            decoder.read(1)
+            decoder.seek(0)
+        except ValueError:
+            decoder.close()
+            message = f"{name}: truncated or corrupt, {decoder.num_frames} frames announced"
+            raise ValueError(f"{message}, and the last cannot be read") from None
+    return decoder
+
+
+def _open_known(name: str, file: BinaryIO, **options: object) -> LibsndfileDecoder:
+    """Libsndfile's decoder of what is surely a format that it knows."""
+    try:
+        return LibsndfileDecoder(name, file, **options)
+    except UnsupportedError as error:
+        raise ValueError(f"{name}: truncated or corrupt ({error})") from error
+
+
+def _open_ogg(opened: _Input, start: int) -> Decoder:
+    """Ogg, one link or a chain."""
+    links = _scanned(ogg.find_links, opened, start, opened.size)
+    if not links:
+        raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
+    makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
+    file = opened.file
+    if num_links > 1 or link.start:
+        file = Window(opened.file, [(link.start, link.length)])
+    if link.codecs in (["vorbis"], ["opus"]):
+        if not link.granule:
+            raise ValueError(f"{opened.name}: truncated or corrupt (ends before its first audio)")
+        last_page = link.last_page if link.codecs == ["vorbis"] else 0
+        return _open_known(
+            opened.name, file, preroll_seconds=_OGG_PREROLL_SECONDS, last_page=last_page
+        )
+    codecs = ", ".join(codec or "an unknown codec" for codec in link.codecs)
+    return _open_ffmpeg(opened, file, f"{codecs} in Ogg")
+
+
+def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder | None:
+    """MPEG audio between two offsets; None where there is none.
+
+    `is_plain` says that libsndfile finds it there by itself.
+    """
+    links = _scanned(mpeg.find_links, opened, start, end)
+    if not links:
+        return None
+    missing = links[-1].missing_frames(end)
+    if missing:
+        raise ValueError(f"{opened.name}: truncated, {missing} frames missing")
+    is_plain = is_plain and len(links) == 1 and links[0].start == start
+    makers = [functools.partial(_mpeg_link, opened, link, is_plain) for link in links]
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:
+    options = {"preroll_seconds": _MPEG_PREROLL_SECONDS, "quiet": True}
+    if (
+        is_plain and len(link.extents) == 1
+    ):  # the file itself, which is faster, if it says the truth
+        decoder = _open_known(opened.name, opened.file, **options)
+        if decoder.num_frames == link.num_samples:
+            return decoder
+        decoder.close()
+    file = Window(opened.file, link.pieces())
+    return _open_known(opened.name, file, num_frames=link.num_samples, **options)
+
+
+def _scanned(function: Callable[..., list], opened: _Input, start: int, end: int) -> list:
+    """The links of a file; those of one on a disk are kept, as training draws from it often."""
+    key = (function, opened.key, start, end)
+    if opened.key is None or time.time_ns() - opened.key[2] < _SETTLED_NS:
+        return function(opened.file, start, end)
+    if key not in _SCANS:
+        if len(_SCANS) >= _MOST_SCANS:
+            _SCANS.clear()
+        _SCANS[key] = function(opened.file, start, end)
+    return _SCANS[key]
+
+
+_SCANS: dict[tuple, list] = {}
+_MOST_SCANS = 10_000
+_SETTLED_NS = 2 * 10**9  # a file that was written just now may be written again in the same tick
