@@ -79,8 +79,8 @@ def read_layout(file: BinaryIO, size: int) -> Layout:
         return _w64(file, size)
     if head[:4] == b"FORM":
         return _aiff(file, size)
-    if head[:4] == b".snd":
-        return _au(file, size)
+    if head[:4] in (b".snd", b"dns."):
+        return _au(file, size, ">" if head[:4] == b".snd" else "<")
     if head[:4] == b"caff":
         return _caf(file, size)
     if head[:8] == b"NIST_1A\n":
@@ -198,8 +198,10 @@ def _w64(file: BinaryIO, size: int) -> Layout:
         length = int.from_bytes(header[16:], "little")
         if header[:4] == b"data" and header[4:16] == _W64_TAIL:
             there = size - place - 24
-            is_known = 24 < length < _STREAMED_64
-            return _layout(place + 24, length - 24 if is_known else there, size)
+            if 24 < length < _STREAMED_64 or there <= 0:
+                return _layout(place + 24, length - 24, size)
+            fields = {place + 16: struct.pack("<Q", there + 24)}
+            return Layout(0, place + 24, there, 0, _patched(file, place + 24, size, fields))
         if length < 24 or length >= _STREAMED_64:
             return Layout()
         place += (length + 7) // 8 * 8
@@ -208,20 +210,24 @@ def _w64(file: BinaryIO, size: int) -> Layout:
 def _aiff(file: BinaryIO, size: int) -> Layout:
     """AIFF and AIFC, whose chunk is SSND, and 8SVX, whose chunk is BODY."""
     for name, length, start in _chunks(file, 12, ">4sI"):
-        if name in (b"SSND", b"BODY"):
-            if name == b"SSND" and length <= 8:  # no more than its own header
-                length = size - start
+        if name not in (b"SSND", b"BODY"):
+            continue
+        audio = start + 8 if name == b"SSND" else start  # after the chunk's own header
+        if start + length > audio or not _has_audio(file, audio, size, ">4sI"):
             return _layout(start, length, size)
+        there = min(size - start, 0x7FFFFFFF)
+        pieces = _patched(file, start, size, {start - 4: struct.pack(">I", there)})
+        return Layout(0, start, there, 0, pieces, size_zero=True)
     return Layout()
 
 
-def _au(file: BinaryIO, size: int) -> Layout:
-    start, length = struct.unpack(">4xII", _at(file, 0, 12).ljust(12, b"\0"))
+def _au(file: BinaryIO, size: int, order: str) -> Layout:
+    start, length = struct.unpack(f"{order}4xII", _at(file, 0, 12).ljust(12, b"\0"))
     if length and length not in (0x7FFFFFFF, 0x80000000):
         return _layout(start, length, size)
     if size <= start:
         return Layout()
-    field = struct.pack(">I", 0xFFFFFFFF)  # unknown, as the format has it
+    field = struct.pack(f"{order}I", 0xFFFFFFFF)  # unknown, as the format has it
     pieces = _patched(file, start, size, {8: field})
     return Layout(0, start, size - start, 0, pieces, size_zero=length == 0)
 

@@ -15,7 +15,7 @@ from moss_tok.audio.kinds import FFMPEG_SUFFIXES as FFMPEG_SUFFIXES
 from moss_tok.audio.kinds import SUFFIXES as SUFFIXES
 from moss_tok.audio.kinds import readable_suffixes as readable_suffixes
 from moss_tok.audio.opening import AudioBytes as AudioBytes
-from moss_tok.audio.opening import open_audio
+from moss_tok.audio.opening import Use, open_audio
 from moss_tok.audio.writing import INCOMPLETE as INCOMPLETE
 from moss_tok.audio.writing import check_output as check_output
 from moss_tok.audio.writing import check_parent as check_parent
@@ -48,7 +48,7 @@ def read(path: Source, sample_rate: int, num_channels: int) -> np.ndarray:
 
 def read_native(path: Source) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
-    with open_audio(path) as decoder:
+    with open_audio(path, Use.ALL) as decoder:
         return _checked(path, decoders.read_all(decoder)), decoder.sample_rate
 
 
@@ -63,7 +63,7 @@ def read_blocks(
     Raises:
       ValueError: As `read`, but some damage is found only when it is reached.
     """
-    with open_audio(path) as decoder:
+    with open_audio(path, Use.ALL) as decoder:
         rate = decoder.sample_rate
         size = max(1, int(seconds * rate))
         stream = None
@@ -118,7 +118,7 @@ def read_segment(
     Raises:
       ValueError: As `read`, or nothing there (as where a file was cut since its length was noted).
     """
-    with open_audio(source) as decoder:
+    with open_audio(source, Use.PART) as decoder:
         rate = decoder.sample_rate
         start = int(start_seconds * rate)
         total = decoder.num_frames
@@ -127,7 +127,7 @@ def read_segment(
             decoder.seek(start)
         if total is None or start < total:
             wav = decoder.read(int(np.ceil(seconds * rate)))
-        if start > 0 and not wav.size:
+        if start > 0 and total != 0 and not wav.size:
             end = "before that" if total is None else f"after {total / rate:g} s"
             raise ValueError(f"{source}: nothing at {start / rate:g} s, it ends {end}")
     wav = resample(_checked(source, wav), rate, sample_rate)
@@ -140,13 +140,13 @@ def duration_seconds(source: Source) -> float:
     Raises:
       ValueError: As `read`, but damage in the middle is not looked for.
     """
-    with open_audio(source, whole=False) as decoder:
+    with open_audio(source, Use.LENGTH) as decoder:
         return decoder.count() / decoder.sample_rate
 
 
 def subtype(source: Source) -> str:
     """How samples are stored, in libsndfile's words: "PCM_24". Raises as `read`."""
-    with open_audio(source) as decoder:
+    with open_audio(source, Use.LENGTH) as decoder:
         return decoder.subtype
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 _MARK = b"fLaC"
 _BEGINNING = _MARK + b"\0\0\0\x22"  # the mark, and the header of the block that always comes first
+_FRAME_MARKS = (b"\xff\xf8", b"\xff\xf9")  # of fixed and of variable size
 _NUM_PROBES = 4
 _PROBE_BYTES = 1 << 16
 _LONGEST_FRAME = 1 << 17  # bytes; longer ones are looked at by the decoder
@@ -36,35 +37,31 @@ def read_info(file: BinaryIO, start: int) -> StreamInfo | None:
     return StreamInfo(block_size, int.from_bytes(head[21:26], "big") & (1 << 36) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """One of the FLAC files that were appended to each other.
+def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
+    """[(first byte, byte after the last)] of the FLAC files between two offsets of a file.
 
-    Attributes:
-      start: Where it begins in the file.
-      length: Bytes.
-      is_whole: Whether its last frame is surely there, or it does not say which is the last.
+    There is one, unless files were appended to each other.
     """
-
-    start: int
-    length: int
-    is_whole: bool
-
-
-def find_streams(file: BinaryIO, start: int, end: int) -> list[Stream]:
-    """The FLAC files that were appended to each other, between two offsets of a file."""
     info = read_info(file, start)
+    is_long = end - start > _NUM_PROBES * _PROBE_BYTES
     if info is None:
-        return [Stream(start, end - start, False)]
-    if end - start > _NUM_PROBES * _PROBE_BYTES and _goes_up(file, start, end, info):
-        if _is_whole(file, start, end, info):
-            return [Stream(start, end - start, True)]
-    found = []
+        return [(start, end)]
+    if is_long and _goes_up(file, start, end, info) and _last_frame(file, start, end, info):
+        return [(start, end)]
     starts = _find_all(file, start, end)
-    for first, last in zip(starts, [*starts[1:], end], strict=True):
-        info = read_info(file, first)
-        found.append(Stream(first, last - first, _is_whole(file, first, last, info)))
-    return found
+    return list(zip(starts, [*starts[1:], end], strict=True))
+
+
+def is_whole(file: BinaryIO, start: int, end: int) -> bool:
+    """Whether a stream surely has its last frame, or does not say which that is.
+
+    Where it is not sure, a decoder has to try.
+    """
+    info = read_info(file, start)
+    if info is None or not info.num_samples:
+        return info is not None
+    frame = _last_frame(file, start, end, info)
+    return bool(frame) and _crc16(frame) == 0
 
 
 def _find_all(file: BinaryIO, start: int, end: int) -> list[int]:
@@ -87,21 +84,20 @@ def _find_all(file: BinaryIO, start: int, end: int) -> list[int]:
     return starts
 
 
-def _is_whole(file: BinaryIO, start: int, end: int, info: StreamInfo | None) -> bool:
-    """Whether the last frame is surely there; where it is not sure, a decoder has to try."""
-    if info is None or not info.num_samples:
-        return info is not None
+def _last_frame(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bytes:
+    """From the header of the stream's last frame on; empty where that is not found."""
     size = min(end - start, _LONGEST_FRAME)
     file.seek(end - size)
     data = file.read(size)
     if data[-128:-125] == b"TAG":
         data = data[:-128]
-    place = len(data)
-    while (place := data.rfind(b"\xff", 0, place)) >= 0:
-        frame = _parse_frame(data[place : place + 16], info)
-        if frame and sum(frame) == info.num_samples and _crc16(data[place:]) == 0:
-            return True
-    return False
+    for mark in _FRAME_MARKS:
+        place = len(data)
+        while (place := data.rfind(mark, 0, place)) >= 0:
+            frame = _parse_frame(data[place : place + 16], info)
+            if frame and sum(frame) == info.num_samples:
+                return data[place:]
+    return b""
 
 
 def _goes_up(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bool:
@@ -117,19 +113,19 @@ def _goes_up(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bool:
 
 
 def _first_frame(data: bytes, info: StreamInfo) -> int | None:
-    """The number of the first sample of the first frame that begins in `data`."""
-    place = data.find(b"\xff")
-    while place >= 0:
-        frame = _parse_frame(data[place : place + 16], info)
-        if frame:
-            return frame[0]
-        place = data.find(b"\xff", place + 1)
+    """The number of the first sample of a frame that begins in `data`; None where none does."""
+    for mark in _FRAME_MARKS:
+        place = -1
+        while (place := data.find(mark, place + 1)) >= 0:
+            frame = _parse_frame(data[place : place + 16], info)
+            if frame:
+                return frame[0]
     return None
 
 
 def _parse_frame(header: bytes, info: StreamInfo) -> tuple[int, int] | None:
     """First sample and number of samples of a frame; None where this is no frame header."""
-    if len(header) < 6 or header[:2] not in (b"\xff\xf8", b"\xff\xf9"):
+    if len(header) < 6 or header[3] & 1 or header[2] & 15 == 15:
         return None
     number, place = _utf8_number(header, 4)
     code = header[2] >> 4
@@ -164,12 +160,21 @@ def _utf8_number(data: bytes, place: int) -> tuple[int | None, int]:
 
 
 def _crc8(data: bytes) -> int:
+    table = _crc8_table()
     crc = 0
     for byte in data:
-        crc ^= byte
+        crc = table[crc ^ byte]
+    return crc
+
+
+@functools.cache
+def _crc8_table() -> list[int]:
+    table = []
+    for crc in range(256):
         for _ in range(8):
             crc = (crc << 1) ^ (0x107 if crc & 0x80 else 0)
-    return crc
+        table.append(crc)
+    return table
 
 
 def _crc16(data: bytes) -> int:

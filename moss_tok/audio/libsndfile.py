@@ -75,7 +75,7 @@ class LibsndfileDecoder:
         *,
         num_frames: int | None = None,
         preroll_seconds: float = 0.0,
-        last_page: int = 0,
+        last_page_seconds: float = 0.0,
         quiet: bool = False,
     ):
         """Opens a file; `close` leaves `file` open.
@@ -85,8 +85,8 @@ class LibsndfileDecoder:
           file: A file of the system, or anything to read and seek in.
           num_frames: Where it is known better than the header says it.
           preroll_seconds: What is decoded before a place to which it seeks.
-          last_page: Samples at the end to which libsndfile must not seek (Ogg): it takes the end of
-            the last page for that of its last block, so that it is some samples off.
+          last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into it:
+            it takes the end of the page for that of its last block, and is some samples off.
           quiet: Whether the library may print something.
 
         Raises:
@@ -107,7 +107,7 @@ class LibsndfileDecoder:
         if num_frames is None and self._file.frames < _UNKNOWN:
             self.num_frames = self._file.frames
         self._preroll = int(preroll_seconds * self.sample_rate)
-        self._last_page = last_page
+        self._last_page = int(np.ceil(last_page_seconds * self.sample_rate))
         self._position = 0
 
     def read(self, frames: int) -> np.ndarray:

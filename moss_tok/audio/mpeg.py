@@ -6,6 +6,7 @@ that was appended to it, begins.
 """
 
 import dataclasses
+import functools
 import os
 import struct
 from typing import BinaryIO
@@ -72,6 +73,7 @@ class Format:
             return 17 if self.mono else 32
         return 9 if self.mono else 17
 
+    @functools.cache  # noqa: B019, there are few formats
     def sizes(self) -> dict[bytes, int]:
         """Bytes of a frame by the second and third byte of its header."""
         found = {}
@@ -209,11 +211,10 @@ class _Scanner:
     def __init__(self, file: BinaryIO, start: int, end: int):
         self._file = file
         self._end = end
+        self._start = start
         self._origin = start  # of `_data` in the file
         self._data = b""
         self._place = 0  # in `_data`
-        self._sizes: dict[Format, dict[bytes, int]] = {}
-        self._marks: list[int] = []
         file.seek(start, os.SEEK_SET)
 
     def scan(self) -> list[Link]:
@@ -230,7 +231,7 @@ class _Scanner:
                 links.append(Link(format_, self._origin + self._place))
             if info:
                 self._read_info(links[-1], info)
-                self._place += self._sizes[format_][self._key_at(self._place)]
+                self._place += format_.sizes()[self._key_at(self._place)]
             elif not self._follow(links[-1]):
                 break  # the last frame is not all there
         return [link for link in links if link.num_frames]
@@ -249,7 +250,6 @@ class _Scanner:
             self._data = self._data[self._place :] + more
             self._origin += self._place
             self._place = 0
-            self._marks = _find_marks(self._data)
         return len(self._data) - self._place
 
     def _format_at(self, place: int, last: Link | None) -> Format | None:
@@ -257,11 +257,12 @@ class _Scanner:
         format_ = parse_header(self._data[place : place + 4])
         if format_ is None:
             return None
-        sizes = self._sizes.setdefault(format_, format_.sizes())
+        sizes = format_.sizes()
         known = last is not None and last.format == format_
         if known and last.extents and sum(last.extents[-1]) == self._origin + place:
             return format_
-        for _ in range(_VERIFIED_FRAMES - 1):
+        is_first = self._origin + place == self._start
+        for _ in range(1 if is_first else _VERIFIED_FRAMES - 1):
             place += sizes[self._key_at(place)]
             following = self._data[place : place + 4]
             if parse_header(following) != format_:
@@ -293,11 +294,11 @@ class _Scanner:
 
     def _info_at(self, place: int, format_: Format) -> int:
         """Where in `_data` the mark of a Xing header is; 0 where the frame has none."""
-        if format_.layer != 3 or not self._marks:
+        if format_.layer != 3:
             return 0
         side = place + 4 + format_.side_bytes
-        for mark in (side, side + 2, place + _VBRI_OFFSET):
-            if mark in self._marks:
+        for mark in (side, side + 2, place + _VBRI_OFFSET):  # there may be a checksum before it
+            if self._data[mark : mark + 4] in _MARKS:
                 return mark
         return 0
 
@@ -322,22 +323,20 @@ class _Scanner:
     def _follow(self, link: Link) -> bool:
         """Goes over frames of one format; False where the end of the file cuts the last."""
         data = self._data
-        sizes = self._sizes[link.format]
+        sizes = link.format.sizes()
         mono = link.format.mono
         first = self._place
         place = first
         count = 0
-        stops = set()
-        for mark in self._marks:
-            side = mark - 4 - link.format.side_bytes
-            stops |= {side, side - 2, mark - _VBRI_OFFSET}
-        stops.discard(first)
+        mark = 4 + link.format.side_bytes if link.format.layer == 3 else 0
         end = len(data)
         while place + 4 <= end:
             size = sizes.get(data[place + 1 : place + 3])
             if size is None or data[place] != 0xFF or (data[place + 3] >= 0xC0) != mono:
                 break
-            if place + size > end or place in stops:
+            if place + size > end:
+                break
+            if mark and place > first and data[place + mark : place + mark + 4] in _MARKS:
                 break
             place += size
             link.last_bytes = size
@@ -346,13 +345,3 @@ class _Scanner:
         if count:
             link.add(self._origin + first, place - first, count)
         return count > 0 or self._origin + end < self._end
-
-
-def _find_marks(data: bytes) -> list[int]:
-    found = []
-    for mark in _MARKS:
-        place = data.find(mark)
-        while place >= 0:
-            found.append(place)
-            place = data.find(mark, place + 1)
-    return found

@@ -29,6 +29,7 @@ class Link:
       last_page: Samples of the last page with audio, as the pages count them.
       ended: Whether a page says that it is the last.
       granule: The last position, in samples.
+      rate: Hz of these samples; 0 for codecs that libsndfile does not know.
     """
 
     start: int
@@ -37,6 +38,7 @@ class Link:
     last_page: int = 0
     ended: bool = False
     granule: int = 0
+    rate: int = 0
 
 
 def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
@@ -46,7 +48,7 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
     place = start
     while place + 27 <= end:
         file.seek(place)
-        head = file.read(27 + 255 + 8)
+        head = file.read(27 + 255 + 16)
         if head[:4] != _MARK:
             place = _find_page(file, place + 1, end)
             continue
@@ -57,8 +59,9 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         if head[5] & _BEGINS:
             if not beginning:
                 links.append(Link(place))
-            packet = head[body : body + 8]
+            packet = head[body : body + 16]
             links[-1].codecs.append(_codec(packet))
+            links[-1].rate = _rate(packet)
         beginning = bool(head[5] & _BEGINS)
         if links:
             _add_page(links[-1], head, place + size)
@@ -71,6 +74,14 @@ def _codec(packet: bytes) -> str:
         if packet.startswith(mark):
             return codec
     return ""
+
+
+def _rate(packet: bytes) -> int:
+    """Hz of the samples that pages count."""
+    if packet.startswith(b"OpusHead"):
+        return 48000
+    is_vorbis = packet.startswith(b"\x01vorbis")
+    return int.from_bytes(packet[12:16], "little") if is_vorbis else 0
 
 
 def _add_page(link: Link, head: bytes, end: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import io
 import os
@@ -37,6 +38,14 @@ class AudioBytes:
 Source = str | Path | AudioBytes
 
 
+class Use(enum.Enum):
+    """What audio is opened for."""
+
+    ALL = enum.auto()  # it is read to its end
+    PART = enum.auto()
+    LENGTH = enum.auto()  # as much as is needed to tell how long it is
+
+
 @dataclasses.dataclass(frozen=True)
 class _Input:
     """An open file.
@@ -57,22 +66,20 @@ class _Input:
 
 
 @contextlib.contextmanager
-def open_audio(source: Source, whole: bool = True) -> Iterator[Decoder]:
+def open_audio(source: Source, use: Use) -> Iterator[Decoder]:
     """Opens audio. Errors of the system, until it is closed, are a ValueError that names it.
-
-    A file in a bucket is downloaded first where its `whole` audio is wanted.
 
     Raises:
       ValueError: No such file, not audio, not supported, or shorter than its header announces.
     """
-    with _open_input(source, whole) as opened:
-        decoder = _decoder(opened)
+    with _open_input(source, use) as opened:
+        decoder = _decoder(opened, use)
         with contextlib.closing(decoder):
             yield decoder
 
 
 @contextlib.contextmanager
-def _open_input(source: Source, whole: bool) -> Iterator[_Input]:
+def _open_input(source: Source, use: Use) -> Iterator[_Input]:
     if isinstance(source, AudioBytes):
         yield _in_memory(source)
         return
@@ -81,10 +88,12 @@ def _open_input(source: Source, whole: bool) -> Iterator[_Input]:
         with storage.named_errors(path):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-            if storage.is_remote(path) and whole:  # libsndfile takes a failed download for the end
+            is_remote = storage.is_remote(path)
+            # Libsndfile takes a failed download for the end of a file.
+            if is_remote and use is not Use.LENGTH:
                 yield _in_memory(AudioBytes(path.read_bytes(), str(path)))
                 return
-            if storage.is_remote(path):
+            if is_remote:
                 with path.open("rb") as file:
                     size = containers.file_size(file)
                     yield _Input(str(path), file, size, path.suffix.lower())
@@ -103,19 +112,18 @@ def _in_memory(source: AudioBytes) -> _Input:
     return _Input(source.name, io.BytesIO(source.data), len(source.data), suffix)
 
 
-def _decoder(opened: _Input) -> Decoder:
+def _decoder(opened: _Input, use: Use) -> Decoder:
     """The decoder of a file, by its first bytes."""
     head, start = _read_head(opened)
-    if start == 0:
-        reason = kinds.not_audio(head, opened.size)
-        if reason:
-            raise ValueError(f"{opened.name}: not audio, but {reason}")
     if head[:4] == b"fLaC":
-        return _open_flac(opened, start)
+        return _open_flac(opened, start, use)
     if head[:4] == b"OggS":
         return _open_ogg(opened, start)
     if kinds.is_sndfile(head) or kinds.is_ffmpeg(head):
         return _open_container(opened, kinds.is_sndfile(head), kinds.is_ffmpeg(head))
+    reason = "" if start else kinds.not_audio(head, opened.size)
+    if reason:
+        raise ValueError(f"{opened.name}: not audio, but {reason}")
     if kinds.is_mpeg(head) or start or opened.suffix in kinds.MPEG_SUFFIXES:
         decoder = _open_mpeg(opened, start, opened.size, is_plain=True)
         if decoder is not None:
@@ -169,7 +177,16 @@ def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
     except UnsupportedError as error:
         codec = containers.unsupported_codec(layout.format_tag)
         if codec or "upported" in str(error) or "nimplemented" in str(error):
-            return _open_ffmpeg(opened, file, f"{codec} in {name}" if codec else name)
+            kind = f"{codec} in {name}" if codec else name
+            if not kinds.has_ffmpeg():
+                return _open_ffmpeg(opened, file, kind)
+            try:
+                return _open_ffmpeg(opened, file, kind)
+            except ValueError as second:
+                reason = str(second).removeprefix(f"{opened.name}: ")
+                raise ValueError(
+                    f"{opened.name}: {kind} is not supported ({reason}; accepted: {kinds.ACCEPTED})"
+                ) from second
         raise ValueError(f"{opened.name}: truncated or corrupt ({error})") from error
 
 
@@ -183,15 +200,17 @@ def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
     return FfmpegDecoder(opened.name, file)
 
 
-def _open_flac(opened: _Input, start: int) -> Decoder:
+def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
     """FLAC, one or several appended to each other."""
-    streams = flac.find_streams(opened.file, start, opened.size)
     makers: list[Callable[[], Decoder]] = []
-    for stream in streams:
+    streams = flac.find_streams(opened.file, start, opened.size)
+    for first, end in streams:
         file = opened.file
         if start or len(streams) > 1:
-            file = Window(opened.file, [(stream.start, stream.length)])
-        makers.append(functools.partial(_flac_stream, opened.name, file, stream.is_whole))
+            file = Window(opened.file, [(first, end - first)])
+        # Who reads everything will see whether the end is there.
+        is_whole = use is Use.ALL or flac.is_whole(opened.file, first, end)
+        makers.append(functools.partial(_flac_stream, opened.name, file, is_whole))
     return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
 
 
@@ -202,10 +221,11 @@ def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
             decoder.seek(decoder.num_frames - 1)
             decoder.read(1)
             decoder.seek(0)
-        except ValueError:
+        except ValueError as error:
             decoder.close()
-            message = f"{name}: truncated or corrupt, {decoder.num_frames} frames announced"
-            raise ValueError(f"{message}, and the last cannot be read") from None
+            raise ValueError(
+                f"{name}: truncated or corrupt, the last of {decoder.num_frames} frames is missing"
+            ) from error
     return decoder
 
 
@@ -233,10 +253,11 @@ def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
     if link.codecs in (["vorbis"], ["opus"]):
         if not link.granule:
             raise ValueError(f"{opened.name}: truncated or corrupt (ends before its first audio)")
-        last_page = link.last_page if link.codecs == ["vorbis"] else 0
-        return _open_known(
-            opened.name, file, preroll_seconds=_OGG_PREROLL_SECONDS, last_page=last_page
-        )
+        last_page_seconds = link.last_page / max(1, link.rate)
+        options = {"preroll_seconds": _OGG_PREROLL_SECONDS, "last_page_seconds": last_page_seconds}
+        decoder = _open_known(opened.name, file, **options)
+        decoder.seek(0)  # else libsndfile begins at a wrong place in Opus that was cut at its start
+        return decoder
     codecs = ", ".join(codec or "an unknown codec" for codec in link.codecs)
     return _open_ffmpeg(opened, file, f"{codecs} in Ogg")
 
@@ -259,13 +280,14 @@ def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder 
 
 def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:
     options = {"preroll_seconds": _MPEG_PREROLL_SECONDS, "quiet": True}
-    if (
-        is_plain and len(link.extents) == 1
-    ):  # the file itself, which is faster, if it says the truth
-        decoder = _open_known(opened.name, opened.file, **options)
-        if decoder.num_frames == link.num_samples:
-            return decoder
-        decoder.close()
+    # The file itself is faster to read, but without a true Xing header it is read wrongly.
+    is_true = link.announced_frames == link.num_frames
+    if is_plain and is_true and len(link.extents) == 1:
+        with contextlib.suppress(UnsupportedError):
+            decoder = LibsndfileDecoder(opened.name, opened.file, **options)
+            if decoder.num_frames == link.num_samples:
+                return decoder
+            decoder.close()
     file = Window(opened.file, link.pieces())
     return _open_known(opened.name, file, num_frames=link.num_samples, **options)
 
