@@ -318,13 +318,13 @@ def test_empty_is_what_has_nothing(capsys, after):
     [
         (b"", "an empty file .zero bytes."),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer: run"),
-        (b"<!DOCTYPE html>\n<html>404", "an HTML page that begins with '<!DOCTYPE html> <html>"),
+        (b"<!DOCTYPE html>\n<html>404", "an HTML page .it begins with '<!DOCTYPE html> <html>"),
         (b"\xef\xbb\xbf<html>", "an HTML page"),
-        (b'{"message": "Not Found"}', "a JSON text that begins with"),
+        (b'{"message": "Not Found"}', "a JSON text .it begins with"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML text"),
         (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "a ._ file of macOS"),
-        ("caf\u00e9 ".encode() * 900, "a text that begins with 'caf\u00e9 caf\u00e9"),
-        ("hello".encode("utf-16"), "a text that begins with 'hello'"),
+        ("caf\u00e9 ".encode() * 900, "a text .it begins with 'caf\u00e9 caf\u00e9"),
+        ("hello".encode("utf-16"), "a text .it begins with 'hello'"),
         (b"\x1f\x8b\x08\0", "a gzip archive"),
         (bytes(100), "zeros"),
     ],
@@ -376,3 +376,19 @@ def test_notes_of_workers_are_said_by_the_main_process(capfd):
     taken = queue.get(timeout=60)
     process.join()
     assert taken == ["from a child"] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0, (5 * 2**30) % 2**32])
+def test_a_wav_longer_than_its_header_can_say(tmp_path, size):
+    """As hours from a pipe, or of a program that writes 32 bits of the size."""
+    length = 5 * 2**30
+    header = encoded(np.zeros((0, 1)), RATE, "WAV", "PCM_16")[:40]
+    with (tmp_path / "a.wav").open("wb") as file:  # mostly a hole
+        file.write(header + struct.pack("<I", size))
+        file.truncate(44 + length - 200)
+        file.seek(0, io.SEEK_END)
+        file.write(b"\1\2" * 100)
+    seconds = length / 2 / RATE
+    assert files.duration_seconds(tmp_path / "a.wav") == seconds
+    part = files.read_segment(tmp_path / "a.wav", seconds - 100 / RATE, 1.0, RATE)
+    np.testing.assert_array_equal(part, np.full((1, 100), 513 / 32768, np.float32))

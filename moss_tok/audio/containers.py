@@ -16,6 +16,9 @@ from moss_tok.audio.windows import Piece
 # of ffmpeg and sox are a little less or more than these.
 _STREAMED_32 = ((0x7F000000, 0x7F000100), (0x7FFFF000, 0x80000000), (0xFFFFFF00, 0xFFFFFFFF))
 _STREAMED_64 = 2**62
+_MOST_BYTES = 0x7FFFF000  # of a WAV that libsndfile reads to its end whatever the header says
+_WRAPS = 2**32
+_CHUNKS_BYTES = 2**20  # what may come after the audio
 
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 _W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
@@ -160,12 +163,28 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
         there = size - start
         fields = {long_at: struct.pack("<QQQ", size - 8, there, 0)}
         return Layout(0, start, there, format_tag, _patched(file, start, size, fields))
-    if length or not _has_audio(file, start, size, f"{order}4sI"):
-        return _layout(start, length, size, format_tag=format_tag)
-    there = min(size - start, 0xFFFFFFFF)
-    field = struct.pack(f"{order}I", there)
-    pieces = _patched(file, start, size, {start - 4: field})
-    return Layout(0, start, there, format_tag, pieces, size_zero=True)
+    there = size - start
+    announced = length
+    is_zero = length == 0 and _has_audio(file, start, size, f"{order}4sI")
+    if is_zero or _is_streamed(length):
+        length = there
+    elif length and there > length + _WRAPS - _CHUNKS_BYTES:  # 32 bits of a longer size
+        length += (there - length + _CHUNKS_BYTES) // _WRAPS * _WRAPS
+    layout = _layout(start, length, size, format_tag=format_tag, size_zero=is_zero)
+    if order == "<" and length != announced and length > _MOST_BYTES:
+        layout.pieces = _as_rf64(file, start, layout.length)
+    elif is_zero:
+        field = struct.pack(f"{order}I", min(there, 0xFFFFFFFF))
+        layout.pieces = _patched(file, start, size, {start - 4: field})
+    return layout
+
+
+def _as_rf64(file: BinaryIO, start: int, length: int) -> list[Piece]:
+    """A WAV, whose audio begins at `start`, with a header that can say any length."""
+    chunks = _at(file, 12, start - 16)
+    size = struct.pack("<QQQI", length + start + 28, length, 0, 0)
+    header = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<I", len(size)) + size
+    return [header + chunks + b"\xff\xff\xff\xff", (start, length)]
 
 
 def _format_tag(fmt: bytes, order: str) -> int:

@@ -119,8 +119,8 @@ def not_audio(head: bytes, size: int) -> str:
     beginning = " ".join(text.split())[:40]
     for marks, name in _TEXTS:
         if text.lstrip().lower().startswith(marks):
-            return f"{name} that begins with {beginning!r}"
-    return f"a text that begins with {beginning!r}"
+            return f"{name} (it begins with {beginning!r})"
+    return f"a text (it begins with {beginning!r})"
 
 
 def _named(head: bytes, table: tuple[tuple[int, bytes, str], ...]) -> str:

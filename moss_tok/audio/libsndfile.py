@@ -85,8 +85,8 @@ class LibsndfileDecoder:
           file: A file of the system, or anything to read and seek in.
           num_frames: Where it is known better than the header says it.
           preroll_seconds: What is decoded before a place to which it seeks.
-          last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into it:
-            it takes the end of the page for that of its last block, and is some samples off.
+          last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into
+            it: it takes the page's end for that of its last block, and is some samples off.
           quiet: Whether the library may print something.
 
         Raises:

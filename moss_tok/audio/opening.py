@@ -109,7 +109,21 @@ def _open_input(source: Source, use: Use) -> Iterator[_Input]:
 
 def _in_memory(source: AudioBytes) -> _Input:
     suffix = Path(source.name).suffix.lower()
-    return _Input(source.name, io.BytesIO(source.data), len(source.data), suffix)
+    return _Input(source.name, _Memory(source.data), len(source.data), suffix)
+
+
+class _Memory(io.BytesIO):
+    """Stays where it is when a damaged file makes a decoder seek to before its beginning.
+
+    An error there would be printed, as decoders call this from C.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of the parent."""
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
 
 
 def _decoder(opened: _Input, use: Use) -> Decoder:
