@@ -34,6 +34,7 @@ GCS = ["gcsfs"]
 EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
 LANGUAGE = ["tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
+FFMPEG = ["av>=14"]
 TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
 setuptools.setup(
@@ -51,9 +52,10 @@ setuptools.setup(
         "beam": TRAIN + BEAM,
         "eval": TRAIN + EVAL,
         "export": EXPORT,
+        "ffmpeg": FFMPEG,
         "language": TRAIN + LANGUAGE,
         "gcs": TRAIN + GCS,
-        "tests": TRAIN + BEAM + EVAL + EXPORT + LANGUAGE + GCS + TESTS,
+        "tests": TRAIN + BEAM + EVAL + EXPORT + FFMPEG + LANGUAGE + GCS + TESTS,
     },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

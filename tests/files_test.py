@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from moss_tok.audio import files, manifest
+from moss_tok.audio import files, manifest, writing
 
 RATE = 16000
 
@@ -225,7 +225,7 @@ def test_a_flac_that_does_not_say_its_length_is_whole(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "kind"), [(1.0, "WAV"), (3.9, "RF64")])
 def test_a_wav_may_be_longer_than_its_header_can_say(tmp_path, monkeypatch, seconds, kind):
-    monkeypatch.setattr(files, "_WAV_BYTES", 4 * RATE * 2 * 2)
+    monkeypatch.setattr(writing, "_WAV_BYTES", 4 * RATE * 2 * 2)
     path = tmp_path / "a.wav"
     files.write_blocks(path, [np.zeros((2, RATE), np.float32)] * 4, RATE, 2, seconds)
     assert soundfile.info(path).format.startswith(kind)

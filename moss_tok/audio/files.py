@@ -1,45 +1,37 @@
-"""Reading and writing audio on the host: any format libsndfile knows, any rate, any channels."""
+"""Reading and writing audio on the host: any format, any rate, any channels.
 
-import contextlib
-import dataclasses
-import io
-import math
-import os
-import struct
-import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+Libsndfile decodes what it can, and PyAV (`pip install 'moss_tok[ffmpeg]'`) the rest. A file is read
+to its real end, or refused by name.
+"""
+
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 
-from moss_tok import storage
+from moss_tok.audio import decoder as decoders
+from moss_tok.audio.kinds import FFMPEG_SUFFIXES as FFMPEG_SUFFIXES
+from moss_tok.audio.kinds import SUFFIXES as SUFFIXES
+from moss_tok.audio.kinds import readable_suffixes as readable_suffixes
+from moss_tok.audio.opening import AudioBytes as AudioBytes
+from moss_tok.audio.opening import Use, open_audio
+from moss_tok.audio.writing import INCOMPLETE as INCOMPLETE
+from moss_tok.audio.writing import check_output as check_output
+from moss_tok.audio.writing import check_parent as check_parent
+from moss_tok.audio.writing import write as write
+from moss_tok.audio.writing import write_atomically as write_atomically
+from moss_tok.audio.writing import write_blocks as write_blocks
+from moss_tok.audio.writing import write_text as write_text
 
-_BLOCK_FRAMES = 65536
-_UNKNOWN = 2**62  # from here on lengths are unknown: those of streamed files
-_WAV_BYTES = 2**32 - 2**16  # what a WAV's header can say, less the header
-INCOMPLETE = ".incomplete-"  # what names of unfinished files begin with
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
-
-
-@dataclasses.dataclass(frozen=True)
-class AudioBytes:
-    """An audio file in memory; `name` is what errors call it."""
-
-    data: bytes = dataclasses.field(repr=False)
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
+Source = str | Path | AudioBytes
 
 
-def read(path: str | Path | AudioBytes, sample_rate: int, num_channels: int) -> np.ndarray:
+def read(path: Source, sample_rate: int, num_channels: int) -> np.ndarray:
     """Reads a whole file as the model wants it: resampled, mixed down or duplicated.
 
     Args:
-      path: wav, flac, ogg, opus or mp3.
+      path: Of any kind in SUFFIXES, or FFMPEG_SUFFIXES where PyAV is installed.
       sample_rate: Hz to resample to.
       num_channels: To mix down to (mean) or duplicate to.
 
@@ -47,36 +39,21 @@ def read(path: str | Path | AudioBytes, sample_rate: int, num_channels: int) -> 
       [num_channels, S] float32.
 
     Raises:
-      ValueError: No such file, not audio, empty, truncated, or with samples that are no numbers.
+      ValueError: No such file, not audio, not supported, empty, truncated, corrupt, of parts with
+        different rates or channels, or with samples that are no numbers.
     """
     wav, rate = read_native(path)
     return resample(to_channels(wav, num_channels), rate, sample_rate)
 
 
-def read_native(path: str | Path | AudioBytes) -> tuple[np.ndarray, int]:
+def read_native(path: Source) -> tuple[np.ndarray, int]:
     """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
-    path = path if isinstance(path, AudioBytes) else storage.to_path(path)
-    with _open(path) as file:
-        if file.frames < _UNKNOWN:
-            wav = file.read(dtype="float32", always_2d=True)
-        else:
-            wav = np.concatenate(list(_read_unknown(file)))
-        rate, announced = file.samplerate, file.frames
-    _check_complete(path, wav.shape[0], announced)
-    return _checked(path, wav), rate
-
-
-def _read_unknown(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """[S, C] after [S, C] of a file that does not say how long it is; the last may be empty."""
-    while True:
-        wav = file.read(_BLOCK_FRAMES, np.float32, always_2d=True)
-        yield wav
-        if wav.shape[0] < _BLOCK_FRAMES:
-            return
+    with open_audio(path, Use.ALL) as decoder:
+        return _checked(path, decoders.read_all(decoder)), decoder.sample_rate
 
 
 def read_blocks(
-    path: str | Path | AudioBytes, sample_rate: int, num_channels: int, seconds: float
+    path: Source, sample_rate: int, num_channels: int, seconds: float
 ) -> Iterator[np.ndarray]:
     """`read` in blocks of about `seconds`, in memory that does not grow with the file.
 
@@ -84,30 +61,31 @@ def read_blocks(
       [num_channels, S] float32; joined they are what `read` returns, bit for bit.
 
     Raises:
-      ValueError: As `read`, but damage is found when it is reached.
+      ValueError: As `read`, but some damage is found only when it is reached.
     """
-    path = path if isinstance(path, AudioBytes) else storage.to_path(path)
-    num_read, num_given, last = 0, 0, False
-    with _open(path) as file:
-        rate, announced, size = file.samplerate, file.frames, max(1, int(seconds * file.samplerate))
-        stream = first = None
+    with open_audio(path, Use.ALL) as decoder:
+        rate = decoder.sample_rate
+        size = max(1, int(seconds * rate))
+        stream = None
         if rate != sample_rate:
             stream = soxr.ResampleStream(rate, sample_rate, num_channels, "float32", "HQ")
+        first = None
+        num_given = 0
+        last = False
         while not last:
-            wav = file.read(size, np.float32, always_2d=True)
+            wav = decoder.read(size)
             last = wav.shape[0] < size
-            if wav.size or not num_read:
+            if wav.size or first is None:
                 _checked(path, wav)
             block = to_channels(wav.T, num_channels)
             first = block[:, :1] if first is None else first
             if stream:
                 block = stream.resample_chunk(np.ascontiguousarray(block.T), last=last).T
-            num_read, num_given = num_read + wav.shape[0], num_given + block.shape[1]
+            num_given += block.shape[1]
             if last and num_given == 0:  # as in `resample`
                 block = first
             if block.shape[1]:
                 yield np.ascontiguousarray(block)
-    _check_complete(path, num_read, announced)
 
 
 def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -125,63 +103,51 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield rest
 
 
-def _check_complete(path: storage.Path | AudioBytes, num_read: int, announced: int) -> None:
-    """Raises ValueError if fewer frames were read than the header says."""
-    missing = 0 if isinstance(path, AudioBytes) else _missing_wav_bytes(path)
-    if missing or num_read < announced < _UNKNOWN:
-        detail = f"{missing} bytes" if missing else f"{announced - num_read} frames"
-        raise ValueError(f"{path}: truncated, {detail} missing")
-
-
 def read_segment(
-    source: str | Path | AudioBytes, start_seconds: float, seconds: float, sample_rate: int
+    source: Source, start_seconds: float, seconds: float, sample_rate: int
 ) -> np.ndarray:
-    """Reads a part of a file, at most `seconds` long, decoding no more than that.
+    """Reads a part of a file, at most `seconds` long, decoding little more than that.
+
+    At the file's own rate it is what `read_native` gives there; another rate's filter does not
+    know what is before and after the part. Of files that PyAV decodes more is decoded, see
+    `ffmpeg`.
 
     Returns:
       [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, shorter at the file's end.
 
     Raises:
-      ValueError: No such file, not audio, nothing there (as where a file was cut since its length
-        was noted), or samples that are no numbers.
+      ValueError: As `read`, or nothing there (as where a file was cut since its length was noted).
     """
-    with _open(source) as file:
-        rate, start = file.samplerate, int(start_seconds * file.samplerate)
-        if 0 < file.frames <= start:
-            raise ValueError(f"ends after {file.frames / rate:g} s")
-        file.seek(start)
-        wav = file.read(int(np.ceil(seconds * rate)), np.float32, always_2d=True)
+    with open_audio(source, Use.PART) as decoder:
+        rate = decoder.sample_rate
+        start = int(start_seconds * rate)
+        total = decoder.num_frames
+        wav = np.zeros((0, decoder.num_channels), np.float32)
+        if start > 0 and (total is None or start < total):
+            decoder.seek(start)
+        if total is None or start < total:
+            wav = decoder.read(int(np.ceil(seconds * rate)))
+        if start > 0 and total != 0 and not wav.size:
+            end = "before that" if total is None else f"after {total / rate:g} s"
+            raise ValueError(f"{source}: nothing at {start / rate:g} s, it ends {end}")
     wav = resample(_checked(source, wav), rate, sample_rate)
     return wav[:, : int(np.ceil(seconds * sample_rate))]
 
 
-def duration_seconds(source: str | Path | AudioBytes) -> float:
-    """Length of a file by its header, or, if that does not say, by reading it.
+def duration_seconds(source: Source) -> float:
+    """Length of a file as `read` reads it: by its header where that is exact, or by reading it.
 
     Raises:
-      ValueError: It is no audio.
+      ValueError: As `read`, but damage in the middle is not looked for.
     """
-    if not isinstance(source, AudioBytes) and storage.is_remote(source):
-        return _remote_duration_seconds(storage.to_path(source))
-    with _open(source) as file:
-        return _seconds(file)
+    with open_audio(source, Use.LENGTH) as decoder:
+        return decoder.count() / decoder.sample_rate
 
 
-def _remote_duration_seconds(path: storage.Path) -> float:
-    with storage.named_errors(path), path.open("rb") as opened, _File(opened) as file:
-        return _seconds(file)
-
-
-def _seconds(file: soundfile.SoundFile) -> float:
-    known = file.frames < _UNKNOWN
-    frames = file.frames if known else sum(wav.shape[0] for wav in _read_unknown(file))
-    return frames / file.samplerate
-
-
-def subtype(source: str | Path | AudioBytes) -> str:
+def subtype(source: Source) -> str:
     """How samples are stored, in libsndfile's words: "PCM_24". Raises as `read`."""
-    with _open(source) as file:
-        return file.subtype
+    with open_audio(source, Use.LENGTH) as decoder:
+        return decoder.subtype
 
 
 def level_db(wav: np.ndarray) -> float:
@@ -196,110 +162,6 @@ def _checked(source: object, wav: np.ndarray) -> np.ndarray:
     if not np.isfinite(wav).all():
         raise ValueError(f"{source}: has samples that are not finite numbers")
     return np.ascontiguousarray(wav.T)
-
-
-@contextlib.contextmanager
-def _open(source: str | Path | AudioBytes) -> Iterator[soundfile.SoundFile]:
-    """Opens audio; whatever goes wrong until it is closed is a ValueError that names it."""
-    if not isinstance(source, AudioBytes):
-        target = source = storage.to_path(source)
-        try:
-            with storage.named_errors(source):
-                if not source.is_file():
-                    raise ValueError(f"{source}: no such file")
-                if storage.is_remote(source):  # libsndfile takes a failed download for the end
-                    source = AudioBytes(source.read_bytes(), str(source))
-                else:
-                    with source.open("rb") as file:
-                        head, suffix = file.read(4), source.suffix
-        except OSError as error:  # a file system of the network, say
-            raise ValueError(f"{source}: cannot be read ({error.strerror})") from error
-    if isinstance(source, AudioBytes):
-        head, suffix, target = source.data[:4], Path(source.name).suffix, io.BytesIO(source.data)
-    known = head in _MAGIC
-    mp3 = head[:3] == b"ID3" or suffix.lower() == ".mp3"
-    try:
-        with (_File if known or not head else _QuietFile)(target) as file:
-            yield file
-    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
-        reason = "truncated or corrupt" if known or mp3 else "not audio"
-        raise ValueError(f"{source}: {reason} ({error})") from error
-
-
-_MAGIC = (b"RIFF", b"RIFX", b"fLaC", b"OggS", b"RF64")
-
-
-class _QuietDecoder:
-    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error.
-
-    Threads may be inside together: the first one in redirects, the last one out restores.
-    """
-
-    def __init__(self):
-        self._lock, self._inside, self._saved = threading.Lock(), 0, -1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 2)
-                os.close(null)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                os.dup2(self._saved, 2)
-                os.close(self._saved)
-
-
-_QUIET_DECODER = _QuietDecoder()
-
-
-class _File(soundfile.SoundFile):
-    """Does not look for the end of what does not say where it is: libsndfile takes it for an error.
-
-    Such a file is read in blocks of a given size.
-    """
-
-    def seekable(self) -> bool:
-        """As of the parent."""
-        return self.frames < _UNKNOWN and super().seekable()
-
-
-class _QuietFile(_File):
-    """Is quiet while it opens, reads or seeks; between, standard error is the caller's."""
-
-    def __init__(self, *args: object, **options: object):
-        with _QUIET_DECODER:
-            super().__init__(*args, **options)
-
-    def read(self, *args: object, **options: object) -> np.ndarray:
-        """As of the parent."""
-        with _QUIET_DECODER:
-            return super().read(*args, **options)
-
-    def seek(self, *args: object, **options: object) -> int:
-        """As of the parent."""
-        with _QUIET_DECODER:
-            return super().seek(*args, **options)
-
-
-def _missing_wav_bytes(path: storage.Path) -> int:
-    """How much of the data chunk a WAV's header promises is not there; libsndfile does not say."""
-    with storage.named_errors(path), path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
-        while order and len(head := file.read(8)) == 8:
-            name, length = struct.unpack(f"{order}4sI", head)
-            if name == b"data":
-                # What ffmpeg and sox write into a pipe, where they cannot know.
-                streamed = length >= 0xFFFFFF00 or 0x7FFFF000 <= length <= 0x80000000
-                return 0 if streamed else max(0, file.tell() + length - size)
-            file.seek(length + length % 2, os.SEEK_CUR)
-    return 0
 
 
 def to_channels(wav: np.ndarray, num_channels: int) -> np.ndarray:
@@ -322,107 +184,3 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
 def to_pcm16(wav: np.ndarray) -> np.ndarray:
     """Samples in [-1, 1] as 16 bit little-endian integers, clipped; over 32768 they are back."""
     return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
-
-
-def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
-    """Writes [C, S] as 16 bit PCM in the format of the suffix, clipped to [-1, 1].
-
-    Raises:
-      ValueError: A suffix that names no audio format, or no such folder.
-    """
-    wav = np.asarray(wav, np.float32)
-    if wav.ndim != 2:
-        raise ValueError(f"{path}: audio to write must be of the shape [C, S]")
-    # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
-    starts = range(0, wav.shape[1], _BLOCK_FRAMES)
-    blocks = (wav[:, start : start + _BLOCK_FRAMES] for start in starts)
-    write_blocks(path, blocks, sample_rate, wav.shape[0], wav.shape[1] / sample_rate)
-
-
-def write_blocks(
-    path: str | Path,
-    blocks: Iterable[np.ndarray],
-    sample_rate: int,
-    num_channels: int,
-    seconds: float = 0.0,
-) -> None:
-    """`write` of blocks [num_channels, S] as they come; the file appears when all are there.
-
-    `seconds` is about how long it will be: what comes near 4 GiB must begin as RF64, not as WAV.
-    """
-    path = storage.to_local_path(path)
-    check_output(path)
-    kind = path.suffix[1:].upper()
-    if kind == "OGG" and not 1000 <= sample_rate <= 192000:
-        raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
-    most = _WAV_BYTES // (2 * num_channels) if kind == "WAV" else math.inf
-    if seconds * sample_rate > 0.9 * most:
-        kind, most = "RF64", math.inf
-    options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
-
-    def write_to(file: object) -> None:
-        with _named_failures(path):
-            out = soundfile.SoundFile(file, "w", sample_rate, num_channels, **options)
-        try:
-            for block in blocks:  # what goes wrong in here is no failure to write
-                if not np.isfinite(block).all():
-                    raise ValueError(f"{path}: audio to write must be finite")
-                if out.frames + block.shape[1] > most:
-                    raise ValueError(f"{path}: longer than a WAV can be; choose .flac")
-                with _named_failures(path):
-                    out.write(np.clip(block, -1, 1).T)
-        finally:
-            with _named_failures(path):
-                out.close()
-
-    write_atomically(path, write_to)
-
-
-@contextlib.contextmanager
-def _named_failures(path: Path) -> Iterator[None]:
-    """Turns libsndfile's errors into ValueError that names the file."""
-    try:
-        yield
-    except (soundfile.SoundFileError, AssertionError) as error:  # the latter where disks are full
-        raise ValueError(f"{path}: could not be written ({error})") from error
-
-
-def check_output(path: str | Path) -> None:
-    """Raises ValueError unless `write` could write `path`."""
-    path = storage.to_local_path(path)
-    if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
-        raise ValueError(f"{path}: the name must end in .wav, .flac or .ogg")
-    check_parent(path)
-
-
-def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> None:
-    """Calls `write_to` with a binary file that becomes `path` when it returns."""
-    path = storage.to_local_path(path)
-    check_parent(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=INCOMPLETE)
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            write_to(file)
-        storage.set_mode(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | storage.Path, text: str) -> None:
-    """Writes a text file that appears when it is complete."""
-    if storage.is_remote(path):
-        with storage.named_errors(path):
-            storage.to_path(path).write_text(text)  # objects appear whole
-    else:
-        write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def check_parent(path: str | Path) -> None:
-    """Raises ValueError unless the folder that `path` would be written to exists."""
-    path = storage.to_local_path(path)
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"no such folder: {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moss_tok import storage
-from moss_tok.audio import files
+from moss_tok.audio import files, folders
 from moss_tok.errors import is_number
 from moss_tok.json_files import split_lines
 
@@ -63,11 +63,14 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
     return _items(source.parent, rows)
 
 
-def list_files(root: storage.Path, paths: Sequence[storage.Path]) -> list[AudioItem]:
-    """Those of `paths`, under `root`, that are audio. ValueError where none is."""
-    paths = sorted(p for p in paths if p.suffix.lower() in files.SUFFIXES)
-    if not paths:
-        raise ValueError(f"{root}: no audio files ({', '.join(files.SUFFIXES)})")
+def list_files(
+    root: storage.Path, paths: Sequence[storage.Path], pattern: str = ""
+) -> list[AudioItem]:
+    """Those of `paths`, under `root`, that are audio; `pattern` named them, if `root` did not.
+
+    What is left out is said, see `folders.select`. ValueError where nothing is left.
+    """
+    paths = folders.select(root, paths, files.readable_suffixes(), pattern, "audio files")
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 

@@ -64,6 +64,9 @@ def each_file(
     Raises:
       ValueError: As `function`, for a file alone; an empty folder, or two files with one name.
     """
+    from moss_tok import storage
+    from moss_tok.audio import folders
+
     *kinds, suffix = suffixes
     origin, end = Path(source).resolve(), Path(output).resolve()
     # What a folder's files become must not be read as one of them, now or the next time.
@@ -74,9 +77,7 @@ def each_file(
     if not Path(source).is_dir():
         print(function(Path(source), Path(output)))
         return 0
-    found = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds and p.is_file())
-    if not found:
-        raise ValueError(f"{source}: no files ({', '.join(kinds)})")
+    found = folders.select(Path(source), storage.files_under(Path(source)), kinds)
     targets: dict[Path, Path] = {}
     for path in found:
         target = Path(output) / path.relative_to(source).with_suffix(suffix)

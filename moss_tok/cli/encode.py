@@ -11,7 +11,7 @@ from moss_tok.cli import arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="IN", help="wav, flac, ogg or mp3; any rate, any channels; or a folder"
+        "input", metavar="IN", help="audio of any kind, rate and channels; or a folder"
     )
     parser.add_argument(
         "output", metavar="OUT.npz", help="codes int16 [Q, T] and how to decode; or a folder"
@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     codec = moss_tok.load(args.checkpoint, component="encoder")
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
     encode = functools.partial(_encode, codec, num_quantizers)
-    return arguments.each_file(args.input, args.output, (*files.SUFFIXES, ".npz"), encode)
+    return arguments.each_file(
+        args.input, args.output, (*files.readable_suffixes(), ".npz"), encode
+    )
 
 
 def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:

@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from moss_tok.audio import notes
+
 COMMANDS = {
     "encode": "audio file to codes (.npz)",
     "decode": "codes (.npz) to audio file",
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=f"moss-tok {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
+    notes.forget()
     try:
         return command.run(args) or 0
     except Exception as error:

@@ -12,7 +12,7 @@ from moss_tok.cli import arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="IN", help="wav, flac, ogg or mp3; any rate, any channels; or a folder"
+        "input", metavar="IN", help="audio of any kind, rate and channels; or a folder"
     )
     parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg; or a folder")
     arguments.add_codec(parser)
@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     codec = moss_tok.load(args.checkpoint)
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
     reconstruct = functools.partial(_reconstruct, codec, num_quantizers)
-    return arguments.each_file(args.input, args.output, (*files.SUFFIXES, ".wav"), reconstruct)
+    return arguments.each_file(
+        args.input, args.output, (*files.readable_suffixes(), ".wav"), reconstruct
+    )
 
 
 def _reconstruct(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:

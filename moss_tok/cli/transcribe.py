@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from moss_tok import storage
-    from moss_tok.audio import files
+    from moss_tok.audio import files, folders
     from moss_tok.audio.manifest import TASKS
     from moss_tok.codec import pretrained
     from moss_tok.errors import check_choice
@@ -46,13 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed must be 0..{2**31 - 1}, got {args.seed}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens)
-    source, kinds = storage.to_local_path(args.input), (_CODES, *files.SUFFIXES)
+    source, kinds = storage.to_local_path(args.input), (*files.readable_suffixes(), _CODES)
     paths = [source]
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)
-    if not (paths and source.exists()):
-        why = f"no files ({', '.join(kinds)})" if source.is_dir() else "no such file"
-        raise ValueError(f"{source}: {why}")
+        paths = folders.select(source, storage.files_under(source), kinds)
+    elif not source.exists():
+        raise ValueError(f"{source}: no such file")
     language = language_models.load(args.checkpoint)
     if args.num_quantizers is not None and language.config.audio != "codes":
         raise ValueError("this language model hears latents, without any num-quantizers")

@@ -22,13 +22,14 @@ import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moss_tok import storage
-from moss_tok.audio import files, manifest
+from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import records
 from moss_tok.json_files import read_json_object
 
 _PARTS = "parts"  # a listing per finished shard
 _SILENCE_DB = -60.0
+_DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAC_20", "ALAC_24", "ALAC_32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
     found = []
     for number, part in enumerate(parts):
-        data = _flac(part, rate, deep=subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE"))
+        data = _flac(part, rate, deep=subtype in _DEEP)
         part_name = f"{name}_{number:04d}" if cut else name
         found.append(_record(data, part_name, part.shape[-1] / rate, metadata))
     return found
@@ -276,7 +277,8 @@ def run_local(
                 break
             results[-1].wait(0.1)
         for result in results:
-            result.get()
+            for note in result.get():
+                notes.say_once(note)
 
 
 def _start_worker(done: Any) -> None:
@@ -284,12 +286,15 @@ def _start_worker(done: Any) -> None:
     _DONE = done
 
 
-def _work(folder: Path, shard: Shard, settings: Settings) -> None:
+def _work(folder: Path, shard: Shard, settings: Settings) -> list[str]:
+    """Writes a shard; returns what was noted so far, for the main process to say."""
+
     def progress():
         with _DONE.get_lock():
             _DONE.value += 1
 
     write_shard(folder, shard, settings, progress)
+    return notes.taken()
 
 
 def run_beam(

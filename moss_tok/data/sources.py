@@ -201,7 +201,10 @@ def locate(name: str) -> tuple[list[storage.Path], list[AudioItem]]:
         return shards, []
     manifests = [p for p in paths if p.suffix == ".jsonl"]
     items = [item for p in manifests for item in manifest.find_items(p)]
-    return [], items or manifest.list_files(paths[0].parents[-1], paths)
+    if items:
+        return [], items
+    paths = [p for p in paths if p.suffix or not p.is_dir()]
+    return [], manifest.list_files(paths[0].parents[-1] if paths else path, paths, name)
 
 
 def _of_split(items: list[AudioItem], split: str) -> list[AudioItem]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_tok.audio import files
+from moss_tok import storage
+from moss_tok.audio import files, folders
 
 _TOOLS = {"opus": ("opusenc", "opusdec"), "codec2": ("c2enc", "c2dec")}
 _CODEC2_RATE = 8000
@@ -150,7 +151,7 @@ def _run(*command: str) -> None:
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in files.SUFFIXES):
+    for path in folders.select(folder, storage.files_under(folder), files.readable_suffixes()):
         found.setdefault(path.stem, []).append(path)
     return found
 

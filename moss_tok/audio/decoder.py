@@ -1,0 +1,140 @@
+"""What reads samples, whichever library decodes them, and several of these one after another."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+BLOCK_FRAMES = 65536
+
+
+class Decoder(Protocol):
+    """Samples of one stream, read forward from any place.
+
+    Attributes:
+      sample_rate: Hz.
+      num_channels: C.
+      num_frames: Samples per channel; None where only reading tells.
+      subtype: How they are stored, in libsndfile's words.
+    """
+
+    sample_rate: int
+    num_channels: int
+    num_frames: int | None
+    subtype: str
+
+    def read(self, frames: int) -> np.ndarray:
+        """The next [S, C] float32; S is less than `frames` only at the end.
+
+        Raises:
+          ValueError: Damage; the message names the file.
+        """
+
+    def count(self) -> int:
+        """Samples per channel, by reading everything where there is no other way.
+
+        Nothing can be read after it, but after a `seek`.
+        """
+
+    def seek(self, frame: int) -> None:
+        """Goes to a place, from where `read` gives what it gives when everything is read."""
+
+    def close(self) -> None:
+        """Frees what the library holds."""
+
+
+def read_blocks(decoder: Decoder) -> Iterator[np.ndarray]:
+    """[S, C] after [S, C] up to the end."""
+    while True:
+        wav = decoder.read(BLOCK_FRAMES)
+        if wav.shape[0]:
+            yield wav
+        if wav.shape[0] < BLOCK_FRAMES:
+            return
+
+
+def read_all(decoder: Decoder) -> np.ndarray:
+    """[S, C] of everything."""
+    if decoder.num_frames is not None:
+        return decoder.read(decoder.num_frames)
+    blocks = list(read_blocks(decoder))
+    return np.concatenate(blocks) if blocks else np.zeros((0, decoder.num_channels), np.float32)
+
+
+def skip(decoder: Decoder, frames: int) -> None:
+    """Reads without keeping it."""
+    while frames > 0:
+        wav = decoder.read(min(frames, BLOCK_FRAMES))
+        if not wav.shape[0]:
+            return
+        frames -= wav.shape[0]
+
+
+class Chain:
+    """A `Decoder` of several streams, one after another; one of them is open at a time."""
+
+    def __init__(self, name: str, makers: Sequence[Callable[[], Decoder]]):
+        """Opens each of the streams once.
+
+        Raises:
+          ValueError: They have different sample rates or numbers of channels.
+        """
+        self._name = name
+        self._makers = list(makers)
+        self._lengths = []
+        shapes = []
+        for maker in self._makers:
+            decoder = maker()
+            self._lengths.append(decoder.count())
+            shapes.append((decoder.sample_rate, decoder.num_channels))
+            subtype = decoder.subtype
+            decoder.close()
+        for shape in shapes:
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"{name}: has parts of different kinds: {_describe(shapes[0])}, then "
+                    f"{_describe(shape)}; convert them to one kind first"
+                )
+        self.sample_rate, self.num_channels = shapes[0]
+        self.num_frames = sum(self._lengths)
+        self.subtype = subtype
+        self._open(0)
+
+    def _open(self, number: int) -> None:
+        self._number = number
+        self._decoder = self._makers[number]()
+
+    def read(self, frames: int) -> np.ndarray:
+        """As of `Decoder`."""
+        found = [self._decoder.read(frames)]
+        left = frames - found[0].shape[0]
+        while left > 0 and self._number + 1 < len(self._makers):
+            self._decoder.close()
+            self._open(self._number + 1)
+            found.append(self._decoder.read(left))
+            left -= found[-1].shape[0]
+        return np.concatenate(found)
+
+    def count(self) -> int:
+        """As of `Decoder`."""
+        return self.num_frames
+
+    def seek(self, frame: int) -> None:
+        """As of `Decoder`."""
+        number = 0
+        while number + 1 < len(self._lengths) and frame >= self._lengths[number]:
+            frame -= self._lengths[number]
+            number += 1
+        if number != self._number:
+            self._decoder.close()
+            self._open(number)
+        self._decoder.seek(frame)
+
+    def close(self) -> None:
+        """As of `Decoder`."""
+        self._decoder.close()
+
+
+def _describe(shape: tuple[int, int]) -> str:
+    sample_rate, num_channels = shape
+    return f"{sample_rate} Hz, {num_channels} channel{'s' if num_channels > 1 else ''}"

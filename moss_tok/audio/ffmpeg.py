@@ -1,0 +1,283 @@
+"""Decoding with PyAV, the libraries of FFmpeg: what libsndfile cannot.
+
+Some decoders hide what they heard before: AAC and WMA fill bands with noise, and a place in the
+file alone does not tell which. So a file is decoded from its start. To read a segment of a long one
+without that, AAC, Opus and lossless files are cut into cells: at each the decoder starts anew, a
+little before the cell, both for the segment and when everything is read.
+"""
+
+import collections
+import contextlib
+import itertools
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from moss_tok.audio import decoder as decoders
+from moss_tok.audio import notes
+
+# Packets of a cell, for codecs whose packets tell how many samples they hold.
+_CELL_PACKETS = {"aac": 4096, "opus": 1024, "alac": 64, "flac": 64}
+_PREROLL_PACKETS = 100
+_FULL_SCALE = {"u8": 128.0, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
+_SUBTYPES = {"pcm_s24le": "PCM_24", "pcm_s24be": "PCM_24", "pcm_f32le": "FLOAT",
+             "pcm_f32be": "FLOAT", "pcm_f64le": "DOUBLE", "pcm_f64be": "DOUBLE",
+             "pcm_s32le": "PCM_32", "pcm_s32be": "PCM_32"}  # fmt: skip
+_LOSSLESS = ("flac", "wavpack", "tta", "ape")
+
+
+class FfmpegDecoder:
+    """A `decoder.Decoder` of the first audio track of what FFmpeg can open."""
+
+    def __init__(self, name: str, file: BinaryIO):
+        """Opens a file; `close` leaves `file` open.
+
+        Raises:
+          ValueError: FFmpeg does not know it, or it has no audio.
+        """
+        self._name = name
+        self._file = file
+        self._container = None
+        self._damage = ""
+        self._start(0)
+        self._left = next(self._blocks, None)
+        if self._left is None and self._damage:
+            raise ValueError(f"{name}: cannot be decoded ({self._damage})")
+        if self._left is None:
+            raise ValueError(f"{name}: empty audio")
+        self.sample_rate = self._rate
+        self.num_channels = self._left.shape[1]
+        self.subtype = _subtype(self._stream.codec_context)
+        self.num_frames = None
+
+    def read(self, frames: int) -> np.ndarray:
+        """As of `decoder.Decoder`."""
+        found = [np.zeros((0, self.num_channels), np.float32)]
+        while frames > 0:
+            block = self._left if self._left is not None else next(self._blocks, None)
+            if block is None:
+                break
+            self._left = block[frames:] if block.shape[0] > frames else None
+            found.append(block[:frames])
+            frames -= found[-1].shape[0]
+        return np.concatenate(found)
+
+    def seek(self, frame: int) -> None:
+        """As of `decoder.Decoder`."""
+        self.close()
+        self._left = None
+        position = self._start(frame)
+        decoders.skip(self, frame - position)
+
+    def count(self) -> int:
+        """Samples per channel of the whole file."""
+        if not self._cell:
+            self.seek(0)
+            return sum(block.shape[0] for block in decoders.read_blocks(self))
+        self.close()
+        self._open()
+        total = 0
+        last = None
+        for last in self._packets():  # noqa: B007
+            total += self._samples(last)
+        if last is not None and not self._can_decode(last):  # the end is cut
+            total -= self._samples(last)
+        return total
+
+    def _can_decode(self, packet: Any) -> bool:
+        import av
+
+        try:
+            self._new_decoder(0).decode(packet)
+        except av.FFmpegError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """As of `decoder.Decoder`."""
+        self._container.close()
+
+    def _open(self) -> None:
+        import av
+
+        self._file.seek(0)
+        with _named(self._name):
+            self._container = av.open(self._file, metadata_errors="ignore")
+        audio = self._container.streams.audio
+        if not audio:
+            raise ValueError(f"{self._name}: has no audio track")
+        if len(audio) > 1:
+            notes.say_once(f"{self._name}: has {len(audio)} audio tracks, the first is read")
+        self._stream = audio[0]
+        if self._stream.codec_context is None:
+            raise ValueError(f"{self._name}: its codec is not supported")
+        self._cell = self._cell_packets()
+
+    def _start(self, frame: int) -> int:
+        """Opens the file to read from the cell that has this frame; the cell's first frame."""
+        self._open()
+        self._rate = 0
+        packets = self._packets()
+        history: collections.deque[Any] = collections.deque(maxlen=_PREROLL_PACKETS)
+        cell: list[Any] = []
+        number = 0  # of the packets before the cell
+        start = 0
+        position = 0
+        while self._cell and position <= frame:
+            packet = next(packets, None)
+            if packet is None:
+                break
+            if len(cell) == self._cell:
+                history.extend(cell)
+                number += len(cell)
+                cell = []
+                start = position
+            cell.append(packet)
+            position += self._samples(packet)
+        self._blocks = self._decode(history, number, itertools.chain(cell, packets))
+        return start
+
+    def _cell_packets(self) -> int:
+        """Packets per cell; 0 where the file has to be decoded from its start."""
+        codec = self._stream.codec_context
+        known = codec.name in _CELL_PACKETS
+        if codec.name == "aac":
+            known = codec.frame_size > 0 and codec.profile == "LC"
+        elif codec.name in ("alac", "flac"):
+            known = (1 / self._stream.time_base) % codec.sample_rate == 0
+        return _CELL_PACKETS[codec.name] if known else 0
+
+    def _samples(self, packet: Any) -> int:
+        """Samples per channel that a packet of a file in cells adds."""
+        if packet.is_discard:
+            return 0
+        codec = self._stream.codec_context
+        if codec.name == "opus":
+            total = _opus_samples(bytes(packet)[:2])
+        elif codec.name == "aac":
+            total = codec.frame_size
+        else:
+            total = round((packet.duration or 0) * packet.time_base * codec.sample_rate)
+        if packet.has_sidedata("skip_samples"):
+            for data in packet.iter_sidedata():
+                if data.data_type == "skip_samples":
+                    total -= sum(struct.unpack("<II", bytes(data)[:8]))
+        return max(0, total)
+
+    def _packets(self) -> Iterator[Any]:
+        with _named(self._name):
+            for packet in self._container.demux(self._stream):
+                if packet.size:
+                    yield packet
+
+    def _decode(
+        self, history: collections.deque[Any], number: int, packets: Iterable[Any]
+    ) -> Iterator[np.ndarray]:
+        """[S, C] after [S, C] of packets, the first of which has that number."""
+        import av
+
+        decoder = None
+        self._damage = ""
+        for packet in packets:
+            if decoder is None or (self._cell and number % self._cell == 0):
+                decoder = self._new_decoder(number)
+                for old in history:
+                    decoder.decode(old)
+            number += 1
+            history.append(packet)
+            try:
+                decoded = decoder.decode(packet)
+            except av.FFmpegError as error:
+                self._damage = self._damage or str(error.strerror)
+                continue
+            if (
+                decoded and self._damage
+            ):  # where only the end of a file is cut, nothing comes after it
+                raise ValueError(f"{self._name}: corrupt ({self._damage})")
+            for frame in decoded:
+                yield self._samples_of(frame)
+        if decoder is not None:
+            with _named(self._name):
+                decoded = decoder.decode(None)
+            for frame in decoded:
+                yield self._samples_of(frame)
+
+    def _new_decoder(self, number: int) -> Any:
+        """A decoder for the packets from that number on, and before it for its history."""
+        import av
+
+        known = self._stream.codec_context
+        if not self._cell:
+            return known
+        name = known.name
+        options = {}
+        if name == "opus" and "libopus" in av.codecs_available:  # the reference, as in libsndfile
+            name = "libopus"
+            options["request_sample_fmt"] = "flt"
+        codec = av.CodecContext.create(name, "r")
+        extradata = known.extradata
+        if known.name == "opus" and number and extradata:
+            extradata = extradata[:10] + b"\0\0" + extradata[12:]  # nothing to skip any more
+        codec.extradata = extradata
+        codec.sample_rate = known.sample_rate
+        codec.layout = known.layout
+        codec.options = options
+        codec.thread_count = 1
+        return codec
+
+    def _samples_of(self, frame: Any) -> np.ndarray:
+        """[S, C] float32 of a decoded frame; ValueError where its kind differs from the first."""
+        form = frame.format.name
+        wav = frame.to_ndarray()
+        num_channels = frame.layout.nb_channels
+        wav = wav.T if frame.format.is_planar else wav.reshape(-1, num_channels)
+        kind = (frame.sample_rate, num_channels)
+        if not self._rate:
+            self._rate = frame.sample_rate
+            self._kind = kind
+        if kind != self._kind:
+            raise ValueError(
+                f"{self._name}: changes from {self._kind[0]} Hz, {self._kind[1]} channels to "
+                f"{kind[0]} Hz, {kind[1]} channels; convert it to one kind first"
+            )
+        full_scale = _FULL_SCALE.get(form.removesuffix("p"))
+        if full_scale is None:
+            return np.ascontiguousarray(wav, np.float32)
+        offset = full_scale if form.startswith("u8") else 0
+        return np.ascontiguousarray((wav.astype(np.float64) - offset) / full_scale, np.float32)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of PyAV become a ValueError that names the file."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise ValueError(f"{name}: truncated or corrupt ({error.strerror})") from error
+
+
+def _opus_samples(head: bytes) -> int:
+    """Samples at 48 kHz of an Opus packet, by its first two bytes (RFC 6716, 3.1)."""
+    config = head[0] >> 3
+    if config < 12:
+        size = (480, 960, 1920, 2880)[config & 3]
+    elif config < 16:
+        size = (480, 960)[config & 1]
+    else:
+        size = (120, 240, 480, 960)[config & 3]
+    code = head[0] & 3
+    if code == 3:
+        return size * (head[1] & 63) if len(head) > 1 else 0
+    return size * (1 if code == 0 else 2)
+
+
+def _subtype(codec: Any) -> str:
+    if codec.name == "alac":
+        return "ALAC_16" if codec.format.name.startswith("s16") else "ALAC_24"
+    if codec.name in _LOSSLESS:
+        return "PCM_16" if codec.format.name.startswith(("s16", "u8")) else "PCM_24"
+    return _SUBTYPES.get(codec.name, codec.name.upper())

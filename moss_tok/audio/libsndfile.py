@@ -1,0 +1,166 @@
+"""Decoding with libsndfile: from one state read forward, and with enough preroll after a seek."""
+
+import contextlib
+import os
+import threading
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from moss_tok.audio import decoder as decoders
+
+_UNKNOWN = 2**62  # from here on lengths are unknown: those of streamed files
+
+
+class UnsupportedError(ValueError):
+    """Libsndfile does not open a file."""
+
+
+class _QuietDecoder:
+    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error.
+
+    Threads may be inside together: the first one in redirects, the last one out restores.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = os.dup(2)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                os.close(null)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                os.dup2(self._saved, 2)
+                os.close(self._saved)
+
+
+_QUIET_DECODER = _QuietDecoder()
+
+
+class _File(soundfile.SoundFile):
+    """A file that soundfile only reads forward.
+
+    It would seek after each read to where the file is anyway; a lossy decoder loses its state then,
+    and the next samples are wrong.
+    """
+
+    def seekable(self) -> bool:
+        """For soundfile's own use: no."""
+        return False
+
+    @property
+    def can_seek(self) -> bool:
+        """Whether libsndfile can seek."""
+        return super().seekable()
+
+
+class LibsndfileDecoder:
+    """A `decoder.Decoder` of what libsndfile can open."""
+
+    def __init__(
+        self,
+        name: str,
+        file: BinaryIO,
+        *,
+        num_frames: int | None = None,
+        preroll_seconds: float = 0.0,
+        last_page_seconds: float = 0.0,
+        quiet: bool = False,
+    ):
+        """Opens a file; `close` leaves `file` open.
+
+        Args:
+          name: Of the file, for messages.
+          file: A file of the system, or anything to read and seek in.
+          num_frames: Where it is known better than the header says it.
+          preroll_seconds: What is decoded before a place to which it seeks.
+          last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into
+            it: it takes the page's end for that of its last block, and is some samples off.
+          quiet: Whether the library may print something.
+
+        Raises:
+          UnsupportedError: Libsndfile does not open it.
+        """
+        self._name = name
+        self._quiet = _QUIET_DECODER if quiet else contextlib.nullcontext()
+        try:
+            with self._quiet:
+                self._file = _File(_target(file), closefd=False)
+        except (soundfile.LibsndfileError, TypeError) as error:
+            reason = getattr(error, "error_string", str(error))
+            raise UnsupportedError(reason) from error
+        self.sample_rate = self._file.samplerate
+        self.num_channels = self._file.channels
+        self.subtype = self._file.subtype
+        self.num_frames = num_frames
+        if num_frames is None and self._file.frames < _UNKNOWN:
+            self.num_frames = self._file.frames
+        self._preroll = int(preroll_seconds * self.sample_rate)
+        self._last_page = int(np.ceil(last_page_seconds * self.sample_rate))
+        self._position = 0
+
+    def read(self, frames: int) -> np.ndarray:
+        """As of `decoder.Decoder`."""
+        if self.num_frames is not None:
+            frames = min(frames, self.num_frames - self._position)
+        if frames <= 0:
+            return np.zeros((0, self.num_channels), np.float32)
+        try:
+            with self._quiet:
+                wav = self._file.read(frames, np.float32, always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            reason = getattr(error, "error_string", str(error))
+            raise ValueError(f"{self._name}: truncated or corrupt ({reason})") from error
+        self._position += wav.shape[0]
+        if wav.shape[0] < frames and self.num_frames is not None:
+            missing = self.num_frames - self._position
+            raise ValueError(f"{self._name}: truncated or corrupt, {missing} frames missing")
+        return wav
+
+    def count(self) -> int:
+        """As of `decoder.Decoder`."""
+        if self.num_frames is not None:
+            return self.num_frames
+        return sum(wav.shape[0] for wav in decoders.read_blocks(self))
+
+    def seek(self, frame: int) -> None:
+        """As of `decoder.Decoder`."""
+        if self._file.can_seek:
+            target = frame
+            if self._last_page and self.num_frames is not None:
+                target = min(target, self.num_frames - self._last_page)
+            target = max(0, target - self._preroll)
+            try:
+                with self._quiet:
+                    self._file.seek(target)
+            except (soundfile.LibsndfileError, RuntimeError) as error:
+                reason = getattr(error, "error_string", str(error))
+                raise ValueError(f"{self._name}: truncated or corrupt ({reason})") from error
+            self._position = target
+        decoders.skip(self, frame - self._position)
+
+    def close(self) -> None:
+        """As of `decoder.Decoder`."""
+        self._file.close()
+
+
+def _target(file: BinaryIO) -> int | BinaryIO:
+    """What soundfile opens: the descriptor of a file of the system, which is faster to read."""
+    file.seek(0)
+    try:
+        descriptor = file.fileno()
+    except OSError:
+        return file
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

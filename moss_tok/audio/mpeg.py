@@ -1,0 +1,347 @@
+"""Frames of MPEG audio (MP1, MP2, MP3), counted by their headers.
+
+Decoders guess the length of a file without a Xing header from its size, and believe a wrong one. So
+the headers are followed to the end of the file. They also tell where one file ends and another,
+that was appended to it, begins.
+"""
+
+import dataclasses
+import functools
+import os
+import struct
+from typing import BinaryIO
+
+from moss_tok.audio.windows import Piece
+
+_CHUNK_BYTES = 1 << 20
+_LONGEST_FRAME = 4608
+_VERIFIED_FRAMES = 4  # headers in a row that tell a frame from what only looks like one
+_TAGS = (b"ID3", b"TAG", b"APE", b"LYR")
+_MARKS = (b"Xing", b"Info", b"VBRI")  # of the first frame, which has no audio but says how much
+_VBRI_OFFSET = 36  # from the beginning of the frame
+_LAME_BYTES = 36  # what follows the fields of a Xing header: encoder, delay, padding, ...
+_DECODER_DELAY = 529  # samples, a part of the padding that LAME notes
+
+_RATES = (44100, 48000, 32000)
+_KBPS = {  # of (MPEG 1?, layer), by the index in the header
+    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What all frames of a stream have in common.
+
+    Attributes:
+      version: As in the header: 3 for MPEG 1, 2 for MPEG 2, 0 for MPEG 2.5.
+      layer: 1..3.
+      rate_index: As in the header.
+      mono: Whether there is one channel.
+    """
+
+    version: int
+    layer: int
+    rate_index: int
+    mono: bool
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return _RATES[self.rate_index] // {3: 1, 2: 2, 0: 4}[self.version]
+
+    @property
+    def num_channels(self) -> int:
+        """1 or 2."""
+        return 1 if self.mono else 2
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples per channel."""
+        if self.layer == 3 and self.version != 3:
+            return 576
+        return {1: 384, 2: 1152, 3: 1152}[self.layer]
+
+    @property
+    def side_bytes(self) -> int:
+        """Side information of layer III, between the header and what a Xing header says."""
+        if self.version == 3:
+            return 17 if self.mono else 32
+        return 9 if self.mono else 17
+
+    @functools.cache  # noqa: B019, there are few formats
+    def sizes(self) -> dict[bytes, int]:
+        """Bytes of a frame by the second and third byte of its header."""
+        found = {}
+        for index, kbps in enumerate(_KBPS[self.version == 3, self.layer], 1):
+            for padding in (0, 1):
+                slots = self.samples_per_frame // 8 * 1000 * kbps // self.sample_rate
+                size = slots + padding
+                if self.layer == 1:
+                    size = 4 * (12000 * kbps // self.sample_rate + padding)
+                for protection in (0, 1):
+                    for private in (0, 1):
+                        key = self._key(index, padding, protection, private)
+                        found[key] = size
+        return found
+
+    def _key(self, index: int, padding: int, protection: int, private: int) -> bytes:
+        second = 0xE0 | self.version << 3 | (4 - self.layer) << 1 | protection
+        return bytes((second, index << 4 | self.rate_index << 2 | padding << 1 | private))
+
+    def empty_frame(self, text: bytes) -> bytes:
+        """A frame without audio, and with `text` after its side information."""
+        sizes = self.sizes()
+        start = bytes(self.side_bytes) + text
+        for index in range(1, 15):
+            key = self._key(index, 0, protection=1, private=0)
+            if sizes[key] >= 4 + len(start):
+                break
+        header = b"\xff" + key + bytes((0xC0 if self.mono else 0x40,))
+        return (header + start).ljust(sizes[key], b"\0")
+
+
+@dataclasses.dataclass
+class Link:
+    """One stream of a file; several files that were appended to each other are several.
+
+    Attributes:
+      format: Of its frames.
+      num_frames: Frames with audio.
+      extents: [(offset, length)] of these in the file.
+      lame: What the Xing header says of the encoder; empty where there is none.
+      announced_frames: What the Xing header says, 0 where it does not.
+      announced_bytes: The same in bytes, from the Xing header on.
+      start: Where the stream begins in the file.
+      last_bytes: Length of the last frame.
+    """
+
+    format: Format
+    start: int
+    num_frames: int = 0
+    extents: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    lame: bytes = b""
+    announced_frames: int = 0
+    announced_bytes: int = 0
+    last_bytes: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Samples per channel, without what the encoder added at both ends."""
+        total = self.num_frames * self.format.samples_per_frame
+        if not self._has_padding():
+            return total
+        delay = self.lame[21] << 4 | self.lame[22] >> 4
+        padding = (self.lame[22] & 15) << 8 | self.lame[23]
+        return max(0, total - delay - max(padding, _DECODER_DELAY))
+
+    def pieces(self) -> list[Piece]:
+        """A file from which a decoder makes `num_samples`, and perhaps more after them."""
+        if self.format.layer < 3:  # has no Xing header; decoders guess the length from the bytes
+            offset, length = self.extents[-1]
+            last = (offset + length - self.last_bytes, self.last_bytes)
+            return [*self.extents, *[last] * (2 + self.num_frames // 100)]
+        if self._has_padding():
+            return [self._info_frame(self.num_frames, self.lame), *self.extents]
+        # mpg123 takes its delay off wherever there is a Xing header: give it something to take.
+        delay = self.format.samples_per_frame - _DECODER_DELAY
+        lame = bytes(21) + bytes((delay >> 4, (delay & 15) << 4)) + bytes(13)
+        info = self._info_frame(self.num_frames + 1, b"LAME" + lame[4:])
+        return [info, self.format.empty_frame(b""), *self.extents]
+
+    def _info_frame(self, num_frames: int, lame: bytes) -> bytes:
+        return self.format.empty_frame(b"Xing" + struct.pack(">II", 1, num_frames) + lame)
+
+    def _has_padding(self) -> bool:
+        """Whether the Xing header says what the encoder added at both ends."""
+        return len(self.lame) >= 24 and self.lame[0] > 0
+
+    def add(self, offset: int, length: int, num_frames: int) -> None:
+        """Appends frames."""
+        self.num_frames += num_frames
+        if self.extents and sum(self.extents[-1]) == offset:
+            offset, before = self.extents.pop()
+            length += before
+        self.extents.append((offset, length))
+
+    def missing_frames(self, end: int) -> int:
+        """Frames that a Xing header announces, and that a file which ends at `end` has lost."""
+        missing = self.announced_frames - self.num_frames
+        cut = self.start + self.announced_bytes > end
+        return missing if missing > 0 and cut else 0
+
+
+def parse_header(header: bytes) -> Format | None:
+    """The format that the four bytes of a frame header say; None where they are no header."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+        return None
+    version = header[1] >> 3 & 3
+    layer = 4 - (header[1] >> 1 & 3)
+    rate_index = header[2] >> 2 & 3
+    if version == 1 or layer == 4 or rate_index == 3 or header[2] >> 4 in (0, 15):
+        return None
+    return Format(version, layer, rate_index, header[3] >> 6 == 3)
+
+
+def id3_bytes(head: bytes) -> int:
+    """Length of an ID3v2 tag that begins with these ten bytes; 0 where there is none."""
+    if len(head) < 10 or head[:3] != b"ID3" or max(head[6:10]) > 127:
+        return 0
+    size = 0
+    for byte in head[6:10]:
+        size = size << 7 | byte
+    return size + (20 if head[5] & 0x10 else 10)
+
+
+def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
+    """The streams between two offsets of a file, in their order; none where there are no frames.
+
+    What is no frame (tags, junk) is left out. A frame that the end of the file cuts is no frame.
+    """
+    return _Scanner(file, start, end).scan()
+
+
+class _Scanner:
+    """Follows frame headers through a file, a chunk at a time."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self._file = file
+        self._end = end
+        self._start = start
+        self._origin = start  # of `_data` in the file
+        self._data = b""
+        self._place = 0  # in `_data`
+        file.seek(start, os.SEEK_SET)
+
+    def scan(self) -> list[Link]:
+        """`find_links`."""
+        links: list[Link] = []
+        while self._fill(_VERIFIED_FRAMES * _LONGEST_FRAME):
+            format_ = self._format_at(self._place, links[-1] if links else None)
+            if format_ is None:
+                if not self._skip():
+                    break
+                continue
+            info = self._info_at(self._place, format_)
+            if info or not links or links[-1].format != format_:
+                links.append(Link(format_, self._origin + self._place))
+            if info:
+                self._read_info(links[-1], info)
+                self._place += format_.sizes()[self._key_at(self._place)]
+            elif not self._follow(links[-1]):
+                break  # the last frame is not all there
+        return [link for link in links if link.num_frames]
+
+    def _key_at(self, place: int) -> bytes:
+        return self._data[place + 1 : place + 3]
+
+    def _fill(self, size: int) -> int:
+        """Reads on until `size` bytes are there, or the file ends; how many there are."""
+        left = len(self._data) - self._place
+        at = self._origin + len(self._data)
+        if left < size and at < self._end:
+            more = self._file.read(min(_CHUNK_BYTES, self._end - at))
+            if not more:
+                self._end = at
+            self._data = self._data[self._place :] + more
+            self._origin += self._place
+            self._place = 0
+        return len(self._data) - self._place
+
+    def _format_at(self, place: int, last: Link | None) -> Format | None:
+        """The format of a frame there; what only looks like a header has no frames after it."""
+        format_ = parse_header(self._data[place : place + 4])
+        if format_ is None:
+            return None
+        sizes = format_.sizes()
+        known = last is not None and last.format == format_
+        if known and last.extents and sum(last.extents[-1]) == self._origin + place:
+            return format_
+        is_first = self._origin + place == self._start
+        for _ in range(1 if is_first else _VERIFIED_FRAMES - 1):
+            place += sizes[self._key_at(place)]
+            following = self._data[place : place + 4]
+            if parse_header(following) != format_:
+                at_end = len(following) < 4 or following[:3] in _TAGS
+                return format_ if at_end and (known or last is None) else None
+        return format_
+
+    def _skip(self) -> bool:
+        """Goes past a tag, or to what may be the next frame or tag; False at the file's end."""
+        tag = id3_bytes(self._data[self._place : self._place + 10])
+        if tag:
+            self._go_to(self._origin + self._place + tag)
+            return True
+        while self._fill(_LONGEST_FRAME) > 1:
+            found = []
+            for lead in (b"\xff", b"ID3"):
+                found.append(self._data.find(lead, self._place + 1))
+            if max(found) >= 0:
+                self._place = min(place for place in found if place >= 0)
+                return True
+            self._place = max(self._place + 1, len(self._data) - 2)  # "ID3" may be cut there
+        return False
+
+    def _go_to(self, offset: int) -> None:
+        self._origin = min(offset, self._end)
+        self._data = b""
+        self._place = 0
+        self._file.seek(self._origin)
+
+    def _info_at(self, place: int, format_: Format) -> int:
+        """Where in `_data` the mark of a Xing header is; 0 where the frame has none."""
+        if format_.layer != 3:
+            return 0
+        side = place + 4 + format_.side_bytes
+        for mark in (side, side + 2, place + _VBRI_OFFSET):  # there may be a checksum before it
+            if self._data[mark : mark + 4] in _MARKS:
+                return mark
+        return 0
+
+    def _read_info(self, link: Link, mark: int) -> None:
+        """Notes what the Xing or VBRI header at `mark` announces."""
+        data = self._data[mark : mark + 200]
+        if data[:4] == b"VBRI":
+            link.announced_bytes, link.announced_frames = struct.unpack(">II", data[10:18])
+            return
+        (flags,) = struct.unpack(">I", data[4:8])
+        at = 8
+        if flags & 1:
+            (link.announced_frames,) = struct.unpack(">I", data[at : at + 4])
+            at += 4
+        if flags & 2:
+            (link.announced_bytes,) = struct.unpack(">I", data[at : at + 4])
+            at += 4
+        at += 100 if flags & 4 else 0
+        at += 4 if flags & 8 else 0
+        link.lame = data[at : at + _LAME_BYTES]
+
+    def _follow(self, link: Link) -> bool:
+        """Goes over frames of one format; False where the end of the file cuts the last."""
+        data = self._data
+        sizes = link.format.sizes()
+        mono = link.format.mono
+        first = self._place
+        place = first
+        count = 0
+        mark = 4 + link.format.side_bytes if link.format.layer == 3 else 0
+        end = len(data)
+        while place + 4 <= end:
+            size = sizes.get(data[place + 1 : place + 3])
+            if size is None or data[place] != 0xFF or (data[place + 3] >= 0xC0) != mono:
+                break
+            if place + size > end:
+                break
+            if mark and place > first and data[place + mark : place + mark + 4] in _MARKS:
+                break
+            place += size
+            link.last_bytes = size
+            count += 1
+        self._place = place
+        if count:
+            link.add(self._origin + first, place - first, count)
+        return count > 0 or self._origin + end < self._end

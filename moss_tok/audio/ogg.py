@@ -1,0 +1,108 @@
+"""Pages of Ogg files: which codecs are inside, and where one link of a chain ends."""
+
+import dataclasses
+from typing import BinaryIO
+
+_MARK = b"OggS"
+_NO_GRANULE = 2**64 - 1
+_BEGINS = 2  # flags of a page
+_ENDS = 4
+_CHUNK_BYTES = 1 << 16
+CODECS = {
+    b"\x01vorbis": "vorbis",
+    b"OpusHead": "opus",
+    b"\x7fFLAC": "flac",
+    b"Speex   ": "speex",
+    b"\x80theora": "theora",
+    b"fishead\0": "skeleton",
+}
+
+
+@dataclasses.dataclass
+class Link:
+    """A part of a chain: one or more streams that begin together.
+
+    Attributes:
+      start: Where it begins in the file.
+      length: Bytes.
+      codecs: Of its streams; "" for one that is not known.
+      last_page: Samples of the last page with audio, as the pages count them.
+      ended: Whether a page says that it is the last.
+      granule: The last position, in samples.
+      rate: Hz of these samples; 0 for codecs that libsndfile does not know.
+    """
+
+    start: int
+    length: int = 0
+    codecs: list[str] = dataclasses.field(default_factory=list)
+    last_page: int = 0
+    ended: bool = False
+    granule: int = 0
+    rate: int = 0
+
+
+def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
+    """The links of a chain. What is no page, and a page that the end cuts, is left out."""
+    links: list[Link] = []
+    beginning = False
+    place = start
+    while place + 27 <= end:
+        file.seek(place)
+        head = file.read(27 + 255 + 16)
+        if head[:4] != _MARK:
+            place = _find_page(file, place + 1, end)
+            continue
+        body = 27 + head[26]
+        size = body + sum(head[27:body])
+        if place + size > end:
+            break
+        if head[5] & _BEGINS:
+            if not beginning:
+                links.append(Link(place))
+            packet = head[body : body + 16]
+            links[-1].codecs.append(_codec(packet))
+            links[-1].rate = _rate(packet)
+        beginning = bool(head[5] & _BEGINS)
+        if links:
+            _add_page(links[-1], head, place + size)
+        place += size
+    return links
+
+
+def _codec(packet: bytes) -> str:
+    for mark, codec in CODECS.items():
+        if packet.startswith(mark):
+            return codec
+    return ""
+
+
+def _rate(packet: bytes) -> int:
+    """Hz of the samples that pages count."""
+    if packet.startswith(b"OpusHead"):
+        return 48000
+    is_vorbis = packet.startswith(b"\x01vorbis")
+    return int.from_bytes(packet[12:16], "little") if is_vorbis else 0
+
+
+def _add_page(link: Link, head: bytes, end: int) -> None:
+    granule = int.from_bytes(head[6:14], "little")
+    if granule != _NO_GRANULE:
+        if granule > link.granule:
+            link.last_page = granule - link.granule
+        link.granule = granule
+    link.ended = bool(head[5] & _ENDS)
+    link.length = end - link.start
+
+
+def _find_page(file: BinaryIO, place: int, end: int) -> int:
+    """Where the next page begins; `end` where there is none."""
+    while place < end:
+        file.seek(place)
+        data = file.read(_CHUNK_BYTES)
+        found = data.find(_MARK)
+        if found >= 0:
+            return place + found
+        if len(data) < len(_MARK):
+            break
+        place += len(data) - len(_MARK) + 1
+    return end

@@ -1,0 +1,323 @@
+"""Opening audio: what a file is, whether it is whole, and what decodes it."""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from moss_tok import storage
+from moss_tok.audio import containers, flac, kinds, mpeg, notes, ogg
+from moss_tok.audio.decoder import Chain, Decoder
+from moss_tok.audio.ffmpeg import FfmpegDecoder
+from moss_tok.audio.libsndfile import LibsndfileDecoder, UnsupportedError
+from moss_tok.audio.windows import Window
+
+_HEAD_BYTES = 4096
+# What a decoder is given before a place to which it seeks, so that it has forgotten everything.
+_MPEG_PREROLL_SECONDS = 1.0
+_OGG_PREROLL_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioBytes:
+    """An audio file in memory; `name` is what errors call it."""
+
+    data: bytes = dataclasses.field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | AudioBytes
+
+
+class Use(enum.Enum):
+    """What audio is opened for."""
+
+    ALL = enum.auto()  # it is read to its end
+    PART = enum.auto()
+    LENGTH = enum.auto()  # as much as is needed to tell how long it is
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """An open file.
+
+    Attributes:
+      name: What errors call it.
+      file: To read and seek in.
+      size: Bytes.
+      suffix: Of its name, in lower case.
+      key: The same for the same content; None where that is not known.
+    """
+
+    name: str
+    file: BinaryIO
+    size: int
+    suffix: str
+    key: tuple[str, int, int] | None = None
+
+
+@contextlib.contextmanager
+def open_audio(source: Source, use: Use) -> Iterator[Decoder]:
+    """Opens audio. Errors of the system, until it is closed, are a ValueError that names it.
+
+    Raises:
+      ValueError: No such file, not audio, not supported, or shorter than its header announces.
+    """
+    with _open_input(source, use) as opened:
+        decoder = _decoder(opened, use)
+        with contextlib.closing(decoder):
+            yield decoder
+
+
+@contextlib.contextmanager
+def _open_input(source: Source, use: Use) -> Iterator[_Input]:
+    if isinstance(source, AudioBytes):
+        yield _in_memory(source)
+        return
+    path = storage.to_path(source)
+    try:
+        with storage.named_errors(path):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
+            is_remote = storage.is_remote(path)
+            # Libsndfile takes a failed download for the end of a file.
+            if is_remote and use is not Use.LENGTH:
+                yield _in_memory(AudioBytes(path.read_bytes(), str(path)))
+                return
+            if is_remote:
+                with path.open("rb") as file:
+                    size = containers.file_size(file)
+                    yield _Input(str(path), file, size, path.suffix.lower())
+                return
+            # Without a buffer: libsndfile moves the position of the same descriptor.
+            with path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+                yield _Input(str(path), file, status.st_size, path.suffix.lower(), key)
+    except OSError as error:  # a file system of the network, say
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _in_memory(source: AudioBytes) -> _Input:
+    suffix = Path(source.name).suffix.lower()
+    return _Input(source.name, _Memory(source.data), len(source.data), suffix)
+
+
+class _Memory(io.BytesIO):
+    """Stays where it is when a damaged file makes a decoder seek to before its beginning.
+
+    An error there would be printed, as decoders call this from C.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of the parent."""
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
+
+
+def _decoder(opened: _Input, use: Use) -> Decoder:
+    """The decoder of a file, by its first bytes."""
+    head, start = _read_head(opened)
+    if head[:4] == b"fLaC":
+        return _open_flac(opened, start, use)
+    if head[:4] == b"OggS":
+        return _open_ogg(opened, start)
+    if kinds.is_sndfile(head) or kinds.is_ffmpeg(head):
+        return _open_container(opened, kinds.is_sndfile(head), kinds.is_ffmpeg(head))
+    reason = "" if start else kinds.not_audio(head, opened.size)
+    if reason:
+        raise ValueError(f"{opened.name}: not audio, but {reason}")
+    if kinds.is_mpeg(head) or start or opened.suffix in kinds.MPEG_SUFFIXES:
+        decoder = _open_mpeg(opened, start, opened.size, is_plain=True)
+        if decoder is not None:
+            return decoder
+    if opened.suffix in kinds.FFMPEG_SUFFIXES:  # some formats have no mark at their beginning
+        return _open_ffmpeg(opened, opened.file, opened.suffix[1:])
+    return _open_plainly(opened)
+
+
+def _read_head(opened: _Input) -> tuple[bytes, int]:
+    """The first bytes after ID3 tags, and where they are."""
+    start = 0
+    while True:
+        opened.file.seek(start)
+        head = opened.file.read(_HEAD_BYTES)
+        tag = mpeg.id3_bytes(head[:10])
+        if not tag:
+            return head, start
+        start += tag
+
+
+def _open_plainly(opened: _Input) -> Decoder:
+    """What libsndfile makes of it."""
+    try:
+        return LibsndfileDecoder(opened.name, opened.file, quiet=True)
+    except UnsupportedError as error:
+        raise ValueError(
+            f"{opened.name}: not audio ({error}; accepted: {kinds.ACCEPTED})"
+        ) from error
+
+
+def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
+    """WAV and other files that announce how much audio they have."""
+    layout = containers.read_layout(opened.file, opened.size)
+    if layout.missing_bytes:
+        raise ValueError(f"{opened.name}: truncated, {layout.missing_bytes} bytes missing")
+    if not name:
+        return _open_ffmpeg(opened, opened.file, ffmpeg_name)
+    if layout.size_zero:
+        notes.say_once(f"{opened.name}: its header announces no audio; read to the end of the file")
+    if layout.format_tag in containers.MPEG_TAGS:
+        decoder = _open_mpeg(opened, layout.start, layout.start + layout.length, is_plain=False)
+        if decoder is not None:
+            return decoder
+    num_frames = None
+    if layout.format_tag == containers.GSM_TAG:  # libsndfile makes a block of noise of a pad byte
+        num_frames = layout.length // containers.GSM_BYTES * containers.GSM_SAMPLES
+    file = Window(opened.file, layout.pieces) if layout.pieces else opened.file
+    try:
+        return LibsndfileDecoder(opened.name, file, num_frames=num_frames)
+    except UnsupportedError as error:
+        codec = containers.unsupported_codec(layout.format_tag)
+        if codec or "upported" in str(error) or "nimplemented" in str(error):
+            kind = f"{codec} in {name}" if codec else name
+            if not kinds.has_ffmpeg():
+                return _open_ffmpeg(opened, file, kind)
+            try:
+                return _open_ffmpeg(opened, file, kind)
+            except ValueError as second:
+                reason = str(second).removeprefix(f"{opened.name}: ")
+                raise ValueError(
+                    f"{opened.name}: {kind} is not supported ({reason}; accepted: {kinds.ACCEPTED})"
+                ) from second
+        raise ValueError(f"{opened.name}: truncated or corrupt ({error})") from error
+
+
+def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
+    """What PyAV makes of it."""
+    if not kinds.has_ffmpeg():
+        raise ValueError(
+            f"{opened.name}: {kind} is not supported without PyAV, {kinds.INSTALL} "
+            f"(accepted: {kinds.ACCEPTED})"
+        )
+    return FfmpegDecoder(opened.name, file)
+
+
+def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
+    """FLAC, one or several appended to each other."""
+    makers: list[Callable[[], Decoder]] = []
+    streams = flac.find_streams(opened.file, start, opened.size)
+    for first, end in streams:
+        file = opened.file
+        if start or len(streams) > 1:
+            file = Window(opened.file, [(first, end - first)])
+        # Who reads everything will see whether the end is there.
+        is_whole = use is Use.ALL or flac.is_whole(opened.file, first, end)
+        makers.append(functools.partial(_flac_stream, opened.name, file, is_whole))
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
+    decoder = _open_known(name, file)
+    if not is_whole and decoder.num_frames:  # the decoder has to try
+        try:
+            decoder.seek(decoder.num_frames - 1)
+            decoder.read(1)
+            decoder.seek(0)
+        except ValueError as error:
+            decoder.close()
+            raise ValueError(
+                f"{name}: truncated or corrupt, the last of {decoder.num_frames} frames is missing"
+            ) from error
+    return decoder
+
+
+def _open_known(name: str, file: BinaryIO, **options: object) -> LibsndfileDecoder:
+    """Libsndfile's decoder of what is surely a format that it knows."""
+    try:
+        return LibsndfileDecoder(name, file, **options)
+    except UnsupportedError as error:
+        raise ValueError(f"{name}: truncated or corrupt ({error})") from error
+
+
+def _open_ogg(opened: _Input, start: int) -> Decoder:
+    """Ogg, one link or a chain."""
+    links = _scanned(ogg.find_links, opened, start, opened.size)
+    if not links:
+        raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
+    makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
+    file = opened.file
+    if num_links > 1 or link.start:
+        file = Window(opened.file, [(link.start, link.length)])
+    if link.codecs in (["vorbis"], ["opus"]):
+        if not link.granule:
+            raise ValueError(f"{opened.name}: truncated or corrupt (ends before its first audio)")
+        last_page_seconds = link.last_page / max(1, link.rate)
+        options = {"preroll_seconds": _OGG_PREROLL_SECONDS, "last_page_seconds": last_page_seconds}
+        decoder = _open_known(opened.name, file, **options)
+        decoder.seek(0)  # else libsndfile begins at a wrong place in Opus that was cut at its start
+        return decoder
+    codecs = ", ".join(codec or "an unknown codec" for codec in link.codecs)
+    return _open_ffmpeg(opened, file, f"{codecs} in Ogg")
+
+
+def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder | None:
+    """MPEG audio between two offsets; None where there is none.
+
+    `is_plain` says that libsndfile finds it there by itself.
+    """
+    links = _scanned(mpeg.find_links, opened, start, end)
+    if not links:
+        return None
+    missing = links[-1].missing_frames(end)
+    if missing:
+        raise ValueError(f"{opened.name}: truncated, {missing} frames missing")
+    is_plain = is_plain and len(links) == 1 and links[0].start == start
+    makers = [functools.partial(_mpeg_link, opened, link, is_plain) for link in links]
+    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+
+
+def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:
+    options = {"preroll_seconds": _MPEG_PREROLL_SECONDS, "quiet": True}
+    # The file itself is faster to read, but without a true Xing header it is read wrongly.
+    is_true = link.announced_frames == link.num_frames
+    if is_plain and is_true and len(link.extents) == 1:
+        with contextlib.suppress(UnsupportedError):
+            decoder = LibsndfileDecoder(opened.name, opened.file, **options)
+            if decoder.num_frames == link.num_samples:
+                return decoder
+            decoder.close()
+    file = Window(opened.file, link.pieces())
+    return _open_known(opened.name, file, num_frames=link.num_samples, **options)
+
+
+def _scanned(function: Callable[..., list], opened: _Input, start: int, end: int) -> list:
+    """The links of a file; those of one on a disk are kept, as training draws from it often."""
+    key = (function, opened.key, start, end)
+    if opened.key is None or time.time_ns() - opened.key[2] < _SETTLED_NS:
+        return function(opened.file, start, end)
+    if key not in _SCANS:
+        if len(_SCANS) >= _MOST_SCANS:
+            _SCANS.clear()
+        _SCANS[key] = function(opened.file, start, end)
+    return _SCANS[key]
+
+
+_SCANS: dict[tuple, list] = {}
+_MOST_SCANS = 10_000
+_SETTLED_NS = 2 * 10**9  # a file that was written just now may be written again in the same tick

@@ -1,0 +1,121 @@
+"""Writing audio and other files so that they appear when they are complete."""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from moss_tok import storage
+from moss_tok.audio.decoder import BLOCK_FRAMES
+
+_WAV_BYTES = 2**32 - 2**16  # what a WAV's header can say, less the header
+INCOMPLETE = ".incomplete-"  # what names of unfinished files begin with
+
+
+def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
+    """Writes [C, S] as 16 bit PCM in the format of the suffix, clipped to [-1, 1].
+
+    Raises:
+      ValueError: A suffix that names no audio format, or no such folder.
+    """
+    wav = np.asarray(wav, np.float32)
+    if wav.ndim != 2:
+        raise ValueError(f"{path}: audio to write must be of the shape [C, S]")
+    # In blocks: libsndfile's Vorbis encoder overflows its stack on minutes at once.
+    starts = range(0, wav.shape[1], BLOCK_FRAMES)
+    blocks = (wav[:, start : start + BLOCK_FRAMES] for start in starts)
+    write_blocks(path, blocks, sample_rate, wav.shape[0], wav.shape[1] / sample_rate)
+
+
+def write_blocks(
+    path: str | Path,
+    blocks: Iterable[np.ndarray],
+    sample_rate: int,
+    num_channels: int,
+    seconds: float = 0.0,
+) -> None:
+    """`write` of blocks [num_channels, S] as they come; the file appears when all are there.
+
+    `seconds` is about how long it will be: what comes near 4 GiB must begin as RF64, not as WAV.
+    """
+    path = storage.to_local_path(path)
+    check_output(path)
+    kind = path.suffix[1:].upper()
+    if kind == "OGG" and not 1000 <= sample_rate <= 192000:
+        raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
+    most = _WAV_BYTES // (2 * num_channels) if kind == "WAV" else math.inf
+    if seconds * sample_rate > 0.9 * most:
+        kind, most = "RF64", math.inf
+    options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
+
+    def write_to(file: object) -> None:
+        with _named_failures(path):
+            out = soundfile.SoundFile(file, "w", sample_rate, num_channels, **options)
+        try:
+            for block in blocks:  # what goes wrong in here is no failure to write
+                if not np.isfinite(block).all():
+                    raise ValueError(f"{path}: audio to write must be finite")
+                if out.frames + block.shape[1] > most:
+                    raise ValueError(f"{path}: longer than a WAV can be; choose .flac")
+                with _named_failures(path):
+                    out.write(np.clip(block, -1, 1).T)
+        finally:
+            with _named_failures(path):
+                out.close()
+
+    write_atomically(path, write_to)
+
+
+@contextlib.contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Turns libsndfile's errors into ValueError that names the file."""
+    try:
+        yield
+    except (soundfile.SoundFileError, AssertionError) as error:  # the latter where disks are full
+        raise ValueError(f"{path}: could not be written ({error})") from error
+
+
+def check_output(path: str | Path) -> None:
+    """Raises ValueError unless `write` could write `path`."""
+    path = storage.to_local_path(path)
+    if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
+        raise ValueError(f"{path}: the name must end in .wav, .flac or .ogg")
+    check_parent(path)
+
+
+def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> None:
+    """Calls `write_to` with a binary file that becomes `path` when it returns."""
+    path = storage.to_local_path(path)
+    check_parent(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=INCOMPLETE)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            write_to(file)
+        storage.set_mode(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | storage.Path, text: str) -> None:
+    """Writes a text file that appears when it is complete."""
+    if storage.is_remote(path):
+        with storage.named_errors(path):
+            storage.to_path(path).write_text(text)  # objects appear whole
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_parent(path: str | Path) -> None:
+    """Raises ValueError unless the folder that `path` would be written to exists."""
+    path = storage.to_local_path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
