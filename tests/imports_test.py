@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["config", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
-    ["codec.attention", "codec.transformer", "codec.quantizer", "codec.model", "codec.inference",
-     "codec.streaming", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
-     "codec.export", "codec.codes"],
+    ["config", "summary", "sharding", "storage", "audio.files", "audio.manifest", "audio.spectral"],
+    ["codec.checks", "codec.attention", "codec.transformer", "codec.quantizer", "codec.model",
+     "codec.inference", "codec.streaming", "codec.huggingface_config", "codec.huggingface",
+     "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained"],
     ["data.records", "data.sources", "data.pipeline", "data.prepare", "data.synthetic",

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from moss_tok import summary
+
 # Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 _BLOCK_FRAMES = (64, 256)
@@ -180,6 +182,9 @@ class Cache:
 
     keys: jax.Array
     values: jax.Array
+
+    def __repr__(self) -> str:
+        return summary.describe_arrays("Cache", keys=self.keys, values=self.values)
 
     @property
     def num_frames(self) -> int:

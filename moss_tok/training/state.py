@@ -10,7 +10,7 @@ import optax
 import scipy.fft
 from flax import linen as nn
 
-from moss_tok import sharding
+from moss_tok import sharding, summary
 from moss_tok.codec import pretrained
 from moss_tok.codec.model import CodecModel
 from moss_tok.config import DOMAINS, CodecConfig, ModuleConfig, TrainConfig, TransformerConfig
@@ -70,6 +70,11 @@ class TrainState:
     skipped: jax.Array
     skipped_in_row: jax.Array
     failed_reads: jax.Array
+
+    def __repr__(self) -> str:
+        step = summary.describe_values(self.step)
+        parameters = summary.count_parameters(self.params)
+        return f"TrainState(step: {step}, {parameters}, {summary.megabytes(self)})"
 
     @property
     def best_params(self) -> Any:
