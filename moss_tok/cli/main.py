@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
+
+from moss_tok.cli import arguments
 
 COMMANDS = {
     "encode": "audio file to codes (.npz)",
@@ -48,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=f"moss-tok {name}", description=command.__doc__, allow_abbrev=False)
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
+    _print_any_name()
     try:
-        return command.run(args) or 0
+        code = command.run(args) or 0
+        _flush()
+        return code
     except Exception as error:
         from moss_tok.config import user_error
 
@@ -60,3 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_any_name() -> None:
+    """Lets standard output take names of files that its encoding cannot write, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Raises OSError where what was printed has no room; at exit nobody would be told."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        arguments.print_nowhere()
+        raise

@@ -5,7 +5,6 @@ Beside config.json, a step holds `params/` (the averaged weights, if there is an
 model, and `state/`: everything else that a step changes.
 """
 
-import shutil
 from typing import Any
 
 import jax
@@ -130,16 +129,9 @@ class Checkpoints:
                 storage.remove_folder(folder)
 
     def _check_space(self, trees: dict[str, Any]) -> None:
-        """Raises ValueError where the disk is too full: before writing half, not after."""
-        if storage.is_remote(self._folder):
-            return
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        free = shutil.disk_usage(self._folder).free
-        if free < 1.1 * needed:
-            raise ValueError(
-                f"{self._folder}: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB "
-                f"are free; earlier ones are intact: {self._names()}"
-            )
+        """Raises ValueError where the disk is too full for another checkpoint."""
+        note = f"; earlier ones are intact: {self._names()}"
+        pretrained.check_space(self._folder, trees, note)
 
     def _names(self) -> str:
         steps = pretrained.saved_steps(self._folder.parent)
