@@ -9,6 +9,18 @@ Shape legend, the same letters everywhere:
   latents  [B, T, D]  float32, 12.5 Hz in the published models
   codes    [B, Q, T]  int32 in [0, K)
 
+What is passed is checked: shapes and types always, and where the values can be looked at without
+waiting for an accelerator, lengths must be within the array, codes in [0, K), and samples finite
+numbers; a ValueError says what is accepted. Looked at are
+
+  lengths      unless they are traced; those on an accelerator are waited for
+  wav, codes   what lies before the lengths, in host memory: numpy arrays, lists, tensors of torch,
+               and arrays of JAX on CPU devices
+
+Not looked at are wav and codes on an accelerator, arrays that several processes share, and
+whatever `jax.jit`, `jax.vmap` or another transformation traces: there lengths and codes are clamped
+to what is accepted, and NaN stays in its own item.
+
 The names below are imported when they are first used, so `import moss_tok` costs nothing.
 """
 

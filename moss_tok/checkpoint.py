@@ -43,13 +43,26 @@ def find_checkpoint(path: str | storage.Path) -> storage.Path:
             raise ValueError(f"{path}: no checkpoint was saved yet")
         return folder / STEPS_FOLDER / step_name(steps[-1])
     if not (folder / "config.json").exists():
+        folder = _snapshot(folder) or folder
+    if not (folder / "config.json").exists():
         raise ValueError(f"{path}: no config.json, so it is no checkpoint")
     official = tensors.is_official(folder)
     if official and storage.is_remote(folder):
         raise ValueError(f"{folder}: an official directory has to be on this machine")
+    for name in (tensors.WEIGHTS_NAME, tensors.INDEX_NAME):
+        if not official and os.path.islink(folder / name):
+            raise ValueError(f"{folder / name}: a link to a file that is not there")
     if not (official or (folder / "params").is_dir()):
         raise ValueError(f"{path}: neither params/ nor {tensors.WEIGHTS_NAME} beside config.json")
     return folder
+
+
+def _snapshot(folder: storage.Path) -> storage.Path | None:
+    """The main version in a cache folder of the Hugging Face Hub, models--ORGANIZATION--NAME."""
+    reference = folder / "refs" / "main"
+    if not reference.is_file():
+        return None
+    return folder / "snapshots" / reference.read_text().strip()
 
 
 def _download(name: str) -> Path:
@@ -132,8 +145,10 @@ def _check_files(folder: storage.Path) -> None:
     See `_FILES_NAME`.
     """
     listing = folder.parent / _FILES_NAME
-    if not listing.exists():
-        return
+    if not listing.exists():  # Orbax would print pages before it says what it lacks
+        raise ValueError(
+            f"{folder.parent}: broken checkpoint: {_FILES_NAME} is missing, was it copied halfway?"
+        )
     for name, size_bytes in read_json_object(listing).items():
         file = folder.parent / name
         if folder not in file.parents and file.parent != folder.parent:
@@ -142,9 +157,8 @@ def _check_files(folder: storage.Path) -> None:
             raise ValueError(f"{folder.parent}: broken checkpoint: {name} is missing")
         found = storage.size_bytes(file)
         if found != size_bytes:
-            raise ValueError(
-                f"{folder.parent}: broken checkpoint: {name} has {found} bytes, not {size_bytes}"
-            )
+            reason = storage.pointer_hint(file) or f"it has {found} bytes, not {size_bytes}"
+            raise ValueError(f"{folder.parent}: broken checkpoint: {name}: {reason}")
 
 
 def _check_shapes(folder: storage.Path, wanted: Any, found: Any) -> None:
@@ -250,6 +264,17 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_space(folder: storage.Path, trees: Any, note: str = "") -> None:
+    """Raises ValueError where a folder has no room for `trees`: before writing half, not after."""
+    if storage.is_remote(folder):
+        return
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
+    if free < 1.1 * needed:
+        sizes = f"{needed:.1f} MB, {free:.1f} MB are free"
+        raise ValueError(f"{folder}: a checkpoint needs {sizes}{note}")
+
+
 def save(path: str | Path, files: dict[str, str], trees: dict[str, Any]) -> None:
     """Writes a checkpoint; it appears under `path` only when it is complete.
 
@@ -259,10 +284,11 @@ def save(path: str | Path, files: dict[str, str], trees: dict[str, Any]) -> None
       trees: Its trees of jax arrays by folder; Orbax would copy numpy arrays first.
 
     Raises:
-      ValueError: `path` exists, or its folder does not.
+      ValueError: `path` exists, or its folder does not or has no room.
     """
     path = storage.to_local_path(path).absolute()
     check_destination(path)
+    check_space(path.parent, trees)
     try:
         with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
             checkpointer.save(path, args=CheckpointArgs(files, trees))

@@ -1,6 +1,7 @@
 """Names of files and folders, on this machine or in a bucket of Google Cloud Storage (gs://)."""
 
 import contextlib
+import fnmatch
 import functools
 import glob
 import importlib.util
@@ -18,6 +19,8 @@ from etils import epath
 Path = pathlib.Path | epath.Path
 
 _PREFIX = "gs://"
+_LOST_AND_FOUND = "lost+found"  # of ext4, for root alone
+_POINTER = b"version https://git-lfs"
 _ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")  # gs:/x is a slip, not a folder gs:
 
 
@@ -100,16 +103,78 @@ def join(folder: Path, name: str) -> Path:
 def find(pattern: str) -> list[Path]:
     """What a glob pattern names, sorted."""
     if not is_remote(pattern):
-        return sorted(map(pathlib.Path, glob.glob(pattern, recursive=True)))
+        return sorted(_find_local(pattern))
     return sorted(to_path(f"{_PREFIX}{name}") for name in _buckets().glob(pattern))
 
 
+def _find_local(pattern: str) -> list[pathlib.Path]:
+    parts = pathlib.Path(pattern).parts
+    if "**" not in parts:
+        return list(map(pathlib.Path, glob.glob(pattern)))
+    # Not by `glob`, which would follow links that go in circles.
+    number = parts.index("**")
+    found = []
+    for top in glob.glob(os.path.join(*parts[:number])) if number else [os.curdir]:
+        for path in files_under(pathlib.Path(top)):
+            if _matches(path.relative_to(top).parts, parts[number:]):
+                found.append(path)
+    return found
+
+
+def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern; "**" are any folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**" and _matches(parts, wanted[1:]):
+        return True
+    if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+        return False
+    if wanted[0] == "**":
+        return _matches(parts[1:], wanted)
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
 def files_under(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it, sorted."""
+    """All files in a folder and the folders in it, sorted.
+
+    Links are followed, but into no folder twice: they may go in circles. Links to nothing are
+    listed, too, so that whoever reads them says what is missing.
+
+    Raises:
+      OSError: A folder that cannot be read.
+    """
     if not is_remote(folder):
-        return sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
+        return _local_files_under(pathlib.Path(folder))
     names = _buckets().find(os.fspath(folder))
     return sorted(epath.Path(f"{_PREFIX}{name}") for name in names)
+
+
+def _local_files_under(top: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    seen = set()
+    tops = [str(top)]
+    while tops:
+        links = []  # to folders: later, so that a folder is listed under its own name
+        for start in tops:
+            for folder, folders, names in os.walk(start, onerror=_raise):
+                stat = os.stat(folder)
+                if (stat.st_dev, stat.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                for name in names:
+                    path = os.path.join(folder, name)
+                    if os.path.isfile(path) or os.path.islink(path):
+                        found.append(pathlib.Path(path))
+                folders[:] = [name for name in folders if name != _LOST_AND_FOUND]
+                paths = [os.path.join(folder, name) for name in folders]
+                links += [path for path in paths if os.path.islink(path)]
+        tops = sorted(links)
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _buckets() -> Any:
@@ -121,6 +186,36 @@ def _buckets() -> Any:
 def size_bytes(path: Path) -> int:
     """Size of a file."""
     return epath.Path(path).stat().length
+
+
+def name_bytes(name: str | Path) -> bytes:
+    """The bytes of a file's name, in any locale.
+
+    Raises:
+      UnicodeEncodeError: No file can be called so.
+    """
+    return os.fspath(name).encode("utf-8", "surrogateescape")
+
+
+def printable(name: str | Path) -> str:
+    """A file's name as UTF-8: bytes of it that are none become escapes."""
+    return name_bytes(name).decode("utf-8", "backslashreplace")
+
+
+def pointer_hint(path: str | pathlib.Path) -> str:
+    """What to do about a file of this machine that git-lfs has not fetched; "" for other files."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return ""
+    return "this is a git-lfs pointer: run `git lfs pull`" if is_pointer else ""
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises OSError, which names the folder, unless files can be written there."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def set_mode(path: str | pathlib.Path) -> None:

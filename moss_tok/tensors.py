@@ -75,9 +75,11 @@ def _open(file: Path):
     try:
         return safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: corrupt safetensors file: {error}") from error
+        reason = storage.pointer_hint(file) or f"corrupt safetensors file: {error}"
+        raise ValueError(f"{file}: {reason}") from error
     except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file") from error
+        reason = "a link to a file that is not there" if file.is_symlink() else "no such file"
+        raise ValueError(f"{file}: {reason}") from error
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
 

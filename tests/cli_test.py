@@ -466,7 +466,7 @@ HEADER += b'"num_quantizers": 2}\n'
         (b'{"codes": [[1]]}\n', ["--decode"], "line 1: sample_rate must be 24000"),
         (HEADER.replace(b"1920", b"3840"), ["--decode"], "line 1: hop_length must be 1920"),
         (HEADER + b'{"codes": [[1]]}\n', ["--decode"], 'line 2: expected "codes", 2 lists'),
-        (HEADER + b'{"codes": [[1], [64]]}\n', ["--decode"], "line 2: codes of slot 0: must be 0"),
+        (HEADER + b'{"codes": [[1], [64]]}\n', ["--decode"], "line 2: slot 0: codes must be 0"),
         (HEADER + b'{"codes": [[1], [1, 2]]}\n', ["--decode"], "line 2: expected"),
         (HEADER + b"{}\n", ["--decode"], "line 2: expected"),
         (b"", ["--chunk-ms", "0"], "chunk-ms must be above 0"),

@@ -144,7 +144,7 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
         ('{"path": "in.wav"}\n\n{"path": "in.wav"}', "line 2: a blank line"),
         ('{"path": "no.wav"}', "line 1: no such file"),
         ('{"file": "in.wav"}', "line 1: no path; it goes under one of audio_path"),
-        ("[1]", "line 1: expected a JSON object"),
+        ("[1]", "line 1: must be a JSON object like .* got list"),
         ('{"path": "in.wav"}\n{"path": "bad.wav"}', "line 2: .*bad.wav"),
         ('{"path": "empty.wav"}', "line 1: .*empty.wav: empty audio"),
     ],

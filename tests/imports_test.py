@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["errors", "json_files", "settings", "mesh", "storage", "sharding", "tensors", "checkpoint"],
+    ["errors", "json_files", "settings", "mesh", "summary", "storage", "sharding", "tensors",
+     "checkpoint"],
     ["nn.compute", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers", "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
      "audio.containers", "audio.kinds", "audio.libsndfile", "audio.ffmpeg", "audio.opening",
      "audio.writing", "audio.files", "audio.folders", "audio.manifest", "audio.spectral"],
-    ["codec.config", "codec.presets", "codec.transformer", "codec.quantizer", "codec.model",
+    ["codec.config", "codec.presets", "codec.checks",
+     "codec.transformer", "codec.quantizer", "codec.model",
      "codec.init", "codec.inference", "codec.streaming", "codec.huggingface_config",
      "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",

@@ -52,14 +52,6 @@ def test_codes_past_the_length_are_not_looked_at(v1_tiny, rng):
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.uint32])
-def test_codes_out_of_range_are_clamped(v1_tiny, rng, dtype):
-    codes = rng.integers(-9, 73, (1, 8, 10)).astype(dtype)
-    codes[0, 0, :2] = np.iinfo(dtype).min, np.iinfo(dtype).max
-    expected = moss_tok.decode(v1_tiny, np.clip(codes, 0, 63).astype(np.int32)).wav
-    np.testing.assert_array_equal(moss_tok.decode(v1_tiny, codes).wav, expected)
-
-
 def test_an_empty_item(v1_tiny):
     encoded = moss_tok.encode(v1_tiny, np.ones((2, 1, 4000), np.float32), np.array([0, 4000]))
     assert encoded.lengths.tolist() == [0, 3]
@@ -128,7 +120,7 @@ CODES = np.zeros((1, 8, 3), np.int32)
         (lambda c: moss_tok.encode(c, WAV, num_quantizers=True), "num_quantizers must be 1..8"),
         (lambda c: moss_tok.decode(c, CODES[0]), r"codes must have the shape \[B, Q, T\]"),
         (lambda c: moss_tok.decode(c, CODES.astype(float)), "codes must be integers"),
-        (lambda c: moss_tok.decode(c, [[[2**40]]]), "codes must be an array, integers, got list"),
+        (lambda c: moss_tok.decode(c, [[[2**40]]]), r"codes must be 0\.\.63, got 1099511627776"),
         (lambda c: moss_tok.decode(c, np.zeros((1, 9, 3), int)), "num_quantizers must be 1..8"),
         (lambda c: moss_tok.decode(c, CODES[..., :0]), "codes must have the shape"),
     ],

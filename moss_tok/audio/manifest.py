@@ -1,22 +1,27 @@
 """Data sets as lists of audio files: a folder, or a manifest with one JSON object per line."""
 
 import dataclasses
-import json
 import re
+import sys
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import tqdm
 
 from moss_tok import storage
 from moss_tok.audio import files, folders
 from moss_tok.errors import is_number
-from moss_tok.json_files import split_lines
+from moss_tok.json_files import parse_json_object
 
 TASKS = ("transcribe", "transcribe_speakers", "caption")
 DOMAINS = ("speech", "music", "sound", "other")
 
+T = TypeVar("T")
+
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
+_MOST_SHOWN = 60  # characters of a bad line, in its message
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
 
 
@@ -74,25 +79,57 @@ def list_files(
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 
+def read_lines(path: storage.Path) -> list[str]:
+    """The lines of a JSONL file, blank ones included, as any editor or spreadsheet writes them.
+
+    They may end in CR LF, the file may begin with a byte-order mark.
+
+    Raises:
+      ValueError: It is no UTF-8 text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
+    lines = re.split("\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
+
+
 def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
-    try:
-        lines = split_lines(manifest.read_text())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest}: neither a folder nor a manifest of JSON lines") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(manifest), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{manifest}:{number}: broken JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-            raise ValueError(f'{manifest}:{number}: must be an object with a "path"')
+            row = parse_line(line)
+        except ValueError as error:
+            raise ValueError(f"{manifest}:{number}: {error}") from error
+        if not isinstance(row.get("path"), str):
+            raise ValueError(f'{manifest}:{number}: must have a "path", got {_shortened(line)}')
         _check_row(row, f"{manifest}:{number}")
         rows.append(row)
     return rows
 
 
+def parse_line(line: str) -> dict[str, Any]:
+    """The object in a line; ValueError shows a line that holds none, as those of a CSV."""
+    try:
+        return parse_json_object(line)
+    except ValueError as error:
+        raise ValueError(
+            f'must be a JSON object like {{"path": "a.wav"}}, got {_shortened(line)} ({error})'
+        ) from error
+
+
+def _shortened(line: str) -> str:
+    return repr(line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "...")
+
+
 def _check_row(row: dict, where: str) -> None:
+    try:
+        storage.name_bytes(row["path"])
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: path must be a file's name, got {row['path']!r}") from error
     for key in ("split", "domain"):
         value = row.get(key)
         if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
@@ -128,13 +165,23 @@ def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
 
 def _held_out(paths: list[str]) -> set[str]:
     """A fixed twentieth of `paths`, at least one where there are two."""
-    ranked = sorted(paths, key=lambda p: zlib.crc32(p.encode()))
+    ranked = sorted(paths, key=lambda p: zlib.crc32(storage.name_bytes(p)))
     return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
 
 
 def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
     held_out = _held_out([r["path"] for r in rows])
-    return [_item(root, row, held_out) for row in rows]
+    return [_item(root, row, held_out) for row in show_reading(rows)]
+
+
+def show_reading(rows: Sequence[T]) -> Iterator[T]:
+    """Passes on what stands for a file each, and shows how far it is: lengths take a while to read.
+
+    On a terminal a bar, in a log a line every ten seconds; nothing where it is done in two.
+    """
+    every = 0.1 if sys.stderr.isatty() else 10
+    options = {"unit": "file", "leave": False, "delay": 2, "mininterval": every}
+    yield from tqdm.tqdm(rows, "reading lengths", **options)
 
 
 def _item(root: storage.Path, row: dict, held_out: set[str]) -> AudioItem:

@@ -2,10 +2,15 @@
 
 import argparse
 import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Of a file that cannot be written, where the next one could not either.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def add_codec(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +67,9 @@ def each_file(
       Exit code: 1 if files of a folder could not be read, which are listed on standard error.
 
     Raises:
-      ValueError: As `function`, for a file alone; an empty folder, or two files with one name.
+      ValueError: As `function`, for a file alone; an empty folder, two files with one name, or no
+        room for more.
+      OSError: Nothing can be written there.
     """
     from moss_tok import storage
     from moss_tok.audio import folders
@@ -78,25 +85,61 @@ def each_file(
         print(function(Path(source), Path(output)))
         return 0
     found = folders.select(Path(source), storage.files_under(Path(source)), kinds)
-    targets: dict[Path, Path] = {}
-    for path in found:
-        target = Path(output) / path.relative_to(source).with_suffix(suffix)
-        if target in targets:
-            raise ValueError(f"{path} and {targets[target]} would both become {target}")
-        targets[target] = path
+    targets = _targets(found, Path(source), Path(output), suffix)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    storage.check_writable(Path(output))
     failures = []
     with counter(len(found), source) as count:
-        for target, path in targets.items():
+        for number, (target, path) in enumerate(targets.items()):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 function(path, target)
             except (ValueError, OSError) as error:
-                failures.append(str(error))
+                if reason := _no_room(error):
+                    _print_failures(failures)
+                    done = f"{number - len(failures)} of {len(found)} files are done"
+                    raise ValueError(f"{target}: {reason}; {done}") from error
+                failures.append(named_error(error, path))
             count()
     print(f"{output}: {len(found) - len(failures)} of {len(found)} files")
+    _print_failures(failures)
+    return 1 if failures else 0
+
+
+def _print_failures(failures: Sequence[str]) -> None:
     for failure in failures:
         print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
-    return 1 if failures else 0
+
+
+def _targets(paths: Sequence[Path], source: Path, output: Path, suffix: str) -> dict[Path, Path]:
+    """What the files of a folder become -> the file; ValueError where two become the same."""
+    targets: dict[Path, Path] = {}
+    for path in paths:
+        target = output / path.relative_to(source).with_suffix(suffix)
+        if target in targets:
+            raise ValueError(f"{path} and {targets[target]} would both become {target}")
+        targets[target] = path
+    return targets
+
+
+def _no_room(error: BaseException | None) -> str:
+    """Why nothing can be written any more, if that is what an error comes from; else ""."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def named_error(error: Exception, path: Path) -> str:
+    """What an error says, with the file's name where it does not say that."""
+    text = str(error)
+    return text if str(path) in text else f"{path}: {text}"
+
+
+def print_nowhere() -> None:
+    """Throws away what is printed from now on, and what could not be written so far."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:

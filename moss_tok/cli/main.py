@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
 from moss_tok.audio import notes
+from moss_tok.cli import arguments
 
 COMMANDS = {
     "encode": "audio file to codes (.npz)",
@@ -51,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     notes.forget()
+    _print_any_name()
     try:
-        return command.run(args) or 0
+        code = command.run(args) or 0
+        _flush()
+        return code
     except Exception as error:
         from moss_tok.errors import user_error
 
@@ -63,3 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _print_any_name() -> None:
+    """Lets standard output take names of files that its encoding cannot write, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Raises OSError where what was printed has no room; at exit nobody would be told."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        arguments.print_nowhere()
+        raise

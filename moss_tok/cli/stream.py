@@ -65,14 +65,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             _encode(codec, args.num_quantizers, frames, args.pcm)
     except BrokenPipeError:  # nobody listens any more, as after `| head`
-        _print_nowhere()
-
-
-def _print_nowhere() -> None:
-    import os
-    import sys
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        arguments.print_nowhere()
 
 
 def _encode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> None:
@@ -182,7 +175,7 @@ def _round_trip(
         except BrokenPipeError:
             if not output:
                 raise
-            _print_nowhere()  # the file is still wanted
+            arguments.print_nowhere()  # the file is still wanted
 
     blocks = _live(codec, num_quantizers, frames, source, say)
     if output:

@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             text = _transcribe(codec, language, path, args, sampling)
         except (ValueError, OSError) as error:
-            failures.append(str(error))
+            failures.append(arguments.named_error(error, path))
         else:
-            print(f"{path.relative_to(source)}\t{' '.join(text.split())}", flush=True)
+            name = str(path.relative_to(source)).replace("\n", "\\n").replace("\t", "\\t")
+            print(f"{name}\t{' '.join(text.split())}", flush=True)
     for failure in failures:
         print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
     return 1 if failures else 0

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moss_tok import storage, summary
 from moss_tok.audio import files
+from moss_tok.codec.checks import check_code_range
 from moss_tok.codec.config import CodecConfig
 
 _KEYS = ("sample_rate", "num_samples", "num_channels", "hop_length", "codebook_size")
@@ -22,6 +24,10 @@ class CodeFile:
 
     codes: np.ndarray
     num_samples: int
+
+    def __repr__(self) -> str:
+        codes = summary.describe_array(self.codes)
+        return f"CodeFile(codes: {codes}, num_samples: {self.num_samples})"
 
 
 def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecConfig) -> None:
@@ -49,7 +55,8 @@ def read(path: str | Path, config: CodecConfig) -> CodeFile:
     try:
         fields = _load(path)
     except Exception as error:  # numpy and zipfile raise anything on files that are no archives
-        raise ValueError(f"{path}: no .npz file of codes ({error})") from error
+        reason = storage.pointer_hint(path) or error
+        raise ValueError(f"{path}: no .npz file of codes ({reason})") from error
     if missing := [k for k in ("codes", *_KEYS) if k not in fields]:
         raise ValueError(f"{path}: missing key {missing[0]!r}")
     try:
@@ -92,10 +99,7 @@ def _check(fields: dict[str, np.ndarray], config: CodecConfig) -> CodeFile:
     most = config.quantizer.num_quantizers
     if codes.shape[0] > most:
         raise ValueError(f"codes must have 1..{most} quantizers, got {codes.shape[0]}")
-    if codes.min() < 0 or codes.max() >= wanted["codebook_size"]:
-        raise ValueError(
-            f"codes must be 0..{wanted['codebook_size'] - 1}, got {codes.min()}..{codes.max()}"
-        )
+    check_code_range("codes", codes, wanted["codebook_size"])
     if num_samples < 1 or config.num_frames(num_samples) != codes.shape[1]:
         raise ValueError(
             f"num_samples {num_samples} does not fit {codes.shape[1]} frames of "

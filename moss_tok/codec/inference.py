@@ -1,7 +1,7 @@
 """Pure functions at the edges: `encode` and `decode` over a `Codec`, a pytree of parameters."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moss_tok import summary
+from moss_tok.codec import presets
+from moss_tok.codec.checks import check_codes, check_part, check_wav
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.model import CodecModel, empty_caches
 from moss_tok.errors import is_number
@@ -33,6 +36,13 @@ class Codec:
     config: CodecConfig = flax.struct.field(pytree_node=False)
     compute: ComputeConfig = flax.struct.field(pytree_node=False, default=ComputeConfig())
 
+    def __repr__(self) -> str:
+        parts = [presets.describe(self.config), summary.count_parameters(self.params)]
+        for name in ("encoder", "decoder"):
+            if isinstance(self.params, Mapping) and name not in self.params:
+                parts.append(f"without {name}")
+        return f"Codec({', '.join(parts)})"
+
     @property
     def model(self) -> CodecModel:
         """The Linen module of `params`."""
@@ -49,12 +59,18 @@ class Encoded(NamedTuple):
     codes: jax.Array
     lengths: jax.Array
 
+    def __repr__(self) -> str:
+        return summary.describe_arrays("Encoded", **self._asdict())
+
 
 class Decoded(NamedTuple):
     """Audio [B, C, S] float32, zero past `lengths` [B] int32 (samples)."""
 
     wav: jax.Array
     lengths: jax.Array
+
+    def __repr__(self) -> str:
+        return summary.describe_arrays("Decoded", **self._asdict())
 
 
 def bucket_frames(num_frames: int, per_octave: int = 8) -> int:
@@ -91,14 +107,13 @@ def encode(
       `Encoded`: codes [B, num_quantizers, ceil(S / hop_length)] and their lengths.
 
     Raises:
-      ValueError: Wrong shapes, 2**31 samples or more, num_quantizers or chunk_seconds out of range,
-        or a codec without encoder.
+      ValueError: Wrong shapes, types or values (see `moss_tok`), 2**31 samples or more,
+        num_quantizers or chunk_seconds out of range, or a codec without encoder.
     """
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
-    wav = check_wav(wav, ("B", codec.config.num_channels, "S"))
+    wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
     _check_num_samples("EncoderStream", wav.shape[-1])
-    lengths = check_lengths(lengths, wav)
     num_frames = codec.config.num_frames(wav.shape[-1])
     return _encode(
         codec, wav, lengths, num_quantizers, _chunk_frames(codec, num_frames, chunk_seconds)
@@ -115,8 +130,7 @@ def decode(
 
     Args:
       codec: A codec with a decoder.
-      codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers. Others are
-        clamped: a compiled function cannot raise.
+      codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers.
       lengths: [B] integers, valid frames of each item; default: all T.
       chunk_seconds: As in `encode`.
 
@@ -124,8 +138,8 @@ def decode(
       `Decoded`: wav [B, C, T * hop_length] and lengths * hop_length.
 
     Raises:
-      ValueError: Wrong shapes or type, 2**31 samples or more, chunk_seconds out of range, or a
-        codec without decoder.
+      ValueError: Wrong shapes, types or values (see `moss_tok`), 2**31 samples or more,
+        chunk_seconds out of range, or a codec without decoder.
     """
     return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
 
@@ -133,10 +147,10 @@ def decode(
 def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
     """`decode` of codes[:, :num_quantizers], by one program for all numbers."""
     check_part(codec, "decoder")
-    codes = check_codes(codes, ("B", "Q", "T"))
+    size = codec.config.quantizer.codebook_size
+    codes, lengths = check_codes(codes, ("B", "Q", "T"), size, lengths)
     most = codec.config.check_num_quantizers(codes.shape[1])
     _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
-    lengths = check_lengths(lengths, codes)
     chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
     number = most if num_quantizers is None else num_quantizers
     return _decode(codec, codes, lengths, number, chunk_frames)
@@ -291,58 +305,3 @@ def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
 def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
     """Bool [B, q] for codes [B, q, T]: the first quantizers, how many may be traced."""
     return jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])
-
-
-def check_part(codec: Codec, name: str) -> None:
-    """Raises ValueError if the codec was loaded without that side."""
-    if name not in codec.params:
-        raise ValueError(f"this codec was loaded without its {name}")
-
-
-def check_wav(wav: Any, shape: tuple[str | int, ...]) -> jax.Array:
-    """Audio as an array; ValueError unless it is floating point and has the shape."""
-    return _check_array("wav", wav, shape, jnp.floating, "floating point in [-1, 1]")
-
-
-def check_codes(codes: Any, shape: tuple[str | int, ...]) -> jax.Array:
-    """Codes as an array; ValueError unless they are integers and have the shape."""
-    if isinstance(codes, np.ndarray) and codes.dtype in (np.int64, np.uint64):
-        codes = np.clip(codes, 0, np.iinfo(np.int32).max)  # before 64 bits become 32
-    return _check_array("codes", codes, shape, jnp.integer, "integers")
-
-
-def _check_array(name: str, x: Any, shape, kind: Any, wanted: str) -> jax.Array:
-    try:
-        array = jnp.asarray(x)
-    except (TypeError, ValueError, OverflowError) as error:  # text, lists of unequal lengths
-        got = type(x).__name__
-        raise ValueError(f"{name} must be an array, {wanted}, got {got}") from error
-    check_shape(name, array, shape)
-    if not jnp.issubdtype(array.dtype, kind):
-        raise ValueError(f"{name} must be {wanted}, got {array.dtype}")
-    return array
-
-
-def check_shape(name: str, x: jax.Array, shape: tuple[str | int, ...]) -> None:
-    """Raises ValueError unless `x` has the shape; names stand for any size above 0."""
-    fits = x.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
-    )
-    if not fits or 0 in x.shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have the shape [{wanted}], got {list(x.shape)}")
-
-
-def check_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
-    """Lengths [B] as int32 within the last axis of `x` [B, ...]; default: all of it."""
-    if lengths is None:
-        return jnp.full(x.shape[:1], x.shape[-1], jnp.int32)
-    if not isinstance(lengths, jax.Array):  # before 64 bits become 32
-        lengths = np.asarray(lengths)
-        lengths = np.clip(lengths, 0, x.shape[-1]) if lengths.dtype.kind in "iu" else lengths
-    if lengths.shape != x.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths must be integers of the shape [{x.shape[0]}], "
-            f"got {lengths.dtype} {list(lengths.shape)}"
-        )
-    return jnp.clip(lengths.astype(jnp.int32), 0, x.shape[-1])

@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from moss_tok import summary
 from moss_tok.codec.config import (
     CodecConfig,
     ModuleConfig,
@@ -130,3 +132,37 @@ def load_codec_config(model: str) -> CodecConfig:
             f"model must be one of {', '.join(PRESETS)} or a config.json, got {model!r}"
         )
     return read_codec_config(path)
+
+
+def describe(config: Any) -> str:
+    """A codec's preset, or the stages of its encoder, and its rates."""
+    if not isinstance(config, CodecConfig):  # JAX makes pytrees with anything in their place
+        return type(config).__name__
+    quantizer = config.quantizer
+    parts = [
+        _preset_name(config) or _stages(config),
+        f"{config.sample_rate} Hz",
+        summary.count(config.num_channels, "channel"),
+        f"{config.frame_rate:g} frames/s",
+        f"{summary.count(quantizer.num_quantizers, 'quantizer')} of {quantizer.codebook_size} codes",
+    ]
+    return ", ".join(parts)
+
+
+def _preset_name(config: CodecConfig) -> str:
+    """The preset that `config` equals, or ""."""
+    for name in PRESETS:
+        wanted = preset(name)
+        if dataclasses.replace(config, layout=wanted.layout, official_json="") == wanted:
+            return name
+    return ""
+
+
+def _stages(config: CodecConfig) -> str:
+    parts = []
+    for module in config.encoder:
+        if isinstance(module, PatchConfig):
+            parts.append(f"patch {module.patch_size}")
+        else:
+            parts.append(f"{summary.count(module.num_layers, 'layer')} of {module.model_dim}")
+    return " - ".join(parts)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moss_tok import summary
 from moss_tok.codec.config import QuantizerConfig
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,6 +32,9 @@ class Quantized(NamedTuple):
     commitment_loss: jax.Array
     codebook_loss: jax.Array
     projected: jax.Array
+
+    def __repr__(self) -> str:
+        return summary.describe_arrays("Quantized", **self._asdict())
 
 
 class WeightNormProjection(nn.Module):

@@ -15,15 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moss_tok import sharding
-from moss_tok.codec.inference import (
-    Codec,
+from moss_tok import sharding, summary
+from moss_tok.codec import presets
+from moss_tok.codec.checks import (
+    check_code_range,
     check_codes,
-    check_lengths,
+    check_floating,
+    check_integers,
     check_part,
+    check_samples,
+    check_shape,
     check_wav,
-    zero_past,
 )
+from moss_tok.codec.inference import Codec, zero_past
 from moss_tok.codec.model import Caches, empty_caches
 from moss_tok.nn.cache import Span
 
@@ -42,6 +46,10 @@ class StreamState:
 
     position: jax.Array
     caches: Caches
+
+    def __repr__(self) -> str:
+        position = summary.describe_values(self.position)
+        return f"StreamState(position: {position}, caches of {summary.megabytes(self.caches)})"
 
 
 def init_encoder_stream(codec: Codec, batch_size: int) -> StreamState:
@@ -78,18 +86,19 @@ def encode_step(
       The next state, and codes [B, num_quantizers, T] int32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes or types, num_quantizers out of range, a codec without encoder, or a
-        state of its decoder.
+      ValueError: Wrong shapes, types or values (see `moss_tok`), num_quantizers out of range, a
+        codec without encoder, or a state of its decoder.
     """
     c = codec.config
     num_quantizers = c.check_num_quantizers(num_quantizers)
     _check_state(codec, "encoder", state)
-    wav = check_wav(wav, (state.position.shape[0], c.num_channels, "T * hop_length"))
+    shape = (state.position.shape[0], c.num_channels, "T * hop_length")
+    wav, lengths = check_wav(wav, shape, lengths)
     if wav.shape[-1] % c.hop_length:
         raise ValueError(
             f"a chunk must have whole frames of {c.hop_length} samples, got {wav.shape[-1]}"
         )
-    return _encode_step(codec, state, wav, check_lengths(lengths, wav), num_quantizers)
+    return _encode_step(codec, state, wav, lengths, num_quantizers)
 
 
 def decode_step(
@@ -100,20 +109,21 @@ def decode_step(
     Args:
       codec: A codec with a decoder.
       state: Donated: use the returned one from now on.
-      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames. Others are clamped, as
-        `decode` does; `DecoderStream` raises.
+      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames.
       lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
 
     Returns:
       The next state, and wav [B, C, T * hop_length] float32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes or types, a codec without decoder, or a state of its encoder.
+      ValueError: Wrong shapes, types or values (see `moss_tok`), a codec without decoder, or a
+        state of its encoder.
     """
     _check_state(codec, "decoder", state)
-    codes = check_codes(codes, (state.position.shape[0], "Q", "T"))
+    shape = (state.position.shape[0], "Q", "T")
+    codes, lengths = check_codes(codes, shape, codec.config.quantizer.codebook_size, lengths)
     codec.config.check_num_quantizers(codes.shape[1])
-    return _decode_step(codec, state, codes, check_lengths(lengths, codes))
+    return _decode_step(codec, state, codes, lengths)
 
 
 def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
@@ -160,7 +170,8 @@ def _init(codec: Codec, side: str, batch_size: int) -> StreamState:
 
     # Where the parameters are, and committed to it as they are, or the second step compiles again.
     weight = jax.tree.leaves(codec.params)[0]
-    if not getattr(weight, "committed", False):
+    is_traced = isinstance(weight, jax.core.Tracer)
+    if is_traced or not getattr(weight, "committed", False):
         return init()
 
     def place(x):
@@ -240,7 +251,6 @@ class _Stream:
     """
 
     _side: str
-    _what: str  # is pushed
 
     def __init__(
         self,
@@ -285,6 +295,17 @@ class _Stream:
             chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
             self._step(chunk, np.zeros(num_slots, np.int32))
         self.reset()
+
+    def __repr__(self) -> str:
+        parts = [
+            presets.describe(self._config),
+            f"{self._num_quantizers} used",
+            summary.count(len(self._buffers), "slot"),
+            f"chunks of {self._sizes} frames",
+        ]
+        if self._state is None:
+            parts.append("closed")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def push(self, block: Any, sample_rate: int | None = None) -> Any:
         """Takes the next block, of any length, and returns what is complete.
@@ -422,7 +443,7 @@ class _Stream:
             try:
                 found[slot] = self._check(np.asarray(block))
             except (ValueError, TypeError, RuntimeError) as error:  # of what is no array
-                raise ValueError(f"{self._what} of slot {slot}: {error}") from error
+                raise ValueError(f"slot {slot}: {error}") from error
             size = self._buffers[slot].shape[-1] + found[slot].shape[-1]
             if self._num_frames[slot] + size // self._unit >= self._most_frames:
                 raise ValueError(
@@ -452,7 +473,7 @@ class EncoderStream(_Stream):
     start. The codes are those of `encode` of the whole.
     """
 
-    _side, _what = "encoder", "audio"
+    _side = "encoder"
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._state, out = encode_step(
@@ -471,15 +492,13 @@ class EncoderStream(_Stream):
 
     def _check(self, wav: np.ndarray) -> np.ndarray:
         channels = self._config.num_channels
-        if wav.ndim != 2 or wav.shape[0] != channels:
-            raise ValueError(f"must have the shape [{channels}, S], got {list(wav.shape)}")
-        if not jnp.issubdtype(wav.dtype, jnp.floating):  # bfloat16 too
-            raise ValueError(f"must be floating point in [-1, 1], got {wav.dtype}")
-        with np.errstate(over="ignore"):  # float64 may hold what float32 does not
-            wav = wav.astype(np.float32)
-        if not np.isfinite(wav).all():
-            raise ValueError("has samples that are not finite numbers")
-        return wav
+        hint = "use wav[None]" if wav.ndim == 1 and channels == 1 else ""
+        if wav.ndim == 2 and wav.shape[1] == channels:
+            hint = "use wav.T"
+        check_shape("wav", wav, (channels, "S"), hint, may_be_empty=True)
+        check_floating("wav", wav)
+        check_samples("wav", wav)
+        return wav.astype(np.float32)
 
 
 class DecoderStream(_Stream):
@@ -488,7 +507,7 @@ class DecoderStream(_Stream):
     Otherwise like `EncoderStream`.
     """
 
-    _side, _what = "decoder", "codes"
+    _side = "decoder"
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._state, out = decode_step(self._codec, self._state, chunk, lengths)
@@ -504,13 +523,8 @@ class DecoderStream(_Stream):
         return np.zeros((self._config.num_channels, 0), np.float32)
 
     def _check(self, codes: np.ndarray) -> np.ndarray:
-        if codes.ndim != 2 or codes.shape[0] != self._num_quantizers:
-            raise ValueError(
-                f"must have the shape [{self._num_quantizers}, T], got {list(codes.shape)}"
-            )
-        if codes.size and codes.dtype.kind not in "iu":  # empty lists are of floats
-            raise ValueError(f"must be integers, got {codes.dtype}")
-        size = self._config.quantizer.codebook_size
-        if codes.size and not (codes.min() >= 0 and codes.max() < size):
-            raise ValueError(f"must be 0..{size - 1}, got {codes.min()}..{codes.max()}")
+        check_shape("codes", codes, (self._num_quantizers, "T"), may_be_empty=True)
+        if codes.size:  # empty lists are of floats
+            check_integers("codes", codes)
+        check_code_range("codes", codes, self._config.quantizer.codebook_size)
         return codes.astype(np.int32)

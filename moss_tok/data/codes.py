@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from moss_tok import storage
+from moss_tok import storage, summary
 from moss_tok.data import records
 from moss_tok.data.config import PLAN
 from moss_tok.json_files import read_json_object
@@ -37,14 +37,10 @@ class Item:
     num_samples: int
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-
-def check(name: str, metadata: dict[str, Any]) -> None:
-    """Raises ValueError unless a record can hold the two."""
-    try:
-        json.dumps(metadata)
-        msgpack.packb([name, metadata])
-    except (ValueError, OverflowError, TypeError) as error:  # half a letter, 65 bits, bytes
-        raise ValueError(f"{name!r}: its metadata cannot be stored: {error}") from error
+    def __repr__(self) -> str:
+        codes = summary.describe_array(self.codes)
+        keys = list(self.metadata)
+        return f"Item({self.id!r}, codes: {codes}, {self.num_samples} samples, metadata: {keys})"
 
 
 class Writer:
@@ -99,6 +95,9 @@ class CodeSource:
         else:
             filled = [str(p) for p in paths if p.stat().st_size]
             self._source = ArrayRecordDataSource(filled) if filled else []
+
+    def __repr__(self) -> str:
+        return f"CodeSource({str(self.folder)!r}, {summary.count(len(self), 'item')})"
 
     def __len__(self) -> int:
         return len(self._source if self._lines is None else self._lines)

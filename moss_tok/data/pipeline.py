@@ -75,7 +75,7 @@ class Segment(grain.transforms.RandomMap):
         for attempt in range(_TRIES):
             try:
                 wav, domain, text = self._read(index, rng)
-            except ValueError:
+            except (ValueError, OSError):
                 failed[attempt] = self._number, index
             else:
                 if files.level_db(wav) >= self._config.silence_db:

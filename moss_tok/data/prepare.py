@@ -69,14 +69,14 @@ class Shard:
     """A shard to be written: its file name, and its recordings (path, split, domain, metadata)."""
 
     name: str
-    items: tuple[AudioItem, ...]
+    items: tuple[AudioItem, ...] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One record: FLAC bytes and what goes into the manifest."""
 
-    audio: bytes
+    audio: bytes = dataclasses.field(repr=False)
     metadata: dict[str, Any]
 
 
@@ -88,19 +88,24 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     Raises:
       ValueError: It cannot be read, is too short or silent: the reason, after the file's name.
     """
-    wav, rate = files.read_native(item.path)
+    audio: Path | files.AudioBytes = item.path
+    is_flac = item.path.suffix.lower() == ".flac"
+    if is_flac:  # once: what is checked is what is stored, whatever becomes of the file meanwhile
+        with storage.named_errors(item.path):
+            audio = files.AudioBytes(item.path.read_bytes(), str(item.path))
+    wav, rate = files.read_native(audio)
     seconds = wav.shape[-1] / rate
     if seconds < settings.min_seconds:
         raise ValueError(f"{item.path}: shorter than {settings.min_seconds:g} s")
     if files.level_db(wav) < _SILENCE_DB:
         raise ValueError(f"{item.path}: silent")
-    name = str(item.metadata.get("id", item.path.stem))
+    name = record_name(item)
     metadata = item.metadata | {"domain": item.domain, "split": item.split}
     cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
     resampled = settings.sample_rate not in (0, rate)
-    subtype = files.subtype(item.path)
-    if not (cut or resampled) and item.path.suffix.lower() == ".flac":
-        return [_record(item.path.read_bytes(), name, seconds, metadata)]
+    subtype = files.subtype(audio)
+    if is_flac and not (cut or resampled):
+        return [_record(audio.data, name, seconds, metadata)]
     if resampled:
         wav, rate = files.resample(wav, rate, settings.sample_rate), settings.sample_rate
     parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
@@ -110,6 +115,11 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
         part_name = f"{name}_{number:04d}" if cut else name
         found.append(_record(data, part_name, part.shape[-1] / rate, metadata))
     return found
+
+
+def record_name(item: AudioItem) -> str:
+    """The id of a recording's record, or what those of its parts begin with."""
+    return str(item.metadata.get("id", storage.printable(item.path.stem)))
 
 
 def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -> Record:
@@ -151,7 +161,7 @@ def plan(items: list[AudioItem], settings: Settings) -> list[Shard]:
 
 
 def _hash(item: AudioItem) -> bytes:
-    return hashlib.sha256(str(item.path).encode()).digest()
+    return hashlib.sha256(storage.name_bytes(item.path)).digest()
 
 
 def write_shard(
@@ -167,33 +177,49 @@ def write_shard(
         for _ in shard.items:
             progress()
         return
-    rows, temporary = [], path.with_name(f".incomplete-{shard.name}")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    temporary = path.with_name(f"{files.INCOMPLETE}{shard.name}")
+    try:
+        rows = _write_records(temporary, shard, settings, progress)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        files.write_text(listing, text)
+        if any("record" in row for row in rows):
+            temporary.rename(path)
+        else:  # an ArrayRecord file without records cannot be opened
+            path.touch()
+    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full
+        raise ValueError(f"{path}: could not be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_records(
+    path: Path, shard: Shard, settings: Settings, progress: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    """Writes the records of a shard; the rows of its listing."""
+    rows: list[dict[str, Any]] = []
     count = 0
+    writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for item in shard.items:
             try:
                 found = prepare_file(item, settings)
-            except ValueError as error:
-                reason = str(error).removeprefix(f"{item.path}: ")
-                rows.append({"rejected": str(item.path), "reason": reason})
-            else:
-                for record in found:
-                    writer.write(records.pack(record.audio, record.metadata))
-                    rows.append({"path": shard.name, "record": count} | record.metadata)
-                    count += 1
+            except (ValueError, OSError) as error:
+                rows.append({"rejected": str(item.path), "reason": _reason(error, item)})
+                found = []
+            for record in found:
+                writer.write(records.pack(record.audio, record.metadata))
+                rows.append({"path": shard.name, "record": count} | record.metadata)
+                count += 1
             progress()
+    finally:
         writer.close()
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.write_text(listing, text)
-        if count:
-            temporary.rename(path)
-        else:
-            temporary.unlink()
-            path.touch()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return rows
+
+
+def _reason(error: Exception, item: AudioItem) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return str(error).removeprefix(f"{item.path}: ")
 
 
 def begin(source: str | Path, destination: str | Path, settings: Settings) -> list[Shard]:
@@ -206,6 +232,8 @@ def begin(source: str | Path, destination: str | Path, settings: Settings) -> li
     items = manifest.find_items(source)
     if any(item.record is not None for item in items):
         raise ValueError(f"{source}: is prepared already, its lines are records of shards")
+    for item in items:
+        records.check_metadata(record_name(item), item.metadata)
     shards = plan(items, settings)
     described = [[s.name, [(str(i.path), i.split, i.domain, i.metadata) for i in s.items]]
                  for s in shards]  # fmt: skip

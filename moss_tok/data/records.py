@@ -5,6 +5,7 @@ The keys are `audio` (the bytes of a FLAC file, or of any other format libsndfil
 """
 
 import functools
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,15 @@ SUFFIX = ".array_record"
 def pack(audio: bytes, metadata: dict[str, Any]) -> bytes:
     """One record."""
     return msgpack.packb({"audio": audio, "metadata": metadata})
+
+
+def check_metadata(name: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError unless a record of that name can hold the metadata."""
+    try:
+        json.dumps(metadata)
+        msgpack.packb([name, metadata])
+    except (ValueError, OverflowError, TypeError) as error:  # half a letter, 65 bits, bytes
+        raise ValueError(f"{name!r}: its metadata cannot be stored: {error}") from error
 
 
 def unpack(record: bytes, name: str) -> tuple[AudioBytes, dict[str, Any]]:
@@ -54,7 +64,9 @@ class Shards:
         try:
             self._source = ArrayRecordDataSource([str(p) for p in copies])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({error})") from error
+            hints = [storage.pointer_hint(path) for path in copies]
+            reason = next(filter(None, hints), error)
+            raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({reason})") from error
 
     def __len__(self) -> int:
         return len(self._source)

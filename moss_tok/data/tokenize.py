@@ -79,7 +79,7 @@ class Plan:
 
     folder: Path
     settings: Settings
-    shards: tuple[tuple[str, Items], ...]
+    shards: tuple[tuple[str, Items], ...] = dataclasses.field(repr=False)
 
     @property
     def num_items(self) -> int:
@@ -135,7 +135,7 @@ def _id(item: AudioItem, root: str) -> str:
 def _place(item: AudioItem, root: str) -> str:
     """Where an item is, seen from the folder of the data set."""
     name = sources.item_name(item)
-    return name.removeprefix(f"{root.rstrip('/')}/")
+    return storage.printable(name.removeprefix(f"{root.rstrip('/')}/"))
 
 
 def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> Plan:
@@ -146,7 +146,7 @@ def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> 
         cannot be stored.
     """
     for name, item in items:
-        codes.check(name, item.metadata)
+        records.check_metadata(name, item.metadata)
     folder = storage.to_local_path(folder)
     ordered = sorted(items, key=lambda item: (item[1].duration_seconds, item[0]))
     seconds = np.cumsum([item.duration_seconds for _, item in ordered])

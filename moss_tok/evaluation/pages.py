@@ -1,6 +1,7 @@
 """Pages to look and listen: of an evaluation, or of a training run, by one generator."""
 
 import dataclasses
+import hashlib
 import html
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from moss_tok.errors import is_number
 from moss_tok.evaluation import protocol, report
 from moss_tok.json_files import read_json_lines, read_json_object
 
+_LONGEST_NAME = 250  # of the 255 bytes that a name may have, without a suffix
 _CLIPS = 8  # of a data set
 _VERSIONS = 4  # bitrates of a system
 
@@ -173,13 +175,22 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
             sources += [(n, output / n / dataset / "syn_audios" / file) for n in names]
             versions = []
             for what, audio in sources:
-                picture = folder / f"{what.replace('/', '_')}_{dataset}_{Path(file).stem}.png"
+                name = f"{what.replace('/', '_')}_{dataset}_{Path(file).stem}"
+                picture = folder / f"{_shortened(name)}.png"
                 if audio.exists():
                     if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
                         report.save_spectrogram(picture, *files.read_native(audio))
                     versions.append((what, audio, picture))
             clips.append(Clip(f"{dataset}: {Path(file).stem}", tuple(versions)))
     return clips
+
+
+def _shortened(name: str) -> str:
+    """`name`, or, where no file can be called so, its beginning and a hash of it."""
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return f"{name[:40]}_{digest[:16]}"
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:

@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import TASKS
 from moss_tok.codec import codes
@@ -36,10 +38,11 @@ from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec, bucket_frames, decode_batch, encode_batch
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
-from moss_tok.json_files import parse_json_object, read_json_lines, read_json_object, split_lines
+from moss_tok.json_files import read_json_lines, read_json_object
 
 _BATCH_SECONDS = 120.0  # of audio at once, padding included, unless one recording is longer
 _LARGEST_BATCH = 64
+_LONGEST_STEM = 255 - len("000000_.flac")  # of the bytes that a name may have
 _AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
 # Of a language model that listens to the codes, see `transcription`.
 TEXT_METRICS = ("wer", "cer")
@@ -61,9 +64,9 @@ class Dataset:
 
     name: str
     path: Path
-    items: tuple[tuple[Path, str, str], ...]
-    texts: tuple[str, ...]
-    seconds: tuple[float, ...]
+    items: tuple[tuple[Path, str, str], ...] = dataclasses.field(repr=False)
+    texts: tuple[str, ...] = dataclasses.field(repr=False)
+    seconds: tuple[float, ...] = dataclasses.field(repr=False)
 
     def output_names(self) -> list[str]:
         """Names of the files."""
@@ -82,18 +85,16 @@ def read_dataset(path: str | Path) -> Dataset:
         raise ValueError(f"{path}: no such file")
     if path.stem.startswith("_") or path.stem == "bps":
         raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
-    try:
-        lines = split_lines(path.read_text())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no JSON lines ({error})") from error
+    if storage.printable(path.stem) != path.stem:
+        raise ValueError(f"{path}: the name of a data set must be UTF-8")
     items, texts, lengths = [], [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(manifest.show_reading(manifest.read_lines(path)), 1):
         try:
             fields, audio, seconds = _parse_line(line, path.parent)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem).strip("._") or "audio"
-        domain = str(fields.get("domain") or "")
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem[:_LONGEST_STEM]).strip("._") or "audio"
+        domain = storage.printable(str(fields.get("domain") or ""))
         items.append((audio, f"{len(items):06d}_{stem}.flac", domain))
         text, task = manifest.read_text(fields)
         texts.append(text if task == TASKS[0] else "")
@@ -107,11 +108,11 @@ def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path, float]:
     """What a line says, its recording, and how long that is by its header."""
     if not line.strip():
         raise ValueError("a blank line")
-    fields = parse_json_object(line)
+    fields = manifest.parse_line(line)
     audio = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
     if audio is None:
         raise ValueError(f"no path; it goes under one of {', '.join(_AUDIO_KEYS)}")
-    audio = folder / Path(str(audio)).expanduser()
+    audio = folder / os.path.expanduser(str(audio))  # Path's refuses a file called ~a.wav
     if not audio.is_file():
         raise ValueError(f"no such file: {audio}")
     if not (seconds := files.duration_seconds(audio)):

@@ -24,7 +24,7 @@ _MIN_STOI_SECONDS = 1.0  # STOI looks at 0.4 s at a time; of a single short word
 class Clip:
     """A reference recording: [C, S] float32, its domain, and what is said in it, if known."""
 
-    wav: np.ndarray
+    wav: np.ndarray = dataclasses.field(repr=False)
     domain: str
     text: str = ""
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moss_tok import summary
 from moss_tok.audio.manifest import TASKS
+from moss_tok.codec.checks import check_codes, check_part, check_recordings, check_wav
 from moss_tok.codec.inference import (
     Codec,
     bucket_frames,
-    check_codes,
-    check_lengths,
     encode,
     prefix_mask,
     stack,
@@ -75,6 +75,17 @@ class Language:
     tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
     compute: ComputeConfig = flax.struct.field(pytree_node=False, default=ComputeConfig())
 
+    def __repr__(self) -> str:
+        parts = [type(self.config).__name__]
+        if isinstance(self.config, LanguageConfig):
+            layers = summary.count(self.config.num_layers, "layer")
+            parts = [
+                f"{layers} of {self.config.model_dim}",
+                f"vocabulary of {self.config.vocab_size}",
+                f"hears {self.config.audio}",
+            ]
+        return f"Language({', '.join(parts)}, {summary.count_parameters(self.params)})"
+
     def apply(self, *args: Any, method: str | None = None) -> Any:
         """Calls a method of the head with `params`."""
         head = SemanticHead(self.config, self.compute)
@@ -107,18 +118,18 @@ def transcribe(
       B texts.
 
     Raises:
-      ValueError: An unknown task, wrong shapes or types, or a language model that was trained on
-        unquantized latents.
+      ValueError: An unknown task, wrong shapes, types or values (see `moss_tok`), or a language
+        model that was trained on unquantized latents.
     """
     if language.config.audio != "codes":
         raise ValueError("this language model hears latents, not codes: give it audio")
-    codes = np.asarray(check_codes(codes, ("B", "Q", "T")))
+    size = codec.config.quantizer.codebook_size
+    codes, lengths = check_codes(codes, ("B", "Q", "T"), size, lengths)
     most = codec.config.check_num_quantizers(codes.shape[1])
     if num_quantizers is not None and not 1 <= num_quantizers <= most:
         raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
-    lengths = check_lengths(lengths, codes)
     padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
-    codes = np.pad(codes.astype(np.int32), ((0, 0), (0, 0), (0, padding)))
+    codes = np.pad(np.asarray(codes), ((0, 0), (0, 0), (0, padding)))
     latents = _quantized(codec, codes, num_quantizers or most)
     return _write(language, latents, lengths, task, sampling, seed)
 
@@ -136,6 +147,7 @@ def transcribe_codes(
         options_ = options | {"num_quantizers": num_quantizers}
         return transcribe(codec, language, batch, lengths, **options_)
 
+    codes = check_recordings("codes", codes, ("Q", "T"))
     return _in_batches(codes, 1, read)
 
 
@@ -164,6 +176,7 @@ def transcribe_wavs(
         heard = hear(codec, language, batch, lengths, num_quantizers)
         return _write(language, *heard, task, sampling, seed)
 
+    wavs = check_recordings("wav", wavs, (codec.config.num_channels, "S"))
     return _in_batches(wavs, codec.config.hop_length, read)
 
 
@@ -198,7 +211,9 @@ def hear(
     if language.config.audio == "codes":
         codes, frames = encode(codec, wav, lengths)  # all: one program for every number
         return _quantized(codec, codes, most), frames
-    return _latents(codec, wav, lengths), codec.config.num_frames(jnp.asarray(lengths))
+    check_part(codec, "encoder")
+    wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
+    return _latents(codec, wav, lengths), codec.config.num_frames(lengths)
 
 
 def _write(

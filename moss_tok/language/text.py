@@ -54,7 +54,8 @@ class FileTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"{name}: no tokenizer.json ({error})") from error
+            reason = storage.pointer_hint(name) or error
+            raise ValueError(f"{name}: no tokenizer.json ({reason})") from error
         self._tokenizer.no_padding()  # what the file may ask for
         self._tokenizer.no_truncation()
         ends = (self._tokenizer.token_to_id(token) for token in _END_TOKENS)

@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from moss_tok import summary
+
 
 class Span(NamedTuple):
     """Which frames of each stream a chunk holds: the first is `start` [B], `count` [B] are real."""
@@ -23,6 +25,9 @@ class Cache:
 
     keys: jax.Array
     values: jax.Array
+
+    def __repr__(self) -> str:
+        return summary.describe_arrays("Cache", keys=self.keys, values=self.values)
 
     @property
     def num_frames(self) -> int:

@@ -1,5 +1,6 @@
 """The flags of a training run, one per setting of any objective; a user's error is one line."""
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -37,6 +38,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     def guarded(argv: list[str]) -> None:
         del argv
         logging.set_verbosity(logging.ERROR)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main()
         except Exception as error:

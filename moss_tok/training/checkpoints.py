@@ -5,7 +5,6 @@ an average), a folder for each part of the parameters or of the extra state that
 apart (`language/`, `discriminators/`), and `state/`: everything else that a step changes.
 """
 
-import shutil
 from typing import Any
 
 import jax
@@ -121,16 +120,9 @@ class Checkpoints:
                 storage.remove_folder(folder)
 
     def _check_space(self, trees: dict[str, Any]) -> None:
-        """Raises ValueError where the disk is too full: before writing half, not after."""
-        if storage.is_remote(self._folder):
-            return
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        free = shutil.disk_usage(self._folder).free
-        if free < 1.1 * needed:
-            raise ValueError(
-                f"{self._folder}: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB "
-                f"are free; earlier ones are intact: {self._names()}"
-            )
+        """Raises ValueError where the disk is too full for another checkpoint."""
+        note = f"; earlier ones are intact: {self._names()}"
+        checkpoint.check_space(self._folder, trees, note)
 
     def _names(self) -> str:
         steps = checkpoint.saved_steps(self._folder.parent)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moss_tok import sharding
+from moss_tok import sharding, summary
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.training import optimizer
 from moss_tok.training.config import OptimizerConfig
@@ -82,6 +82,11 @@ class TrainState:
     opt_state: Any
     extra: dict[str, Any]
     totals: Totals
+
+    def __repr__(self) -> str:
+        step = summary.describe_values(self.step)
+        parameters = summary.count_parameters(self.params)
+        return f"TrainState(step: {step}, {parameters}, {summary.megabytes(self)})"
 
     @property
     def best_params(self) -> Any:

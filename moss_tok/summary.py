@@ -1,0 +1,56 @@
+"""One line on big objects, for `repr`: what is in them is counted, not printed.
+
+The leaves may be anything that JAX puts into a pytree: arrays, tracers, shapes, or placeholders
+without a shape.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def describe_array(array: Any) -> str:
+    """Type and shape of an array: "int32 [2, 8, 16]"."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return type(array).__name__
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def describe_arrays(name: str, **arrays: Any) -> str:
+    """What holds `arrays`: "Encoded(codes: int32 [2, 8, 16], lengths: int32 [2])"."""
+    parts = [f"{field}: {describe_array(array)}" for field, array in arrays.items()]
+    return f"{name}({', '.join(parts)})"
+
+
+def describe_values(array: Any, most: int = 8) -> str:
+    """The values of an array of at most so many, where they are known; else type and shape."""
+    is_known = isinstance(array, np.ndarray)
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        is_known = array.is_fully_addressable and not array.is_deleted()
+    if not is_known or array.size > most:
+        return describe_array(array)
+    return str(np.asarray(array).tolist())
+
+
+def count_parameters(tree: Any) -> str:
+    """The numbers in a tree of arrays: "1,774,566,400 parameters"."""
+    total = sum(math.prod(leaf.shape) for leaf in _arrays(tree))
+    return f"{total:,} parameters"
+
+
+def megabytes(tree: Any) -> str:
+    """Memory of a tree of arrays: "12.3 MB"."""
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def count(number: int, noun: str) -> str:
+    """A number and what it counts: 1 channel, 2 channels."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _arrays(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
