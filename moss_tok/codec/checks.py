@@ -235,3 +235,14 @@ def _valid_parts(
     if values is None:
         return []
     return [row[..., :end] for row, end in zip(values, ends, strict=True)]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer; true and false are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is an integer of at least 1."""
+    if not is_whole(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

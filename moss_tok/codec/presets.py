@@ -139,12 +139,13 @@ def describe(config: Any) -> str:
     if not isinstance(config, CodecConfig):  # JAX makes pytrees with anything in their place
         return type(config).__name__
     quantizer = config.quantizer
+    levels = summary.count(quantizer.num_quantizers, "quantizer")
     parts = [
         _preset_name(config) or _stages(config),
         f"{config.sample_rate} Hz",
         summary.count(config.num_channels, "channel"),
         f"{config.frame_rate:g} frames/s",
-        f"{summary.count(quantizer.num_quantizers, 'quantizer')} of {quantizer.codebook_size} codes",
+        f"{levels} of {quantizer.codebook_size} codes",
     ]
     return ", ".join(parts)
 
