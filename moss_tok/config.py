@@ -402,6 +402,12 @@ class TrainConfig:
         -200.0, "white noise of that level (dB re full scale, RMS) is silence to the mel loss",
         at_most=0,
     )  # fmt: skip
+    mel_turns: int = _count(
+        1, "the mel windows are dealt to so many steps, which take turns: less work", at_least=1
+    )
+    loudness_weight: float = _weight(
+        0.0, "weight of the relative distance of compressed mel spectrograms, of the same windows"
+    )
     waveform_weight: float = _weight(0.0, "weight of the relative L1 distance of the waveforms")
     commitment_weight: float = _weight(0.25, "weight of the commitment loss")
     codebook_weight: float = _weight(1.0, "weight of the codebook loss")
@@ -465,6 +471,10 @@ class TrainConfig:
         self.noise_range  # noqa: B018  checks augment_noise_db
         self.profile_range  # noqa: B018  checks profile_steps
         self.mel_window_lengths  # noqa: B018  checks mel_windows
+        if self.mel_turns > len(self.mel_window_lengths):
+            raise ValueError(
+                f"mel_turns must be at most the number of mel_windows, got {self.mel_turns}"
+            )
         parse_mesh(self.mesh)
         if not self.discriminators.periods + self.discriminators.windows:
             raise ValueError(

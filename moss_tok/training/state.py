@@ -80,6 +80,8 @@ class TrainState:
 def term_names(config: TrainConfig) -> tuple[str, ...]:
     """Names of the loss terms of the stage."""
     waveform = ("waveform_loss",) if config.waveform_weight else ()
+    if config.loudness_weight:
+        waveform = ("loudness_loss", *waveform)
     semantic = (SEMANTIC_TERM,) if config.language_model else ()
     if config.trainable == "language":
         return semantic

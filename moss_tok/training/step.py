@@ -61,6 +61,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     keep_key, reseed_key = jax.random.split(key)
     batch = batch | {"keep": _quantizer_dropout(config, codec, keep_key, batch["position"])}
+    batch["turn"] = jnp.full(config.batch_size, state.step % config.mel_turns)
     if language is not None:
         batch |= _text_weights(config, codec, jax.random.fold_in(key, 2), batch)
     parts = _split(batch, config.num_microbatches)
@@ -309,11 +310,30 @@ def _audio_terms(
 ) -> dict[str, jax.Array]:
     """What a reconstruction costs the generator by itself, per item."""
     wav, length = part["wav"], part["length"]
-    mel = (codec.sample_rate, config.mel_window_lengths, config.mel_floor_db)
-    terms = {"reconstruction_loss": losses.reconstruction_loss(wav, wav_hat, length, *mel)}
+    terms = _mel_terms(config, codec, part, wav_hat)
+    if not config.loudness_weight:
+        del terms["loudness_loss"]
     if config.waveform_weight:
         terms["waveform_loss"] = losses.waveform_loss(wav, wav_hat, length)
     return terms
+
+
+def _mel_terms(
+    config: TrainConfig, codec: CodecConfig, part: Batch, wav_hat: jax.Array
+) -> dict[str, jax.Array]:
+    """`losses.reconstruction_losses` of the windows whose turn it is, for all of them."""
+
+    def of_turn(turn, wav_hat):
+        windows = config.mel_window_lengths[turn :: config.mel_turns]
+        mel = (codec.sample_rate, windows, config.mel_floor_db)
+        terms = losses.reconstruction_losses(part["wav"], wav_hat, part["length"], *mel)
+        share = len(config.mel_window_lengths) / len(windows)
+        return {name: share * x for name, x in terms.items()}
+
+    if config.mel_turns == 1:
+        return of_turn(0, wav_hat)
+    turns = [functools.partial(of_turn, turn) for turn in range(config.mel_turns)]
+    return jax.lax.switch(part["turn"][0], turns, wav_hat)
 
 
 def _judged(
