@@ -14,9 +14,14 @@ from moss_tok.objectives.config import CodecSettings, DiscriminatorSettings
 WINDOWS = CodecSettings().mel_windows
 
 
+def mel_loss(*args):
+    """The multi-scale mel loss alone."""
+    return losses.reconstruction_losses(*args)["reconstruction_loss"]
+
+
 def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=WINDOWS):
-    """The multi-scale mel loss of [S] signals through librosa."""
-    total = 0.0
+    """The multi-scale mel loss of [S] signals through librosa, and that of loudness."""
+    total, loudness = 0.0, 0.0
     for window in windows:
         mels, logs = 5 * window // 32, []
         for x in (wav, wav_hat):
@@ -27,7 +32,9 @@ def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=WINDOW
             matrix = matrix[matrix.sum(1) > 0]
             logs.append(np.log10(np.maximum(matrix @ spectrum, floor(window))))
         total += np.abs(logs[0] - logs[1]).mean()
-    return total
+        reference, synthesis = (10 ** (0.45 * x) for x in logs)
+        loudness += np.abs(reference - synthesis).mean() / reference.mean()
+    return total, loudness
 
 
 @pytest.mark.filterwarnings("ignore:Empty filters")
@@ -35,9 +42,10 @@ def numpy_mel_loss(wav, wav_hat, rate, floor=lambda window: 1e-5, windows=WINDOW
 def test_mel_loss_agrees_with_librosa(rng, windows):
     wav, wav_hat = 0.1 * rng.standard_normal((2, 3, 1, 9600)).astype(np.float32)
     lengths = jnp.full(3, 9600)
-    found = losses.reconstruction_loss(wav, wav_hat, lengths, 24000, windows)
+    found = losses.reconstruction_losses(wav, wav_hat, lengths, 24000, windows)
     pairs = zip(wav, wav_hat, strict=True)
     expected = [numpy_mel_loss(a[0], b[0], 24000, windows=windows) for a, b in pairs]
+    found = np.stack([found["reconstruction_loss"], found["loudness_loss"]], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -53,8 +61,8 @@ def test_mel_loss_with_a_floor(rng):
         floors[window] = 10 ** float(spectral.log_mel(0 * noise, 24000, window, mels, -50).min())
         mean = np.mean(10 ** spectral.log_mel(noise, 24000, window, mels))
         assert floors[window] == pytest.approx(max(1e-5, mean), rel=0.25)
-    found = losses.reconstruction_loss(wav, wav_hat, jnp.full(1, 24000), 24000, WINDOWS, -50)
-    expected = numpy_mel_loss(wav[0, 0], wav_hat[0, 0], 24000, floors.get)
+    found = mel_loss(wav, wav_hat, jnp.full(1, 24000), 24000, WINDOWS, -50)
+    expected, _ = numpy_mel_loss(wav[0, 0], wav_hat[0, 0], 24000, floors.get)
     np.testing.assert_allclose(found[0], expected, rtol=1e-4)
 
 
@@ -66,7 +74,8 @@ def test_mel_loss_of_padded_items(rng):
     @jax.jit
     def differentiate(x, y):
         def loss(y):
-            return losses.reconstruction_loss(x, y, lengths, 24000, WINDOWS)[0]
+            terms = losses.reconstruction_losses(x, y, lengths, 24000, WINDOWS)
+            return sum(terms.values())[0]
 
         return jax.value_and_grad(loss)(y)
 
@@ -93,7 +102,9 @@ def test_gradient_is_finite_at_silence():
     @jax.jit
     @jax.grad
     def differentiate(y):
-        return losses.reconstruction_loss(silence + 0.1, y, jnp.array([4096]), 24000, WINDOWS)[0]
+        lengths = jnp.array([4096])
+        terms = losses.reconstruction_losses(silence + 0.1, y, lengths, 24000, WINDOWS)
+        return sum(terms.values())[0]
 
     gradient = differentiate(silence)
     assert np.isfinite(gradient).all()

@@ -83,6 +83,24 @@ def test_microbatches_change_nothing(flags):
     np.testing.assert_allclose(books, others, atol=1e-3)  # the dead ones' new vectors as well
 
 
+def test_windows_that_take_turns_are_the_same_loss_on_average():
+    flags = PRETRAIN | {"mel_windows": "64,128,256,512", "loudness_weight": 1.0}
+    batch = random_batch()
+    wav_hat = random_batch(seed=1)["wav"]
+    whole = make_recipe(flags).objective.mel_losses(batch, wav_hat)
+    in_turns = make_recipe(flags | {"mel_turns": 2})
+    of_turns = []
+    for turn in range(2):
+        part = batch | {"turn": jnp.full(4, turn)}
+        of_turns.append(in_turns.objective.mel_losses(part, wav_hat))
+    for name, expected in whole.items():
+        np.testing.assert_allclose((of_turns[0][name] + of_turns[1][name]) / 2, expected, rtol=1e-5)
+        assert not np.allclose(of_turns[0][name], of_turns[1][name], rtol=1e-2)
+    state, metrics = run_steps(in_turns, 2)
+    assert int(state.totals.skipped) == 0
+    assert metrics["loudness_loss"] > 0
+
+
 def test_discriminators_hear_quiet_and_loud_audio_alike():
     recipe = make_recipe(ADVERSARIAL)
     params = discriminators(recipe)

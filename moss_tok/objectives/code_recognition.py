@@ -36,8 +36,9 @@ class CodeRecognitionObjective(RecognitionObjective):
             "num_quantizers": ((), jnp.int32),
         } | text.item_shapes(self.settings.text)
 
-    def prepare(self, key: jax.Array, batch: Batch) -> Batch:
+    def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
         """Draws the quantizers in use, and frames that the language model misses."""
+        del step
         num_frames = batch["codes"].shape[-1]
         drawn = self.draw(key, batch["position"], num_frames, batch["length"])
         numbers = jnp.arange(drawn["in_use"].shape[1])

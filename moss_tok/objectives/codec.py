@@ -64,9 +64,12 @@ class CodecObjective(Objective):
     @property
     def term_names(self) -> tuple[str, ...]:
         """All terms of the loss."""
-        waveform = ("waveform_loss",) if self.settings.waveform_weight else ()
-        audio_terms = ("reconstruction_loss", "commitment_loss", "codebook_loss", *waveform)
-        return audio_terms + self.masked_terms
+        names = ["reconstruction_loss", "commitment_loss", "codebook_loss"]
+        if self.settings.loudness_weight:
+            names.append("loudness_loss")
+        if self.settings.waveform_weight:
+            names.append("waveform_loss")
+        return (*names, *self.masked_terms)
 
     @property
     def masked_terms(self) -> tuple[str, ...]:
@@ -118,8 +121,12 @@ class CodecObjective(Objective):
             shapes |= text.item_shapes(self.settings.text)
         return shapes
 
-    def prepare(self, key: jax.Array, batch: Batch) -> Batch:
-        """Draws "in_use" [B, Q], the quantizers in use, and what the language model misses."""
+    def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
+        """Draws "in_use" [B, Q], the quantizers in use, and what the language model misses.
+
+        "turn" says which mel windows are compared in this step.
+        """
+        batch = batch | {"turn": jnp.full(len(batch["length"]), step % self.settings.mel_turns)}
         num_frames = self.codec.num_frames(batch["wav"].shape[-1])
         lengths = self.codec.num_frames(batch["length"])
         return batch | self.draw(key, batch["position"], num_frames, lengths)
@@ -164,21 +171,40 @@ class CodecObjective(Objective):
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
         """The terms of the loss; spectra, waveforms and codes of padding weigh nothing."""
         s = self.settings
-        wav, wav_hat, length = part["wav"], outputs["wav_hat"], part["length"]
-        mel_loss = losses.reconstruction_loss(
-            wav, wav_hat, length, self.codec.sample_rate, s.mel_windows, s.mel_floor_db
-        )
+        mel_losses = self.mel_losses(part, outputs["wav_hat"])
         terms = {
             "commitment_loss": Term(outputs["commitment_loss"], s.commitment_weight),
             "codebook_loss": Term(outputs["codebook_loss"], s.codebook_weight),
         }
         if self.language is not None:
             terms[text.TERM] = text.term(s.text, outputs[text.TERM])
-        terms["reconstruction_loss"] = Term(mel_loss, s.reconstruction_weight)
+        terms["reconstruction_loss"] = Term(
+            mel_losses["reconstruction_loss"], s.reconstruction_weight
+        )
+        if s.loudness_weight:
+            terms["loudness_loss"] = Term(mel_losses["loudness_loss"], s.loudness_weight)
         if s.waveform_weight:
-            waveform_loss = losses.waveform_loss(wav, wav_hat, length)
-            terms["waveform_loss"] = Term(waveform_loss, s.waveform_weight)
+            loss = losses.waveform_loss(part["wav"], outputs["wav_hat"], part["length"])
+            terms["waveform_loss"] = Term(loss, s.waveform_weight)
         return terms
+
+    def mel_losses(self, part: Batch, wav_hat: jax.Array) -> dict[str, jax.Array]:
+        """`losses.reconstruction_losses` of the windows whose turn it is, scaled to all of them."""
+        s = self.settings
+
+        def of_turn(turn, wav_hat):
+            windows = s.mel_windows[turn :: s.mel_turns]
+            found = losses.reconstruction_losses(
+                part["wav"], wav_hat, part["length"], self.codec.sample_rate, windows,
+                s.mel_floor_db,
+            )  # fmt: skip
+            scale = len(s.mel_windows) / len(windows)
+            return {name: scale * x for name, x in found.items()}
+
+        if s.mel_turns == 1:
+            return of_turn(0, wav_hat)
+        turns = [functools.partial(of_turn, turn) for turn in range(s.mel_turns)]
+        return jax.lax.switch(part["turn"][0], turns, wav_hat)
 
     def finish(
         self,

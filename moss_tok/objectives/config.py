@@ -72,6 +72,12 @@ class CodecSettings:
         "white noise of that level (dB re full scale, RMS) is silence to the mel loss",
         at_most=0,
     )
+    mel_turns: int = count(
+        1, "the mel windows are dealt to so many steps, which take turns: less work", at_least=1
+    )
+    loudness_weight: float = weight(
+        0.0, "weight of the relative distance of compressed mel spectrograms, of the same windows"
+    )
     waveform_weight: float = weight(0.0, "weight of the relative L1 distance of the waveforms")
     commitment_weight: float = weight(0.25, "weight of the commitment loss")
     codebook_weight: float = weight(1.0, "weight of the codebook loss")
@@ -85,6 +91,10 @@ class CodecSettings:
             text = INTEGERS.format(self.mel_windows)
             raise ValueError(
                 f"mel_windows must be one or more multiples of 32 up to 32768, got {text!r}"
+            )
+        if self.mel_turns > len(self.mel_windows):
+            raise ValueError(
+                f"mel_turns must be at most the number of mel_windows, got {self.mel_turns}"
             )
 
 

@@ -13,17 +13,18 @@ from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
 
 _BANDS_PER_SAMPLE = 5 / 32  # mel bands per sample of a window, as the Descript Audio Codec has it
+_LOUDNESS_POWER = 0.45  # of a magnitude; Zwicker's law has 0.23 of the power
 
 
-def reconstruction_loss(
+def reconstruction_losses(
     wav: jax.Array,
     wav_hat: jax.Array,
     lengths: jax.Array,
     sample_rate: int,
     windows: tuple[int, ...],
     floor_db: float = -math.inf,
-) -> jax.Array:
-    """Multi-scale mel distance: the L1 distance of log10 mel spectrograms, summed over windows.
+) -> dict[str, jax.Array]:
+    """Multi-scale mel distances, summed over windows.
 
     Args:
       wav: [B, C, S] reference.
@@ -34,12 +35,20 @@ def reconstruction_loss(
       floor_db: What is silent, see `spectral.log_mel`; not in the paper.
 
     Returns:
-      [B]: per item the mean over valid frames, summed over windows.
+      Per item [B], means over valid frames: "reconstruction_loss", the L1 distance of log10 mel
+      spectrograms; "loudness_loss", that of mel spectrograms compressed as hearing does, relative
+      to the reference. Not in the paper: loud bands count more than in the first, quiet ones less.
     """
     batch, channels, num_samples = wav.shape
-    total = jnp.zeros(batch)
+    log_distance = jnp.zeros(batch)
+    loudness_distance = jnp.zeros(batch)
     for window_length in windows:
         num_mels = int(_BANDS_PER_SAMPLE * window_length)
+        valid = frame_mask(lengths, num_samples, window_length)
+
+        def over_frames(x, valid=valid):
+            return masked_mean(x.mean(-1).reshape(batch, channels, -1).mean(1), valid)
+
         # Not in one batch: the reference needs no gradient.
         reference, synthesis = (
             spectral.log_mel(
@@ -47,11 +56,11 @@ def reconstruction_loss(
             )
             for x in (wav, wav_hat)
         )
-        distance = jnp.abs(reference - synthesis).mean(-1)
-        distance = distance.reshape(batch, channels, -1).mean(1)  # [B, T]
-        valid = frame_mask(lengths, num_samples, window_length)
-        total += masked_mean(distance, valid)
-    return total
+        log_distance += over_frames(jnp.abs(reference - synthesis))
+        reference, synthesis = (10 ** (_LOUDNESS_POWER * x) for x in (reference, synthesis))
+        distance = over_frames(jnp.abs(reference - synthesis))
+        loudness_distance += distance / (over_frames(reference) + 1e-6)
+    return {"reconstruction_loss": log_distance, "loudness_loss": loudness_distance}
 
 
 def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -134,9 +134,9 @@ class Objective:
         """Shape and dtype of an item of a batch, by name."""
         raise NotImplementedError
 
-    def prepare(self, key: jax.Array, batch: Batch) -> Batch:
+    def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
         """What is drawn for a whole batch before it is split into microbatches."""
-        del key
+        del key, step
         return batch
 
     def masks(self, batch: Batch) -> dict[str, jax.Array]:

@@ -34,7 +34,7 @@ def train_step(
     """
     objective = recipe.objective
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    batch = objective.prepare(key, batch)
+    batch = objective.prepare(key, state.step, batch)
     masks = objective.masks(batch)
     batch = batch | {"term_shares": {name: _shares(mask) for name, mask in masks.items()}}
     parts = microbatches.split(batch, recipe.num_microbatches)
