@@ -23,7 +23,7 @@ FLOORS = [
      "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained"],
-    ["data.config", "data.records", "data.sources", "data.pipeline", "data.prepare",
+    ["data.config", "data.jobs", "data.records", "data.sources", "data.pipeline", "data.prepare",
      "data.synthetic", "data.codes", "data.code_batches", "data.batches", "data.tokenize"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report",
      "evaluation.baselines", "evaluation.protocol", "evaluation.transcription",

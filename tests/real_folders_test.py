@@ -19,11 +19,11 @@ import soundfile
 from helpers import GOLDEN, leaves_equal
 
 import moss_tok
-from moss_tok import storage
+from moss_tok import storage, tensors
 from moss_tok.audio import files, manifest
 from moss_tok.cli import arguments
 from moss_tok.cli.main import main
-from moss_tok.codec import codes, huggingface, pretrained
+from moss_tok.codec import codes, pretrained
 from moss_tok.data import pipeline, prepare, records, sources, tokenize
 from moss_tok.data.config import AudioDataConfig
 from moss_tok.evaluation import pages, protocol
@@ -446,7 +446,7 @@ def test_the_cache_of_the_hub(cached, v1_tiny):
     (cached / "blobs" / "1").unlink()
     with pytest.raises(ValueError, match="model.safetensors: a link to a file that is not there"):
         moss_tok.load(cached)
-    index = cached / "snapshots" / "0123abc" / huggingface.INDEX_NAME
+    index = cached / "snapshots" / "0123abc" / tensors.INDEX_NAME
     index.write_text('{"weight_map": {"a": "model.safetensors"}}')
     with pytest.raises(ValueError, match="model.safetensors: a link to a file that is not there"):
         moss_tok.load(cached)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import moss_tok
 from moss_tok import sharding
 from moss_tok.cli.main import main
-from moss_tok.codec import inference, presets, pretrained, streaming
+from moss_tok.codec import inference, live, presets, pretrained, streaming
 from moss_tok.codec.config import CodecConfig, QuantizerConfig
 from moss_tok.nn import attention, rope
 from moss_tok.nn.compute import ComputeConfig
@@ -382,7 +382,7 @@ def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
         raise KeyboardInterrupt
 
     streaming_step = streaming.encode_step
-    monkeypatch.setattr(streaming, "encode_step", interrupted)
+    monkeypatch.setattr(live, "encode_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stream.push({0: wav})
     monkeypatch.undo()

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     import moss_tok
     from moss_tok import sharding
     from moss_tok.codec import pretrained
-    from moss_tok.data import tokenize
+    from moss_tok.data import jobs, tokenize
+    from moss_tok.data.config import PLAN
     from moss_tok.errors import check_choice
     from moss_tok.nn.compute import PRECISIONS
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         pretrained.load_config(args.checkpoint).check_num_quantizers(args.num_quantizers),
         args.format, args.shard_hours, args.batch_seconds, args.num_workers,
     )  # fmt: skip
-    tokenize.check_folder(args.output)
+    jobs.check_folder(args.output, PLAN)
     items = tokenize.find_items(args.input)
     compute = PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)

@@ -24,10 +24,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from moss_tok import storage
 from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
-from moss_tok.data import records
-from moss_tok.json_files import read_json_object
+from moss_tok.data import jobs, records
 
-_PARTS = "parts"  # a listing per finished shard
+_PLAN = "prepare.json"
+_PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
 _SILENCE_DB = -60.0
 _DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAC_20", "ALAC_24", "ALAC_32")
 
@@ -172,24 +172,16 @@ def write_shard(
     The listing has a line per record (as in the manifest) and per rejected file; the shard is
     renamed last, so where it exists it is complete.
     """
-    path, listing = folder / shard.name, folder / _PARTS / f"{shard.name}.jsonl"
-    if path.exists() and listing.exists():
+    if jobs.is_done(folder, shard.name, _PART):
         for _ in shard.items:
             progress()
         return
-    temporary = path.with_name(f"{files.INCOMPLETE}{shard.name}")
-    try:
+    listing = jobs.part_path(folder, shard.name, _PART)
+    with jobs.new_file(folder / shard.name) as temporary:
         rows = _write_records(temporary, shard, settings, progress)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.write_text(listing, text)
-        if any("record" in row for row in rows):
-            temporary.rename(path)
-        else:  # an ArrayRecord file without records cannot be opened
-            path.touch()
-    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full
-        raise ValueError(f"{path}: could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        files.write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
+        if not any("record" in row for row in rows):
+            temporary.write_bytes(b"")  # an ArrayRecord file without records cannot be opened
 
 
 def _write_records(
@@ -239,14 +231,8 @@ def begin(source: str | Path, destination: str | Path, settings: Settings) -> li
                  for s in shards]  # fmt: skip
     text = json.dumps([dataclasses.asdict(settings), described], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    state = destination / "prepare.json"
-    if state.exists():
-        if read_json_object(state).get("plan") != digest:
-            raise ValueError(f"{destination}: holds a preparation of other files or settings")
-    elif destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"{destination}: exists and is not empty")
-    (destination / _PARTS).mkdir(parents=True, exist_ok=True)
-    files.write_text(state, json.dumps({"plan": digest}))
+    plan_of_work = {"plan": digest}
+    jobs.begin(destination, _PLAN, plan_of_work, "a preparation of other files or settings")
     return shards
 
 
@@ -259,7 +245,7 @@ def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
     destination = storage.to_local_path(destination)
     rows, rejected = [], []
     for shard in shards:
-        listing = destination / _PARTS / f"{shard.name}.jsonl"
+        listing = jobs.part_path(destination, shard.name, _PART)
         for row in map(json.loads, listing.read_text().splitlines()):
             (rejected if "rejected" in row else rows).append(row)
     hours: dict[str, float] = collections.defaultdict(float)

@@ -12,16 +12,12 @@ several machines can share them. OUTPUT holds
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import os
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,14 +29,15 @@ from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import inference, pretrained
 from moss_tok.codec.inference import Codec
-from moss_tok.data import codes, records, sources
+from moss_tok.data import codes, jobs, records, sources
 from moss_tok.data.batches import BatchEncoder, Found, Statistics
+from moss_tok.data.config import PLAN
 from moss_tok.errors import check_choice, is_number
 from moss_tok.json_files import read_json_object
 
 FORMATS = ("arrayrecord", "jsonl")
 _MOST_AHEAD = 1000  # recordings, of which some may be longer than is known
-_SILENT_SECONDS = 3600  # since a file was written to, and its process counts as gone
+_PART = ".json"  # suffix of a shard's part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +156,7 @@ def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> 
     content = ((name, item.duration_seconds, _metadata(item)) for name, item in ordered)
     written = {
         "codec": pretrained.fingerprint(codec),
-        "data": _digest(content),
+        "data": jobs.digest(content),
         "num_items": len(items),
         "num_quantizers": settings.num_quantizers,
         "format": settings.format,
@@ -171,21 +168,9 @@ def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> 
         "hop_length": codec.config.hop_length,
         "codebook_size": codec.config.quantizer.codebook_size,
     }
-    _check_plan(folder, written)
+    jobs.begin(folder, PLAN, written, "codes of another run")
     shards = tuple((name, tuple(groups[n])) for name, n in zip(names, sorted(groups), strict=True))
     return Plan(folder, settings, shards)
-
-
-def check_folder(folder: str | Path) -> None:
-    """Raises ValueError unless codes can go there: a new or empty folder, or one with a plan."""
-    path = storage.to_local_path(folder)
-    if not folder or (path.exists() and not path.is_dir()):
-        raise ValueError(f"output must be a folder, got {str(folder)!r}")
-    names = {p.name for p in path.iterdir()} if path.exists() else set()
-    # Another process may be about to write the plan.
-    is_new = all(name.startswith(files.INCOMPLETE) for name in names)
-    if "plan.json" not in names and not is_new:
-        raise ValueError(f"{path} is not empty, and has no plan.json to go on with")
 
 
 def check_share(shard_index: int, num_shards: int) -> None:
@@ -194,20 +179,6 @@ def check_share(shard_index: int, num_shards: int) -> None:
         raise ValueError(f"num-shards must be at least 1, got {num_shards}")
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard-index must be 0..{num_shards - 1}, got {shard_index}")
-
-
-def _check_plan(folder: Path, written: dict[str, Any]) -> None:
-    check_folder(folder)
-    path = folder / "plan.json"
-    if path.exists():
-        found = read_json_object(path)
-        differing = [k for k in written if found.get(k) != written[k]]
-        if differing:
-            listing = "; ".join(f"{k}: {found.get(k)}, now {written[k]}" for k in differing)
-            raise ValueError(f"{folder} holds codes of another run: {listing}")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(written, indent=2) + "\n")
 
 
 def run(
@@ -235,16 +206,12 @@ def run(
     with ThreadPoolExecutor(settings.num_workers) as pool:
         reader = _Reader(codec, pool, progress)
         for name, items in plan.shards[shard_index::num_shards]:
-            if not _is_done(plan.folder, name):
+            if not jobs.is_done(plan.folder, name, _PART):
                 _write_shard(plan, name, items, *reader.encode(encoder, items))
             else:
                 progress(sum(item.duration_seconds for _, item in items))
     encoder.statistics.seconds = time.perf_counter() - began
     return encoder.statistics
-
-
-def _is_done(folder: Path, name: str) -> bool:
-    return (folder / name).exists() and (folder / "parts" / f"{name}.json").exists()
 
 
 def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Failed) -> None:
@@ -255,51 +222,16 @@ def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Fail
         for key, item in items
         if key in failed
     ]
-    with _temporary(plan.folder, name) as path:
+    with jobs.new_file(plan.folder / name) as path:
         _WRITERS[plan.settings.format](path, rows)
     part = {
         "num_items": len(rows),
         "num_frames": sum(x.shape[1] for _, _, x, _ in rows),
-        "ids": _digest([key for key, *_ in rows] + [row["id"] for row in failures]),
+        "ids": jobs.digest([key for key, *_ in rows] + [row["id"] for row in failures]),
         "failures": failures,
     }
-    (plan.folder / "parts").mkdir(exist_ok=True)
-    with _temporary(plan.folder / "parts", f"{name}.json") as path:
+    with jobs.new_file(jobs.part_path(plan.folder, name, _PART)) as path:
         path.write_text(json.dumps(part) + "\n")
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """A file of this process alone that becomes `name`, or nothing, when the block ends."""
-    path = folder / f"{files.INCOMPLETE}{name}@{socket.gethostname()}@{os.getpid()}"
-    try:
-        yield path
-        path.rename(folder / name)
-    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full
-        raise ValueError(f"{folder / name}: could not be written ({error})") from error
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether the process that began a `_temporary` is gone, or on another host and silent."""
-    _, host, number = path.name.rsplit("@", 2)
-    if host != socket.gethostname():
-        return time.time() - path.stat().st_mtime > _SILENT_SECONDS
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's
-        return False
-    return int(number) == os.getpid()  # this one has finished: another had its number before
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(json.dumps(part, sort_keys=True).encode() + b"\n")
-    return found.hexdigest()[:16]
 
 
 def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
@@ -394,23 +326,20 @@ def finish(plan: Plan) -> dict[str, Any] | None:
     Raises:
       ValueError: Recordings are neither in the shards nor among the failures.
     """
-    if not all(_is_done(plan.folder, name) for name, _ in plan.shards):
+    if not all(jobs.is_done(plan.folder, name, _PART) for name, _ in plan.shards):
         return None
-    parts = [read_json_object(plan.folder / "parts" / f"{n}.json") for n, _ in plan.shards]
+    parts = [read_json_object(jobs.part_path(plan.folder, n, _PART)) for n, _ in plan.shards]
     failures = [row for part in parts for row in part["failures"]]
     num_items = sum(part["num_items"] for part in parts)
     for part, (name, items) in zip(parts, plan.shards, strict=True):
         missing = dict.fromkeys(row["id"] for row in part["failures"])
         done = [key for key, _ in items if key not in missing]
-        if part["num_items"] != len(done) or part["ids"] != _digest([*done, *missing]):
+        if part["num_items"] != len(done) or part["ids"] != jobs.digest([*done, *missing]):
             raise ValueError(
                 f"{plan.folder / name}: {len(items)} recordings in, {part['num_items']} out and "
                 f"{len(missing)} failures, or others"
             )
-    for path in plan.folder.rglob(f"{files.INCOMPLETE}codes-*@*@*"):
-        with contextlib.suppress(FileNotFoundError):  # others tidy up, too
-            if _is_abandoned(path):
-                path.unlink()
+    jobs.remove_abandoned(plan.folder)
     summary = {
         "num_items": num_items,
         "num_failures": len(failures),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_tok import storage
-from moss_tok.audio import files, folders
+from moss_tok.audio import files
 
 _TOOLS = {"opus": ("opusenc", "opusdec"), "codec2": ("c2enc", "c2dec")}
 _CODEC2_RATE = 8000
@@ -151,7 +151,9 @@ def _run(*command: str) -> None:
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in folders.select(folder, storage.files_under(folder), files.readable_suffixes()):
+    for path in storage.files_under(folder):
+        if path.suffix.lower() not in files.readable_suffixes():
+            continue
         found.setdefault(path.stem, []).append(path)
     return found
 
