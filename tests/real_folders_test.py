@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -375,6 +376,19 @@ def test_a_full_disk_while_shards_are_written(recordings, tmp_path):
     assert left == {"prepare.json"}
     rows, _ = prepared(recordings, tmp_path / "out")
     assert len(rows) == 3
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_full_disk_while_audio_is_written(tmp_path, suffix, rng, capfd):
+    """One line, and none of what libsndfile's callbacks print."""
+    path = tmp_path / f"a{suffix}"
+    wav = rng.uniform(-1, 1, (1, 40000)).astype(np.float32)
+    with largest_file(1000), pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
+        files.write(path, wav, RATE)
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    files.write(path, wav, RATE)
+    assert soundfile.info(path).frames == 40000
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -54,30 +55,61 @@ def write_blocks(
     options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
 
     def write_to(file: object) -> None:
-        with _named_failures(path):
-            out = soundfile.SoundFile(file, "w", sample_rate, num_channels, **options)
+        target = _Target(file)
+        with _named_failures(path, target):
+            out = soundfile.SoundFile(target, "w", sample_rate, num_channels, **options)
         try:
             for block in blocks:  # what goes wrong in here is no failure to write
                 if not np.isfinite(block).all():
                     raise ValueError(f"{path}: audio to write must be finite")
                 if out.frames + block.shape[1] > most:
                     raise ValueError(f"{path}: longer than a WAV can be; choose .flac")
-                with _named_failures(path):
+                with _named_failures(path, target):
                     out.write(np.clip(block, -1, 1).T)
         finally:
-            with _named_failures(path):
+            with _named_failures(path, target):
                 out.close()
 
     write_atomically(path, write_to)
 
 
+class _Target:
+    """A file for libsndfile that keeps its first error: raised there, it would be printed only."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """As of a file; 0 where that fails."""
+        return self._try(self._file.write, data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of a file; 0 where that fails."""
+        return self._try(self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        """As of a file; 0 where that fails."""
+        return self._try(self._file.tell)
+
+    def _try(self, function: Callable[..., int], *args: Any) -> int:
+        try:
+            return function(*args)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+
 @contextlib.contextmanager
-def _named_failures(path: Path) -> Iterator[None]:
-    """Turns libsndfile's errors into ValueError that names the file."""
+def _named_failures(path: Path, target: _Target) -> Iterator[None]:
+    """Raises what libsndfile could not do as ValueError, and what `target` could not as OSError."""
     try:
         yield
-    except (soundfile.SoundFileError, AssertionError) as error:  # the latter where disks are full
-        raise ValueError(f"{path}: could not be written ({error})") from error
+    except (soundfile.SoundFileError, AssertionError) as error:  # the latter of what is cut short
+        if target.error is None:
+            raise ValueError(f"{path}: could not be written ({error})") from error
+    if target.error is not None:
+        raise target.error
 
 
 def check_output(path: str | Path) -> None:
@@ -98,8 +130,10 @@ def write_atomically(path: str | Path, write_to: Callable[[object], None]) -> No
             write_to(file)
         storage.set_mode(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
