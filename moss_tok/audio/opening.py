@@ -256,6 +256,8 @@ def _open_ogg(opened: _Input, start: int) -> Decoder:
     links = _scanned(ogg.find_links, opened, start, opened.size)
     if not links:
         raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
+    if not links[-1].ended:
+        notes.say_once(f"{opened.name}: has no last page, may be cut; read to where it ends")
     makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
     return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
 

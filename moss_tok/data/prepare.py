@@ -100,7 +100,9 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     resampled = settings.sample_rate not in (0, rate)
     subtype = files.subtype(item.path)
     if not (cut or resampled) and item.path.suffix.lower() == ".flac":
-        return [_record(item.path.read_bytes(), name, seconds, metadata)]
+        data = item.path.read_bytes()
+        if data[:4] == b"fLaC":  # whatever the name says
+            return [_record(data, name, seconds, metadata)]
     if resampled:
         wav, rate = files.resample(wav, rate, settings.sample_rate), settings.sample_rate
     parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
