@@ -161,11 +161,12 @@ def opus(wav, rate=48000):
         encoded(sound(2.0, 44100, 2), 44100, "OGG", "VORBIS"),
         encoded(sound(6.0), RATE, "OGG", "VORBIS"),
         opus(sound(3.0, 48000, 2)),
+        opus(sound(0.02, 48000)),
         opus(sound(4.0), RATE),
         encoded(sound(3.0), RATE, "FLAC", "PCM_24"),
         encoded(sound(9.0, 44100, 2), 44100, "FLAC"),
     ],
-    ids=["vorbis", "long vorbis", "opus", "opus 16k", "flac", "long flac"],
+    ids=["vorbis", "long vorbis", "opus", "short opus", "opus 16k", "flac", "long flac"],
 )
 def test_chains(capsys, data):
     """Read alone; twice, which is as long; and what was cut."""
@@ -174,6 +175,8 @@ def test_chains(capsys, data):
     np.testing.assert_allclose(joined, np.concatenate([whole, whole], axis=1), atol=1e-6)
     if data[:4] == b"OggS":  # announces no length
         notes.forget()
+        if whole.shape[1] < 2000:  # all in one page
+            return
         assert 0 < agree(data[: len(data) * 3 // 4]).shape[1] < whole.shape[1]
         said = "note: a: has no last page, may be cut; read to where it ends\n"
         assert capsys.readouterr().err == said
