@@ -161,19 +161,25 @@ def opus(wav, rate=48000):
         encoded(sound(2.0, 44100, 2), 44100, "OGG", "VORBIS"),
         encoded(sound(6.0), RATE, "OGG", "VORBIS"),
         opus(sound(3.0, 48000, 2)),
+        opus(sound(0.02, 48000)),
         opus(sound(4.0), RATE),
         encoded(sound(3.0), RATE, "FLAC", "PCM_24"),
         encoded(sound(9.0, 44100, 2), 44100, "FLAC"),
     ],
-    ids=["vorbis", "long vorbis", "opus", "opus 16k", "flac", "long flac"],
+    ids=["vorbis", "long vorbis", "opus", "short opus", "opus 16k", "flac", "long flac"],
 )
-def test_chains(data):
+def test_chains(capsys, data):
     """Read alone; twice, which is as long; and what was cut."""
     whole = agree(data)
     joined = agree(data + data)
     np.testing.assert_allclose(joined, np.concatenate([whole, whole], axis=1), atol=1e-6)
     if data[:4] == b"OggS":  # announces no length
+        notes.forget()
+        if whole.shape[1] < 2000:  # all in one page
+            return
         assert 0 < agree(data[: len(data) * 3 // 4]).shape[1] < whole.shape[1]
+        said = "note: a: has no last page, may be cut; read to where it ends\n"
+        assert capsys.readouterr().err == said
         with pytest.raises(ValueError, match="truncated or corrupt .ends before its first audio"):
             files.read(AudioBytes(data[:1000], "a"), RATE, 1)
         return
@@ -232,7 +238,7 @@ def test_links_of_an_ogg():
 KINDS = [
     ("WAV", "PCM_16"), ("WAVEX", "PCM_24"), ("RF64", "PCM_16"), ("W64", "FLOAT"),
     ("AIFF", "PCM_16"), ("AIFF", "FLOAT"), ("AU", "PCM_16"), ("AU", "ULAW"), ("CAF", "PCM_16"),
-    ("CAF", "ALAC_24"), ("SVX", "PCM_16"), ("NIST", "PCM_16"),
+    ("CAF", "ALAC_24"), ("SVX", "PCM_16"), ("NIST", "PCM_16"), ("VOC", "PCM_16"),
 ]  # fmt: skip
 
 # What is refused by one must be refused by all.

@@ -88,6 +88,8 @@ def read_layout(file: BinaryIO, size: int) -> Layout:
         return _caf(file, size)
     if head[:8] == b"NIST_1A\n":
         return _nist(file, size)
+    if head == b"Creative Voice F":
+        return _voc(file, size)
     if head == _ASF:
         return _asf(file, size)
     if head[:4] == _EBML:
@@ -289,6 +291,17 @@ def _nist(file: BinaryIO, size: int) -> Layout:
     for name in (b"sample_count", b"channel_count", b"sample_n_bytes"):
         announced *= fields.get(name, 0)
     return _layout(start, announced, size) if announced and b"shorten" not in head else Layout()
+
+
+def _voc(file: BinaryIO, size: int) -> Layout:
+    """VOC: blocks of a type and a size of three bytes; type 0 ends the file."""
+    place = int.from_bytes(_at(file, 20, 2), "little")
+    while 26 <= place < size:
+        header = _at(file, place, 4)
+        if header[0] == 0:
+            return Layout()
+        place += 4 + int.from_bytes(header[1:], "little")
+    return Layout(missing_bytes=max(0, place - size))
 
 
 def _mp4(file: BinaryIO, size: int) -> Layout:

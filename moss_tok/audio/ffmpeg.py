@@ -79,21 +79,23 @@ class FfmpegDecoder:
         self.close()
         self._open()
         total = 0
+        number = -1
         last = None
-        for last in self._packets():  # noqa: B007
-            total += self._samples(last)
-        if last is not None and not self._can_decode(last):  # the end is cut
-            total -= self._samples(last)
-        return total
+        for packet in self._packets():
+            total += self._samples(last) if last is not None else 0
+            last = packet
+            number += 1
+        return total + (self._decoded_samples(last, number) if last is not None else 0)
 
-    def _can_decode(self, packet: Any) -> bool:
+    def _decoded_samples(self, packet: Any, number: int) -> int:
+        """What is in the last packet, which may be shorter than it says, or cut."""
         import av
 
         try:
-            self._new_decoder(0).decode(packet)
+            frames = self._new_decoder(number).decode(packet)
         except av.FFmpegError:
-            return False
-        return True
+            return 0
+        return sum(frame.samples for frame in frames)
 
     def close(self) -> None:
         """As of `decoder.Decoder`."""

@@ -11,7 +11,7 @@ SUFFIXES = (
 )  # fmt: skip
 FFMPEG_SUFFIXES = (
     ".m4a", ".mp4", ".aac", ".webm", ".mka", ".wma", ".3gp", ".ac3", ".amr", ".ape", ".asf", ".avi",
-    ".eac3", ".m4b", ".mkv", ".mov", ".spx", ".ts", ".tta", ".wv",
+    ".eac3", ".m4b", ".mkv", ".mov", ".spx", ".tta", ".wv",
 )  # fmt: skip
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
 INSTALL = "pip install 'moss_tok[ffmpeg]'"

@@ -76,6 +76,7 @@ class LibsndfileDecoder:
         num_frames: int | None = None,
         preroll_seconds: float = 0.0,
         last_page_seconds: float = 0.0,
+        seek_first: bool = False,
         quiet: bool = False,
     ):
         """Opens a file; `close` leaves `file` open.
@@ -87,6 +88,8 @@ class LibsndfileDecoder:
           preroll_seconds: What is decoded before a place to which it seeks.
           last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into
             it: it takes the page's end for that of its last block, and is some samples off.
+          seek_first: Whether to seek to the beginning. Else libsndfile begins at a wrong place in
+            Opus that was cut at its start; and a second seek to there is off in a short one.
           quiet: Whether the library may print something.
 
         Raises:
@@ -109,6 +112,8 @@ class LibsndfileDecoder:
         self._preroll = int(preroll_seconds * self.sample_rate)
         self._last_page = int(np.ceil(last_page_seconds * self.sample_rate))
         self._position = 0
+        if seek_first:
+            self._go_to(0)
 
     def read(self, frames: int) -> np.ndarray:
         """As of `decoder.Decoder`."""
@@ -136,19 +141,23 @@ class LibsndfileDecoder:
 
     def seek(self, frame: int) -> None:
         """As of `decoder.Decoder`."""
-        if self._file.can_seek:
+        if self._file.can_seek and frame != self._position:
             target = frame
             if self._last_page and self.num_frames is not None:
                 target = min(target, self.num_frames - self._last_page)
             target = max(0, target - self._preroll)
-            try:
-                with self._quiet:
-                    self._file.seek(target)
-            except (soundfile.LibsndfileError, RuntimeError) as error:
-                reason = getattr(error, "error_string", str(error))
-                raise ValueError(f"{self._name}: truncated or corrupt ({reason})") from error
-            self._position = target
+            if target != self._position:
+                self._go_to(target)
         decoders.skip(self, frame - self._position)
+
+    def _go_to(self, frame: int) -> None:
+        try:
+            with self._quiet:
+                self._file.seek(frame)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            reason = getattr(error, "error_string", str(error))
+            raise ValueError(f"{self._name}: truncated or corrupt ({reason})") from error
+        self._position = frame
 
     def close(self) -> None:
         """As of `decoder.Decoder`."""

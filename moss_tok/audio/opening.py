@@ -256,6 +256,8 @@ def _open_ogg(opened: _Input, start: int) -> Decoder:
     links = _scanned(ogg.find_links, opened, start, opened.size)
     if not links:
         raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
+    if not links[-1].ended:
+        notes.say_once(f"{opened.name}: has no last page, may be cut; read to where it ends")
     makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
     return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
 
@@ -268,10 +270,13 @@ def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
         if not link.granule:
             raise ValueError(f"{opened.name}: truncated or corrupt (ends before its first audio)")
         last_page_seconds = link.last_page / max(1, link.rate)
-        options = {"preroll_seconds": _OGG_PREROLL_SECONDS, "last_page_seconds": last_page_seconds}
-        decoder = _open_known(opened.name, file, **options)
-        decoder.seek(0)  # else libsndfile begins at a wrong place in Opus that was cut at its start
-        return decoder
+        return _open_known(
+            opened.name,
+            file,
+            preroll_seconds=_OGG_PREROLL_SECONDS,
+            last_page_seconds=last_page_seconds,
+            seek_first=True,
+        )
     codecs = ", ".join(codec or "an unknown codec" for codec in link.codecs)
     return _open_ffmpeg(opened, file, f"{codecs} in Ogg")
 

@@ -104,6 +104,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
     resampled = settings.sample_rate not in (0, rate)
     subtype = files.subtype(audio)
+    is_flac = is_flac and audio.data[:4] == b"fLaC"  # whatever its name says
     if is_flac and not (cut or resampled):
         return [_record(audio.data, name, seconds, metadata)]
     if resampled:
