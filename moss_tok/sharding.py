@@ -33,6 +33,7 @@ RULES = (
     ("width", None),
     ("norm", None),
     ("quantizers", None),
+    ("channels", None),
     ("rvq", None),
     ("codebook", None),
     ("code", None),

@@ -22,7 +22,7 @@ FLOORS = [
      "codec.init", "codec.inference", "codec.streaming", "codec.live", "codec.huggingface_config",
      "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",
-     "language.qwen", "language.pretrained"],
+     "language.qwen", "language.pretrained", "speech.config", "speech.model"],
     ["data.config", "data.jobs", "data.records", "data.sources", "data.pipeline", "data.prepare",
      "data.synthetic", "data.codes", "data.code_batches", "data.batches", "data.tokenize"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report",

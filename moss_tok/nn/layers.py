@@ -34,7 +34,14 @@ def _boxed_matrix(init: Any, axes: tuple[str, ...]) -> Any:
 
 
 def parameter(
-    module: nn.Module, name: str, shape, axes, num_in: int, dtype, scale: jax.Array | None = None
+    module: nn.Module,
+    name: str,
+    shape,
+    axes,
+    num_in: int,
+    dtype,
+    scale: jax.Array | None = None,
+    num_stacked: int = 0,
 ) -> jax.Array:
     """A float32 weight [num_in input axes, output axes], in the compute dtype; a bias starts at 0.
 
@@ -46,11 +53,16 @@ def parameter(
       num_in: How many of them are inputs; 0: it is a bias.
       dtype: What it is computed in.
       scale: float32, of the last output axis: what it is multiplied with before.
+      num_stacked: How many axes before the inputs count matrices, each with a scale of its own.
     """
     if num_in:
-        inputs = tuple(range(num_in))
-        outputs = tuple(range(num_in, len(shape)))
-        init = _boxed_matrix(nn.initializers.lecun_normal(in_axis=inputs, out_axis=outputs), axes)
+        inputs = tuple(range(num_stacked, num_stacked + num_in))
+        lecun = nn.initializers.lecun_normal(
+            in_axis=inputs,
+            out_axis=tuple(range(num_stacked + num_in, len(shape))),
+            batch_axis=tuple(range(num_stacked)),
+        )
+        init = _boxed_matrix(lecun, axes)
     else:
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
     value = module.param(name, init, shape, jnp.float32)

@@ -1,0 +1,1 @@
+"""Speech from text: an autoregressive model over the codes of frames (CAT-TTS)."""

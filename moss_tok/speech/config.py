@@ -1,0 +1,159 @@
+"""The shape of a speech model: a temporal and a depth Transformer, as a frozen config.
+
+Source: arXiv 2602.10934, its section on CAT-TTS; MossTTSLocal of OpenMOSS/MOSS-TTS.
+"""
+
+import dataclasses
+import json
+
+from moss_tok.errors import check_choice, check_types
+from moss_tok.json_files import from_fields, parse_json_object
+from moss_tok.nn.blocks import BlockConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """A stack of Qwen3 blocks, which have norms of heads and no biases.
+
+    Attributes:
+      model_dim: Width, D.
+      num_layers: Blocks, L.
+      num_heads: Query heads, N.
+      num_kv_heads: Heads of keys and values.
+      head_dim: Width of a head, H.
+      mlp_dim: Width of the feed-forward layer, F.
+      norm_epsilon: Of the RMS norms.
+      qkv_bias: Whether q, k and v have biases: Qwen2.5.
+      head_norm: Whether the heads of q and k have norms: Qwen3.
+    """
+
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    head_norm: bool = True
+
+    def __post_init__(self):
+        check_types(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and value <= 0:
+                raise ValueError(f"{field.name} must be positive, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+
+    @property
+    def block(self) -> BlockConfig:
+        """The shape of one block."""
+        return BlockConfig(
+            self.model_dim,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.mlp_dim,
+            self.norm_epsilon,
+            self.qkv_bias,
+            self.head_norm,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechConfig:
+    """A speech model.
+
+    Attributes:
+      vocab_size: Tokens of the text channel, V.
+      codebook_size: Codes of a quantizer, K; the code K stands for none.
+      num_quantizers: Q.
+      temporal: Blocks over the positions of text and frames.
+      depth: Blocks over the channels of one frame.
+      adapter_dim: Inner width of the adapters between the two.
+      slot_id: Token of the text channel where a frame of speech stands.
+      end_id: Token of the text channel that ends speech.
+      rope_theta: Longest RoPE period of the temporal blocks, in positions over 2 pi; the depth
+        blocks have no positions.
+    """
+
+    vocab_size: int
+    codebook_size: int
+    num_quantizers: int
+    temporal: StackConfig
+    depth: StackConfig
+    adapter_dim: int
+    slot_id: int
+    end_id: int
+    rope_theta: float = 1e6
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("slot_id", "end_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be 0..{self.vocab_size - 1}, got {getattr(self, name)}"
+                )
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a position: the text, and one per quantizer."""
+        return 1 + self.num_quantizers
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "SpeechConfig":
+        """Reads what `to_json` of this or an earlier version wrote: missing keys take defaults.
+
+        Raises:
+          ValueError: No JSON, or a key or value that is not known.
+        """
+        fields = parse_json_object(text)
+        for name in ("temporal", "depth"):
+            if not isinstance(fields.get(name), dict):
+                raise ValueError(f"{name} must be an object")
+            fields[name] = from_fields(StackConfig, fields[name], name)
+        return from_fields(cls, fields, "speech model")
+
+
+# model_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim of both stacks; adapter_dim.
+_SHAPES = {
+    "tiny": ((192, 6, 3, 1, 64, 512), (128, 2, 2, 1, 64, 384), 192),
+    "small": ((512, 12, 8, 2, 64, 1536), (384, 3, 6, 2, 64, 1152), 512),
+    "1.7b": ((2048, 28, 16, 8, 128, 6144), (1536, 4, 16, 8, 128, 8960), 2048),
+}
+PRESETS = tuple(_SHAPES)
+
+
+def preset(
+    name: str,
+    vocab_size: int,
+    codebook_size: int,
+    num_quantizers: int,
+    slot_id: int,
+    end_id: int,
+) -> SpeechConfig:
+    """The model called `name`; "1.7b" has the published widths (MossTTSLocal)."""
+    check_choice("speech_model", name, PRESETS)
+    temporal, depth, adapter_dim = _SHAPES[name]
+    return SpeechConfig(
+        vocab_size,
+        codebook_size,
+        num_quantizers,
+        StackConfig(*temporal),
+        StackConfig(*depth),
+        adapter_dim,
+        slot_id,
+        end_id,
+    )

@@ -1,0 +1,174 @@
+"""A temporal Transformer over text and frames, and a depth Transformer over the codes of a frame.
+
+A position has 1 + Q channels: a token of text, and a code per quantizer; the code K stands for
+none. The input of a position is the sum of the embeddings of its channels. The depth Transformer is
+causal over the channels and has no positions: channel by channel it predicts the next position,
+each from the temporal state and the channels before it.
+
+Source: MossTTSDelayModel in moss_tts_local/ of OpenMOSS/MOSS-TTS.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moss_tok.nn import blocks, rope
+from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.layers import parameter, rms_norm
+from moss_tok.speech.config import SpeechConfig
+
+
+class ChannelAdapters(nn.Module):
+    """For each channel a SwiGLU, a norm and a head: from depth states to logits of the channel."""
+
+    config: SpeechConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        """Declares the parameters, those of all channels stacked."""
+        c = self.config
+        dtype = self.compute.dtype
+        channels = c.num_channels
+        wide = (channels, c.depth.model_dim, c.adapter_dim)
+        axes = ("channels", "embed", "mlp")
+        self.gate = parameter(self, "gate", wide, axes, 1, dtype, num_stacked=1)
+        self.up = parameter(self, "up", wide, axes, 1, dtype, num_stacked=1)
+        narrow = (channels, c.adapter_dim, c.temporal.model_dim)
+        self.down = parameter(
+            self, "down", narrow, ("channels", "mlp", "embed"), 1, dtype, num_stacked=1
+        )
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("channels", "norm"))
+        shape = (channels, c.temporal.model_dim)
+        self.scale = self.param("scale", ones, shape, jnp.float32)
+        shape = (c.temporal.model_dim, c.vocab_size)
+        self.text_head = parameter(self, "text_head", shape, ("embed", "vocab"), 1, dtype)
+        shape = (c.num_quantizers, c.temporal.model_dim, 1 + c.codebook_size)
+        axes = ("quantizers", "embed", "codebook")
+        self.code_heads = parameter(self, "code_heads", shape, axes, 1, dtype, num_stacked=1)
+
+    def states(self, x: jax.Array, channel: int | slice) -> jax.Array:
+        """Depth states [..., C, D] of the channels -> [..., C, D] before their heads."""
+        precision = self.compute.precision
+        gate, up, down = self.gate[channel], self.up[channel], self.down[channel]
+        gated = jnp.einsum("...cd,cdf->...cf", x, gate, precision=precision)
+        raised = jnp.einsum("...cd,cdf->...cf", x, up, precision=precision)
+        y = jnp.einsum("...cf,cfd->...cd", nn.silu(gated) * raised, down, precision=precision)
+        y = y.astype(jnp.float32)
+        epsilon = self.config.temporal.norm_epsilon
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+        return (y * self.scale[channel]).astype(self.compute.dtype)
+
+    def text_logits(self, x: jax.Array) -> jax.Array:
+        """States [..., D] of the text channel -> float32 [..., V]."""
+        return jnp.einsum(
+            "...d,dv->...v", x, self.text_head, precision=self.compute.precision,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def code_logits(self, x: jax.Array, quantizers: slice) -> jax.Array:
+        """States [..., Q, D] of quantizers -> float32 [..., Q, K + 1]."""
+        return jnp.einsum(
+            "...qd,qdk->...qk", x, self.code_heads[quantizers],
+            precision=self.compute.precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+
+class SpeechModel(nn.Module):
+    """Both Transformers and what is between them."""
+
+    config: SpeechConfig
+    compute: ComputeConfig = ComputeConfig()
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        shape = (c.vocab_size, c.temporal.model_dim)
+        init = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+        self.text_embedding = self.param("text_embedding", init, shape, jnp.float32)
+        shape = (c.num_quantizers, 1 + c.codebook_size, c.temporal.model_dim)
+        init = nn.with_logical_partitioning(normal, ("quantizers", "codebook", "embed"))
+        self.code_embeddings = self.param("code_embeddings", init, shape, jnp.float32)
+        self.temporal = blocks.stack_blocks(c.temporal.block, c.temporal.num_layers, self.compute)
+        self.temporal_norm = rms_norm(c.temporal.norm_epsilon)
+        self.into_depth = blocks.SwiGLU(c.adapter_dim, c.depth.model_dim, self.compute)
+        self.depth = blocks.stack_blocks(c.depth.block, c.depth.num_layers, self.compute)
+        self.depth_norm = rms_norm(c.depth.norm_epsilon)
+        self.out = ChannelAdapters(c, self.compute)
+
+    def embed_codes(self, codes: jax.Array) -> jax.Array:
+        """Codes [B, Q, T] of the first quantizers -> their embeddings [B, Q, T, D] float32."""
+        levels = jnp.arange(codes.shape[1])[:, None]
+        return self.code_embeddings[levels, codes]
+
+    def embed(self, text: jax.Array, codes: jax.Array, in_use: jax.Array) -> jax.Array:
+        """Inputs [B, T, D] of positions.
+
+        Args:
+          text: [B, T] tokens.
+          codes: [B, Q, T].
+          in_use: bool [B, Q]; quantizers that are dropped leave the sum.
+        """
+        embedded = self.embed_codes(codes)  # [B, Q, T, D]
+        summed = jnp.einsum("bqtd,bq->btd", embedded, in_use.astype(jnp.float32))
+        return (self.text_embedding[text] + summed).astype(self.compute.dtype)
+
+    def temporal_states(
+        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Inputs [B, T, D] -> states [B, T, D]; with a cache, what follows on it."""
+        positions = jnp.arange(x.shape[1])
+        if span is not None:
+            positions = span.start[:, None, None] + positions  # [B, 1, T]
+        c = self.config
+        table = rope.rope_table(positions, c.temporal.head_dim, c.rope_theta)
+        x, fresh = self.temporal(x, cache, table, span)
+        if cache is not None:
+            cache = cache.write(span, fresh)
+        return self.temporal_norm(x).astype(self.compute.dtype), cache
+
+    def depth_states(
+        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Temporal width [N, C, D] -> depth states [N, C, D of the depth blocks]; causal over C."""
+        x = self.into_depth(x)
+        x, fresh = self.depth(x, cache, None, span)
+        if cache is not None:
+            cache = cache.write(span, fresh)
+        return self.depth_norm(x).astype(self.compute.dtype), cache
+
+    def logits(
+        self, states: jax.Array, next_text: jax.Array, next_codes: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits of the next positions, given their earlier channels.
+
+        Args:
+          states: [B, T, D] of `temporal_states`.
+          next_text: [B, T] tokens of the positions after these.
+          next_codes: [B, Q, T] codes of the positions after these.
+
+        Returns:
+          float32 [B, T, V] of the text channel, and [B, Q, T, K + 1] of the codes.
+        """
+        batch, num_positions, width = states.shape
+        embedded = self.embed_codes(next_codes[:, :-1])  # the last code predicts nothing
+        channels = jnp.concatenate([
+            states[:, :, None],
+            self.text_embedding[next_text][:, :, None].astype(states.dtype),
+            embedded.swapaxes(1, 2).astype(states.dtype),
+        ], axis=2)  # [B, T, C, D]  # fmt: skip
+        x = channels.reshape(batch * num_positions, -1, width)
+        x, _ = self.depth_states(x)
+        x = self.out.states(x.reshape(batch, num_positions, *x.shape[1:]), slice(None))
+        text = self.out.text_logits(x[:, :, 0])
+        codes = self.out.code_logits(x[:, :, 1:], slice(None))
+        return text, codes.swapaxes(1, 2)
+
+    def __call__(
+        self, text: jax.Array, codes: jax.Array, in_use: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Teacher-forced logits of positions 1 .. T - 1 from text [B, T] and codes [B, Q, T]."""
+        x = self.embed(text[:, :-1], codes[:, :, :-1], in_use)
+        states, _ = self.temporal_states(x)
+        return self.logits(states, text[:, 1:], codes[:, :, 1:])
