@@ -79,10 +79,12 @@ class FfmpegDecoder:
         self.close()
         self._open()
         total = 0
-        number = -1
+        number = 0
         last = None
-        for number, packet in enumerate(self._packets()):
-            total += self._samples(last) if last is not None else 0
+        for packet in self._packets():
+            if last is not None:
+                total += self._samples(last)
+                number += 1
             last = packet
         return total + (self._decoded_samples(last, number) if last is not None else 0)
 
