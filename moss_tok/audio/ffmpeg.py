@@ -79,12 +79,13 @@ class FfmpegDecoder:
         self.close()
         self._open()
         total = 0
-        number = -1
+        number = 0
         last = None
         for packet in self._packets():
-            total += self._samples(last) if last is not None else 0
+            if last is not None:
+                total += self._samples(last)
+                number += 1
             last = packet
-            number += 1
         return total + (self._decoded_samples(last, number) if last is not None else 0)
 
     def _decoded_samples(self, packet: Any, number: int) -> int:
