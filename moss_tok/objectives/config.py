@@ -327,7 +327,7 @@ def _check_trainable(config: TrainConfig) -> None:
         codec = getattr(config.objective, "codec", config.objective)
         if codec.text.language_model:
             raise ValueError(
-                "trainable=decoder freezes what language_model would teach; unset one of them"
+                "language_model has no effect with trainable=decoder; leave one of them out"
             )
 
 

@@ -29,7 +29,7 @@ class RunConfig:
     )
     seed: int = count(
         0,
-        "random seed of initial parameters, data order, crops, augmentation and quantizer dropout",
+        "seed of initial parameters, data order, crops, augmentation and quantizer dropout",
     )
     num_steps: int = count(
         1000,
