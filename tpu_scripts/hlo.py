@@ -331,7 +331,7 @@ class _Module:
         return read
 
     def _written_by_fusion(self, inner: Computation, written: float) -> float:
-        """Bytes that a fusion writes: only updates of in-place arrays, nothing of passed-on ones."""
+        """Bytes that a fusion writes: updates of in-place arrays, nothing of passed-on ones."""
         *_, root = inner.values()
         if '"AsyncCollectiveDone"' in root.attributes:
             return 0.0
