@@ -8,18 +8,27 @@ from absl import flags
 from moss_tok.objectives import flags as train_flags
 
 train_flags.define()
-flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where there are several")
-flags.DEFINE_integer("num_processes", 1, "how many processes train together")
-flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
-flags.DEFINE_string("compilation_cache_dir", "", "compiled programs are kept here for the next run")
+flags.DEFINE_string(
+    "coordinator_address",
+    "",
+    "HOST:PORT of process 0 in a run of several processes; empty: one process, or processes that "
+    "TPU pods, Slurm or GKE connect",
+)
+flags.DEFINE_integer("num_processes", 1, "number of processes, with coordinator_address")
+flags.DEFINE_integer("process_id", 0, "number of this process, from 0, with coordinator_address")
+flags.DEFINE_string(
+    "compilation_cache_dir",
+    "",
+    "folder for compiled programs, so that the next start need not compile them; empty: none",
+)
 
 _CONNECTION = ("coordinator_address", "num_processes", "process_id")
 
 
 def main() -> None:
-    """Builds the config from the flags and trains."""
+    """Builds the settings from the flags and trains."""
     config = train_flags.config()
-    import jax  # takes a second; a bad flag should not wait for it
+    import jax  # takes a second to import; a bad flag should fail before that
 
     from moss_tok import sharding, storage
     from moss_tok.objectives.config import build_objective
@@ -28,9 +37,10 @@ def main() -> None:
     if flags.FLAGS.compilation_cache_dir:
         cache = storage.to_path(flags.FLAGS.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    sharding.connect(*(flags.FLAGS[name].value for name in _CONNECTION))
+    connection = [flags.FLAGS[name].value for name in _CONNECTION]
+    sharding.connect(*connection)
     if not loop.train(config, build_objective(config)):
-        sys.exit(128 + signal.SIGTERM)  # so that schedulers start it again
+        sys.exit(128 + signal.SIGTERM)  # tells schedulers to start it again
 
 
 if __name__ == "__main__":

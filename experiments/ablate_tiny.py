@@ -1,9 +1,9 @@
-"""What each part of the recipe for small models gives: short runs without it, side by side.
+"""Ablation of the recipe for small models: short runs, each without one part.
 
     python experiments/ablate_tiny.py --train_data=corpus/manifest.jsonl --out=runs/ablation
 
-Each variant is the quickstart for fewer steps with one thing changed, in a process of its own;
-finished ones are not run again.
+Each variant is a shorter quickstart with one change, in its own process. Finished variants are not
+run again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from moss_tok.codec import init as codec_init
 FLAGS = Path(__file__).with_name("quickstart.flags")
 RESULT = "result.json"
 
-# Name -> further flags, and what is undone in the code.
+# Name -> additional flags, and parts of the code to undo.
 VARIANTS = {
     "all of it": ([], ""),
     "random projections": ([], "low_pass"),
@@ -53,17 +53,17 @@ VARIANTS = {
 
 
 def undo(names: list[str]) -> None:
-    """Takes parts of the initialisation out of `moss_tok.codec.init`."""
+    """Disables parts of the initialization in `moss_tok.codec.init`."""
     if "low_pass" in names:
         codec_init._low_pass = lambda modules, stages, side: stages
     if "sizes" in names:
         paired = codec_init._paired
 
         def without_sizes(quantizer):
-            done = paired(quantizer)
-            projections = done["in_projections"] | {"bias": quantizer["in_projections"]["bias"]}
+            result = paired(quantizer)
+            projections = result["in_projections"] | {"bias": quantizer["in_projections"]["bias"]}
             codebooks = 0.1 * quantizer["codebooks"]
-            return done | {"in_projections": projections, "codebooks": codebooks}
+            return result | {"in_projections": projections, "codebooks": codebooks}
 
         codec_init._paired = without_sizes
     if "dealt" in names:
@@ -71,7 +71,7 @@ def undo(names: list[str]) -> None:
 
 
 def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
-    """Orthonormal kernels of random directions, the last column left zero."""
+    """Orthonormal kernels with random directions; the last column is zero."""
     shape = (num_quantizers, rvq_dim, codebook_dim)
     kernels = np.linalg.qr(np.random.default_rng(0).standard_normal(shape))[0]
     kernels[..., -1] = 0
@@ -79,7 +79,7 @@ def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.
 
 
 def run_variant(name: str, args: argparse.Namespace) -> None:
-    """Trains, and writes the evaluation and the artefacts to the variant's result."""
+    """Trains a variant, and writes its evaluation and artefacts to RESULT."""
     import artefacts
     from absl import flags
 
@@ -102,12 +102,12 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
     loop.train(config, build_objective(config))
     codec = moss_tok.load(config.run.workdir)
     lines = (workdir / "evaluation.jsonl").read_text().splitlines()
-    most = codec.config.quantizer.num_quantizers
-    found = {
+    num_quantizers = codec.config.quantizer.num_quantizers
+    result = {
         "table": json.loads(lines[-1])["table"],
-        "artefacts": artefacts.measure(codec, config.data.train_data, [most]),
+        "artefacts": artefacts.measure(codec, config.data.train_data, [num_quantizers]),
     }
-    (workdir / RESULT).write_text(json.dumps(found))
+    (workdir / RESULT).write_text(json.dumps(result))
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
@@ -116,7 +116,7 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 
 
 def write_models(folder: Path) -> None:
-    """12hz.json, with 12.5 frames per second, and narrow.json; of about the size of tiny."""
+    """Writes 12hz.json, with 12.5 frames per second, and narrow.json, of about the size of tiny."""
     from moss_tok.codec import presets
     from moss_tok.codec.config import CodecConfig, QuantizerConfig
 
@@ -134,26 +134,27 @@ def write_models(folder: Path) -> None:
     write("narrow.json", (240, 2), (80, 128), 128, 48)
 
 
-def row(name: str, found: dict) -> str:
+def row(name: str, result: dict) -> str:
     """A line of the table."""
-    table, cells = found["table"], []
+    table = result["table"]
+    systems = ("1 quantizer", "16 quantizers")
+    cells = []
     for domain in ("speech", "music", "sound"):
-        few, all_ = (table[domain][s]["mel_loss"] for s in ("1 quantizer", "16 quantizers"))
-        cells.append(f"{few:.2f} {all_:.2f}")
-    few, all_ = (table["speech"][s]["stoi"] for s in ("1 quantizer", "16 quantizers"))
-    figures = found["artefacts"]["16 quantizers"]
+        cells.append(" ".join(f"{table[domain][system]['mel_loss']:.2f}" for system in systems))
+    cells.append(" ".join(f"{table['speech'][system]['stoi']:.2f}" for system in systems))
+    figures = result["artefacts"]["16 quantizers"]
     combs = [v for k, v in figures.items() if k.startswith("comb") and "largest" not in k]
-    cells += [f"{few:.2f} {all_:.2f}", f"{figures['pitch']:.1f}", f"{max(combs):.1f}"]
+    cells += [f"{figures['pitch']:.1f}", f"{max(combs):.1f}"]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Runs the variants that are not finished, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train_data", required=True)
     parser.add_argument("--out", type=lambda text: Path(text).absolute(), default="runs/ablation")
     parser.add_argument("--num_steps", type=int, default=500)
-    parser.add_argument("--variant", choices=VARIANTS, help="this one alone, in this process")
+    parser.add_argument("--variant", choices=VARIANTS, help="run only this one, in this process")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.variant:

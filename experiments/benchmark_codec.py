@@ -1,13 +1,14 @@
-"""Times encode and decode per preset, beside the official PyTorch class on the same weights.
+"""Times encode and decode per preset, and the official PyTorch class with the same weights.
 
   python experiments/benchmark_codec.py --presets=v1 --seconds=10,60 --official=DIR --compile
 
 DIR is a checkout of github.com/OpenMOSS/MOSS-Audio-Tokenizer (which needs torch and transformers).
 --compile also measures it with each of its Transformer layers under torch.compile.
-Weights are random. A ratio is ours over theirs: below 1 is faster. Without a GPU every measurement
-runs in a process of its own, the implementations in turns, so the peaks of memory are the
-process's, with the interpreter and what compiling leaves (0.5 GB). On a GPU each implementation has
-one process, and the peaks are what the program reserves (ours) or the allocator gave (PyTorch).
+Weights are random. A ratio is our time over theirs; below 1, ours is faster. Without a GPU, every
+measurement runs in its own process, alternating between implementations. Memory peaks are then
+those of the process, including the interpreter and the remains of compilation (0.5 GB). On a GPU,
+each implementation has one process, and peaks are the memory that the program reserves (ours) or
+that the allocator used (PyTorch).
 """
 
 import argparse
@@ -37,21 +38,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--presets", default="tiny,nano,v1", help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--seconds", default="10,60,180,600", help="lengths of audio")
-    parser.add_argument("--batch_sizes", default="1", help="clips at a time")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts")
+    parser.add_argument("--batch_sizes", default="1", help="batch sizes")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; prints the median")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--official", help="checkout of the official repository (presets v1, tiny)")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     parser.add_argument("--convert", action="store_true", help="also measure conversion's memory")
-    parser.add_argument("--functions", default="encode,decode", help="what is timed")
+    parser.add_argument("--functions", default="encode,decode", help="functions to time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         for worker in args.worker.split(","):
-            for found in _WORKERS[worker](args):
-                print(f"{worker}: {found}", file=sys.stderr)
-                print(json.dumps(found), flush=True)
+            for result in _WORKERS[worker](args):
+                print(f"{worker}: {result}", file=sys.stderr)
+                print(json.dumps(result), flush=True)
         return
     others = ["official", "compiled"][: 1 + args.compile] if args.official else []
     heads = ["preset", "batch", "seconds", "what", "ours"]
@@ -73,12 +74,14 @@ def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.
     cases = list(itertools.product(args.batch_sizes.split(","), lengths, args.functions.split(",")))
     together = shutil.which("nvidia-smi") is not None
     for group in [cases] if together else [[case] for case in cases]:
-        found = {"ours": _spawn("ours", name, weights, args, group)}
-        if others and config.layout == "v1":  # which its class can compute
+        results = {"ours": _spawn("ours", name, weights, args, group)}
+        if others and config.layout == "v1":  # the layout of the official class
             both = _spawn(",".join(others), name, weights, args, group)
-            found |= {w: both[i * len(group) :] for i, w in enumerate(others)}
+            for i, other in enumerate(others):
+                results[other] = both[i * len(group) :]
         for number, case in enumerate(group):
-            _print_rows([name, *case], others, {w: rows[number] for w, rows in found.items()})
+            of_case = {worker: rows[number] for worker, rows in results.items()}
+            _print_rows([name, *case], others, of_case)
     if args.convert:
         for worker in ("import", "export"):
             peak = _spawn(worker, name, weights, args, [])[0]["peak memory"]
@@ -86,12 +89,12 @@ def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.
                   f"{peak / size_gb:.2f} times", flush=True)  # fmt: skip
 
 
-def _print_rows(case: list[str], others: list[str], found: dict[str, dict[str, float]]) -> None:
-    for what, ours in found["ours"].items():
+def _print_rows(case: list[str], others: list[str], results: dict[str, dict[str, float]]) -> None:
+    for what, ours in results["ours"].items():
         unit = "GB" if "memory" in what else "s"
         cells = [*case[:-1], case[-1] + what, f"{ours:.3g} {unit}"]
         for other in others:
-            theirs = found.get(other, {}).get(what)
+            theirs = results.get(other, {}).get(what)
             cells += [f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}"] if theirs else ["-", "-"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -132,9 +135,10 @@ def random_params(config: Any, seed: int = 0) -> dict[str, Any]:
 
 
 def _given(args: argparse.Namespace, case: list[str]) -> np.ndarray:
-    """What a case is given: audio [B, C, S] or codes [B, Q, T]."""
+    """The input of a case: audio [B, C, S] or codes [B, Q, T]."""
     batch, seconds, function = case
-    config, generator = preset(args.presets), np.random.default_rng(1)
+    config = preset(args.presets)
+    generator = np.random.default_rng(1)
     if function == "encode":
         shape = (int(batch), config.num_channels, int(float(seconds) * config.sample_rate))
         return 0.1 * generator.standard_normal(shape, np.float32)
@@ -154,12 +158,12 @@ def _time(function: Any, repeats: int) -> float:
 
 
 def _forget_peak() -> None:
-    """The peak counts from here: loading holds two copies of some weights."""
+    """Resets the peak of memory, because loading holds two copies of some weights."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_gb() -> float:
-    """Peak resident memory of this process; getrusage would count what its parent had, too."""
+    """Peak resident memory of this process in GB; getrusage would include that of its parent."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
@@ -204,7 +208,7 @@ def _official(args: argparse.Namespace, compiled: bool = False) -> Iterator[dict
     device = "cuda" if on_gpu else "cpu"
     model = _official_model(args.official, device)
     if compiled:
-        torch._dynamo.config.recompile_limit = 1000  # shapes
+        torch._dynamo.config.recompile_limit = 1000  # number of shapes
         for module in model.modules():
             if type(module).__name__.endswith("TransformerLayer"):
                 module.compile()
@@ -238,18 +242,18 @@ def _official_model(official: str, device: str) -> Any:
     import torch
 
     checkout, weights = official.split("::")
-    found = _official_class(Path(checkout)).from_pretrained(weights, dtype=torch.float32)
-    return found.eval().to(device)
+    model = _official_class(Path(checkout)).from_pretrained(weights, dtype=torch.float32)
+    return model.eval().to(device)
 
 
 def _measure(function: Any, repeats: int) -> tuple[float, float]:
-    """Seconds, and the process's peak of memory since then in GB."""
+    """Median seconds, and the peak of this process's memory during the runs in GB."""
     _forget_peak()
     return _time(function, repeats), _peak_gb()
 
 
 def _official_class(checkout: Path) -> Any:
-    """Imports the official modeling file as part of a package, wherever it is."""
+    """Imports the official modeling file as part of a package, from any folder."""
     for name in ("", ".configuration_moss_audio_tokenizer", ".modeling_moss_audio_tokenizer"):
         file = checkout / (f"{name[1:]}.py" if name else "__init__.py")
         spec = importlib.util.spec_from_file_location(

@@ -1,8 +1,8 @@
-"""Seconds of audio per second that one core makes of FLAC files at 44.1 kHz, as training batches.
+"""Speed at which one core turns FLAC files at 44.1 kHz into training batches.
 
     python experiments/benchmark_data.py [--train_data=SOURCE]
 
-Without a source it writes stereo FLAC files of noise and tones into a temporary folder, and reads
+Without a source it writes stereo FLAC files of noise and tones to a temporary folder, and reads
 them as files and as ArrayRecord shards.
 """
 
@@ -22,8 +22,9 @@ from moss_tok.data.config import AudioDataConfig
 
 
 def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> None:
-    """Stereo FLAC files at 44.1 kHz."""
-    rng, t = np.random.default_rng(0), np.arange(int(seconds * 44100)) / 44100
+    """Writes stereo FLAC files at 44.1 kHz."""
+    rng = np.random.default_rng(0)
+    t = np.arange(int(seconds * 44100)) / 44100
     folder.mkdir()
     for i in range(num_files):
         tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * t)[:, None]
@@ -34,14 +35,15 @@ def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> Non
 def audio_per_second(
     source: str, codec: CodecConfig, config: AudioDataConfig, measured_seconds: float
 ) -> float:
-    """Seconds of audio in batches over seconds passed."""
+    """Seconds of audio in batches per second of wall time."""
     num_samples = int(config.segment_seconds * codec.frame_rate) * codec.hop_length
     mixture = sources.training_mixture(source, config.segment_seconds)
     shape = pipeline.SegmentShape(num_samples, codec.sample_rate, codec.num_channels)
     batches = pipeline.batches(config, mixture, shape)
-    for _ in range(10):  # more than is read ahead
+    for _ in range(10):  # more than the pipeline prefetches
         next(batches)
-    began, count = time.perf_counter(), 0
+    count = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < measured_seconds:
         next(batches)
         count += 1
@@ -61,7 +63,7 @@ def main() -> None:
     config = AudioDataConfig(batch_size=args.batch_size, segment_seconds=args.segment_seconds)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
-        found = [args.train_data]
+        data = [args.train_data]
         if not args.train_data:
             write_files(Path(folder) / "flac")
             settings = prepare.Settings()
@@ -69,8 +71,8 @@ def main() -> None:
             shards = prepare.begin(Path(folder) / "flac", out, settings)
             for shard in shards:
                 prepare.write_shard(out, shard, settings)
-            found = [f"{folder}/flac", f"{folder}/shards"]
-        for source in found:
+            data = [f"{folder}/flac", f"{folder}/shards"]
+        for source in data:
             rate = audio_per_second(source, preset(args.model), config, args.measured_seconds)
             print(f"{Path(source).name}: {rate:.0f} s of audio per second on one core, "
                   f"{rate / 3600:.2f} hours", flush=True)  # fmt: skip

@@ -3,9 +3,9 @@
   python experiments/benchmark_streaming.py --presets=nano --slots=1,4,16,64
   python experiments/benchmark_streaming.py --presets=v1 --slots=1 --check_seconds=12
 
-Weights are random. A chunk goes from a numpy array to a numpy array. Real time: how much longer a
-chunk sounds than its encoding and decoding take together, in the slowest of a hundred.
---check_seconds also compares the codes and the audio of streams in chunks of 1, 7 and random
+Weights are random. The time of a chunk is from numpy array to numpy array. Real time is the length
+of a chunk divided by the time of encode and decode together, at the 99th percentile. With
+--check_seconds it also compares the codes and the audio of streams in chunks of 1, 7 and random
 numbers of frames with `encode` and `decode` of the whole.
 """
 
@@ -28,11 +28,16 @@ def main() -> None:
     """Measures and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--presets", default="tiny,nano", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--slots", default="1,4,16,64", help="streams side by side")
+    parser.add_argument("--slots", default="1,4,16,64", help="numbers of parallel streams")
     parser.add_argument("--chunk_ms", type=float, default=80.0)
-    parser.add_argument("--num_chunks", type=int, default=300, help="timed ones")
+    parser.add_argument("--num_chunks", type=int, default=300, help="number of timed chunks")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--check_seconds", type=float, default=0.0, help="compare so much audio")
+    parser.add_argument(
+        "--check_seconds",
+        type=float,
+        default=0.0,
+        help="audio to compare",
+    )
     args = parser.parse_args()
     precision = "highest" if args.dtype == "float32" else "default"
     device = jax.devices()[0]
@@ -56,13 +61,14 @@ def main() -> None:
 
 
 def measure(codec: moss_tok.Codec, num_slots: int, frames: int, num_chunks: int) -> np.ndarray:
-    """Seconds of encode and decode of each chunk, [num_chunks, 2]; nothing compiles on the way."""
+    """Seconds of encode and decode of each chunk, [num_chunks, 2], without compilation."""
     config = codec.config
     shape = (num_slots, config.num_channels, frames * config.hop_length)
     wav = 0.1 * np.random.default_rng(0).standard_normal(shape, np.float32)
     coder = streaming.init_encoder_stream(codec, num_slots)
     player = streaming.init_decoder_stream(codec, num_slots)
-    times, compiled = [], 0
+    times = []
+    compiled = 0
     for i in range(num_chunks + 5):
         began = time.perf_counter()
         coder, codes = streaming.encode_step(codec, coder, wav)
@@ -71,7 +77,7 @@ def measure(codec: moss_tok.Codec, num_slots: int, frames: int, num_chunks: int)
         player, out = streaming.decode_step(codec, player, codes)
         np.asarray(out)
         times.append((encoded - began, time.perf_counter() - encoded))
-        if i == 4:  # warm
+        if i == 4:  # after the warm-up
             compiled = _num_compiled()
     if _num_compiled() != compiled:
         raise RuntimeError("a step was compiled again")
@@ -83,8 +89,9 @@ def _num_compiled() -> int:
 
 
 def check(codec: moss_tok.Codec, seconds: float) -> None:
-    """Prints how far streams in chunks differ from the whole."""
-    config, rng = codec.config, np.random.default_rng(1)
+    """Prints the differences between streams in chunks and the whole."""
+    config = codec.config
+    rng = np.random.default_rng(1)
     num_frames = round(seconds * config.frame_rate)
     shape = (1, config.num_channels, num_frames * config.hop_length)
     wav = 0.1 * rng.standard_normal(shape, np.float32)
@@ -103,13 +110,15 @@ def check(codec: moss_tok.Codec, seconds: float) -> None:
 def _in_chunks(codec: moss_tok.Codec, wav: Any, codes: Any, edges: Any) -> tuple[Any, Any]:
     coder = streaming.init_encoder_stream(codec, 1)
     player = streaming.init_decoder_stream(codec, 1)
-    hop, found = codec.config.hop_length, ([], [])
+    hop = codec.config.hop_length
+    all_codes = []
+    wavs = []
     for start, end in zip(edges[:-1], edges[1:], strict=True):
         coder, part = streaming.encode_step(codec, coder, wav[..., start * hop : end * hop])
-        found[0].append(part)
+        all_codes.append(part)
         player, part = streaming.decode_step(codec, player, codes[..., start:end])
-        found[1].append(part)
-    return tuple(np.concatenate(parts, axis=-1) for parts in found)
+        wavs.append(part)
+    return np.concatenate(all_codes, axis=-1), np.concatenate(wavs, axis=-1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Speed of `moss-tok tokenize` beside raw `encode` on the same batches.
+"""Speed of `moss-tok tokenize`, compared with `encode` alone on the same batches.
 
   python experiments/benchmark_tokenize.py --preset=nano --minutes=10 [--price=1.2]
 
 Writes FLAC files of 2 to 20 s (noise, the codec's rate and channels), tokenizes them twice (the
-first run compiles), and then encodes as many batches of the same shapes without reading or writing.
-Weights are random. The price is per hour of the machine.
+first run compiles), and then encodes the same number of batches of the same shapes without reading
+or writing. Weights are random. The price is that of the machine per hour.
 """
 
 import argparse
@@ -29,16 +29,16 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="nano", choices=PRESETS)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of audio")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of audio")
     parser.add_argument("--precision", default="highest", choices=tuple(PRECISIONS))
     parser.add_argument("--batch_seconds", type=float, default=60.0)
-    parser.add_argument("--price", type=float, default=0.0, help="of the machine, per hour")
+    parser.add_argument("--price", type=float, default=0.0, help="price of the machine per hour")
     args = parser.parse_args()
     config = preset(args.preset)
     params = jax.tree.map(jnp.asarray, random_params(config))
     codec = moss_tok.Codec(params, config, PRECISIONS[args.precision])
-    most = config.quantizer.num_quantizers
-    settings = tokenize.Settings(most, batch_seconds=args.batch_seconds, num_workers=2)
+    num_quantizers = config.quantizer.num_quantizers
+    settings = tokenize.Settings(num_quantizers, batch_seconds=args.batch_seconds, num_workers=2)
     with tempfile.TemporaryDirectory() as folder:
         _write_recordings(Path(folder) / "in", config, 60 * args.minutes)
         items = tokenize.find_items(f"{folder}/in")
@@ -61,18 +61,21 @@ def main() -> None:
 
 def _write_recordings(folder: Path, config: CodecConfig, seconds: float) -> None:
     folder.mkdir()
-    rng, number = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    number = 0
     while seconds > 0:
         length = rng.uniform(2, 20)
         shape = (config.num_channels, int(length * config.sample_rate))
         wav = 0.1 * rng.standard_normal(shape, np.float32)
         files.write(folder / f"{number}.flac", wav, config.sample_rate)
-        seconds, number = seconds - length, number + 1
+        seconds -= length
+        number += 1
 
 
 def _raw_seconds(codec: moss_tok.Codec, shapes: dict[tuple[int, int], int]) -> float:
-    """Time of `encode` on so many batches of (rows, frames)."""
-    config, total = codec.config, 0.0
+    """Seconds of `encode` for `shapes`, the number of batches of each (rows, frames)."""
+    config = codec.config
+    total = 0.0
     for (rows, size), count in shapes.items():
         shape = (rows, config.num_channels, size * config.hop_length)
         wav = jnp.asarray(0.1 * np.random.default_rng(0).standard_normal(shape, np.float32))

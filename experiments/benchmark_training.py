@@ -2,10 +2,10 @@
 
     python experiments/benchmark_training.py tiny:batch_size=8 nano:stage=adversarial,dtype=bfloat16
 
-A run is a preset and flags of train.py; all are compiled at once, then run in turn. Random audio
-that is on the device already, so it measures the step alone. Utilisation is the step's useful FLOPs
-(moss_tok/objectives/flops.py) over the rate of a large matrix product measured in the same process.
-The peak is what XLA reserves for the state, the batch and the step.
+A run is a preset and flags of train.py. All runs are compiled at the same time, then timed one by
+one, on random audio that is already on the device, so that only the step is measured. Utilisation
+is the step's rate of useful FLOPs (moss_tok/objectives/flops.py) over the rate of a large matrix
+product in the same process. The peak is the memory that XLA reserves for state, batch and step.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from moss_tok.training.step import batch_shapes, train_step
 
 
 def peak_flops(dtype: str, size: int) -> float:
-    """FLOP/s of a product of two square matrices of random numbers: the best of ten."""
+    """FLOP/s of a product of two square random matrices, best of ten."""
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))
@@ -43,7 +43,7 @@ def peak_flops(dtype: str, size: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A run to measure: its text on the command line, what a step computes, and its batch."""
+    """A run to measure: its text on the command line, its recipe, and its batch size."""
 
     text: str
     recipe: Recipe
@@ -54,13 +54,13 @@ def parse_run(text: str) -> Benchmark:
     """Reads PRESET:FLAG=VALUE,..."""
     name, _, flags = text.partition(":")
     types = {name: type(settings.flag_default(field)) for name, field in all_fields().items()}
-    found = {"model": name}
+    values = {"model": name}
     try:
         for flag, _, value in (pair.partition("=") for pair in flags.split(",") if pair):
             if flag not in types:
                 raise ValueError(f"unknown flag {flag!r}; flags are train.py's, as FLAG=VALUE")
-            found[flag] = types[flag](value)
-        config = configure(**found)
+            values[flag] = types[flag](value)
+        config = configure(**values)
         objective = build_objective(config, codec=preset(name))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
@@ -69,7 +69,7 @@ def parse_run(text: str) -> Benchmark:
 
 
 def compile_step(run: Benchmark) -> Any:
-    """The compiled step of a batch of recordings that are on the device already."""
+    """Compiles the step of a run, for a batch on one device."""
     began = time.perf_counter()
     shapes = batch_shapes(run.recipe, run.batch_size, sharding.make_mesh("data:1"))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
@@ -81,14 +81,14 @@ def compile_step(run: Benchmark) -> Any:
 
 
 def peak_bytes(step: Any) -> int:
-    """What XLA reserves for a compiled step."""
+    """Bytes of memory that XLA reserves for a compiled step."""
     memory = step.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def measure(run: Benchmark, step: Any, num_steps: int) -> float:
-    """Seconds per step, the median of `num_steps` after two."""
+    """Median seconds of `num_steps` steps, after two warm-up steps."""
     shapes = batch_shapes(run.recipe, run.batch_size, sharding.make_mesh("data:1"))
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["wav"] += 0.1 * jax.random.normal(jax.random.key(0), batch["wav"].shape)
@@ -115,7 +115,7 @@ def main() -> None:
     peak = peak_flops(args.matmul_dtype, args.matmul_size)
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
           f"{args.matmul_size}")  # fmt: skip
-    with ThreadPoolExecutor() as pool:  # several at once: compiling takes minutes
+    with ThreadPoolExecutor() as pool:  # at the same time, because compiling takes minutes
         steps = [pool.submit(compile_step, run) for run in args.runs]
     print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
     print("|---|---|---|---|---|---|")
@@ -123,12 +123,14 @@ def main() -> None:
         step = compiling.result()
         objective = run.recipe.objective
         work = run.batch_size * flops.item_flops(objective)
-        speed, share = "- | -", "too large"
+        speed = "- | -"
+        share = "too large"
         if peak_bytes(step) < (device.memory_stats() or {}).get("bytes_limit", math.inf):
             seconds = measure(run, step, args.num_steps)
             item_seconds = objective.num_samples / objective.codec.sample_rate
             audio = run.batch_size * item_seconds / seconds
-            speed, share = f"{seconds:.4g} | {audio:.0f}", f"{work / seconds / peak:.1%}"
+            speed = f"{seconds:.4g} | {audio:.0f}"
+            share = f"{work / seconds / peak:.1%}"
         print(f"| {run.text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
               f"{peak_bytes(step) / 1e9:.2f} GB |", flush=True)  # fmt: skip
 

@@ -1,20 +1,20 @@
-"""Training data from Debian packages: fetched, checked, converted, listed in a manifest.
+"""Makes training data from Debian packages: downloads, verifies, converts and lists them.
 
     python experiments/data.py --out=data [--corpus=corpus/manifest.jsonl] [--debs=FOLDER]
 
 Run it on Debian 12, or with its apt sources, after `apt-get update`; packages are downloaded, not
-installed. With --debs it takes .deb files that lie in a folder already. Every package's sha256
-sum is checked. Audio becomes mono FLAC of at most 24 kHz, long recordings in pieces of 20 s, under
-OUT/audio; OUT/manifest.jsonl has a line per piece with split, domain, source and licence, and
-speech.jsonl, music.jsonl, sound.jsonl and corpus.jsonl have a part of them each, to be mixed. Raw
-G.722 and all other formats are decoded by PyAV (pip install av); dpkg-deb opens the packages.
+installed. With --debs it uses the .deb files that are already in a folder. The sha256 sum of every
+package is checked. OUT/audio gets mono FLAC of at most 24 kHz; long recordings are cut into pieces
+of 20 s. OUT/manifest.jsonl has a line per piece with split, domain, source and licence. The files
+speech.jsonl, music.jsonl, sound.jsonl and corpus.jsonl have parts of it, for use as a mixture. PyAV
+(pip install av) decodes raw G.722 and all other formats; dpkg-deb opens the packages.
 
-About one recording in thirty is held out as the split "test"; all pieces of a recording are on one
-side. The train lines of another manifest (--corpus) are added under the same rule, its test lines
-never: what becomes "test" here is for choosing recipes, the corpus's own test split for reporting.
+About one recording in thirty is held out as the split "test"; all pieces of a recording have the
+same split. The train lines of another manifest (--corpus) are added under the same rule, its test
+lines never: use the "test" split made here to choose recipes, and that of the corpus to report.
 
-The licences are from each package's /usr/share/doc/PACKAGE/copyright, read in November 2026. All of
-them permit changing and passing on, commercially too; CC BY-SA and GPL ask for the same licence.
+The licences are from each package's /usr/share/doc/PACKAGE/copyright, read in November 2026. All
+permit modification and redistribution, also commercial; CC BY-SA and GPL require the same licence.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import soundfile
 
 PIECE_SECONDS = 20.0
 SHORTEST_SECONDS = 0.3
-MOST_RATE = 24000
-HELD_OUT = 30  # one recording in so many
+MAX_RATE = 24000
+HELD_OUT = 30  # one recording in this many is held out
 AUDIO = (".g722", ".ogg", ".opus", ".wav", ".flac")
 ARCHIVES = (".pk3",)
 
@@ -44,11 +44,11 @@ class Package:
     """A Debian package with recordings.
 
     Attributes:
-      name: What apt calls it.
-      sha256: Of the .deb file.
+      name: Its name for apt.
+      sha256: Checksum of the .deb file.
       domain: speech, music or sound.
-      licence: Of the recordings; of each file where there are several, see its copyright file.
-      skip: Files whose path has this in it are left out.
+      licence: Licence of the recordings; with several, its copyright file has that of each file.
+      skip: Files with this text in their path are left out.
     """
 
     name: str
@@ -166,12 +166,12 @@ PACKAGES = (
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's .deb file in `folder`, downloaded if it is not there; its sum is checked."""
-    found = sorted(folder.glob(f"{package.name}_*.deb"))
-    if not found:
+    """The package's .deb file in `folder`, downloaded if missing; its checksum is verified."""
+    paths = sorted(folder.glob(f"{package.name}_*.deb"))
+    if not paths:
         subprocess.run(["apt-get", "download", package.name], cwd=folder, check=True)
-        found = sorted(folder.glob(f"{package.name}_*.deb"))
-    path = found[-1]
+        paths = sorted(folder.glob(f"{package.name}_*.deb"))
+    path = paths[-1]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise ValueError(f"{path}: sha256 is {digest}, expected {package.sha256}")
@@ -192,7 +192,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     kind = "g722" if path.suffix == ".g722" else None
     with av.open(str(path), format=kind, metadata_errors="ignore") as container:
         stream = container.streams.audio[0]
-        rate = min(MOST_RATE, stream.rate)
+        rate = min(MAX_RATE, stream.rate)
         resampler = av.AudioResampler("flt", "mono", rate)
         blocks = []
         for frame in container.decode(stream):
@@ -202,7 +202,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
 
 
 def pieces(wav: np.ndarray, rate: int) -> Iterator[np.ndarray]:
-    """Cuts [S] into parts of PIECE_SECONDS at most, without what is shorter than usable."""
+    """Cuts [S] into pieces of about PIECE_SECONDS; drops those below SHORTEST_SECONDS."""
     count = max(1, round(wav.size / rate / PIECE_SECONDS))
     for piece in np.array_split(wav, count):
         if piece.size >= SHORTEST_SECONDS * rate:
@@ -210,13 +210,13 @@ def pieces(wav: np.ndarray, rate: int) -> Iterator[np.ndarray]:
 
 
 def split_of(recording: str) -> str:
-    """The split of a recording: one in HELD_OUT is "test", by the digest of its name."""
+    """The split of a recording: one in HELD_OUT is "test", chosen by a digest of its name."""
     digest = hashlib.sha256(recording.encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") % HELD_OUT == 0 else "train"
 
 
 def convert(package: Package, folder: Path, out: Path) -> list[dict]:
-    """Writes the recordings below `folder` to `out`/audio; their lines of the manifest."""
+    """Writes the recordings below `folder` to `out`/audio; returns their manifest lines."""
     lines = []
     unreadable = []
     for path in sorted(folder.rglob("*")):
@@ -276,10 +276,10 @@ def report(lines: list[dict]) -> None:
 
 
 def main() -> None:
-    """Builds what is missing and prints a table."""
+    """Converts the packages that are not converted yet, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--debs", type=Path, help="where .deb files are or go; default: OUT/debs")
+    parser.add_argument("--debs", type=Path, help="folder of the .deb files; default: OUT/debs")
     parser.add_argument("--corpus", type=Path, help="manifest whose train lines are added")
     parser.add_argument("--packages", default="", help="names, with commas between; default: all")
     args = parser.parse_args()
@@ -297,9 +297,9 @@ def main() -> None:
             path = fetch(package, debs)
             with tempfile.TemporaryDirectory(dir=args.out) as folder:
                 extract(path, Path(folder))
-                found = convert(package, Path(folder), args.out)
+                converted = convert(package, Path(folder), args.out)
             done.parent.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(found))
+            done.write_text(json.dumps(converted))
         lines += json.loads(done.read_text())
     lines = [line | {"group": line["domain"]} for line in lines]
     if args.corpus:

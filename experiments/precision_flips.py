@@ -1,12 +1,12 @@
-"""How many codes change when tokenization gives up exactness for speed, and whether one hears it.
+"""Changes of codes and audio quality when tokenization is faster and less precise.
 
     python experiments/precision_flips.py --checkpoint=runs/quickstart --data=corpus/manifest.jsonl
 
 Encodes the test clips at each `--precision` of `moss-tok tokenize` and compares with `highest`:
 the share of codes that differ, of the first quantizer, the first four and all, and the mel_loss
-and STOI (speech) of what `decode` makes of them. On a CPU, which computes float32 products as such
-at any precision, `high` is what a TPU does there: the three largest of the four products of the
-bfloat16 halves of both factors.
+and STOI (speech) of the decoded audio. A CPU computes float32 products exactly at any precision, so
+`high` is emulated there as on a TPU: the three largest of the four products of the bfloat16 halves
+of both factors.
 """
 
 import argparse
@@ -26,10 +26,11 @@ _EINSUM = jnp.einsum
 
 
 def einsum_of_halves(spec: str, x: jax.Array, y: jax.Array, precision=None, **kwargs) -> jax.Array:
-    """`jnp.einsum` whose float32 products at "high" are three of bfloat16 numbers."""
+    """`jnp.einsum` that at "high" computes a float32 product by three bfloat16 products."""
     if precision != "high":
         return _EINSUM(spec, x, y, precision=precision, **kwargs)
-    (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+    x_high, x_low = _halves(x)
+    y_high, y_low = _halves(y)
     pairs = (x_high, y_low), (x_low, y_high), (x_high, y_high)
     return sum(_EINSUM(spec, a, b, precision="highest", **kwargs) for a, b in pairs)
 
@@ -52,14 +53,17 @@ def _emulated() -> bool:
 
 def quality(codec: Codec, clips: list[sweep.Clip], codes: list[np.ndarray]) -> tuple[float, float]:
     """Mean mel_loss, and mean STOI of speech of a second or more."""
-    rate, distances, stois = codec.config.sample_rate, [], []
+    rate = codec.config.sample_rate
+    distances = []
+    stois = []
     for clip, x in zip(clips, codes, strict=True):
         wav = decode_one(codec, x)[:, : clip.wav.shape[1]]
         is_speech = clip.domain == "speech" and clip.wav.shape[1] >= rate
         names = ("mel_loss", "stoi") if is_speech else ("mel_loss",)
-        found = metrics.compute(clip.wav, wav, rate, names)
-        distances.append(found["mel_loss"])
-        stois.extend([found["stoi"]] if is_speech else [])
+        scores = metrics.compute(clip.wav, wav, rate, names)
+        distances.append(scores["mel_loss"])
+        if is_speech:
+            stois.append(scores["stoi"])
     return float(np.mean(distances)), float(np.mean(stois))
 
 
@@ -67,7 +71,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", required=True, help="manifest, its test split")
+    parser.add_argument("--data", required=True, help="manifest; its test split is used")
     args = parser.parse_args()
     codec = moss_tok.load(args.checkpoint)
     clips = sweep.read_clips(sources.evaluation_items(args.data, 10**6), codec)

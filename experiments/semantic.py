@@ -1,12 +1,12 @@
-r"""What the codes say of the words: probes of the first quantizer, and the loss of texts.
+r"""Information about words in the codes: linear probes of codes, and the loss of texts.
 
     python experiments/semantic.py probe --data=digits.jsonl --checkpoint=runs/with \
         --checkpoint=runs/without
     python experiments/semantic.py gap --data=sentences.jsonl --checkpoint=runs/asr
 
-`probe`: how well a linear classifier tells transcripts apart that occur many times (digits) by the
+`probe`: accuracy of a linear classifier of transcripts that occur many times (digits), from the
 codes of the first quantizers, on the test split. `gap`: cross-entropy of each test text given its
-own audio, another recording's of the same length, and none.
+own audio, audio of another recording of the same length, and no audio.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from moss_tok.codec import inference
 from moss_tok.language import generate
 from moss_tok.language import pretrained as language_models
 
-PARTS = 4  # of a recording, each with a histogram of its own
+PARTS = 4  # parts of a recording, each with its own histogram
 
 
 def read(codec, items):
-    """Recordings [C, S], texts and tasks of the items that have one."""
-    found = []
+    """Recordings [C, S], texts and tasks of the items that have a text."""
+    recordings = []
     for item in items:
         text, task = manifest.read_text(item.metadata)
         if text:
             wav = files.read(item.path, codec.config.sample_rate, codec.config.num_channels)
-            found.append((wav, text, task))
-    if not found:
+            recordings.append((wav, text, task))
+    if not recordings:
         raise ValueError("no recordings with a text in both splits of --data")
-    return found
+    return recordings
 
 
 def split(data, name):
@@ -46,7 +46,8 @@ def split(data, name):
 
 def interval(values, draw=lambda x: x.mean(-1)):
     """95 % bootstrap interval of the mean of [N] values over N recordings."""
-    values, random = np.asarray(values, np.float64), np.random.default_rng(0)
+    values = np.asarray(values, np.float64)
+    random = np.random.default_rng(0)
     means = draw(values[random.integers(0, len(values), (10000, len(values)))])
     return np.percentile(means, [2.5, 97.5])
 
@@ -82,7 +83,7 @@ def fit(features, labels, num_classes, decay=1e-3, num_steps=500):
 
 
 def probe(args):
-    """Prints the accuracy of probes of each checkpoint, and of differences to the last one."""
+    """Prints the accuracy of probes of each checkpoint, and its difference to the last one."""
     correct = {}
     numbers = [int(n) for n in args.num_quantizers.split(",")]
     for checkpoint in args.checkpoint:
@@ -109,7 +110,8 @@ def gap(args):
     if len(args.checkpoint) > 1:
         raise ValueError("gap takes one --checkpoint")
     checkpoint = args.checkpoint[0]
-    codec, language = moss_tok.load(checkpoint, "encoder"), language_models.load(checkpoint)
+    codec = moss_tok.load(checkpoint, "encoder")
+    language = language_models.load(checkpoint)
     recordings = read(codec, split(args.data, "test"))
     recordings = [r for r in recordings if r[0].shape[1] <= args.seconds * codec.config.sample_rate]
     if len(recordings) < 2:
@@ -130,7 +132,8 @@ def gap(args):
 
 def other(recordings, i):
     """The next recording, cut or repeated to the length of recording i."""
-    wav, size = recordings[(i + 1) % len(recordings)][0], recordings[i][0].shape[1]
+    wav = recordings[(i + 1) % len(recordings)][0]
+    size = recordings[i][0].shape[1]
     return np.tile(wav, -(-size // wav.shape[1]))[:, :size]
 
 
@@ -158,8 +161,8 @@ def main():
     parser.add_argument("study", choices=["probe", "gap"])
     parser.add_argument("--data", required=True, help="manifest with transcripts and both splits")
     parser.add_argument("--checkpoint", required=True, action="append")
-    parser.add_argument("--num-quantizers", default="1,4", help="that the probes see")
-    parser.add_argument("--seconds", type=float, default=20, help="longer ones are left out of gap")
+    parser.add_argument("--num-quantizers", default="1,4", help="numbers of quantizers to probe")
+    parser.add_argument("--seconds", type=float, default=20, help="gap skips longer recordings")
     args = parser.parse_args()
     try:
         {"probe": probe, "gap": gap}[args.study](args)

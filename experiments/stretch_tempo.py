@@ -1,9 +1,10 @@
-"""A manifest with copies of its training recordings at other tempos, for recognition from few.
+"""Adds copies of the training recordings of a manifest at other tempos.
 
   python experiments/stretch_tempo.py digits.jsonl OUT --copies=8
 
-Writes OUT/manifest.jsonl: all rows of the manifest, and for each of its train split `copies` more,
-FLAC files of OUT. Pitch stays; --augment_speed, which changes both, can go on top.
+Writes OUT/manifest.jsonl with all rows of the manifest and, for each row of its train split,
+`copies` more, as FLAC files in OUT. The pitch stays the same; --augment_speed, which changes both,
+can be used in addition.
 """
 
 import argparse
@@ -22,7 +23,12 @@ def main() -> None:
     parser.add_argument("manifest")
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--copies", type=int, default=8)
-    parser.add_argument("--most", type=float, default=0.3, help="largest change, as a logarithm")
+    parser.add_argument(
+        "--max_change",
+        type=float,
+        default=0.3,
+        help="limit of |log(tempo)|, natural logarithm",
+    )
     args = parser.parse_args()
     try:
         items = manifest.find_items(args.manifest)
@@ -41,7 +47,7 @@ def _rows(items, args):
         yield row | {"path": str(Path(item.path).absolute()), "duration_s": item.duration_seconds}
         for copy in range(args.copies if item.split == "train" else 0):
             wav, rate = files.read_native(item.path)
-            factor = np.exp(rng.uniform(-args.most, args.most))
+            factor = np.exp(rng.uniform(-args.max_change, args.max_change))
             hop = max(1, rate // 250)  # 4 ms
             wav = librosa.effects.time_stretch(wav, rate=factor, n_fft=8 * hop, hop_length=hop)
             path = args.output.absolute() / f"{number}_{copy}.flac"

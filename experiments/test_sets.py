@@ -4,12 +4,12 @@
 
   KIND         DIR has
   librispeech  SPEAKER/CHAPTER/*.flac and *.trans.txt, as test-clean
-  aishell2     wav.scp or wav/SPEAKER/*.wav, and trans.txt where what is said is known
+  aishell2     wav.scp or wav/SPEAKER/*.wav, and trans.txt if there are transcripts
   audioset     *.wav, *.flac and *.mp3 anywhere
   musdb18hq    test/TRACK/mixture.wav
 
-A line is {"path": absolute, "domain": speech, sound or music, "transcript": where known}. OUT.jsonl
-gives the data set its name in the results.
+A line is {"path": absolute path, "domain": speech, sound or music, "transcript": if known}. The
+name of OUT.jsonl is the name of the data set in the results.
 """
 
 import json
@@ -20,27 +20,27 @@ from pathlib import Path
 from moss_tok.audio import files
 from moss_tok.cli.main import Parser
 
-# (audio, what is said in it or "")
+# (audio, its transcript or "")
 Recordings = list[tuple[Path, str]]
 
 
 def find_librispeech(root: Path) -> Recordings:
-    """test-clean, or another of its sets."""
+    """Recordings of test-clean or another LibriSpeech set."""
     texts: dict[str, str] = {}
     for listing in sorted(root.glob("*/*/*.trans.txt")):
         texts |= _read_pairs(listing)
-    found = sorted(root.glob("*/*/*.flac"))
-    _check_texts(root, texts, found)
-    return [(path, texts.get(path.stem, "")) for path in found]
+    paths = sorted(root.glob("*/*/*.flac"))
+    _check_texts(root, texts, paths)
+    return [(path, texts.get(path.stem, "")) for path in paths]
 
 
 def find_aishell2(root: Path) -> Recordings:
-    """The test set of AISHELL-2: what wav.scp lists, or without it all of wav/."""
+    """The test set of AISHELL-2: the recordings in wav.scp, or without it all of wav/."""
     texts = _read_pairs(root / "trans.txt") if (root / "trans.txt").exists() else {}
     if not (root / "wav.scp").exists():
-        found = sorted(root.glob("wav/*/*.wav"))
-        _check_texts(root, texts, found)
-        return [(path, texts.get(path.stem, "")) for path in found]
+        paths = sorted(root.glob("wav/*/*.wav"))
+        _check_texts(root, texts, paths)
+        return [(path, texts.get(path.stem, "")) for path in paths]
     listed = {name: root / path for name, path in _read_pairs(root / "wav.scp").items()}
     if missing := [path for path in listed.values() if not path.is_file()]:
         raise ValueError(f"{root / 'wav.scp'}: no such file: {missing[0]}")
@@ -48,7 +48,7 @@ def find_aishell2(root: Path) -> Recordings:
 
 
 def find_audioset(root: Path) -> Recordings:
-    """The evaluation clips of AudioSet, however they were fetched."""
+    """The evaluation clips of AudioSet, in any folder layout."""
     kinds = (".wav", ".flac", ".mp3")
     return [(path, "") for path in sorted(root.rglob("*")) if path.suffix.lower() in kinds]
 
@@ -58,7 +58,7 @@ def find_musdb(root: Path) -> Recordings:
     return [(path, "") for path in sorted(root.glob("test/*/mixture.wav"))]
 
 
-# Name -> how to find it, its domain, what it looks like.
+# Name -> function that finds it, domain, layout of its folder.
 SETS = {
     "librispeech": (find_librispeech, "speech", "SPEAKER/CHAPTER/*.flac"),
     "aishell2": (find_aishell2, "speech", "wav.scp, or wav/SPEAKER/*.wav"),
@@ -68,7 +68,7 @@ SETS = {
 
 
 def _read_pairs(path: Path) -> dict[str, str]:
-    """Lines of "NAME TEXT"; ValueError where one is something else."""
+    """Lines of "NAME TEXT"; ValueError for any other line."""
     pairs = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         words = line.split(maxsplit=1)
@@ -78,33 +78,35 @@ def _read_pairs(path: Path) -> dict[str, str]:
     return pairs
 
 
-def _check_texts(root: Path, texts: dict[str, str], found: Sequence[Path]) -> None:
-    if missing := sorted(texts.keys() - {path.stem for path in found}):
+def _check_texts(root: Path, texts: dict[str, str], paths: Sequence[Path]) -> None:
+    if missing := sorted(texts.keys() - {path.stem for path in paths}):
         raise ValueError(f"{root}: no audio of {missing[0]}, which has a transcript")
 
 
 def write_listing(kind: str, root: Path, output: Path) -> int:
-    """Lists a test set in a file that appears when it is complete; how many recordings it has.
+    """Writes the list of a test set (atomically); returns the number of recordings.
 
     Raises:
-      ValueError: No recordings, or files that belong to others are missing.
+      ValueError: No recordings, or files that others refer to are missing.
     """
     find, domain, layout = SETS[kind]
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found = find(root)
-    if not found:
+    recordings = find(root)
+    if not recordings:
         raise ValueError(f"{root}: nothing of {kind}, which has {layout}")
     rows = []
-    for path, text in found:
+    for path, text in recordings:
         row = {"path": str(path.absolute()), "domain": domain}
-        rows.append(row | ({"transcript": text} if text else {}))
+        if text:
+            row["transcript"] = text
+        rows.append(row)
     files.write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return len(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a listing; 2 for a user's error."""
+    """Writes a list; returns 2 after a user error."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=SETS)
     parser.add_argument("root", type=Path, metavar="DIR")

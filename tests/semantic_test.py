@@ -354,7 +354,7 @@ def test_an_asr_run_starts_from_a_codec(finished, tmp_path):
     [
         ({"trainable": "language", "init_from": ""}, "trainable=language needs init_from"),
         ({"trainable": "language", "init_from": "x", "language_model": ""}, "needs language_model"),
-        ({"trainable": "decoder", "init_from": "x"}, "leaves nothing for language_model"),
+        ({"trainable": "decoder", "init_from": "x"}, "language_model has no effect"),
         ({"language_input": "wav"}, "language_input must be one of codes, latents"),
     ],
 )

@@ -1,19 +1,19 @@
-r"""Compiles a run for a TPU slice, on a machine without one: does it fit, what does it cost?
+r"""Compiles a run for a TPU slice on any machine; prints whether it fits and what it costs.
 
     python tpu_scripts/compile_check.py --topology=v5e:2x2 \
         --flagfile=experiments/nano_pretrain.flags
 
-Needs libtpu (`pip install 'jax[tpu]'`). Every flag of train.py is taken. Exit code 1: does not fit.
-With --nocode it ends when memory is assigned: the machine code takes most of the time.
-See tpu_scripts/README.md for what the estimate is made of.
+Needs libtpu (`pip install 'jax[tpu]'`). Takes every flag of train.py. Exit code 1: does not fit.
+--nocode skips the machine code, which takes most of the time; it ends when memory is assigned.
+tpu_scripts/README.md explains the estimate.
 """
 
 import os
 
-# Before jax: compile for TPUs, look for none.
+# Before importing jax: compile for TPUs without looking for any.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # or libtpu complains
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # libtpu warns without it
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import collections
@@ -60,9 +60,9 @@ class Chip:
       flops: FLOP/s in bfloat16.
       hbm_bytes: Size of the main memory.
       hbm_rate: Its bandwidth, bytes/s.
-      ici_rate: Bytes/s that leave it over all its links.
-      num_axes: Of the torus.
-      ring: An axis with a multiple of so many chips is closed to a ring; others are lines.
+      ici_rate: Bytes/s that it sends over all its links.
+      num_axes: Number of axes of the torus.
+      ring: Axes with a multiple of this number of chips are closed to rings; others are lines.
     """
 
     flops: float
@@ -73,12 +73,12 @@ class Chip:
     ring: int
 
     def link_rate(self, sizes: Sequence[int]) -> float:
-        """Bytes/s along one axis of a slice of these sizes: on a line half of a ring's."""
+        """Bytes/s along one axis of a slice of these sizes; a line has half the rate of a ring."""
         rings = all(n % self.ring == 0 for n in sizes if n > 1)
         return self.ici_rate / self.num_axes / (1 if rings else 2)
 
 
-# cloud.google.com/tpu/docs; of the interchip bandwidth, which counts both ways, the half.
+# From cloud.google.com/tpu/docs; the interchip bandwidth there counts both directions, so half.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, 3, 4),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 2, 16),
@@ -106,7 +106,7 @@ def lower(
     mesh: jax.sharding.Mesh,
     precision: str,
 ) -> jax.stages.Lowered:
-    """The train step of a run, or encode or decode of a batch like its batches."""
+    """Lowers the train step of a run, or encode or decode of a batch of the same shape."""
     codec = recipe.objective.codec
     batch = step.batch_shapes(recipe, batch_size, mesh)
     if function == "train_step":
@@ -138,13 +138,13 @@ def _params(codec: CodecConfig, mesh: jax.sharding.Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler makes: the optimised HLO, and bytes of a chip.
+    """A compiled program: the optimised HLO, and its memory per chip.
 
     Attributes:
       text: The HLO.
-      arguments: Bytes.
-      peak: What the compiler holds against the chip's memory, the arguments included.
-      code: Bytes of the machine code; None: not made.
+      arguments: Bytes of the arguments.
+      peak: Peak bytes that the compiler compares with the chip's memory, arguments included.
+      code: Bytes of the machine code; None if it was not generated.
     """
 
     text: str
@@ -154,16 +154,17 @@ class Program:
 
 
 def compiled(lowered: jax.stages.Lowered) -> Program:
-    """The whole of it."""
-    made = lowered.compile()
-    memory = made.memory_analysis()
-    arguments, code = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    """Compiles the program completely."""
+    executable = lowered.compile()
+    memory = executable.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    code = memory.generated_code_size_in_bytes
     # Not temp_size_in_bytes, which counts the buffers of loops more than once.
-    return Program(made.as_text(), arguments, memory.peak_memory_in_bytes, code)
+    return Program(executable.as_text(), arguments, memory.peak_memory_in_bytes, code)
 
 
 def optimised(lowered: jax.stages.Lowered) -> Program:
-    """The program when memory is assigned, of XLA's dump; the compiler goes on in its thread."""
+    """Compiles in a thread, and reads the program from XLA's dump once memory is assigned."""
     errors = []
 
     def run(folder: str) -> None:
@@ -173,18 +174,19 @@ def optimised(lowered: jax.stages.Lowered) -> Program:
             errors.append(error)
 
     def dumped(ending: str) -> str:
-        found = Path(folder).glob(f"*.after_optimizations{ending}.txt")
-        return "".join(path.read_text() for path in found)
+        paths = Path(folder).glob(f"*.after_optimizations{ending}.txt")
+        return "".join(path.read_text() for path in paths)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         threading.Thread(target=run, args=(folder,), daemon=True).start()
         text = ""
-        while not text or text != dumped("_after_buffer_assignment"):  # the last to be written
+        while not text or text != dumped("_after_buffer_assignment"):  # written last
             text = dumped("_after_buffer_assignment")
             time.sleep(1)
             if errors:
                 raise errors[0]
-        buffers, memory = dumped("-buffer-assignment"), dumped("-memory-usage-report")
+        buffers = dumped("-buffer-assignment")
+        memory = dumped("-memory-usage-report")
     arguments = re.findall(r"^allocation \d+: size (\d+), parameter", buffers, re.M)
     peak = re.search(r"color=0\)\nTotal bytes: (\d+)", memory)
     return Program(text, sum(map(int, arguments)), int(peak[1]), None)
@@ -200,24 +202,27 @@ def kernel_costs(
     num_tokens: int = 0,
     parts: tuple[int, int] = (1, 1),
 ) -> hlo.Costs:
-    """FLOPs and bytes of the attention kernels, whose insides the HLO does not show.
+    """FLOPs and bytes of the attention kernels, which the HLO does not show.
 
-    Blocks that the window hides in part count in full; keys and values are read for every block of
-    queries that sees them.
+    Partly masked blocks count in full; keys and values are read for every block of queries that
+    attends to them.
 
     Args:
-      kernels: Where they come from, and how often each runs.
-      codec: Whose stages they belong to.
-      compute: How they compute.
-      seconds: Of an item.
-      items: Of a batch.
-      language: The language model, whose kernels are those of no stage.
-      num_tokens: Of its text.
-      parts: Into which items and heads are split; what does not divide, every chip computes whole.
+      kernels: Sources of the kernels, and how often each runs.
+      codec: The codec whose stages have kernels.
+      compute: Compute settings of the kernels.
+      seconds: Length of an item.
+      items: Number of items in a batch.
+      language: The language model; it has the kernels that belong to no stage.
+      num_tokens: Length of its text.
+      parts: Numbers of parts that items and heads are split into. If a number does not divide,
+        every chip computes all items or heads.
     """
     total = hlo.Costs()
     half = compute.dtype == "bfloat16"
-    passes = 1 if half or compute.precision == "default" else hlo.PASSES["highest"]  # none is high
+    passes = (
+        1 if half or compute.precision == "default" else hlo.PASSES["highest"]
+    )  # kernels have no high
     for name, times in kernels.items():
         if stage := re.search(r"(encoder|decoder)/stage_(\d+)", name):
             side, number = stage[1], int(stage[2])
@@ -247,8 +252,9 @@ def report(
     link_rate: float,
     precision: str,
 ) -> bool:
-    """Compiles a function, prints what it costs, and returns whether it fits."""
-    objective, codec = recipe.objective, recipe.objective.codec
+    """Compiles a function, prints its costs, and returns whether it fits."""
+    objective = recipe.objective
+    codec = objective.codec
     began = time.perf_counter()
     try:
         make = compiled if flags.FLAGS.code else optimised
@@ -292,7 +298,7 @@ def report(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Time of one run of a program, from what it computes and moves at published rates."""
+    """Estimated time of one run of a program, at the published rates of a chip."""
 
     chip: Chip
     link_rate: float
@@ -312,13 +318,13 @@ class Estimate:
 
     @property
     def links(self) -> float:
-        """Seconds of transfers that nothing hides."""
+        """Seconds of transfers that no computation hides."""
         waiting = sum(c.num_bytes for c in self.costs.collectives if not c.is_async)
         return waiting / self.link_rate
 
     @property
     def short(self) -> float:
-        """Seconds by which transfers take longer than the operations they are spread over."""
+        """Seconds by which transfers take longer than the operations that hide them."""
         spread = [c for c in self.costs.collectives if c.chain is not None]
         return sum(max(0.0, c.num_bytes / self.link_rate - self._beside(c)) for c in spread)
 
@@ -327,17 +333,17 @@ class Estimate:
 
     @property
     def step(self) -> float:
-        """Seconds in all."""
+        """Seconds in total."""
         return max(self.compute, self.memory) + self.links
 
     @property
     def utilisation(self) -> float:
-        """Share of the chips' arithmetic that useful FLOPs take."""
+        """Useful FLOPs as a share of the chips' peak."""
         return self.useful_flops / self.num_chips / self.step / self.chip.flops
 
     @property
     def binds(self) -> str:
-        """The largest term."""
+        """Name of the largest term."""
         terms = {"arithmetic": self.compute, "memory": self.memory, "links": self.links}
         return max(terms, key=terms.get)
 
@@ -367,7 +373,7 @@ class Estimate:
 
 
 def show_traffic(costs: hlo.Costs) -> None:
-    """Prints the operations of the Python program that read and write the most."""
+    """Prints the operations of the Python program with the most memory traffic."""
     largest = sorted(costs.traffic.items(), key=lambda item: -item[1])[: flags.FLAGS.top]
     for source, num_bytes in largest:
         print(f"  {_giga(num_bytes):>10} GB  {source}")
@@ -376,11 +382,11 @@ def show_traffic(costs: hlo.Costs) -> None:
 def show_scaling(
     estimate: Estimate, mesh: jax.sharding.Mesh, items_per_chip: float, arguments: int, peak: int
 ) -> None:
-    """Prints the estimate for 4 to 4096 chips, each with as many items as now.
+    """Prints the estimate for 4 to 4096 chips with the same number of items per chip.
 
-    A chip computes and reads what it does now; the data axis takes more chips, and fsdp fewer where
-    there are not enough, each then with more of the `arguments`. Transfers in a ring of n send
-    (n - 1) / n of an array; slices too small for a torus have lines for rings.
+    Arithmetic and memory traffic per chip stay the same. More chips extend the data axis; fewer
+    chips shorten fsdp, so that each has more of the `arguments`. Transfers in a ring of n send
+    (n - 1) / n of an array; slices too small for a torus have lines instead of rings.
     """
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     chip = estimate.chip
@@ -389,7 +395,7 @@ def show_scaling(
     for num_chips in (4**n for n in range(1, 7) if 4**n % tensor == 0):
         new_fsdp = min(fsdp, num_chips // tensor)
         new_data = num_chips // tensor // new_fsdp
-        sizes = {  # (size, stride): size then
+        sizes = {  # (size, stride) of a group now: its new size
             (fsdp, tensor): new_fsdp,
             (data, tensor * fsdp): new_data,
             (data * fsdp, tensor): new_data * new_fsdp,
@@ -415,7 +421,7 @@ def show_scaling(
 
 
 def check_scaling(mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError unless the compiled program has the transfers of a larger slice."""
+    """Raises ValueError if the program lacks transfers that a larger slice has."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if data == 1 or fsdp == 1:
         raise ValueError(f"scaling needs a mesh of data and fsdp above 1, got {data} and {fsdp}")
@@ -429,9 +435,10 @@ def _giga(x: float) -> str:
 
 
 def main() -> None:
-    """Checks the functions that the flags name."""
-    jax.config.update("jax_enable_compilation_cache", False)  # no device here could run them
-    topology, precision = flags.FLAGS.topology, flags.FLAGS.precision
+    """Compiles and reports the functions of --functions."""
+    jax.config.update("jax_enable_compilation_cache", False)  # no device here can run the programs
+    topology = flags.FLAGS.topology
+    precision = flags.FLAGS.precision
     functions = flags.FLAGS.functions.split(",")
     for function in functions:
         check_choice("functions", function, FUNCTIONS)
@@ -452,29 +459,36 @@ def main() -> None:
     recipe = state.Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
     shapes = state.state_shapes(recipe, mesh)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
-    judges = shapes.extra.get("discriminators")
-    judges = sum(x.size for x in jax.tree.leaves(judges))
+    discriminators = shapes.extra.get("discriminators")
+    discriminator_count = sum(x.size for x in jax.tree.leaves(discriminators))
+    more = f", discriminators {discriminator_count / 1e6:.1f} M" if discriminator_count else ""
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
-    print(f"{model or init_from}: {count / 1e6:.1f} M parameters"
-          f"{f', discriminators {judges / 1e6:.1f} M' if judges else ''}; "
-          f"{batch_size} x {config.data.segment_seconds:g} s")  # fmt: skip
+    print(
+        f"{model or init_from}: {count / 1e6:.1f} M parameters{more}; "
+        f"{batch_size} x {config.data.segment_seconds:g} s"
+    )
     kind, _, shape = topology.partition(":")
-    chip, link_rate = CHIPS[kind], CHIPS[kind].link_rate([int(n) for n in shape.split("x")])
+    chip = CHIPS[kind]
+    link_rate = chip.link_rate([int(n) for n in shape.split("x")])
     fit = all([report(f, recipe, batch_size, mesh, chip, link_rate, precision) for f in functions])
     if not flags.FLAGS.code:
         sys.stdout.flush()
-        os._exit(0 if fit else 1)  # the compiler is still at work
+        os._exit(0 if fit else 1)  # the compiler is still running
     if not fit:
         sys.exit(1)
 
 
 if __name__ == "__main__":
     train_flags.define()
-    flags.DEFINE_string("topology", "v5p:2x2x1", "kind and shape of the slice")
-    flags.DEFINE_string("functions", ",".join(FUNCTIONS), "what is compiled")
+    flags.DEFINE_string("topology", "v5p:2x2x1", "chip and shape of the slice, as in v5p:4x4x4")
+    flags.DEFINE_string("functions", ",".join(FUNCTIONS), "functions to compile")
     flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
-    flags.DEFINE_bool("code", True, "machine code too: most of the time; no figure but its size")
-    flags.DEFINE_integer("top", 0, "also so many operations with the most memory traffic")
-    flags.DEFINE_bool("scaling", False, "also the estimate for 4 to 4096 chips, by weak scaling")
+    flags.DEFINE_bool(
+        "code",
+        True,
+        "also generate the machine code: slow, adds only its size",
+    )
+    flags.DEFINE_integer("top", 0, "how many operations with the most memory traffic to print")
+    flags.DEFINE_bool("scaling", False, "also print the weak-scaling estimate for 4 to 4096 chips")
     train_flags.run(main)

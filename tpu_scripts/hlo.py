@@ -1,6 +1,6 @@
-"""What a compiled TPU program does, read from its optimised HLO: FLOPs, bytes, collectives.
+"""FLOPs, bytes and collectives of a compiled TPU program, from its optimised HLO.
 
-`compiled.cost_analysis()` counts a loop's body once; here it counts as often as it runs.
+`compiled.cost_analysis()` counts the body of a loop once; this counts it as often as it runs.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_BYTES = {"pred": 1, "token": 0}  # otherwise the digits of the name say it
+_BYTES = {"pred": 1, "token": 0}  # for other types, the number of bits in the name
 PASSES = {"highest": 6, "high": 3}  # bfloat16 products per float32 product
 _COLLECTIVES = (
     "all-reduce",
@@ -39,7 +39,7 @@ class Array:
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it is in the chip's main memory, rather than on the core."""
+        """Whether it is in main memory and not in memory of the core."""
         return "S(" not in self.layout
 
     @property
@@ -68,15 +68,15 @@ class Instruction:
     """One line of a computation."""
 
     name: str
-    arrays: tuple[Array, ...]  # of the result, flat
+    arrays: tuple[Array, ...]  # arrays of the result, flattened
     opcode: str
     operands: tuple[str, ...]
     attributes: str
 
     def called(self, key: str) -> str | None:
-        """Name of the computation that an attribute names."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        """Name of the computation in attribute `key`; None without it."""
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
 
 
 Computation = dict[str, Instruction]
@@ -86,13 +86,13 @@ Computation = dict[str, Instruction]
 class Collective:
     """One kind of transfer between chips, and how often it runs in a step.
 
-    If it is spread over fusions, `chain` names it, and what they compute and move meanwhile is
-    `flops_beside` and `bytes_beside`.
+    If it is spread over several fusions, `chain` identifies it, and `flops_beside` and
+    `bytes_beside` are what these fusions compute and move at the same time.
     """
 
     opcode: str
     source: str  # the operation in the Python program
-    num_bytes: float  # over each chip's links, all runs together
+    num_bytes: float  # over the links of each chip, summed over all runs
     group_size: int
     stride: int  # from one chip of a group to the next, in the order of the mesh
     times: float
@@ -102,19 +102,19 @@ class Collective:
     bytes_beside: float = 0
 
     def repeated(self, times: float) -> "Collective":
-        """That of a program which runs `times` times."""
+        """This collective in a program that runs `times` times."""
         sums = ("num_bytes", "times", "flops_beside", "bytes_beside")
         return dataclasses.replace(self, **{name: times * getattr(self, name) for name in sums})
 
 
 @dataclasses.dataclass
 class Costs:
-    """What one chip does in one run of the program.
+    """Costs of one chip in one run of the program.
 
-    flops: products times passes: a float32 product at HIGHEST is six bfloat16 products.
-    hbm_bytes: read from and written to main memory.
-    kernels: Pallas kernels by their source, and how often they run; their costs are not in the HLO.
-    traffic: hbm_bytes by source, without the kernels'.
+    flops: FLOPs of products; a float32 product at HIGHEST counts as six bfloat16 products.
+    hbm_bytes: bytes read from and written to main memory.
+    kernels: source of each Pallas kernel -> how often it runs; the HLO does not have their costs.
+    traffic: source -> hbm_bytes, without kernels.
     """
 
     flops: float = 0
@@ -142,10 +142,10 @@ def analyse(text: str) -> Costs:
     """Costs of one run of an optimised module.
 
     Args:
-      text: `compiled.as_text()`, or the program in XLA's dump.
+      text: `compiled.as_text()`, or the program from XLA's dump.
 
     Raises:
-      ValueError: A loop whose number of turns the text does not say, or a line of unknown form.
+      ValueError: A loop with an unknown number of iterations, or a line of unknown form.
     """
     return _Module(text).costs
 
@@ -156,15 +156,19 @@ class _Module:
         self._done: dict[str, Costs] = {}
         entry = None
         for name, is_entry, lines in _blocks(text):
-            found = [i for i in map(_instruction, lines) if i]
-            self._computations[name] = {i.name: i for i in found}
-            entry = name if is_entry else entry
+            self._computations[name] = {}
+            for line in lines:
+                i = _instruction(line)
+                if i is not None:
+                    self._computations[name][i.name] = i
+            if is_entry:
+                entry = name
         if entry is None:
             raise ValueError("the HLO text has no ENTRY computation")
         self.costs = self._run(entry)
 
     def _run(self, name: str) -> Costs:
-        """Costs of a computation whose instructions are executed one by one."""
+        """Costs of a computation whose instructions run one by one."""
         if name not in self._done:
             total = Costs()
             for instruction in self._computations[name].values():
@@ -174,9 +178,8 @@ class _Module:
 
     def _execute(self, total: Costs, computation: Computation, i: Instruction) -> None:
         if i.opcode == "while":
-            body, condition = i.called("body"), i.called("condition")
-            turns = self._turns(i, condition)
-            total.add(self._run(body), turns)
+            iterations = self._iterations(i, i.called("condition"))
+            total.add(self._run(i.called("body")), iterations)
             return
         if i.opcode == "conditional":
             branches = [self._run(b) for b in self._branches(i)]
@@ -185,14 +188,15 @@ class _Module:
         if i.opcode == "call":
             total.add(self._run(i.called("to_apply")))
             return
-        if 'async_execution_thread="sparsecore"' in i.attributes:  # beside
+        if 'async_execution_thread="sparsecore"' in i.attributes:  # runs in parallel
             beside = self._run(i.called("to_apply") or i.called("calls"))
             moving = [dataclasses.replace(c, is_async=True) for c in beside.collectives]
             total.add(dataclasses.replace(beside, collectives=moving))
             return
         if i.opcode in _NO_TRAFFIC or i.opcode.endswith(("-done", "-update")):
             return
-        kind, moved = i.opcode.removesuffix("-start"), self._traffic(computation, i)
+        kind = i.opcode.removesuffix("-start")
+        moved = self._traffic(computation, i)
         if kind in _COLLECTIVES:
             total.collectives.append(_collective(computation, i, kind, kind != i.opcode))
         elif i.opcode == "custom-call" and "tpu_custom_call" in i.attributes:
@@ -214,8 +218,8 @@ class _Module:
             return [b.strip().lstrip("%") for b in listed[1].split(",")]
         return [i.called("true_computation"), i.called("false_computation")]
 
-    def _turns(self, loop: Instruction, condition: str) -> int:
-        """Turns of a loop that counts from 0 to a constant."""
+    def _iterations(self, loop: Instruction, condition: str) -> int:
+        """Iterations of a loop that counts from 0 to a constant."""
         known = re.search(r"known_trip_count\D+(\d+)", loop.attributes)
         if known:
             return int(known[1])
@@ -224,7 +228,7 @@ class _Module:
             if i.opcode == "constant" and i.arrays[0].dims == ():
                 limits.add(int(i.operands[0]))
         if len(limits) != 1:
-            raise ValueError(f"loop {loop.name}: {len(limits)} candidates for its turns: {limits}")
+            raise ValueError(f"loop {loop.name}: {len(limits)} candidates for its limit: {limits}")
         return limits.pop()
 
     def _reachable(self, name: str) -> Iterator[Instruction]:
@@ -243,9 +247,10 @@ class _Module:
         return total
 
     def _inner_collectives(self, computation: Computation, computes: bool) -> Iterator[Collective]:
-        """Those of a fusion, which are hidden if it `computes` meanwhile or only begins them.
+        """Collectives of a fusion; hidden if it `computes` at the same time or only starts them.
 
-        One that is spread over several fusions stands in each of them, and counts where it starts.
+        A collective that is spread over several fusions is in each of them; it counts in the one
+        that starts it.
         """
         marked = any('"AsyncCollective' in i.attributes for i in computation.values())
         started = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
@@ -261,7 +266,7 @@ class _Module:
                 yield from self._inner_collectives(inner, computes or marked)
 
     def _put_beside(self, total: Costs, fusion: str, flops: float, num_bytes: float) -> None:
-        """Shares out what a fusion does among the transfers that are spread over it."""
+        """Divides the costs of a fusion among the transfers that are spread over it."""
         chains = {_chain(i) for i in self._reachable(fusion)} - {None}
         for n, c in enumerate(total.collectives):
             if c.chain in chains:
@@ -272,14 +277,14 @@ class _Module:
                 )
 
     def _traffic(self, computation: Computation, i: Instruction) -> float:
-        """Bytes between main memory and the core."""
+        """Bytes that an instruction reads from and writes to main memory."""
         if i.opcode.endswith("-start"):
             if i.opcode in ("copy-start", "slice-start", "async-start"):
                 moved = i.arrays[1] if len(i.arrays) > 1 else i.arrays[0]
                 return moved.num_bytes * (1 + all(a.in_hbm for a in i.arrays[:2]))
             return 0.0
         if i.opcode == "custom-call":
-            return 0.0  # views and allocations; kernels are counted as such
+            return 0.0  # views and allocations; kernels are counted separately
         operands = [computation[name] for name in i.operands if name in computation]
         inner = self._computations[i.called("calls")] if i.opcode == "fusion" else None
         read, written = 0.0, sum(a.num_bytes for a in i.arrays if a.in_hbm)
@@ -299,11 +304,12 @@ class _Module:
         return read + written
 
     def _read_by_fusion(self, inner: Computation, number: int, size: float) -> float:
-        """What a fusion reads of a parameter: slices, where it only takes slices of it."""
+        """Bytes of a parameter that a fusion reads; only the slices if it reads slices of it."""
         parameter = next(
             i for i in inner.values() if i.opcode == "parameter" and i.operands == (str(number),)
         )
-        names, read = {parameter.name}, 0.0
+        names = {parameter.name}
+        read = 0.0
         for i in inner.values():  # in order of use
             if not names & set(i.operands):
                 continue
@@ -314,7 +320,7 @@ class _Module:
             elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
                 pass  # updated in place
             elif i.opcode == "tuple" or _chain(i) or '"AsyncCollective' in i.attributes:
-                pass  # handed on
+                pass  # passed on
             elif i.opcode == "fusion":
                 nested = self._computations[i.called("calls")]
                 for n, operand in enumerate(i.operands):
@@ -325,13 +331,13 @@ class _Module:
         return read
 
     def _written_by_fusion(self, inner: Computation, written: float) -> float:
-        """What a fusion writes: updates of what changes in place, nothing of what it hands on."""
+        """Bytes that a fusion writes: updates of in-place arrays, nothing of passed-on ones."""
         *_, root = inner.values()
         if '"AsyncCollectiveDone"' in root.attributes:
             return 0.0
         for i in inner.values():
-            handed_on = root.opcode == "tuple" and i.name in root.operands
-            if handed_on and i.opcode in ("parameter", "all-gather"):
+            passed_on = root.opcode == "tuple" and i.name in root.operands
+            if passed_on and i.opcode in ("parameter", "all-gather"):
                 written -= sum(a.num_bytes for a in i.arrays if a.in_hbm)
             elif i.opcode == "dynamic-update-slice" and i.arrays[0].in_hbm:
                 update = inner[i.operands[1]].arrays[0]
@@ -342,7 +348,7 @@ class _Module:
 
 
 def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
-    """Name, whether it is the entry, and lines of each computation."""
+    """For each computation: its name, whether it is the entry, and its lines."""
     name, is_entry, lines = None, False, []
     for line in text.splitlines():
         if name is None:
@@ -380,7 +386,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for n in range(start, len(text)):
         depth += (text[n] == "(") - (text[n] == ")")
@@ -390,7 +396,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _flops(computation: Computation, i: Instruction) -> float:
-    """Multiplications and additions of a product, times its passes; 0 for everything else."""
+    """FLOPs of a product, times its passes; 0 for other instructions."""
     if i.opcode not in ("dot", "convolution"):
         return 0.0
     left, right = (computation[name].arrays[0] for name in i.operands)
@@ -424,7 +430,7 @@ def _taps(window: dict[str, str], n: int, size: int, outputs: int) -> int:
     base, dilation = int(number("lhs_dilate", 1)), int(number("rhs_dilate", 1))
     count = 0
     for tap in range(kernel):
-        start = tap * dilation - low  # where it is for the first output
+        start = tap * dilation - low  # its position for the first output
         # Outputs o with start + o * stride = base * x, 0 <= x < size.
         first = max(0, -(start // stride)) if start < 0 else 0
         last = min(outputs - 1, (base * (size - 1) - start) // stride)
@@ -450,28 +456,28 @@ def _collective(computation: Computation, i: Instruction, kind: str, is_async: b
 
 
 def _is_scattered(computation: Computation, i: Instruction) -> bool:
-    """Whether each chip keeps its part of a sum alone, as a fusion of the two computes it."""
+    """Whether each chip keeps only its part of the sum: an all-reduce fused with a slice."""
     *_, root = computation.values()
     return root.opcode == "dynamic-slice" and root.operands[0] == i.name
 
 
 def _chain(i: Instruction) -> str | None:
-    """Which transfer it is a part of, if that is spread over several fusions."""
-    found = re.search(r'chain_id="(\w+)"', i.attributes)
-    return found[1] if found else None
+    """Id of the transfer that it is part of, if that is spread over several fusions."""
+    match = re.search(r'chain_id="(\w+)"', i.attributes)
+    return match[1] if match else None
 
 
 def _source(i: Instruction) -> str:
-    """Where in the Python program it comes from."""
-    found = re.search(r'op_name="([^"]*)"', i.attributes)
-    return found[1] if found else i.name
+    """The operation of the Python program that it comes from."""
+    match = re.search(r'op_name="([^"]*)"', i.attributes)
+    return match[1] if match else i.name
 
 
 _IOTA = r"\[([0-9,]*)\](?:T\(([0-9,]*)\))?"
 
 
 def _first_group(attributes: str) -> list[int]:
-    """Chips that take part in one transfer, one after the other."""
+    """Chips of the first group of a collective, in order."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
         names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh[1]), strict=True)
         chosen = re.findall(r"'(\w+)'", mesh[3])
@@ -485,11 +491,11 @@ def _first_group(attributes: str) -> list[int]:
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([0-9,]*)\}", attributes)
     if listed:
         return _integers(listed[1])
-    raise ValueError(f"a collective without groups: {attributes[:200]}")
+    raise ValueError(f"collective without groups: {attributes[:200]}")
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """The numbers that "[2,4]T(1,0)" stands for."""
+    """The device numbers that the notation "[2,4]T(1,0)" stands for."""
     numbers = np.arange(math.prod(_integers(sizes))).reshape(_integers(sizes))
     return numbers.transpose(_integers(order) if order else None).ravel()
 

@@ -1,4 +1,4 @@
-"""A TPU slice on Google Cloud, from creating it to deleting it; prints the commands it runs.
+"""Creates, uses and deletes a TPU slice on Google Cloud; prints the commands it runs.
 
     python tpu_scripts/pod.py create v1 --zone=us-east5-a --type=v5p-128 --spot
     python tpu_scripts/pod.py setup v1 --zone=us-east5-a
@@ -7,8 +7,8 @@
     python tpu_scripts/pod.py watch v1 --zone=us-east5-a --type=v5p-128 --spot -- --flagfile=...
     python tpu_scripts/pod.py delete v1 --zone=us-east5-a
 
-Needs gcloud, logged in. --dry_run prints without running. watch does all of it: it creates the
-slice and launches, again whenever the slice was taken away, until the run has reached num_steps.
+Needs gcloud, logged in. --dry_run only prints the commands. watch does everything: it creates the
+slice and launches the run, and repeats this after each preemption until num_steps is reached.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from pathlib import Path
 from moss_tok.cli.main import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = "moss_tok_run"  # on each worker; train.py holds a lock on it while it runs
-STATUS = "status"  # a file there: the exit code of train.py; "killed" as long as there is none
+FOLDER = "moss_tok_run"  # on each worker; locked while train.py runs
+STATUS = "status"  # file in FOLDER: the exit code of train.py, "killed" until there is one
 _POLL_SECONDS = 60
-_MAX_FAILURES = 5  # rounds in a row, after which watch gives up
+_MAX_FAILURES = 5  # watch gives up after this many failed rounds in a row
 _RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
     "v5litepod": "v2-alpha-tpuv5-lite",
@@ -41,32 +41,34 @@ class Pod:
     """Commands on one slice."""
 
     def __init__(self, args: argparse.Namespace, flags: list[str]):
-        """Takes the command line, and what follows -- in it."""
-        self.args, self.flags = args, flags
-        self._where = [f"--zone={args.zone}"]
+        """Takes the parsed command line, and the flags of train.py that follow --."""
+        self.args = args
+        self.flags = flags
+        self._location = [f"--zone={args.zone}"]
         if args.project:
-            self._where.append(f"--project={args.project}")
+            self._location.append(f"--project={args.project}")
 
     def create(self) -> None:
-        """Asks for the slice and waits until it is there."""
+        """Requests the slice and waits until it is ready."""
         self._request()
         while not self.args.dry_run and (state := self.state()) != "ACTIVE":
             if state in _LOST:
-                raise OSError(f"{self.args.name} is {state}; delete it, try again")
+                raise OSError(f"{self.args.name} is {state}; delete it and try again")
             self._say(f"is {state or 'not there yet'}")
             time.sleep(_POLL_SECONDS)
 
     def _request(self) -> None:
-        args, kind = self.args, self.args.type.partition("-")[0]
+        args = self.args
+        kind = args.type.partition("-")[0]
         command = [
-            "queued-resources", "create", args.name, f"--node-id={args.name}", *self._where,
+            "queued-resources", "create", args.name, f"--node-id={args.name}", *self._location,
             f"--accelerator-type={args.type}", f"--runtime-version={_RUNTIMES[kind]}",
         ]  # fmt: skip
         self._gcloud(*command, *(["--spot"] if args.spot else []))
 
     def state(self) -> str:
         """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty if there is no such slice."""
-        command = ["queued-resources", "describe", self.args.name, *self._where]
+        command = ["queued-resources", "describe", self.args.name, *self._location]
         done = self._gcloud(*command, "--format=value(state.state)", check=False)
         if done.returncode and "NOT_FOUND" not in done.stderr:
             return f"unknown: {_line(done.stderr)}"
@@ -75,10 +77,12 @@ class Pod:
     def setup(self) -> None:
         """Copies this repository to all workers and installs it."""
         archive = f"{tempfile.gettempdir()}/{FOLDER}.tar.gz"
-        git = ["git", "-C", str(ROOT), "archive"]  # of the folder it runs in
+        git = ["git", "-C", str(ROOT), "archive"]  # archives the folder that it runs in
         self._run([*git, "--format=tar.gz", f"--output={archive}", "HEAD"])
-        self._gcloud("tpu-vm", "scp", archive, f"{self.args.name}:", *self._where, "--worker=all")
-        # The images have Python 3.10; uv brings another.
+        self._gcloud(
+            "tpu-vm", "scp", archive, f"{self.args.name}:", *self._location, "--worker=all"
+        )
+        # The images have Python 3.10, which is too old; uv installs 3.12.
         self._ssh(
             f"mkdir -p {FOLDER} && tar xzf {FOLDER}.tar.gz -C {FOLDER} && cd {FOLDER} && "
             "python3 -m pip install -q --user uv && "
@@ -87,7 +91,7 @@ class Pod:
         )
 
     def launch(self) -> None:
-        """Starts train.py on all workers, in the background; its output goes to train.log."""
+        """Starts train.py on all workers in the background; its output goes to train.log."""
         if "running" in self._statuses():
             raise OSError(f"{self.args.name} runs train.py already, see `logs`")
         self._start()
@@ -95,14 +99,14 @@ class Pod:
     def _start(self) -> None:
         train = shlex.join([".venv/bin/python", "train.py", *self.flags])
         script = f"{train}; echo $? > {STATUS}"
-        # The subshell outlives the connection.
+        # The subshell keeps running after the connection closes.
         self._ssh(
             f"cd {FOLDER} && flock -n . true && echo killed > {STATUS} && "
             f"(nohup flock -w 9 . sh -c {shlex.quote(script)} >> train.log 2>&1 &)"
         )
 
     def _statuses(self) -> set[str]:
-        """What the workers say: running, none or what is in STATUS; nothing without an answer."""
+        """States of the workers: "running", "none" or the text of STATUS; empty if unreachable."""
         done = self._ssh(
             f"cd {FOLDER} && if flock -n . true; then cat {STATUS}; else echo running; fi "
             "|| echo none",
@@ -117,35 +121,35 @@ class Pod:
         self._ssh(f"tail -n 100 -f {FOLDER}/train.log", worker="0")
 
     def watch(self) -> None:
-        """Creates and launches, again after each preemption, until the run is finished."""
+        """Creates the slice and launches the run; repeats after preemptions until it finishes."""
         failures = 0
         while True:
             try:
                 if self._advance():
                     return
                 failures = 0
-            except subprocess.CalledProcessError:  # as when the slice is on its way down
+            except subprocess.CalledProcessError:  # for example while the slice shuts down
                 failures += 1
                 if failures == _MAX_FAILURES:
                     raise
-                self._say("did not take that command; looking at its state again")
+                self._say("did not take that command; checking its state again")
             time.sleep(_POLL_SECONDS)
 
     def _advance(self) -> bool:
-        """Does what the state of the slice asks for; returns whether the run is finished."""
+        """Takes the next action for the state of the slice; returns whether the run is finished."""
         state = self.state()
         if state == "ACTIVE":
-            return self._go_on()
+            return self._resume()
         if not state:
             self._request()
         else:
             self._say(f"is {state}")
             if state in _LOST:
                 self.delete()
-        return self.args.dry_run and self._go_on()
+        return self.args.dry_run and self._resume()
 
-    def _go_on(self) -> bool:
-        """Launches what does not run yet or was killed; returns whether it is finished."""
+    def _resume(self) -> bool:
+        """Launches a run that is not running; returns whether it is finished."""
         statuses = self._statuses()
         if "running" in statuses:
             return False
@@ -159,21 +163,21 @@ class Pod:
         return self.args.dry_run or statuses == {"0"}
 
     def delete(self) -> None:
-        """Deletes the slice with all that is on it."""
-        command = ["queued-resources", "delete", self.args.name, *self._where]
+        """Deletes the slice and everything on it."""
+        command = ["queued-resources", "delete", self.args.name, *self._location]
         self._gcloud(*command, "--force", "--quiet")
 
     def _ssh(
         self, command: str, worker: str = "all", check: bool = True
     ) -> subprocess.CompletedProcess:
-        where = [*self._where, f"--worker={worker}", f"--command={command}"]
-        return self._gcloud("tpu-vm", "ssh", self.args.name, *where, check=check)
+        target = [*self._location, f"--worker={worker}", f"--command={command}"]
+        return self._gcloud("tpu-vm", "ssh", self.args.name, *target, check=check)
 
     def _gcloud(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         return self._run(["gcloud", "compute", "tpus", *command], check)
 
     def _run(self, command: list[str], check: bool = True) -> subprocess.CompletedProcess:
-        """Prints a command and runs it; keeps what it prints where failing is an answer."""
+        """Prints and runs a command; captures its output if `check` is false."""
         print(shlex.join(command), flush=True)
         if self.args.dry_run:
             return subprocess.CompletedProcess(command, 0, "", "")
@@ -194,15 +198,18 @@ def main() -> int:
     )
     actions = ("create", "setup", "launch", "logs", "watch", "delete")
     parser.add_argument("action", choices=actions)
-    parser.add_argument("name", help="of the slice")
+    parser.add_argument("name", help="name of the slice")
     parser.add_argument("--zone", required=True)
-    parser.add_argument("--project", default="", help="default: gcloud's")
+    parser.add_argument("--project", default="", help="default: the project of gcloud")
     parser.add_argument("--type", default="", help="accelerator type, as in v5p-128")
-    parser.add_argument("--spot", action="store_true", help="cheaper, may be taken away")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands only")
-    argv, flags = sys.argv[1:], []
+    parser.add_argument("--spot", action="store_true", help="cheaper; may be preempted")
+    parser.add_argument("--dry_run", action="store_true", help="only print the commands")
+    argv = sys.argv[1:]
+    flags = []
     if "--" in argv:
-        argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+        end = argv.index("--")
+        flags = argv[end + 1 :]
+        argv = argv[:end]
     args = parser.parse_args(argv)
     if not args.zone:
         parser.error("--zone must not be empty")

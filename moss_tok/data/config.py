@@ -1,4 +1,4 @@
-"""Settings of the data that a run trains on: segments of audio, or codes."""
+"""Settings of the training data: segments of audio, or codes."""
 
 import dataclasses
 import re
@@ -9,55 +9,81 @@ from moss_tok.settings import count, setting
 
 @dataclasses.dataclass(frozen=True)
 class AudioDataConfig:
-    """Segments of recordings, and how they are changed at random."""
+    """Segments of recordings, and their random augmentation."""
 
     train_data: str = setting(
         "",
-        "folders, manifests or *.array_record of audio, or folders of codes that moss-tok "
-        "tokenize wrote, SOURCE[:WEIGHT],...; empty: synthetic sounds",
+        "training data, SOURCE[:WEIGHT],...: folders, manifests or *.array_record shards of audio, "
+        "or folders of codes from moss-tok tokenize; without weights, sources count by their size; "
+        "empty: synthetic sounds",
     )
     eval_data: str = setting(
-        "", "the same for evaluation (its test split); empty: train_data's", free=True
+        "",
+        "sources, as in train_data, whose test split is evaluated; empty: those of train_data",
+        free=True,
     )
-    batch_size: int = count(8, "segments per step", at_least=1)
+    batch_size: int = count(
+        8, "number of segments (of audio) or recordings (of codes) per step", at_least=1
+    )
     segment_seconds: float = setting(
-        0.96, "length of a segment, rounded down to whole frames", above=0, at_most=600
+        0.96,
+        "length of a segment in seconds, or with codes the longest recording to train on; rounded "
+        "down to whole code frames",
+        above=0,
+        at_most=600,
     )
     silence_db: float = setting(
-        -60.0, "segments whose level (dB re full scale, RMS) is below are drawn again", at_most=0
+        -60.0,
+        "segments with an RMS level (dB re full scale) below this are replaced by other segments",
+        at_most=0,
     )
     augment_gain_db: float = setting(
-        0.0, "random gain of up to that many dB up or down", at_least=0, at_most=60
+        0.0,
+        "maximum random gain in dB, up or down, of each segment; 0: off",
+        at_least=0,
+        at_most=60,
     )
     augment_loudness_db: tuple[float, float] | None = setting(
         None,
-        "LOW:HIGH: segments are set to a random level (dB re full scale, RMS) in between",
+        "LOW:HIGH: each segment is scaled to a random RMS level (dB re full scale) in this range; "
+        "empty: off",
         kind=settings.decibel_range(-100, 0),
     )
     augment_equalizer_db: float = setting(
-        0.0, "random gain of up to that many dB up or down by octave", at_least=0, at_most=60
+        0.0,
+        "maximum random gain in dB, up or down, of each octave of a segment; 0: off",
+        at_least=0,
+        at_most=60,
     )
     augment_noise_db: tuple[float, float] | None = setting(
         None,
-        "LOW:HIGH: random noise, white to pink, at a random signal-to-noise ratio in between",
+        "LOW:HIGH: adds random noise, white to pink, at a random signal-to-noise ratio (dB) in "
+        "this range; empty: off",
         kind=settings.decibel_range(-20, 100),
     )
     augment_speed: float = setting(
         0.0,
-        "recordings are played up to this share faster or slower, which moves pitch, too",
+        "maximum random change of speed, as a share: 0.1 plays segments up to 10 % faster or "
+        "slower, which also shifts their pitch; 0: off",
         at_least=0,
         at_most=0.5,
     )
     augment_shift_seconds: float = setting(
         0.0,
-        "up to so much silence before what leaves room for it",
+        "maximum random silence, in seconds, before recordings shorter than a segment; 0: off",
         at_least=0,
         at_most=600,
     )
     max_failed_share: float = setting(
-        0.1, "stop if more than this share of reads fails", at_least=0, at_most=1, free=True
+        0.1,
+        "the run ends with an error if more than this share of reads fails",
+        at_least=0,
+        at_most=1,
+        free=True,
     )
-    num_workers: int = count(0, "processes that read data; 0: threads", free=True)
+    num_workers: int = count(
+        0, "number of processes that read data; 0: threads of the training process", free=True
+    )
 
     def __post_init__(self):
         settings.check(self)
@@ -67,43 +93,56 @@ class AudioDataConfig:
 class CodeDataConfig:
     """Codes that `moss-tok tokenize` wrote; batches are packed by length."""
 
-    train_data: str = setting("", "folders of codes, SOURCE[:WEIGHT],...")
+    train_data: str = setting("", "training data: folders of codes, SOURCE[:WEIGHT],...")
     eval_data: str = setting(
-        "", "the same for evaluation (its test split); empty: train_data's", free=True
+        "",
+        "folders of codes whose test split is evaluated; empty: those of train_data",
+        free=True,
     )
-    batch_size: int = count(8, "recordings per step", at_least=1)
+    batch_size: int = count(8, "number of recordings per step", at_least=1)
     segment_seconds: float = setting(
-        0.96, "longest recording, rounded down to whole frames", above=0, at_most=600
+        0.96,
+        "longest recording to train on, in seconds, rounded down to whole code frames",
+        above=0,
+        at_most=600,
     )
     max_failed_share: float = setting(
-        0.1, "stop if more than this share of reads fails", at_least=0, at_most=1, free=True
+        0.1,
+        "the run ends with an error if more than this share of reads fails",
+        at_least=0,
+        at_most=1,
+        free=True,
     )
 
     def __post_init__(self):
         settings.check(self)
 
 
-PLAN = "plan.json"  # what a folder of codes has
+PLAN = "plan.json"  # identifies a folder of codes
 _WEIGHT = re.compile(r":[^:/]*$")
 
 
 def data_settings(train_data: str) -> type:
-    """The settings class for sources SOURCE[:WEIGHT],...: of codes if they are such folders.
+    """The data settings class for sources SOURCE[:WEIGHT],...: of codes or of audio.
 
     Raises:
-      ValueError: Codes and audio in one mixture.
+      ValueError: The mixture has both codes and audio.
     """
-    kinds = {}
+    codes = []
+    audio = []
     for part in train_data.split(","):
         name = part.strip()
         without_weight = _WEIGHT.sub("", name)
-        kinds[name] = any(_is_code_folder(x) for x in (name, without_weight) if x)
-    if len(set(kinds.values())) > 1:
-        codes = next(name for name, is_codes in kinds.items() if is_codes)
-        audio = next(name for name, is_codes in kinds.items() if not is_codes)
-        raise ValueError(f"train_data mixes codes ({codes}) and audio ({audio}); give one kind")
-    return CodeDataConfig if any(kinds.values()) else AudioDataConfig
+        if _is_code_folder(name) or _is_code_folder(without_weight):
+            codes.append(name)
+        else:
+            audio.append(name)
+    if codes and audio:
+        raise ValueError(
+            f"train_data mixes codes ({codes[0]}) and audio ({audio[0]}); give one kind"
+        )
+    return CodeDataConfig if codes else AudioDataConfig
 
 
 def _is_code_folder(name: str) -> bool:
-    return (storage.to_path(name) / PLAN).is_file()
+    return bool(name) and (storage.to_path(name) / PLAN).is_file()

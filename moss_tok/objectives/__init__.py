@@ -1,1 +1,1 @@
-"""What can be trained: a file for each objective, and `config.py` with all settings."""
+"""Training objectives: a module for each, and `config.py` with the settings of all."""

@@ -1,4 +1,4 @@
-"""Segments of audio as the data of a run, and how a codec is scored on held-out recordings."""
+"""Training data of audio segments, and the scores of a codec on held-out recordings."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from moss_tok.training.objective import Batch, Progress, Say
 
 @dataclasses.dataclass(frozen=True)
 class AudioData:
-    """Segments of a mixture of recordings, and recordings to evaluate on."""
+    """Training segments of a mixture of recordings, and evaluation recordings."""
 
     config: AudioDataConfig
     mixture: sources.Mixture
@@ -41,7 +41,7 @@ class AudioData:
         return self.config.batch_size * self.shape.num_samples / self.shape.sample_rate
 
     def describe(self) -> str:
-        """How much there is."""
+        """The amount of data, as text."""
         return f"{len(self.mixture)} training segments, {len(self.items)} evaluation recordings"
 
     def batches(self, start: int, rows: Sequence[int]) -> Iterator[Batch]:
@@ -50,17 +50,17 @@ class AudioData:
 
     def failure(self, source: int, index: int) -> str:
         """Why a recording could not be read."""
-        found = self.mixture.sources[source]
+        recordings = self.mixture.sources[source]
         try:
-            recording = found[index]
+            recording = recordings[index]
             files.read_segment(recording.audio, 0.0, recording.duration_seconds, 16000)
         except ValueError as error:
             return str(error)
-        return f"{found.name(index)}: could not be read"
+        return f"{recordings.name(index)}: could not be read"
 
 
 def codec_of_run(config: TrainConfig) -> CodecConfig:
-    """The codec of the newest checkpoint, of `init_from`, or of `model`."""
+    """The codec of the newest checkpoint in the workdir, else of `init_from`, else of `model`."""
     model = getattr(config.objective, "codec", config.objective).model
     workdir = storage.to_path(config.run.workdir)
     steps = checkpoint.saved_steps(workdir)
@@ -76,23 +76,23 @@ def codec_of_run(config: TrainConfig) -> CodecConfig:
     codec = pretrained.load_config(config.run.init_from)
     if model:
         wanted = load_codec_config(model)
-        blank = {"official_json": "", "layout": ""}
-        if {**vars(codec), **blank} != {**vars(wanted), **blank}:
+        ignored = {"official_json": "", "layout": ""}
+        if vars(codec) | ignored != vars(wanted) | ignored:
             raise ValueError(f"init_from {config.run.init_from} holds another model than {model}")
     return codec
 
 
 def segment_samples(config: AudioDataConfig, codec: CodecConfig, longest_window: int = 1) -> int:
-    """S of a batch: `segment_seconds` in whole frames.
+    """S of a batch: samples of `segment_seconds`, rounded down to whole frames.
 
     Raises:
-      ValueError: There is none, or the longest window (samples) of a loss does not fit in.
+      ValueError: The segment has no whole frame, or is shorter than `longest_window` (samples).
     """
     frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
     if frames * codec.hop_length < longest_window:
-        least = -(-longest_window // codec.hop_length) / codec.frame_rate
+        minimum = -(-longest_window // codec.hop_length) / codec.frame_rate
         raise ValueError(
-            f"segment_seconds must be at least {least:g}, whole frames in which the longest mel "
+            f"segment_seconds must be at least {minimum:g}, whole frames in which the longest mel "
             f"window fits, got {config.segment_seconds}"
         )
     return frames * codec.hop_length
@@ -105,12 +105,12 @@ def find_data(
     mirror: storage.Mirror,
     say: Say,
 ) -> AudioData:
-    """What to train on and to evaluate; creates the workdir once it is known that both exist.
+    """Opens training and evaluation data; creates the workdir after checking that both exist.
 
-    Without `train_data`, synthetic sounds are made in the workdir.
+    Without `train_data`, synthetic sounds are written to the workdir.
 
     Raises:
-      ValueError: A source that does not exist, is broken, or has nothing to train on.
+      ValueError: A source does not exist, is broken, or has nothing to train on.
     """
     data = config.data
     seconds = shape.num_samples / shape.sample_rate
@@ -121,10 +121,10 @@ def find_data(
     workdir = storage.to_path(config.run.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if mixture is None:
-        made = _synthetic_manifest(workdir, mirror, shape.sample_rate)
-        mixture = sources.training_mixture(made, seconds)
+        manifest = _synthetic_manifest(workdir, mirror, shape.sample_rate)
+        mixture = sources.training_mixture(manifest, seconds)
         if items is None:
-            items = _evaluation_items(config, made)
+            items = _evaluation_items(config, manifest)
     return AudioData(data, mixture, items, shape, config.run.seed)
 
 
@@ -141,18 +141,18 @@ def _evaluation_items(config: TrainConfig, source: str) -> list[AudioItem] | Non
 
 
 def _synthetic_manifest(workdir: storage.Path, mirror: storage.Mirror, sample_rate: int) -> str:
-    made = str(workdir / "synthetic" / synthetic.MANIFEST)
-    if sharding.is_main_process() and not storage.to_path(made).exists():
+    manifest = str(workdir / "synthetic" / synthetic.MANIFEST)
+    if sharding.is_main_process() and not storage.to_path(manifest).exists():
         synthetic.write_dataset(mirror.local / "synthetic", sample_rate)
         mirror.send()
     sharding.barrier("synthetic data")
-    return made
+    return manifest
 
 
 def score_audio(
     codec: Codec, clips: Sequence[sweep.Clip], progress: Progress
 ) -> tuple[sweep.Table, str]:
-    """Distances of reconstructions over bitrates, as a table and as text."""
+    """Distances of reconstructions at several bitrates, as a table and as text."""
     with progress(len(clips), "clip") as done:
         table = sweep.evaluate(codec, clips, sweep.bitrates(codec.config), done)
     note = "mel_loss, stft: lower is better; stoi: higher"
@@ -162,24 +162,25 @@ def score_audio(
 def score_text(
     codec: Codec, language: Language, recordings: Sequence[np.ndarray], texts: Sequence[str]
 ) -> tuple[sweep.Table, str]:
-    """Error rates of what is understood of recordings with texts, and some of it.
+    """Error rates of recognised texts, as a table and as text with some examples.
 
     Args:
       codec: The codec.
       language: The language model.
       recordings: Audio [C, S] or codes [q, T].
-      texts: What is said in them; those without a text are left out.
+      texts: Their reference texts; recordings with an empty one are skipped.
     """
-    pairs = [(x, said) for x, said in zip(recordings, texts, strict=True) if said]
-    recordings = [x for x, _ in pairs]
-    texts = [said for _, said in pairs]
+    pairs = [pair for pair in zip(recordings, texts, strict=True) if pair[1]]
+    recordings = [recording for recording, _ in pairs]
+    texts = [reference for _, reference in pairs]
     if not transcription.has_words(texts):
         return {}, ""
     numbers = sorted({1, codec.config.quantizer.num_quantizers})
-    rates, understood = transcription.evaluate(codec, language, recordings, texts, numbers)
+    rates, recognised = transcription.evaluate(codec, language, recordings, texts, numbers)
     table = {"text": rates}
-    shown = list(zip(texts, understood, strict=True))[:: max(1, len(texts) // 5)][:5]
-    lines = [f"  said {said!r}, understood {found!r}" for said, found in shown]
+    every = max(1, len(texts) // 5)
+    examples = list(zip(texts, recognised, strict=True))[::every][:5]
+    lines = [f"  said {reference!r}, recognised {text!r}" for reference, text in examples]
     title = f"{len(texts)} clips with texts (wer, cer: lower is better):"
     return table, "\n".join([title, sweep.format_table(table), "", *lines])
 
@@ -193,7 +194,7 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], Any | None]:
 def segment_shape(
     num_samples: int, codec: CodecConfig, tokenizer: Tokenizer | None, texts: TextSettings
 ) -> SegmentShape:
-    """What segments are cut into for a codec."""
+    """Shape of the segments that a codec is trained on."""
     return SegmentShape(
         num_samples, codec.sample_rate, codec.num_channels, tokenizer, texts.max_text_tokens
     )

@@ -1,4 +1,4 @@
-"""Folders of codes as the data of a run."""
+"""Training data of codes, from folders of `moss-tok tokenize`."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from moss_tok.training.objective import Batch, Say
 
 @dataclasses.dataclass(frozen=True)
 class CodeData:
-    """The recordings with texts of a mixture of folders, and some to evaluate on."""
+    """Recordings with texts of a mixture of folders, and evaluation recordings."""
 
     config: CodeDataConfig
     sets: tuple[CodeSet, ...]
@@ -28,14 +28,14 @@ class CodeData:
     @property
     def batch_seconds(self) -> float:
         """Mean seconds of audio in a batch."""
-        total = sum(weight for weight in self.weights)
+        total = sum(self.weights)
         mean = 0.0
         for part, weight in zip(self.sets, self.weights, strict=True):
             mean += weight / total * float(part.num_frames.mean()) / self.shape.frame_rate
         return self.config.batch_size * mean
 
     def describe(self) -> str:
-        """How much there is."""
+        """The amount of data, as text."""
         number = sum(map(len, self.sets))
         return f"{number} training recordings, {len(self.held_out())} evaluation recordings"
 
@@ -47,33 +47,35 @@ class CodeData:
 
     def failure(self, source: int, index: int) -> str:
         """Why a recording could not be read."""
-        found = self.sets[source].source
+        codes = self.sets[source].source
         try:
-            found[index]
-        except Exception as error:  # what ArrayRecord and msgpack raise on damaged files
-            return f"{found.folder}[{index}]: {error}"
-        return f"{found.folder}[{index}]: could not be read"
+            codes[index]
+        except Exception as error:  # ArrayRecord and msgpack raise many types on damaged files
+            return f"{codes.folder}[{index}]: {error}"
+        return f"{codes.folder}[{index}]: could not be read"
 
     def held_out(self) -> list[Item]:
-        """Recordings of the test splits, at most so many as the run asks for."""
+        """Recordings of the test splits, evenly spread, at most `num_eval`."""
+        if not self.num_eval:
+            return []
         pairs = [(part, int(index)) for part in self.test_sets for index in part.indices]
-        step = max(1, -(-len(pairs) // max(1, self.num_eval)))
-        return [part.source[index] for part, index in pairs[::step]] if self.num_eval else []
+        every = max(1, -(-len(pairs) // self.num_eval))
+        return [part.source[index] for part, index in pairs[::every]]
 
 
 def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
-    """Opens the folders, and creates the workdir once it is known that all of it exists.
+    """Opens the folders of codes; creates the workdir after checking that all data exists.
 
     Raises:
       ValueError: No such folder, codes of another codec than `init_from`, or no text to learn from.
     """
     data = config.data
-    found, weights = code_batches.find_sources(data.train_data)
-    held_out = found
+    code_sources, weights = code_batches.find_sources(data.train_data)
+    held_out = code_sources
     if data.eval_data:
         held_out, _ = code_batches.find_sources(data.eval_data)
-    _check_codec(config, [*found, *held_out])
-    sets = tuple(code_batches.read_set(source, "train", shape) for source in found)
+    _check_codec(config, [*code_sources, *held_out])
+    sets = tuple(code_batches.read_set(source, "train", shape) for source in code_sources)
     _check_texts(sets, shape, say)
     weights = [len(part) if w is None else w for part, w in zip(sets, weights, strict=True)]
     test_sets = tuple(code_batches.read_set(source, "test", shape) for source in held_out)
@@ -85,13 +87,13 @@ def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
     )
 
 
-def _check_codec(config: TrainConfig, found: Sequence[CodeSource]) -> None:
-    """Compares fingerprints, unless the run began before: then they were compared."""
+def _check_codec(config: TrainConfig, code_sources: Sequence[CodeSource]) -> None:
+    """Checks that all codes are of the codec of `init_from`; a resumed run has done so before."""
     if checkpoint.saved_steps(storage.to_path(config.run.workdir)):
         return
-    codec = pretrained.load(config.run.init_from, "encoder")  # as `moss-tok tokenize` does
+    codec = pretrained.load(config.run.init_from, "encoder")  # the component of the fingerprint
     fingerprint = pretrained.fingerprint(codec)
-    for source in found:
+    for source in code_sources:
         if source.settings.get("codec") != fingerprint:
             raise ValueError(
                 f"{source.folder} holds codes of codec {source.settings.get('codec')}, "

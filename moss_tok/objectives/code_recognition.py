@@ -1,4 +1,4 @@
-"""Speech recognition from codes that were made before, where no encoder runs; its builder."""
+"""Speech recognition from stored codes, where no encoder runs; the builder of recognition."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Traini
 
 @dataclasses.dataclass(frozen=True)
 class CodeRecognitionObjective(RecognitionObjective):
-    """Recognition from codes: no encoder runs, and batches are of recordings, not of segments."""
+    """Recognition from codes: no encoder runs, and batch items are recordings, not segments."""
 
     def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Codes [Q, T], of which "num_quantizers" and "length" frames count, and texts."""
+        """Codes [Q, T], of which the first "num_quantizers" and "length" are valid, and texts."""
         num_frames = self.codec.num_frames(self.num_samples)
         return {
             "codes": ((self.codec.quantizer.num_quantizers, num_frames), jnp.int32),
@@ -37,16 +37,16 @@ class CodeRecognitionObjective(RecognitionObjective):
         } | text.item_shapes(self.settings.text)
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        """Draws the quantizers in use, and frames that the language model misses."""
+        """Draws the quantizers in use, and the frames hidden from the language model."""
         del step
         num_frames = batch["codes"].shape[-1]
         drawn = self.draw(key, batch["position"], num_frames, batch["length"])
-        numbers = jnp.arange(drawn["in_use"].shape[1])
-        drawn["in_use"] &= numbers < batch["num_quantizers"][:, None]
+        levels = jnp.arange(drawn["in_use"].shape[1])
+        drawn["in_use"] &= levels < batch["num_quantizers"][:, None]
         return batch | drawn
 
     def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
-        """The cross-entropy of the text; the codes."""
+        """The cross-entropy of the text; for `finish`, the codes."""
         apply = functools.partial(CodecModel(self.codec, self.compute).apply, {"params": params})
         frames = apply(part["codes"], part["in_use"], method="dequantize")
         loss = text.cross_entropy(
@@ -63,7 +63,7 @@ class CodeRecognitionObjective(RecognitionObjective):
         extra: dict[str, Any],
         trees: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Counts codes."""
+        """Updates the counts of codes."""
         del key, step, seen
         num_frames = batch["codes"].shape[-1]
         valid = jnp.arange(num_frames) < batch["length"][:, None]
@@ -71,12 +71,12 @@ class CodeRecognitionObjective(RecognitionObjective):
         return {COUNTS: code_use.add_counts(extra[COUNTS], batch["codes"], used)}, trees
 
     def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
-        """Folders of codes; ValueError where they are codes of another codec."""
+        """Opens folders of codes; ValueError if they are of another codec."""
         del mirror
         return code_data.find_data(config, self.code_shape(), say)
 
     def code_shape(self) -> CodeShape:
-        """What recordings are made into."""
+        """Shape of the recordings in a batch."""
         return CodeShape(
             self.codec.quantizer.num_quantizers,
             self.codec.num_frames(self.num_samples),
@@ -88,7 +88,7 @@ class CodeRecognitionObjective(RecognitionObjective):
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
     ) -> Evaluation | None:
-        """Error rates of what is understood of held-out codes."""
+        """Error rates of texts recognised from held-out codes."""
         del say, progress
         items = data.held_out()
         if not items:
@@ -103,10 +103,9 @@ class CodeRecognitionObjective(RecognitionObjective):
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionObjective:
-    """The objective of a run; ValueError where a model does not exist or does not fit.
+    """The objective of a run; ValueError if a model does not exist or does not fit.
 
-    `codec` is what is trained; default: what the settings and the workdir say. From codes, no
-    encoder runs.
+    `codec` is the codec to read; default: that of the workdir or of the settings.
     """
     settings = config.objective
     codec = codec or audio.codec_of_run(config)

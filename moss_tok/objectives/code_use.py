@@ -1,4 +1,4 @@
-"""How quantizers are used in training: dropout, counts of codes, and new places for dead ones."""
+"""Quantizers in training: dropout, counts of codes, and replacement of unused codes."""
 
 import functools
 from typing import Any
@@ -10,14 +10,14 @@ import numpy as np
 from moss_tok.codec.config import CodecConfig, QuantizerConfig
 from moss_tok.training import microbatches
 
-COUNTED_STEPS = 50  # what the counts of codes remember
+COUNTED_STEPS = 50  # time constant of the counts of codes
 _COUNT_DECAY = 1 - 1 / COUNTED_STEPS
-_DEAD_SHARE = 0.1  # of the use a code would have if all were used alike
-_USED = 0.36  # what one use 50 steps ago has decayed to
+_DEAD_SHARE = 0.1  # codes used less than this share of uniform use are dead
+_USED = 0.36  # a single use, 50 steps ago, has decayed to this
 
 
 def zero_counts(quantizer: QuantizerConfig) -> jax.Array:
-    """Counts [Q, K] of no steps."""
+    """Initial counts [Q, K]."""
     return jnp.zeros((quantizer.num_quantizers, quantizer.codebook_size))
 
 
@@ -26,8 +26,8 @@ def draw_dropout(
 ) -> jax.Array:
     """Which quantizers each item uses: bool [B, Q].
 
-    An item uses all of them, or, with the probability `share`, the first 1..Q. Its draw depends on
-    its place in the global batch alone, not on how that is split.
+    An item uses all quantizers, or with probability `share` only the first n, n uniform in 1..Q.
+    The draw of an item depends only on its position in the global batch, not on how that is split.
     """
 
     def draw(position):
@@ -40,7 +40,7 @@ def draw_dropout(
 
 
 def use_mask(codec: CodecConfig, codes: jax.Array, in_use: jax.Array, length: jax.Array):
-    """Bool [B, Q, T]: codes that are no padding, of quantizers that their item uses."""
+    """Bool [B, Q, T]: codes that are not padding, of quantizers that the item uses."""
     valid = jnp.arange(codes.shape[-1]) < codec.num_frames(length)[:, None]  # [B, T]
     return in_use[..., None] & valid[:, None]
 
@@ -51,19 +51,19 @@ def join_parts(codes: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def add_counts(counts: jax.Array, codes: jax.Array, used: jax.Array) -> jax.Array:
-    """Counts [Q, K] with those of codes [B, Q, T] where `used`, older ones decayed."""
+    """Decayed counts [Q, K] plus the counts of codes [B, Q, T] where `used`."""
     return _COUNT_DECAY * counts + histogram(codes, used, counts.shape[1])
 
 
 def histogram(codes: jax.Array, used: jax.Array, codebook_size: int) -> jax.Array:
-    """Codes [B, Q, T], counted where `used`, to counts [Q, K]."""
+    """Counts [Q, K] of codes [B, Q, T] where `used`."""
     count = functools.partial(jnp.bincount, length=codebook_size)
     weights = by_quantizer(used.astype(jnp.float32))
     return jax.vmap(lambda c, u: count(c, weights=u))(by_quantizer(codes), weights)
 
 
 def by_quantizer(x: jax.Array) -> jax.Array:
-    """[B, Q, T, ...] to [Q, N, ...], all vectors that a quantizer saw."""
+    """[B, Q, T, ...] to [Q, N, ...]: for each quantizer, all its vectors in the batch."""
     return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
 
 
@@ -74,14 +74,14 @@ def reseed(
     used: jax.Array,
     key: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Moves codes that are hardly used onto vectors of this batch.
+    """Replaces codes that are hardly used by random vectors of this batch.
 
     Args:
-      books: Codebooks [Q, K, c], all to be changed alike.
-      counts: [Q, K].
-      projected: What was quantized, [Q, N, c].
-      used: bool [Q, N], vectors that are no padding, of items that use the quantizer.
-      key: For the choice.
+      books: Codebooks [Q, K, c] by name; all get the same replacements.
+      counts: Decayed counts of codes, [Q, K].
+      projected: Vectors before quantization, [Q, N, c].
+      used: bool [Q, N], vectors that are not padding, of items that use the quantizer.
+      key: For the choice of vectors.
 
     Returns:
       The codebooks and the counts.
@@ -98,7 +98,7 @@ def reseed(
 
 
 def summary(counts: jax.Array) -> dict[str, Any]:
-    """Perplexity and share of codes used lately, of each quantizer; and the share of dead ones."""
+    """Perplexity and share of recently used codes per quantizer; the share of dead codes."""
     counts = np.asarray(counts)
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
     perplexity = np.exp(-np.sum(share * np.log(share + 1e-20), -1))

@@ -1,4 +1,4 @@
-"""Training of a codec without discriminators, with or without a language model beside."""
+"""Training of a codec without discriminators, with or without a language model."""
 
 import dataclasses
 import functools
@@ -37,17 +37,17 @@ COUNTS = "code_counts"  # entry of the extra state
 
 @dataclasses.dataclass(frozen=True)
 class CodecObjective(Objective):
-    """Mel, waveform, commitment and codebook losses, and the text's cross-entropy.
+    """Mel, waveform, commitment and codebook losses, and the cross-entropy of the text.
 
     Attributes:
       settings: See `CodecSettings`.
-      codec: What is trained.
-      compute: How it is computed.
-      num_samples: S of a segment, whole frames.
+      codec: The codec to train.
+      compute: Compute settings of the models.
+      num_samples: S, samples of a segment, whole frames.
       trainable: "all" or "decoder".
-      fresh: Whether training starts from fresh codebooks.
-      language: The language model that reads the codes, if there is one.
-      tokenizer: Of its texts.
+      fresh: Whether codebooks start from initial values, not from `init_from`.
+      language: The language model that reads the codes; None without one.
+      tokenizer: Tokenizer of its texts.
     """
 
     settings: CodecSettings
@@ -73,7 +73,7 @@ class CodecObjective(Objective):
 
     @property
     def masked_terms(self) -> tuple[str, ...]:
-        """Only some recordings have a text."""
+        """The text term, because only some recordings have a text."""
         return (text.TERM,) if self.language else ()
 
     # ------------------------------------------------------------------- parameters and state
@@ -92,12 +92,12 @@ class CodecObjective(Objective):
         return {COUNTS: code_use.zero_counts(self.codec.quantizer)}
 
     def trained(self, params: dict[str, Any]) -> dict[str, Any]:
-        """All of them, or the decoder."""
+        """All parameters, or those of the decoder."""
         return params if self.trainable == "all" else {self.trainable: params[self.trainable]}
 
     @property
     def group_rates(self) -> dict[str, float]:
-        """Codebooks and the language model have learning rates of their own."""
+        """Learning-rate factors; codebooks and the language model have their own."""
         rates = {"codebooks": self.settings.codebook_learning_rate, "network": 1.0}
         if self.language:
             rates["language"] = self.settings.text.language_learning_rate
@@ -112,7 +112,7 @@ class CodecObjective(Objective):
     # ------------------------------------------------------------------- the step
 
     def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Audio [C, S] of which "length" samples count, and texts."""
+        """Audio [C, S], of which the first "length" samples are valid, and texts."""
         shapes = {
             "wav": ((self.codec.num_channels, self.num_samples), jnp.float32),
             "length": ((), jnp.int32),
@@ -122,9 +122,9 @@ class CodecObjective(Objective):
         return shapes
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        """Draws "in_use" [B, Q], the quantizers in use, and what the language model misses.
+        """Draws "in_use" [B, Q], the quantizers in use, and frames to hide from the language model.
 
-        "turn" says which mel windows are compared in this step.
+        "turn" selects the mel windows of this step.
         """
         batch = batch | {"turn": jnp.full(len(batch["length"]), step % self.settings.mel_turns)}
         num_frames = self.codec.num_frames(batch["wav"].shape[-1])
@@ -134,7 +134,7 @@ class CodecObjective(Objective):
     def draw(
         self, key: jax.Array, positions: jax.Array, num_frames: int, lengths: jax.Array
     ) -> Batch:
-        """What `prepare` draws for items at `positions` [B], of `lengths` [B] of T frames."""
+        """Random draws for items at `positions` [B] with `lengths` [B] valid frames of T."""
         num_quantizers = self.codec.quantizer.num_quantizers
         share = self.settings.codes.quantizer_dropout
         dropout_key, _ = jax.random.split(key)
@@ -148,11 +148,11 @@ class CodecObjective(Objective):
         return drawn
 
     def masks(self, batch: Batch) -> dict[str, jax.Array]:
-        """The text's term counts for recordings that have one."""
+        """The text term counts for recordings that have a text."""
         return {text.TERM: batch["text_length"] > 0} if self.language else {}
 
     def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
-        """Reconstructions "wav_hat" and the losses of codes and text; codes, projected vectors."""
+        """Reconstructions "wav_hat", losses of codes and text; for `finish`: codes, projections."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
         latents, quantized = apply(part["wav"], part["in_use"], method="quantize")
@@ -169,7 +169,7 @@ class CodecObjective(Objective):
         return outputs, (quantized.codes, quantized.projected)
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
-        """The terms of the loss; spectra, waveforms and codes of padding weigh nothing."""
+        """Loss terms; spectra, waveforms and codes of padding are ignored."""
         s = self.settings
         mel_losses = self.mel_losses(part, outputs["wav_hat"])
         terms = {
@@ -189,17 +189,17 @@ class CodecObjective(Objective):
         return terms
 
     def mel_losses(self, part: Batch, wav_hat: jax.Array) -> dict[str, jax.Array]:
-        """`losses.reconstruction_losses` of the windows whose turn it is, scaled to all of them."""
+        """`losses.reconstruction_losses` of the windows of this turn, scaled to all windows."""
         s = self.settings
 
         def of_turn(turn, wav_hat):
             windows = s.mel_windows[turn :: s.mel_turns]
-            found = losses.reconstruction_losses(
+            of_windows = losses.reconstruction_losses(
                 part["wav"], wav_hat, part["length"], self.codec.sample_rate, windows,
                 s.mel_floor_db,
             )  # fmt: skip
             scale = len(s.mel_windows) / len(windows)
-            return {name: scale * x for name, x in found.items()}
+            return {name: scale * x for name, x in of_windows.items()}
 
         if s.mel_turns == 1:
             return of_turn(0, wav_hat)
@@ -215,14 +215,14 @@ class CodecObjective(Objective):
         extra: dict[str, Any],
         trees: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Counts codes, and every `reseed_every` steps moves dead ones."""
+        """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
         codes, projected = code_use.join_parts(*seen)
         used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
         counts = code_use.add_counts(extra[COUNTS], codes, used)
         every = self.settings.codes.reseed_every
         if not every or self.trainable != "all":
             return {COUNTS: counts}, trees
-        # Trained codebooks are left alone until the counts mean something.
+        # Trained codebooks are not changed before the counts are reliable.
         first = 0 if self.fresh else code_use.COUNTED_STEPS
         due = (step % every == 0) & (step >= first)
         _, reseed_key = jax.random.split(key)
@@ -249,60 +249,64 @@ class CodecObjective(Objective):
     def start(
         self, init_from: str, params: Any, extra: Any, say: Say
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The codec of `init_from`; the language model of it, or of published weights."""
-        found: dict[str, Any] = {}
+        """The codec of `init_from`; the language model of `init_from` or of published weights."""
+        start_params: dict[str, Any] = {}
         parts = []
         if init_from:
-            found = load_codec(init_from, params)
+            start_params = load_codec(init_from, params)
             parts.append("generator")
-        extra_found = self.start_extra(init_from, extra)
-        parts += sorted(extra_found)
+        start_extra = self.start_extra(init_from, extra)
+        parts += sorted(start_extra)
         if self.language is not None:
-            head, came_along = text.start_params(
+            head, from_init = text.start_params(
                 self.settings.text, self.language, self.tokenizer, init_from, params[text.FOLDER]
             )
-            found |= {} if head is None else {text.FOLDER: head}
-            parts += ["language model"] if came_along else []
+            if head is not None:
+                start_params[text.FOLDER] = head
+            if from_init:
+                parts.append("language model")
         if init_from:
             say(f"starting from the {' and '.join(parts)} of {init_from}")
-        return found, extra_found
+        return start_params, start_extra
 
     def start_extra(self, init_from: str, extra: Any) -> dict[str, Any]:
-        """Entries of the extra state that come with `init_from`."""
+        """Entries of the extra state that `init_from` has."""
         del init_from, extra
         return {}
 
     def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
-        """Segments of recordings."""
+        """Opens recordings, as segments."""
         texts = self.settings.text
         shape = audio.segment_shape(self.num_samples, self.codec, self.tokenizer, texts)
         return audio.find_data(config, shape, texts, mirror, say)
 
     def summary(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """The use of codes."""
+        """Usage of the codebooks."""
         return code_use.summary(extra[COUNTS])
 
     def progress(self, values: dict[str, Any]) -> str:
-        """How many codes are in use."""
+        """Mean perplexity of the codebooks."""
         perplexities = values["codebook_perplexity"]
         return f"perplexity {sum(perplexities) / len(perplexities):.0f}"
 
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
     ) -> Evaluation | None:
-        """Distances over bitrates, audio to listen to, and error rates of the language model."""
+        """Distances at several bitrates, samples, and error rates of the language model."""
         if not data.items:
             return None
         codec_params, head = audio.split_params(params)
         codec = Codec(codec_params, self.codec)
         clips = sweep.read_clips(data.items, codec, say)
-        table, texts = {}, []
+        table = {}
+        texts = []
         if head is not None:
             language = Language(head, self.language, self.tokenizer)
             table, words = audio.score_text(
                 codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
             )
-            texts += [words] if words else []
+            if words:
+                texts.append(words)
         samples = sweep.samples(codec, clips)
         scores, distances = audio.score_audio(codec, clips, progress)
         return Evaluation(
@@ -311,7 +315,7 @@ class CodecObjective(Objective):
 
 
 def load_codec(path: str, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a codec where `shapes` say."""
+    """The parameters of the codec at `path`, with the shardings of `shapes`."""
     params = {}
     for name, tree in pretrained.load(path).params.items():
         shardings = jax.tree.map(lambda x: x.sharding, shapes[name])
@@ -320,16 +324,16 @@ def load_codec(path: str, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> CodecObjective:
-    """The objective of a run; ValueError where a model does not exist or does not fit.
+    """The objective of a run; ValueError if a model does not exist or does not fit.
 
-    `codec` is what is trained; default: what the settings and the workdir say.
+    `codec` is the codec to train; default: that of the workdir or of the settings.
     """
     codec = codec or audio.codec_of_run(config)
     return CodecObjective(**arguments(config, config.objective, codec), settings=config.objective)
 
 
 def arguments(config: TrainConfig, settings: CodecSettings, codec: CodecConfig) -> dict[str, Any]:
-    """What `CodecObjective` takes besides its settings."""
+    """Arguments of `CodecObjective`, other than its settings."""
     language, tokenizer = text.find_model(settings.text, codec)
     return {
         "codec": codec,

@@ -1,6 +1,7 @@
-"""The registry of objectives and their settings; needs no jax, so that a bad flag fails at once.
+"""The registry of objectives and their settings; imports no jax, so that a bad flag fails at once.
 
-To add an objective, write its settings class and a line of OBJECTIVES here, and its file beside.
+To add an objective, write its settings class and its entry of OBJECTIVES here, and its module in
+this folder.
 """
 
 import dataclasses
@@ -15,28 +16,47 @@ from moss_tok.training.config import DevicesConfig, OptimizerConfig, RunConfig, 
 
 STAGES = ("pretrain", "adversarial")
 TRAINABLE = ("all", "decoder", "language")
+_MODEL_HELP = (
+    "codec architecture: a preset (tiny, nano, v1, v2) or a config.json; empty: that of init_from, "
+    "else tiny"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """The language model that reads audio, and its texts."""
+    """The language model that reads encoded audio and predicts its text."""
 
     language_model: str = setting(
-        "", "tiny, small, 0.5b or a directory with Qwen2.5 weights: reads codes and predicts text"
+        "",
+        "language model that reads the codes and predicts the text: tiny, small, 0.5b or a "
+        "directory with Qwen2.5 weights; empty: none",
     )
-    tokenizer: str = setting("", "tokenizer.json, or its folder; empty: language_model's, or bytes")
-    language_input: str = setting("codes", "what it hears", choices=("codes", "latents"))
+    tokenizer: str = setting(
+        "",
+        "tokenizer of the texts: a tokenizer.json or its folder, or bytes; empty: that of the "
+        "language_model directory, else bytes",
+    )
+    language_input: str = setting(
+        "codes",
+        "input of the language model: codes (quantized latents) or latents (before quantization)",
+        choices=("codes", "latents"),
+    )
     max_text_tokens: int = count(
-        128, "longest text; audio with a longer one counts as without", at_least=1
+        128,
+        "maximum length of a text in tokens; audio with a longer text is trained on without it",
+        at_least=1,
     )
     language_mask: float = setting(
         0.0,
-        "up to this share of the frames, in two spans, is hidden from the language model",
+        "maximum share of frames, in two random spans, that is hidden from the language model; "
+        "0: off",
         at_least=0,
         at_most=1,
     )
-    semantic_weight: float = weight(20.0, "weight of the cross-entropy of the text")
-    language_learning_rate: float = weight(1.0, "factor on that of the language model")
+    semantic_weight: float = weight(20.0, "loss weight of the cross-entropy of the text")
+    language_learning_rate: float = weight(
+        1.0, "learning rate of the language model, as a multiple of learning_rate"
+    )
 
     def __post_init__(self):
         settings.check(self)
@@ -44,12 +64,19 @@ class TextSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CodesSettings:
-    """How quantizers are used and kept alive in training."""
+    """Quantizer dropout and the replacement of unused codes."""
 
     quantizer_dropout: float = setting(
-        1.0, "share of items that use a random number of quantizers", at_least=0, at_most=1
+        1.0,
+        "share of items that use only a random number of the first quantizers; 0: every item uses "
+        "all quantizers",
+        at_least=0,
+        at_most=1,
     )
-    reseed_every: int = count(0, "steps between re-seedings of dead codes; 0: never")
+    reseed_every: int = count(
+        0,
+        "number of steps between replacements of unused codes by vectors of the batch; 0: never",
+    )
 
     def __post_init__(self):
         settings.check(self)
@@ -57,30 +84,41 @@ class CodesSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CodecSettings:
-    """Training of a codec. Loss weights are the paper's."""
+    """Training of a codec. The default loss weights are the paper's."""
 
-    model: str = setting("", "preset, or a config.json of a codec; default: init_from's, or tiny")
-    codebook_learning_rate: float = weight(1.0, "factor on the learning rate of the codebooks")
-    reconstruction_weight: float = weight(15.0, "weight of the multi-scale mel loss")
+    model: str = setting("", _MODEL_HELP)
+    codebook_learning_rate: float = weight(
+        1.0, "learning rate of the codebooks, as a multiple of learning_rate"
+    )
+    reconstruction_weight: float = weight(15.0, "loss weight of the multi-scale log-mel distance")
     mel_windows: tuple[int, ...] = setting(
         (32, 64, 128, 256, 512, 1024, 2048),
-        "window lengths (samples) of the multi-scale mel loss",
+        "window lengths of the multi-scale mel loss in samples, with commas between; multiples "
+        "of 32",
         kind=INTEGERS,
     )
     mel_floor_db: float = setting(
         -200.0,
-        "white noise of that level (dB re full scale, RMS) is silence to the mel loss",
+        "floor of the mel loss: mel bands are clamped to their value for white noise at this RMS "
+        "level (dB re full scale); -200: only the paper's clamp at 1e-5",
         at_most=0,
     )
     mel_turns: int = count(
-        1, "the mel windows are dealt to so many steps, which take turns: less work", at_least=1
+        1,
+        "each step computes only one of this many groups of mel_windows, in turn, to save work; "
+        "1: all windows at each step",
+        at_least=1,
     )
     loudness_weight: float = weight(
-        0.0, "weight of the relative distance of compressed mel spectrograms, of the same windows"
+        0.0,
+        "loss weight of the relative L1 distance of compressed mel spectrograms (loudness) of "
+        "mel_windows; 0: off",
     )
-    waveform_weight: float = weight(0.0, "weight of the relative L1 distance of the waveforms")
-    commitment_weight: float = weight(0.25, "weight of the commitment loss")
-    codebook_weight: float = weight(1.0, "weight of the codebook loss")
+    waveform_weight: float = weight(
+        0.0, "loss weight of the relative L1 distance of the waveforms; 0: off"
+    )
+    commitment_weight: float = weight(0.25, "loss weight of the commitment loss")
+    codebook_weight: float = weight(1.0, "loss weight of the codebook loss")
     codes: CodesSettings = CodesSettings()
     text: TextSettings = TextSettings()
 
@@ -103,13 +141,18 @@ class DiscriminatorSettings:
     """Multi-period and complex multi-band STFT discriminators."""
 
     discriminator_channels: int = setting(
-        32, "width of the discriminators' first layers", at_least=1, at_most=512
+        32, "number of channels of the discriminators' first layers", at_least=1, at_most=512
     )
     discriminator_periods: tuple[int, ...] = setting(
-        (2, 3, 5, 7, 11), "periods of the multi-period ones", kind=INTEGERS
+        (2, 3, 5, 7, 11),
+        "periods of the multi-period discriminators in samples, with commas between; empty: none",
+        kind=INTEGERS,
     )
     discriminator_windows: tuple[int, ...] = setting(
-        (2048, 1024, 512), "window lengths of the spectral ones", kind=INTEGERS
+        (2048, 1024, 512),
+        "window lengths of the STFT discriminators in samples, with commas between; multiples of "
+        "64; empty: none",
+        kind=INTEGERS,
     )
 
     def __post_init__(self):
@@ -131,17 +174,19 @@ class DiscriminatorSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialSettings:
-    """The second stage: a codec against discriminators."""
+    """The second stage: a codec trained against discriminators."""
 
     codec: CodecSettings = CodecSettings()
     discriminators: DiscriminatorSettings = DiscriminatorSettings()
-    adversarial_weight: float = weight(1.0, "weight of the adversarial loss")
-    feature_matching_weight: float = weight(2.0, "weight of the feature matching loss")
+    adversarial_weight: float = weight(1.0, "loss weight of the adversarial loss")
+    feature_matching_weight: float = weight(2.0, "loss weight of the feature matching loss")
     discriminator_learning_rate: float = setting(
-        1e-4, "highest learning rate of the discriminators' AdamW", above=0
+        1e-4, "peak learning rate of the discriminators' AdamW, after warm-up", above=0
     )
     discriminator_gradient_clip: float = setting(
-        10.0, "largest global norm of the discriminators' gradient", above=0
+        10.0,
+        "discriminator gradients with a larger global norm are scaled down to this norm",
+        above=0,
     )
 
     def __post_init__(self):
@@ -150,9 +195,9 @@ class AdversarialSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RecognitionSettings:
-    """A language model on a codec that stays as it is."""
+    """A language model that learns to read a frozen codec."""
 
-    model: str = setting("", "preset, or a config.json of a codec; default: init_from's, or tiny")
+    model: str = setting("", _MODEL_HELP)
     codes: CodesSettings = CodesSettings()
     text: TextSettings = TextSettings()
 
@@ -162,12 +207,23 @@ class RecognitionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-    """Which objective a run has, and which part of a codec it trains."""
+    """The objective of a run, and the part of the model that it trains."""
 
-    objective: str = setting("", "what is trained; empty: what stage and trainable say")
-    stage: str = setting("pretrain", "adversarial adds the discriminators", choices=STAGES)
+    objective: str = setting(
+        "",
+        "training objective: codec, adversarial or recognition; empty: chosen by stage and "
+        "trainable",
+    )
+    stage: str = setting(
+        "pretrain",
+        "stage of codec training: pretrain (no discriminators) or adversarial",
+        choices=STAGES,
+    )
     trainable: str = setting(
-        "all", "decoder: encoder and quantizer stay; language: the whole codec", choices=TRAINABLE
+        "all",
+        "what is trained: all; decoder (encoder and quantizer are frozen, so codes stay the same); "
+        "language (the whole codec is frozen)",
+        choices=TRAINABLE,
     )
 
     def __post_init__(self):
@@ -176,7 +232,7 @@ class SelectionConfig:
 
     @property
     def name(self) -> str:
-        """The objective, a key of OBJECTIVES."""
+        """Name of the objective, a key of OBJECTIVES."""
         if self.objective:
             return self.objective
         if self.trainable == "language":
@@ -190,7 +246,7 @@ class Entry:
 
     Attributes:
       settings: Its settings class.
-      data: Settings classes of the data that it can be trained on.
+      data: Settings classes of the data that it can train on.
       location: "module:function" of its builder, (TrainConfig) -> Objective.
     """
 
@@ -214,7 +270,7 @@ _COMMON = (SelectionConfig, RunConfig, OptimizerConfig, DevicesConfig)
 
 
 def all_fields() -> dict[str, dataclasses.Field]:
-    """Every setting of every objective by name: the flags of train.py."""
+    """All settings of all objectives by name: the flags of train.py."""
     classes = [*_COMMON, AudioDataConfig, CodeDataConfig]
     classes += [entry.settings for entry in OBJECTIVES.values()]
     fields: dict[str, dataclasses.Field] = {}
@@ -225,7 +281,7 @@ def all_fields() -> dict[str, dataclasses.Field]:
 
 
 def configure(**flags: Any) -> TrainConfig:
-    """A run from values of flags; what is not given takes its default.
+    """The settings of a run from flag values; flags that are not given take their default.
 
     Raises:
       ValueError: A value that is not accepted, or a flag that the objective does not have.
@@ -234,7 +290,9 @@ def configure(**flags: Any) -> TrainConfig:
     chosen = OBJECTIVES[selection.name].settings
     data = data_settings(flags.get("train_data", ""))
     if data not in OBJECTIVES[selection.name].data:
-        raise ValueError(f"the objective {selection.name} trains on audio, train_data is codes")
+        raise ValueError(
+            f"the objective {selection.name} trains on audio, but train_data holds codes"
+        )
     _check_names(flags, selection.name, data)
     config = TrainConfig(
         selection=selection,
@@ -264,11 +322,13 @@ def _check_trainable(config: TrainConfig) -> None:
         raise ValueError(f"trainable={trainable} needs init_from, the codec to start from")
     if config.selection.name == "recognition":
         if config.selection.stage != "pretrain" or not config.objective.text.language_model:
-            raise ValueError("trainable=language needs language_model, and stage=pretrain")
+            raise ValueError("trainable=language needs language_model and stage=pretrain")
     elif trainable == "decoder":
         codec = getattr(config.objective, "codec", config.objective)
         if codec.text.language_model:
-            raise ValueError("trainable=decoder leaves nothing for language_model to teach")
+            raise ValueError(
+                "language_model has no effect with trainable=decoder; leave one of them out"
+            )
 
 
 def build_objective(config: TrainConfig, **given: Any) -> Any:
@@ -276,7 +336,7 @@ def build_objective(config: TrainConfig, **given: Any) -> Any:
 
     Args:
       config: The run.
-      given: What its builder need not look for, as `codec`.
+      given: Models that the builder need not read from disk, such as `codec`.
 
     Raises:
       ValueError: A model that does not exist or does not fit.

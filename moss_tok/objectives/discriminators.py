@@ -1,11 +1,11 @@
-"""Discriminators: a waveform folded at several periods, and bands of complex spectra.
+"""Discriminators: multi-period (folded waveforms) and multi-band complex STFT.
 
-Source: the Descript Audio Codec, whose layers the paper takes over: multi-period (HiFi-GAN) and
-complex multi-band STFT. Each returns the outputs of all of its layers, the last one the judgement.
+Source: the Descript Audio Codec, whose layers the paper uses: multi-period (HiFi-GAN) and complex
+multi-band STFT. Each discriminator returns the outputs of all its layers, its score last.
 
-Two things differ, without which they hardly learn in the first thousands of steps: kernels start
-larger, so that six layers keep the size of a signal, and the magnitudes of spectra are compressed,
-so that the upper bands, 40 dB below the lower ones in speech, are seen as well.
+Two things differ from it; without them the discriminators hardly learn in the first thousands of
+steps. Initial kernels are larger, so that a signal keeps its size through six layers. Magnitudes of
+spectra are compressed, so that the upper bands, 40 dB below the lower ones in speech, matter too.
 """
 
 from collections.abc import Iterable
@@ -18,20 +18,20 @@ from flax import linen as nn
 from moss_tok.audio import spectral
 from moss_tok.objectives.config import DiscriminatorSettings
 
-BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # edges, as shares of the spectrum
-_PERIOD_WIDTHS = (1, 4, 16, 32, 32)  # times the base width
+BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # band edges, as shares of the spectrum
+_PERIOD_WIDTHS = (1, 4, 16, 32, 32)  # multiples of the base width
 _PERIOD_STRIDES = (3, 3, 3, 3, 1)
 _BAND_KERNELS = ((3, 9), (3, 9), (3, 9), (3, 9), (3, 3))  # time, frequency
 _BAND_STRIDES = (1, 2, 2, 2, 1)
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-_COMPRESSION = 0.3  # exponent of magnitudes
-_SOFT_MAGNITUDE = 1e-2  # below it they are not compressed further, or rounding errors would grow
+_COMPRESSION = 0.3  # exponent on magnitudes
+_SOFT_MAGNITUDE = 1e-2  # no compression far below it, because it would amplify rounding errors
 
 
 class WeightNormConv(nn.Module):
     """Weight-normalised convolution with bias over the axes between batch and channels.
 
-    Padded by half a kernel on both sides; compute in `dtype`, parameters in float32.
+    Pads by half a kernel on both sides; computes in `dtype`, with parameters in float32.
     """
 
     features: int
@@ -70,7 +70,7 @@ class WeightNormConv(nn.Module):
 
 
 def _layers(x: jax.Array, layers: Iterable[tuple[int, Any, Any]], dtype: str) -> list[jax.Array]:
-    """Outputs of convolutions (width, kernel, strides), a leaky ReLU after each."""
+    """Outputs of a stack of convolutions (width, kernel, strides), each with a leaky ReLU."""
     features = []
     for width, kernel, strides in layers:
         x = jax.nn.leaky_relu(WeightNormConv(width, kernel, strides, dtype)(x), 0.1)
@@ -79,7 +79,7 @@ def _layers(x: jax.Array, layers: Iterable[tuple[int, Any, Any]], dtype: str) ->
 
 
 class PeriodDiscriminator(nn.Module):
-    """Judges every `period`-th sample as a signal of its own."""
+    """Applies a 1-D network to each phase of the waveform, that is to every `period`-th sample."""
 
     period: int
     channels: int
@@ -91,7 +91,7 @@ class PeriodDiscriminator(nn.Module):
         batch, num_channels, num_samples = wav.shape
         wav = jnp.pad(wav, ((0, 0), (0, 0), (0, -num_samples % self.period)), mode="reflect")
         x = wav.reshape(batch, num_channels, -1, self.period)
-        # A period's phases are independent: they go into the batch of a 1-D convolution.
+        # The phases are independent, so they become batch items of a 1-D convolution.
         x = jnp.moveaxis(x, (3, 1), (1, 3)).reshape(batch * self.period, -1, num_channels)
         rows = zip(_PERIOD_WIDTHS, _PERIOD_STRIDES, strict=True)
         layers = [(width * self.channels, (5,), (stride,)) for width, stride in rows]
@@ -101,7 +101,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Judges the complex spectrum of one window length, each band with layers of its own."""
+    """Applies a 2-D network to the complex STFT of one window length; each band has own layers."""
 
     window_length: int
     channels: int
@@ -109,14 +109,15 @@ class SpectrumDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, wav: jax.Array) -> list[jax.Array]:
-        """[B, C, S] -> features [B, T, F, channels] of all layers of all bands; the judgement."""
+        """[B, C, S] -> features [B, T, F, channels] of all layers of all bands; then the score."""
         batch, num_channels, num_samples = wav.shape
         spectra = _compressed_stft(wav.reshape(-1, num_samples), self.window_length)
         spectra = spectra.reshape(batch, num_channels, *spectra.shape[1:])
         x = jnp.concatenate([spectra.real, spectra.imag], axis=1)  # [B, 2 C, T, F]
         x = jnp.moveaxis(x, 1, -1)
         num_bins = x.shape[2]
-        features, bands = [], []
+        features = []
+        bands = []
         for low, high in zip(BANDS[:-1], BANDS[1:], strict=True):
             band = x[:, :, int(low * num_bins) : int(high * num_bins)]
             rows = zip(_BAND_KERNELS, _BAND_STRIDES, strict=True)
@@ -128,33 +129,36 @@ class SpectrumDiscriminator(nn.Module):
 
 
 def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
-    """Complex spectra [B, S] -> [B, T, F], their magnitudes to the power of `_COMPRESSION`."""
-    energy = 3 / 8 * window_length  # of the Hann window: white noise keeps its level
+    """[B, S] -> complex spectra [B, T, F] with magnitudes to the power of `_COMPRESSION`."""
+    energy = 3 / 8 * window_length  # of the Hann window; the level of white noise is kept
     spectra = spectral.stft(wav, window_length) / jnp.sqrt(energy)
     power = jnp.square(spectra.real) + jnp.square(spectra.imag) + _SOFT_MAGNITUDE**2
     return spectra * power ** ((_COMPRESSION - 1) / 2)
 
 
-def judges(config: DiscriminatorSettings, dtype: str = "float32") -> dict[str, nn.Module]:
-    """Each discriminator, by the name of its parameters in `Discriminators`."""
+def make_discriminators(
+    config: DiscriminatorSettings, dtype: str = "float32"
+) -> dict[str, nn.Module]:
+    """All discriminators, by the names of their parameters in `Discriminators`."""
     channels = config.discriminator_channels
-    made: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     for period in config.discriminator_periods:
         name = f"period_{period}"
-        made[name] = PeriodDiscriminator(period, channels, dtype, name=name)
+        models[name] = PeriodDiscriminator(period, channels, dtype, name=name)
     for window in config.discriminator_windows:
         name = f"window_{window}"
-        made[name] = SpectrumDiscriminator(window, channels, dtype, name=name)
-    return made
+        models[name] = SpectrumDiscriminator(window, channels, dtype, name=name)
+    return models
 
 
 class Discriminators(nn.Module):
-    """All of them; for audio whose peak is about 1."""
+    """All discriminators as one module; for audio with a peak of about 1."""
 
     config: DiscriminatorSettings
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, wav: jax.Array) -> list[list[jax.Array]]:
-        """[B, C, S] -> per discriminator the outputs of its layers, the judgement last."""
-        return [judge(wav) for judge in judges(self.config, self.dtype).values()]
+        """[B, C, S] -> for each discriminator, the outputs of its layers, the score last."""
+        models = make_discriminators(self.config, self.dtype)
+        return [model(wav) for model in models.values()]

@@ -1,4 +1,4 @@
-"""The flags of a training run, one per setting of any objective; a user's error is one line."""
+"""The flags of train.py, one per setting of any objective; user errors are printed as one line."""
 
 import io
 import sys
@@ -16,14 +16,14 @@ _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEF
 
 
 def define() -> None:
-    """Defines them."""
+    """Defines the flags."""
     for name, field in all_fields().items():
         default = settings.flag_default(field)
         _DEFINE[type(default)](name, default, field.metadata["help"])
 
 
 def config() -> TrainConfig:
-    """The run that the given flags describe.
+    """The settings of a run from the flags that were given.
 
     Raises:
       ValueError: A value that is not accepted, or a flag that the objective does not have.
@@ -38,13 +38,15 @@ def run(main: Callable[[], None]) -> NoReturn:
     def guarded(argv: list[str]) -> None:
         del argv
         logging.set_verbosity(logging.ERROR)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main()
         except Exception as error:
-            less = "take a smaller batch_size, more num_microbatches, remat=full or fsdp of mesh"
-            line = user_error(error, less)
+            memory_hint = (
+                "take a smaller batch_size, more num_microbatches, remat=full or fsdp in mesh"
+            )
+            line = user_error(error, memory_hint)
             if not line:
                 raise
             _fail(line)

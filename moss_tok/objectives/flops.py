@@ -1,8 +1,8 @@
 """Useful floating-point operations of a training step, from shapes alone.
 
-A multiplication and an addition count as two. Counted are the matrix products of the Transformers
-(weights, and attention within its window), the quantizers and the discriminators' convolutions;
-not the spectra, norms and element-wise work, nor anything computed twice.
+A multiplication and an addition count as two operations. The count includes the matrix products of
+the Transformers (weights, and attention within its window), the quantizers and the discriminators'
+convolutions. It excludes spectra, norms, element-wise operations and recomputation.
 """
 
 import math
@@ -14,7 +14,7 @@ from moss_tok.codec.config import CodecConfig, PatchConfig, TransformerConfig
 from moss_tok.language.config import LanguageConfig
 from moss_tok.objectives.adversarial import AdversarialObjective
 from moss_tok.objectives.codec import CodecObjective
-from moss_tok.objectives.discriminators import Discriminators, judges
+from moss_tok.objectives.discriminators import Discriminators, make_discriminators
 from moss_tok.objectives.recognition import RecognitionObjective
 
 
@@ -25,30 +25,31 @@ def stage_flops(stage: TransformerConfig, num_frames: int, window: int) -> float
     weights += stage.input_projection * stage.input_dim * d
     weights += stage.output_projection * stage.output_dim * d
     window = min(window, num_frames)
-    keys = num_frames * window - window * (window - 1) / 2  # a query sees itself and what is before
+    keys = num_frames * window - window * (window - 1) / 2  # a query attends to itself and the past
     return 2.0 * weights * num_frames + 4.0 * stage.num_layers * d * keys
 
 
 def codec_flops(codec: CodecConfig, num_samples: int) -> dict[str, float]:
     """Forward FLOPs of encoder, quantizer and decoder on one item of `num_samples` samples."""
-    seconds, found = num_samples / codec.sample_rate, {}
+    seconds = num_samples / codec.sample_rate
+    flops = {}
     for side in ("encoder", "decoder"):
+        flops[side] = 0
         rows = zip(getattr(codec, side), codec.windows(side), codec.stage_rates(side), strict=True)
-        found[side] = sum(
-            stage_flops(module, round(rate * seconds), window)
-            for module, window, rate in rows
-            if not isinstance(module, PatchConfig)
-        )
+        for module, window, rate in rows:
+            if not isinstance(module, PatchConfig):
+                flops[side] += stage_flops(module, round(rate * seconds), window)
     q = codec.quantizer
     level = 2 * q.rvq_dim * q.codebook_dim + q.codebook_size * q.codebook_dim
     outer = (q.input_dim + q.output_dim) * q.rvq_dim
-    found["quantizer"] = 2.0 * codec.num_frames(num_samples) * (q.num_quantizers * level + outer)
-    return found
+    flops["quantizer"] = 2.0 * codec.num_frames(num_samples) * (q.num_quantizers * level + outer)
+    return flops
 
 
 def language_flops(language: LanguageConfig, num_frames: int, num_tokens: int) -> float:
     """Forward FLOPs of the semantic head on an item of `num_frames` and `num_tokens` of text."""
-    c, size = language, 2 + num_frames + num_tokens
+    c = language
+    size = 2 + num_frames + num_tokens
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     weights = c.num_layers * c.model_dim * (heads + 3 * c.mlp_dim)
     attended = 2 * c.num_layers * c.num_heads * c.head_dim * size * (size + 1) / 2
@@ -67,7 +68,7 @@ def discriminator_flops(objective: AdversarialObjective) -> float:
     )
     kernels = jax.tree_util.tree_leaves_with_path(variables["params"])
     total = 0.0
-    for name, layers in zip(judges(settings), features, strict=True):
+    for name, layers in zip(make_discriminators(settings), features, strict=True):
         shapes = {}
         for path, leaf in kernels:
             names = [getattr(entry, "key", "") for entry in path]
@@ -79,10 +80,11 @@ def discriminator_flops(objective: AdversarialObjective) -> float:
 
 
 def item_flops(objective: CodecObjective) -> float:
-    """Useful FLOPs of a training step per item: a backward pass costs twice its forward pass.
+    """Useful FLOPs of a training step per item; a backward pass counts as two forward passes.
 
-    The discriminators see recordings and reconstructions with gradients in their parameters, then
-    recordings forward and reconstructions with gradients in the audio.
+    The discriminators run on recordings and reconstructions with gradients of their parameters
+    (3 + 3), then on recordings without gradients (1) and on reconstructions with gradients of the
+    audio (2).
     """
     codec = objective.codec
     forward = codec_flops(codec, objective.num_samples)

@@ -1,7 +1,7 @@
-"""Training losses. All are float32.
+"""Training losses, all in float32.
 
-Frames that touch padding weigh nothing in the losses of spectra, waveforms and codes;
-discriminators hear both signals with zeros for padding.
+Losses of spectra, waveforms and codes ignore frames that touch padding. The discriminators get both
+signals with padding set to 0.
 """
 
 import math
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
 
-_BANDS_PER_SAMPLE = 5 / 32  # mel bands per sample of a window, as the Descript Audio Codec has it
-_LOUDNESS_POWER = 0.45  # of a magnitude; Zwicker's law has 0.23 of the power
+_BANDS_PER_SAMPLE = 5 / 32  # mel bands per sample of a window, as in the Descript Audio Codec
+_LOUDNESS_POWER = 0.45  # exponent on magnitudes; Zwicker's law has 0.23 on powers
 
 
 def reconstruction_losses(
@@ -29,15 +29,16 @@ def reconstruction_losses(
     Args:
       wav: [B, C, S] reference.
       wav_hat: [B, C, S] reconstruction.
-      lengths: [B] valid samples. A frame that reaches past them weighs nothing.
+      lengths: [B] valid samples. Frames that reach past them are ignored.
       sample_rate: Hz.
-      windows: Their lengths, multiples of 32 samples.
-      floor_db: What is silent, see `spectral.log_mel`; not in the paper.
+      windows: Window lengths in samples, multiples of 32.
+      floor_db: Floor of mel bands, see `spectral.log_mel`; not in the paper.
 
     Returns:
       Per item [B], means over valid frames: "reconstruction_loss", the L1 distance of log10 mel
-      spectrograms; "loudness_loss", that of mel spectrograms compressed as hearing does, relative
-      to the reference. Not in the paper: loud bands count more than in the first, quiet ones less.
+      spectrograms; and "loudness_loss", the L1 distance of mel spectrograms that are compressed as
+      in hearing, relative to the reference. The second is not in the paper; loud bands count more
+      than in the first, quiet ones less.
     """
     batch, channels, num_samples = wav.shape
     log_distance = jnp.zeros(batch)
@@ -49,51 +50,53 @@ def reconstruction_losses(
         def over_frames(x, valid=valid):
             return masked_mean(x.mean(-1).reshape(batch, channels, -1).mean(1), valid)
 
-        # Not in one batch: the reference needs no gradient.
-        reference, synthesis = (
-            spectral.log_mel(
-                x.reshape(-1, num_samples), sample_rate, window_length, num_mels, floor_db
-            )
-            for x in (wav, wav_hat)
-        )
+        def log_mel(x, window_length=window_length, num_mels=num_mels):
+            x = x.reshape(-1, num_samples)
+            return spectral.log_mel(x, sample_rate, window_length, num_mels, floor_db)
+
+        # Not in one batch, because the reference needs no gradient.
+        reference = log_mel(wav)
+        synthesis = log_mel(wav_hat)
         log_distance += over_frames(jnp.abs(reference - synthesis))
-        reference, synthesis = (10 ** (_LOUDNESS_POWER * x) for x in (reference, synthesis))
+        reference = 10 ** (_LOUDNESS_POWER * reference)
+        synthesis = 10 ** (_LOUDNESS_POWER * synthesis)
         distance = over_frames(jnp.abs(reference - synthesis))
         loudness_distance += distance / (over_frames(reference) + 1e-6)
     return {"reconstruction_loss": log_distance, "loudness_loss": loudness_distance}
 
 
 def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:
-    """L1 distance of the valid samples over the mean absolute reference: [B, C, S] -> [B].
+    """L1 distance of valid samples, divided by the mean absolute reference: [B, C, S] -> [B].
 
-    Not in the paper: a small model on little data needs it to keep phases, and with them pitch.
+    Not in the paper; a small model on little data needs it to learn phases, and thus pitch.
     """
     valid = jnp.arange(wav.shape[-1]) < lengths[:, None]
-    distance, size = (masked_mean(jnp.abs(x).mean(1), valid) for x in (wav - wav_hat, wav))
+    distance = masked_mean(jnp.abs(wav - wav_hat).mean(1), valid)
+    size = masked_mean(jnp.abs(wav).mean(1), valid)
     return distance / (size + 1e-3)
 
 
 def frame_mask(lengths: jax.Array, num_samples: int, window_length: int) -> jax.Array:
-    """Which frames of `spectral.frame` see no padding: bool [B, T]; all where nothing is padded."""
+    """Bool [B, T]: frames of `spectral.frame` without padding; all frames of unpadded items."""
     ends = jnp.arange(1 + num_samples // (window_length // 4)) * (window_length // 4)
     inside = ends + window_length // 2 <= lengths[:, None]
     return inside | (lengths[:, None] >= num_samples)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the last axis where `mask` holds; 0 where it never does."""
+    """Mean over the last axis where `mask` is true; 0 where it is false everywhere."""
     count = mask.sum(-1)
     return jnp.where(mask, x, 0).sum(-1) / jnp.maximum(count, 1)
 
 
 def quantizer_losses(
-    quantized: Quantized, keep: jax.Array, lengths: jax.Array, hop_length: int
+    quantized: Quantized, in_use: jax.Array, lengths: jax.Array, hop_length: int
 ) -> dict[str, jax.Array]:
-    """Commitment and codebook losses: per item [B], means over frames summed over quantizers.
+    """Commitment and codebook losses per item [B]: means over frames, summed over quantizers.
 
     Args:
       quantized: Output of the quantizer.
-      keep: bool [B, Q], the quantizers in use.
+      in_use: bool [B, Q], the quantizers in use.
       lengths: [B] valid samples.
       hop_length: Samples per frame.
     """
@@ -102,25 +105,25 @@ def quantizer_losses(
     losses = {}
     for name in ("commitment_loss", "codebook_loss"):
         per_level = masked_mean(getattr(quantized, name), valid[None])  # [Q, B]
-        losses[name] = (per_level.T * keep).sum(-1)
+        losses[name] = (per_level.T * in_use).sum(-1)
     return losses
 
 
-Features = list[jax.Array]  # the outputs of a discriminator's layers [B, ..., F]
+Features = list[jax.Array]  # outputs of a discriminator's layers [B, ..., F], the score last
 
 
 def discriminator_loss(real: Features, fake: Features) -> jax.Array:
-    """Least squares: judgements go to 1 on recordings, to 0 on reconstructions; [B]."""
+    """Least squares: scores should be 1 for recordings and 0 for reconstructions; [B]."""
     return item_mean(jnp.square(1 - f32(real[-1]))) + item_mean(jnp.square(f32(fake[-1])))
 
 
 def adversarial_loss(fake: Features) -> jax.Array:
-    """Least squares: the generator wants to be judged 1; [B]."""
+    """Least squares: the generator aims at a score of 1; [B]."""
     return item_mean(jnp.square(1 - f32(fake[-1])))
 
 
 def feature_matching_loss(real: Features, fake: Features) -> jax.Array:
-    """L1 distance of inner features over the mean absolute real feature; mean over layers, [B].
+    """L1 distance of hidden features over the mean absolute real feature; mean over layers, [B].
 
     Source: EnCodec, equation 2 of its section 3.4.
     """

@@ -1,4 +1,4 @@
-"""Speech recognition: a language model learns to read a codec that stays as it is."""
+"""Speech recognition: a language model learns to read the codes of a frozen codec."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, 
 
 @dataclasses.dataclass(frozen=True)
 class RecognitionObjective(CodecObjective):
-    """The text's cross-entropy alone; nothing is decoded."""
+    """Only the cross-entropy of the text; no audio is decoded."""
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The text's."""
+        """The cross-entropy of the text."""
         return (text.TERM,)
 
     def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
-        """The cross-entropy of the text; codes and projected vectors."""
+        """The cross-entropy of the text; for `finish`, codes and projected vectors."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
         latents, quantized = apply(part["wav"], part["in_use"], method="quantize")
@@ -37,14 +37,14 @@ class RecognitionObjective(CodecObjective):
         return {text.TERM: loss}, (quantized.codes, quantized.projected)
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
-        """The text's."""
+        """The cross-entropy of the text."""
         del part
         return {text.TERM: text.term(self.settings.text, outputs[text.TERM])}
 
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
     ) -> Evaluation | None:
-        """Error rates of what is understood."""
+        """Error rates of recognised texts."""
         del progress
         if not data.items:
             return None

@@ -1,4 +1,4 @@
-"""The text term: a language model reads a recording's frames and predicts its text."""
+"""The text term of the loss: a language model reads encoded frames and predicts the text."""
 
 import math
 from typing import Any
@@ -19,11 +19,11 @@ from moss_tok.training import checkpoints
 from moss_tok.training.objective import Batch, Say, Term
 
 TERM = "semantic_loss"
-FOLDER = language_models.TREE  # also the name of its parameters
+FOLDER = language_models.TREE  # also the name of the language model's parameters
 
 
 def item_shapes(settings: TextSettings) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a text adds to an item of a batch: "task", an index into TASKS, and the tokens."""
+    """Arrays of a text in an item of a batch: "task", an index into TASKS, and tokens."""
     return {
         "task": ((), jnp.int32),
         "text": ((settings.max_text_tokens,), jnp.int32),
@@ -34,14 +34,14 @@ def item_shapes(settings: TextSettings) -> dict[str, tuple[tuple[int, ...], Any]
 def draw_hidden_frames(
     share: float, num_frames: int, key: jax.Array, positions: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-    """Frames that the language model does not hear: two spans of each item.
+    """Frames to hide from the language model: two random spans of each item.
 
     Args:
-      share: Up to this share of the frames is hidden.
+      share: Maximum share of frames to hide.
       num_frames: T.
-      key: For the draws; an item's depend on its place in the batch alone.
-      positions: [B] places in the global batch.
-      lengths: [B] frames.
+      key: For the draws; those of an item depend only on its position.
+      positions: [B] positions in the global batch.
+      lengths: [B] valid frames.
 
     Returns:
       bool [B, T].
@@ -50,10 +50,10 @@ def draw_hidden_frames(
     """
     frames = jnp.arange(num_frames)
 
-    def draw(position, size):
+    def draw(position, length):
         width, start = jax.random.uniform(jax.random.fold_in(key, position), (2, 2))
-        width = width * size * share / 2
-        start = start * (size - width)
+        width = width * length * share / 2
+        start = start * (length - width)
         return ((frames[:, None] >= start) & (frames[:, None] < start + width)).any(-1)
 
     return jax.vmap(draw)(positions, lengths)
@@ -67,7 +67,7 @@ def cross_entropy(
     num_frames: jax.Array,
     part: Batch,
 ) -> jax.Array:
-    """Cross-entropy [B], in nats, of each text given frames [B, T, D], of which [B] count."""
+    """Cross-entropy [B] of each text in nats, given frames [B, T, D], `num_frames` [B] valid."""
     if "hidden" in part:
         frames = jnp.where(part["hidden"][..., None], 0, frames)
     head = SemanticHead(config, compute)
@@ -76,23 +76,23 @@ def cross_entropy(
 
 
 def term(settings: TextSettings, value: jax.Array) -> Term:
-    """The term of the loss; it counts for items with a text."""
+    """The loss term; it counts for items with a text only."""
     return Term(value, settings.semantic_weight)
 
 
 def find_model(
     settings: TextSettings, codec: CodecConfig
 ) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
-    """The language model that a run is to train, and its tokenizer; None twice for none.
+    """The language model of a run and its tokenizer; (None, None) without one.
 
     Raises:
-      ValueError: No such model, or a tokenizer that does not fit.
+      ValueError: No such model, or the tokenizer does not fit.
     """
     if not settings.language_model:
         return None, None
     quantizer = codec.quantizer
-    hears_codes = settings.language_input == "codes"
-    latents_dim = quantizer.output_dim if hears_codes else quantizer.input_dim
+    reads_codes = settings.language_input == "codes"
+    latents_dim = quantizer.output_dim if reads_codes else quantizer.input_dim
     return language_models.find(
         settings.language_model, settings.tokenizer, latents_dim, settings.language_input
     )
@@ -105,14 +105,14 @@ def start_params(
     init_from: str,
     shapes: Any,
 ) -> tuple[Any | None, bool]:
-    """What the language model starts from, None for fresh; whether it came with `init_from`.
+    """Initial weights of the language model, or None; and whether they are from `init_from`.
 
-    The language model of `init_from`, if that has this one, goes before published weights.
+    The language model of `init_from`, if it is the same one, has priority over published weights.
     """
     if init_from:
         folder = checkpoint.find_checkpoint(init_from)
-        found = language_models.load_config(folder)
-        if found is not None and found[0] == config and found[1].json == tokenizer.json:
+        saved = language_models.load_config(folder)
+        if saved is not None and saved[0] == config and saved[1].json == tokenizer.json:
             return checkpoints.load_folder(init_from, FOLDER, shapes), True
     params = language_models.start(settings.language_model, config)
     if params is None:
@@ -127,14 +127,16 @@ def check_texts(
     segment_seconds: float,
     say: Say,
 ) -> None:
-    """Says how many texts are used; ValueError where the language model has none to learn from.
+    """Prints how many texts are used; ValueError if there are none to learn from.
 
-    Texts in shards are not counted: one would have to read all of them.
+    Texts in shards are not counted, because this would read all shards.
     """
-    found = mixture.sources if mixture else ()
-    if not all(isinstance(source, sources.FileSource) for source in found):
+    all_sources = mixture.sources if mixture else ()
+    if not all(isinstance(source, sources.FileSource) for source in all_sources):
         return
-    texts = [text for source in found for text in source.texts(segment_seconds)]
+    texts = []
+    for source in all_sources:
+        texts += source.texts(segment_seconds)
     limit = settings.max_text_tokens
     used = sum(len(tokenizer.encode(text)) <= limit for text in texts)
     if not used:
@@ -142,7 +144,7 @@ def check_texts(
             f"train_data has no recording of at most segment_seconds {segment_seconds:.3g} with a "
             f"text of at most max_text_tokens {limit} for language_model to learn"
         )
-    total = sum(len(source.texts(math.inf)) for source in found)
+    total = sum(len(source.texts(math.inf)) for source in all_sources)
     say(
         f"{used} of {total} texts are used: no longer than max_text_tokens "
         f"{limit}, of recordings no longer than {segment_seconds:.3g} s"

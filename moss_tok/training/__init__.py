@@ -1,1 +1,1 @@
-"""Training: losses, train state, the jitted step, checkpoints, the loop."""
+"""The training loop for any objective: train state, jitted step, checkpoints, logs."""

@@ -1,8 +1,9 @@
-"""Saving and restoring the train state, each step a checkpoint that `moss_tok.load` reads.
+"""Saving and restoring the train state; each saved step is a checkpoint for `moss_tok.load`.
 
-A step holds the objective's files (config.json, ...), `params/` (the averaged weights, if there is
-an average), a folder for each part of the parameters or of the extra state that the objective wants
-apart (`language/`, `discriminators/`), and `state/`: everything else that a step changes.
+A saved step holds the objective's files (config.json, ...), `params/` (the averaged weights, if
+there is an average), a folder for each part of the parameters or of the extra state that the
+objective stores separately (`language/`, `discriminators/`), and `state/`: everything else that a
+training step changes.
 """
 
 from typing import Any
@@ -23,19 +24,19 @@ _COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 class Checkpoints:
     """The saved steps of a run, WORKDIR/checkpoints/STEP; a context manager.
 
-    Saving goes on in the background; leaving the context waits for it.
+    Saves run in the background; leaving the context waits for them.
     """
 
     def __init__(self, workdir: storage.Path, config: RunConfig, objective: Objective):
-        """Opens the folder of steps and removes what a killed run left unfinished."""
+        """Opens the folder of steps and removes unfinished saves of a killed run."""
         self._folder = storage.absolute(workdir) / checkpoint.STEPS_FOLDER
         self._config = config
         self._objective = objective
         self._files = objective.files()
-        # The handler writes into the folder at once, so it has to exist.
+        # The handler writes into the folder immediately, so the folder has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(checkpoint.CheckpointHandler(), async_options=options)
-        self._remove_unfinished()  # of a run that was killed
+        self._remove_unfinished()
         sharding.barrier("checkpoints")
 
     def __enter__(self) -> "Checkpoints":
@@ -45,16 +46,16 @@ class Checkpoints:
         try:
             self.wait()
         except ValueError:
-            if kind is None:  # else the first error is the one to show
+            if kind is None:  # otherwise show the first error
                 raise
         finally:
             self._saver.close()
 
     def wait(self) -> None:
-        """Waits for the save under way. Raises ValueError if it failed."""
+        """Waits for the save in progress. Raises ValueError if it failed."""
         try:
             self._saver.wait_until_finished()
-        except Exception as error:  # what the file system makes Orbax and TensorStore raise
+        except Exception as error:  # Orbax and TensorStore raise many types for file-system errors
             self._remove_unfinished()
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -83,22 +84,23 @@ class Checkpoints:
             ) from error
 
     def restore_latest(self, like: TrainState, say: Say) -> TrainState | None:
-        """The newest step that can be read; broken ones are set aside, and `say` is told.
+        """Restores the newest readable step; broken ones are renamed, with a warning through `say`.
 
         Args:
-          like: Structure, shapes and shardings, a tree of ShapeDtypeStructs.
-          say: Takes a line of text.
+          like: Structure, shapes and shardings of the state, a tree of ShapeDtypeStructs.
+          say: Prints a line of text.
 
         Returns:
           The state, or None if nothing was saved.
 
         Raises:
-          ValueError: Steps were saved, and none can be read.
+          ValueError: Steps were saved, but none can be read.
         """
         steps = checkpoint.saved_steps(self._folder.parent)
         for step in reversed(steps):
             folder = self._folder / checkpoint.step_name(step)
-            state, error = None, "another process cannot read it"
+            state = None
+            error: str | ValueError = "another process cannot read it"
             try:
                 state = _restore(folder, self._objective, like)
             except ValueError as reason:
@@ -114,13 +116,14 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         if sharding.is_main_process():
-            left = [p for p in checkpoint.step_folders(self._folder.parent)
-                    if not checkpoint.is_complete(p)]  # fmt: skip
-            for folder in [*left, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
+            for folder in checkpoint.step_folders(self._folder.parent):
+                if not checkpoint.is_complete(folder):
+                    storage.remove_folder(folder)
+            for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 storage.remove_folder(folder)
 
     def _check_space(self, trees: dict[str, Any]) -> None:
-        """Raises ValueError where the disk is too full for another checkpoint."""
+        """Raises ValueError if the disk is too full for another checkpoint."""
         note = f"; earlier ones are intact: {self._names()}"
         checkpoint.check_space(self._folder, trees, note)
 
@@ -134,12 +137,16 @@ class Checkpoints:
         newest = self._config.keep_checkpoints
         every = self._config.keep_every
         for step in checkpoint.saved_steps(self._folder.parent)[:-newest]:
-            if not (every and step % every == 0):
+            permanent = every and step % every == 0
+            if not permanent:
                 storage.remove_folder(self._folder / checkpoint.step_name(step))
 
 
 def load_folder(path: str, name: str, shapes: Any) -> Any | None:
-    """The tree in a folder of a checkpoint or workdir, of `shapes`, or None if it has none."""
+    """Reads the tree in folder `name` of a checkpoint or workdir; None if there is no such folder.
+
+    `shapes` has the structure, shapes and shardings of the tree.
+    """
     folder = checkpoint.find_checkpoint(path) / name
     if not folder.is_dir():
         return None
@@ -147,7 +154,7 @@ def load_folder(path: str, name: str, shapes: Any) -> Any | None:
 
 
 def _folders(objective: Objective, state: TrainState) -> dict[str, Any]:
-    """What others read of a state, a tree per folder."""
+    """The parts of a state that are stored for other readers, a tree per folder."""
     rest = dict(state.best_params)
     trees = {name: rest.pop(name) for name in objective.param_folders if name in rest}
     extra = {name: state.extra[name] for name in objective.extra_folders}
@@ -155,7 +162,7 @@ def _folders(objective: Objective, state: TrainState) -> dict[str, Any]:
 
 
 def _rest(objective: Objective, state: TrainState) -> TrainState:
-    """The state without what has folders of its own."""
+    """The state without the parts that `_folders` returns."""
     extra = {k: v for k, v in state.extra.items() if k not in objective.extra_folders}
     state = state.replace(extra=extra)
     return state.replace(params=None) if state.ema is None else state.replace(ema=None)
@@ -179,7 +186,7 @@ def _restore(folder: storage.Path, objective: Objective, like: TrainState) -> Tr
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
-    """Leaves by name: optax's nested tuples do not survive a file format."""
+    """Leaves by name, because files cannot store optax's nested tuples."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -188,7 +195,7 @@ def _flat(state: TrainState) -> dict[str, Any]:
 
 
 def _name_on_disk(name: str) -> str:
-    """Runs from before the state had `extra` and `totals` of this form can be resumed."""
+    """Name of a leaf in files; keeps the names of older runs, so that they can be resumed."""
     if name.startswith("extra."):
         return name.removeprefix("extra.")
     if name in _COUNTS:

@@ -14,24 +14,62 @@ from moss_tok.settings import count, setting, weight
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What is run, how long, and what is written when."""
+    """Where a run is written, what it starts from, how long it is, and when it logs and saves."""
 
-    workdir: str = setting("runs/quickstart", "everything is written here", free=True)
-    init_from: str = setting("", "checkpoint, workdir, official directory or Hub id to start from")
-    seed: int = count(0, "of parameters, data order, crops and quantizer dropout")
-    num_steps: int = count(1000, "steps of the whole run", at_least=1, free=True)
-    max_skipped_steps: int = count(
-        20, "updates in a row that may be skipped for not being finite", at_least=1, free=True
+    workdir: str = setting(
+        "runs/quickstart",
+        "folder or gs:// path for checkpoints, metrics and samples; a run that is already there "
+        "is resumed",
+        free=True,
     )
-    log_every: int = count(50, "steps between lines of metrics.jsonl", at_least=1, free=True)
-    checkpoint_every: int = count(1000, "steps between checkpoints", at_least=1, free=True)
-    keep_checkpoints: int = count(2, "how many of the newest checkpoints stay", 1, free=True)
-    keep_every: int = count(0, "checkpoints at multiples of this stay for good; 0: none", free=True)
-    eval_every: int = count(0, "steps between evaluations; 0: only at the end", free=True)
-    num_eval_clips: int = count(100, "clips of an evaluation, at most; 0: none", free=True)
+    init_from: str = setting(
+        "",
+        "weights to start from: a checkpoint, a workdir, an official directory or a Hub id; "
+        "empty: random initialization",
+    )
+    seed: int = count(
+        0,
+        "seed of initial parameters, data order, crops, augmentation and quantizer dropout",
+    )
+    num_steps: int = count(
+        1000,
+        "length of the run in optimizer steps, steps before a resume included",
+        at_least=1,
+        free=True,
+    )
+    max_skipped_steps: int = count(
+        20,
+        "the run ends with an error after this many consecutive updates with a NaN or an infinity",
+        at_least=1,
+        free=True,
+    )
+    log_every: int = count(
+        50, "number of steps between lines of metrics.jsonl", at_least=1, free=True
+    )
+    checkpoint_every: int = count(
+        1000, "number of steps between checkpoints", at_least=1, free=True
+    )
+    keep_checkpoints: int = count(
+        2, "how many of the newest checkpoints are kept", at_least=1, free=True
+    )
+    keep_every: int = count(
+        0,
+        "checkpoints at multiples of this number of steps are never deleted; 0: only the newest "
+        "keep_checkpoints are kept",
+        free=True,
+    )
+    eval_every: int = count(
+        0,
+        "number of steps between evaluations on the test split; 0: evaluate only at the end",
+        free=True,
+    )
+    num_eval_clips: int = count(
+        100, "maximum number of recordings in an evaluation; 0: no evaluation", free=True
+    )
     profile_steps: range = setting(
         range(0),
-        "FIRST:LAST: steps of which a jax.profiler trace goes into the workdir",
+        "FIRST:LAST: steps to profile; the jax.profiler trace is written to the workdir; empty: "
+        "no profile",
         free=True,
         kind=settings.STEPS,
     )
@@ -44,21 +82,36 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule, clipping by global norm, and an average of the weights."""
+    """AdamW, its learning-rate schedule, gradient clipping, and the moving average of weights."""
 
-    learning_rate: float = setting(1e-4, "highest learning rate of AdamW", above=0)
-    warmup_steps: int = count(1000, "steps of linear warm-up")
-    decay_steps: int = count(0, "step at which a cosine has taken the learning rate to 0; 0: none")
-    decay_per_step: float = setting(
-        0.999996, "factor on the learning rate at each step after warm-up", above=0, at_most=1
+    learning_rate: float = setting(1e-4, "peak learning rate of AdamW, after warm-up", above=0)
+    warmup_steps: int = count(1000, "number of steps of linear learning-rate warm-up")
+    decay_steps: int = count(
+        0,
+        "step at which a cosine decay reaches a learning rate of 0; 0: exponential decay by "
+        "decay_per_step instead",
     )
-    beta1: float = setting(0.8, "AdamW's decay of the first moment", at_least=0, below=1)
-    beta2: float = setting(0.99, "AdamW's decay of the second moment", at_least=0, below=1)
-    weight_decay: float = weight(0.01, "AdamW's weight decay, on matrices only")
-    gradient_clip: float = setting(1000.0, "largest global norm of the gradient", above=0)
+    decay_per_step: float = setting(
+        0.999996,
+        "the learning rate is multiplied by this at each step after warm-up; 1: constant; ignored "
+        "if decay_steps is set",
+        above=0,
+        at_most=1,
+    )
+    beta1: float = setting(
+        0.8, "AdamW's decay rate of the first moment (beta1)", at_least=0, below=1
+    )
+    beta2: float = setting(
+        0.99, "AdamW's decay rate of the second moment (beta2)", at_least=0, below=1
+    )
+    weight_decay: float = weight(0.01, "AdamW's weight decay; applies to weight matrices only")
+    gradient_clip: float = setting(
+        1000.0, "gradients with a larger global norm are scaled down to this norm", above=0
+    )
     ema_decay: float = setting(
         0.999,
-        "of the averaged weights that are evaluated and exported; 0: no averaging",
+        "decay rate of the exponential moving average of the weights, which is what is evaluated "
+        "and exported; 0: no average",
         at_least=0,
         below=1,
     )
@@ -74,17 +127,38 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DevicesConfig:
-    """How a step is computed, and on which devices."""
+    """The device mesh, and how a training step is computed."""
 
     mesh: str = setting(
         "data:-1",
-        "devices along data, fsdp and tensor, as in data:4,fsdp:8; -1: the rest",
+        "number of devices along the axes data, fsdp and tensor, as in data:4,fsdp:8; -1: all "
+        "remaining devices; axes that are not named have 1",
         free=True,
     )
-    num_microbatches: int = count(1, "parts a batch is split into, to save memory", at_least=1)
-    dtype: str = setting("float32", "of Transformers and discriminators", choices=DTYPES)
-    attention: str = setting("auto", "implementation of attention", choices=ATTENTION)
-    remat: str = setting("none", "what the backward pass recomputes", choices=REMAT)
+    num_microbatches: int = count(
+        1,
+        "number of parts of a batch that are computed one after another to save memory; must "
+        "divide batch_size",
+        at_least=1,
+    )
+    dtype: str = setting(
+        "float32",
+        "number format of Transformer and discriminator computations: float32 or bfloat16; "
+        "parameters stay in float32",
+        choices=DTYPES,
+    )
+    attention: str = setting(
+        "auto",
+        "attention implementation: auto (chosen by device), dense, blocked, splash (TPU) or "
+        "cudnn (NVIDIA GPU)",
+        choices=ATTENTION,
+    )
+    remat: str = setting(
+        "none",
+        "what the backward pass recomputes in each layer to save memory: none, dots (everything "
+        "but matrix products) or full (everything)",
+        choices=REMAT,
+    )
 
     def __post_init__(self):
         settings.check(self)
@@ -92,21 +166,21 @@ class DevicesConfig:
 
     @property
     def compute(self) -> ComputeConfig:
-        """How models are computed during training."""
+        """Compute settings of models during training."""
         return ComputeConfig(self.dtype, "default", self.attention, self.remat)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole run.
+    """All settings of a run.
 
     Attributes:
-      selection: Which objective.
+      selection: Settings that choose the objective.
       run: See `RunConfig`.
       optimizer: See `OptimizerConfig`.
       devices: See `DevicesConfig`.
-      data: Settings of the data, with `batch_size`.
-      objective: Settings of the objective; their class belongs to one objective.
+      data: Settings of the data; every class of them has `batch_size`.
+      objective: Settings of the objective; each objective has its own class.
     """
 
     selection: Any

@@ -1,4 +1,4 @@
-"""What comes between steps: SIGTERM, and the profile of some of them."""
+"""SIGTERM and profiling, which are handled between steps."""
 
 import contextlib
 import signal
@@ -17,13 +17,13 @@ class StoppedError(Exception):
 
 
 class StopSignal:
-    """Whether SIGTERM came; a context manager. Outside the main thread it never does."""
+    """Records whether SIGTERM came; a context manager. Works in the main thread only."""
 
     def __init__(self):
         self.received = False
 
     def __enter__(self) -> "StopSignal":
-        def receive(number, frame):
+        def receive(number: int, frame: Any) -> None:
             del number, frame
             self.received = True
 
@@ -37,7 +37,7 @@ class StopSignal:
 
 
 class Trace:
-    """The profile of some steps; a context manager, which ends it whatever ends the run."""
+    """Profiles some steps; a context manager, so that the profile is written however a run ends."""
 
     def __init__(self, steps: range, mirror: storage.Mirror, workdir: str, say: Say):
         self._steps = steps
@@ -52,11 +52,11 @@ class Trace:
     def __exit__(self, *_: Any) -> None:
         self._switch(False)
 
-    def at(self, step: int, before: Any) -> None:
-        """To be called before each step, with what the last one gives: it may still run."""
+    def at(self, step: int, previous: Any) -> None:
+        """Call before each step; `previous` is the output of the last step, which may still run."""
         wanted = step in self._steps
         if wanted != self._on:
-            jax.block_until_ready(before)
+            jax.block_until_ready(previous)
         self._switch(wanted)
 
     def _switch(self, wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""The training run, in the order in which things happen; it serves any objective."""
+"""The training run, for any objective."""
 
 import contextlib
 import dataclasses
@@ -19,19 +19,19 @@ from moss_tok.training.objective import Batch, Objective, TrainingData
 from moss_tok.training.state import Recipe, TrainState, state_shapes, zero_totals
 from moss_tok.training.step import sharded_train_step
 
-_MIN_READS = 100  # before the share of failed ones means anything
+_MIN_READS = 100  # before the share of failed reads is checked
 
 
 def train(config: TrainConfig, objective: Objective) -> bool:
-    """Runs or resumes training in the workdir, evaluating and saving on the way.
+    """Runs or resumes training in the workdir; evaluates and saves along the way.
 
     Returns:
-      Whether num_steps was reached and the last evaluation done; False where SIGTERM ended the run
-      after a checkpoint.
+      Whether num_steps was reached and the last evaluation finished; False if SIGTERM ended the
+      run, after a checkpoint.
 
     Raises:
-      ValueError: A wrong setting or bad data, before anything is written; a workdir of a run with
-        other settings; too many unreadable files, updates that are not finite, a full disk.
+      ValueError: A wrong setting or bad data (nothing is written then); a workdir of a run with
+        other settings; too many unreadable files or updates that are not finite; a full disk.
     """
     mesh = sharding.make_mesh(config.devices.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size)
@@ -65,7 +65,7 @@ def train(config: TrainConfig, objective: Objective) -> bool:
         if int(state.step) < config.run.num_steps:
             progress.say(f"stopped by SIGTERM after step {int(state.step)}, which is saved")
             return False
-        finished = sharding.all_agree(run.evaluate(state))  # and the others wait for the first
+        finished = sharding.all_agree(run.evaluate(state))  # also makes the other processes wait
     if not finished:
         progress.say("stopped by SIGTERM during the last evaluation; the same command repeats it")
     return finished
@@ -73,14 +73,14 @@ def train(config: TrainConfig, objective: Objective) -> bool:
 
 @dataclasses.dataclass
 class Run:
-    """The loop over steps and what it needs."""
+    """The loop over training steps, with everything it uses."""
 
     config: TrainConfig
     recipe: Recipe
     shapes: TrainState  # with shardings
     data: TrainingData
     saver: checkpoints.Checkpoints
-    log: writer.MetricsWriter | None  # in the process that logs
+    log: writer.MetricsWriter | None  # None except in the main process
     stop: StopSignal
     trace: Trace
 
@@ -100,10 +100,11 @@ class Run:
         return tqdm.tqdm(total=total, desc=name, unit=unit, disable=not self._terminal)
 
     def steps(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
-        """Steps until num_steps or SIGTERM; logs, evaluates and saves on the way.
+        """Trains until num_steps or SIGTERM; logs, evaluates and saves along the way.
 
-        A SIGTERM to any process travels with its next batch, so all of them see it in the metrics
-        of the same step; the step after that is the last, the third one at most from the signal.
+        A process that gets SIGTERM sets a flag in its next batch, so all processes see it in the
+        metrics of the same step. The step after that is the last one, at most the third step after
+        the signal.
         """
         config = self.config.run
         first = int(state.step)
@@ -114,11 +115,11 @@ class Run:
         metrics = None
         batch = self._put(batches) if first < config.num_steps else None
         for step in range(first + 1, config.num_steps + 1):
-            before = metrics
-            self.trace.at(step, metrics)
+            previous_metrics = metrics
+            self.trace.at(step, previous_metrics)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch | self._stop_flags())
-            stopped = before is not None and self._check(step - 1, before)
+            stopped = previous_metrics is not None and self._check(step - 1, previous_metrics)
             last = step == config.num_steps or stopped
             if not last:
                 batch = self._put(batches)  # while the step runs
@@ -128,7 +129,7 @@ class Run:
             if last or step % config.checkpoint_every == 0:
                 self._check(step, metrics)
                 if self.log is not None:
-                    self.log.send()  # before the checkpoint that needs these lines
+                    self.log.send()  # a resumed run needs the lines up to its checkpoint
                 self.saver.save(state)
             if config.eval_every and step % config.eval_every == 0 and not last:
                 self.evaluate(state)
@@ -138,10 +139,10 @@ class Run:
         return state
 
     def _put(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
-        """The next batch on its way to the devices; files that could not be read are named."""
+        """Sends the next batch to the devices; warns of files that could not be read."""
         try:
             batch = next(batches)
-        except RuntimeError as error:  # of grain, where a worker died
+        except RuntimeError as error:  # from grain, when a worker died
             raise ValueError(f"reading training data: {error}") from error
         failed = batch.pop("failed")
         for number, index in failed[failed[..., 0] >= 0]:
@@ -157,7 +158,7 @@ class Run:
         return sharding.global_batch(self._mesh, self._batch_size, flags)
 
     def _check(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Whether to stop; ValueError where the last updates were all skipped."""
+        """Whether to stop; ValueError after max_skipped_steps skipped updates in a row."""
         limit = self.config.run.max_skipped_steps
         if int(metrics["skipped_in_row"]) < limit:
             return bool(metrics["stop"])
@@ -168,7 +169,7 @@ class Run:
         )
 
     def _log_line(self, step: int, state: TrainState) -> TrainState:
-        """Writes the means since the last line; returns the state with new sums."""
+        """Writes the means since the last line; returns the state with its sums reset."""
         values = writer.summarize(self.recipe, state)
         self._check_reads(step, values["failed_reads"])
         values |= self._rates.since_last(step, self.data.batch_seconds)
@@ -191,12 +192,12 @@ class Run:
             )
 
     def evaluate(self, state: TrainState) -> bool:
-        """Draws the curves, scores the evaluation recordings, and shows some.
+        """Draws the loss curves, scores the evaluation recordings, and writes samples.
 
-        The first process does it, on one device; the others wait for it in their next step.
+        The main process does this on one device; the others wait for it in their next step.
 
         Returns:
-          Whether it came to its end; SIGTERM breaks it off.
+          Whether the evaluation finished; SIGTERM interrupts it.
         """
         began = time.perf_counter()
         params = sharding.on_one_device(state.best_params, self._mesh)
@@ -207,19 +208,19 @@ class Run:
                 self._show(int(state.step), params)
             except StoppedError:
                 return False
-        self._rates.leave_out(time.perf_counter() - began)  # rates are of training alone
+        self._rates.leave_out(time.perf_counter() - began)  # not training time
         return True
 
     def _show(self, step: int, params: Any) -> None:
         objective = self.recipe.objective
-        found = objective.evaluate(params, self.data, progress.say, self._evaluation_progress)
-        if found is None:
+        result = objective.evaluate(params, self.data, progress.say, self._evaluation_progress)
+        if result is None:
             return
-        if found.samples:
-            self.log.write_samples(step, found.samples, found.sample_rate)
+        if result.samples:
+            self.log.write_samples(step, result.samples, result.sample_rate)
             progress.say(f"listen: {self.config.run.workdir}/samples/*.wav, see *.png beside them")
-        self.log.write_evaluation(step, found.table, found.text)
-        progress.say(f"step {step}, unseen audio: {found.text}")
+        self.log.write_evaluation(step, result.table, result.text)
+        progress.say(f"step {step}, unseen audio: {result.text}")
 
     @contextlib.contextmanager
     def _evaluation_progress(self, total: int, unit: str) -> Iterator[Callable[[], None]]:

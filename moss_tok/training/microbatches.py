@@ -1,4 +1,4 @@
-"""Microbatches: a batch in parts that are computed one after the other, to save memory."""
+"""Microbatches: parts of a batch that are computed one after another, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 
 def split(batch: Any, num_parts: int) -> Any:
-    """[B, ...] to [num_parts, B / num_parts, ...], each part spread over the whole batch."""
+    """[B, ...] to [num_parts, B / num_parts, ...]; each part takes every num_parts-th item."""
 
     def split_array(x):
         return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
@@ -16,15 +16,15 @@ def split(batch: Any, num_parts: int) -> Any:
 
 
 def join(parts: Any) -> Any:
-    """The inverse of `split`: the batch in its order, however it was split."""
+    """The inverse of `split`: the batch in its original order."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def apply_to_each(function: Callable[[Any], Any], parts: Any) -> Any:
     """Applies `function` to each part.
 
-    Several are computed one after the other, and again in the backward pass, so that only the
-    activations of one are held.
+    Several parts are computed one after another, and again in the backward pass, so that memory
+    holds the activations of one part only.
     """
     if jax.tree.leaves(parts)[0].shape[0] == 1:
         result = function(jax.tree.map(lambda x: x[0], parts))
@@ -33,9 +33,9 @@ def apply_to_each(function: Callable[[Any], Any], parts: Any) -> Any:
 
 
 def scan(function: Callable[[Any, Any], Any], carry: Any, parts: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` over parts; a single one without a loop.
+    """`jax.lax.scan` over parts; a single part is computed without a loop.
 
-    XLA on CPUs runs the convolutions of a loop's body on one core by its slowest path.
+    In the body of a loop, XLA on CPUs runs convolutions on one core with its slowest algorithm.
     """
     if jax.tree.leaves(parts)[0].shape[0] > 1:
         return jax.lax.scan(function, carry, parts)

@@ -1,7 +1,7 @@
-"""What a run optimizes: the protocol that loop, step, state, checkpoints and writer serve.
+"""The protocol of objectives, which is all that the other modules of training know of them.
 
-They name no domain. An objective is one file in `moss_tok/objectives/` and one line in its
-registry; this class gives the defaults.
+An objective is one module in `moss_tok/objectives/` and one entry in the registry there. The class
+`Objective` has the default methods.
 
 Shapes: a batch is a dict of arrays [B, ...]; a part of it is a microbatch [B / M, ...].
 """
@@ -19,16 +19,16 @@ from moss_tok.training.config import OptimizerConfig, TrainConfig
 
 Batch = dict[str, Any]
 Say = Callable[[str], Any]  # prints a line
-# total, what a unit is called -> context whose value is called after each unit
+# (total, name of a unit) -> context whose value is called after each unit
 Progress = Callable[[int, str], AbstractContextManager[Callable[[], None]]]
 
 
 class Term(NamedTuple):
-    """One term of the loss of each item.
+    """One term of the loss.
 
     Attributes:
-      value: [B] float32.
-      weight: What it is multiplied with in the loss.
+      value: [B] float32, per item.
+      weight: Its factor in the loss.
     """
 
     value: jax.Array
@@ -36,11 +36,11 @@ class Term(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What `Objective.train_extra` returns.
+    """Result of `Objective.train_extra`.
 
     Attributes:
       extra: Updated entries of the state's `extra`.
-      terms: Loss of each item by name, [M, B].
+      terms: Losses by name, [M, B], per item.
       norms: Gradient norms by name, scalars.
     """
 
@@ -51,13 +51,13 @@ class Learned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
       table: Metric averages {domain: {system: {metric: mean}}}.
-      text: The same to read.
+      text: The same as readable text.
       samples: Audio to listen to, {domain: {name: wav [C, S]}}.
-      sample_rate: Of the samples, in Hz.
+      sample_rate: Sample rate of the samples, Hz.
     """
 
     table: dict[str, dict[str, dict[str, float]]]
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 class TrainingData(Protocol):
-    """Batches as a function of their number, and what is evaluated on.
+    """Training batches, each a function of its number, and evaluation data.
 
     Attributes:
       batch_seconds: Seconds of audio in a batch.
@@ -76,12 +76,13 @@ class TrainingData(Protocol):
     batch_seconds: float
 
     def describe(self) -> str:
-        """How much there is, in words."""
+        """The amount of data, as text."""
 
     def batches(self, start: int, rows: Sequence[int]) -> Iterator[Batch]:
-        """Endless batches from number `start` on, of these rows of each; it has `close()`.
+        """Endless batches from number `start` on, only `rows` of each; the iterator has `close()`.
 
-        A batch may have "failed" [B, tries, 2]: (source, index) of what could not be read, or -1.
+        A batch may have "failed" [B, tries, 2]: (source, index) of recordings that could not be
+        read, else -1.
         """
 
     def failure(self, source: int, index: int) -> str:
@@ -89,14 +90,14 @@ class TrainingData(Protocol):
 
 
 class Objective:
-    """A loss, what it trains, and what it needs: a hashable object, static under `jax.jit`."""
+    """A loss with its models, data and evaluation: hashable, static under `jax.jit`."""
 
     term_names: ClassVar[tuple[str, ...]] = ()  # all terms of the loss
-    masked_terms: ClassVar[tuple[str, ...]] = ()  # those that only some items have
-    norm_names: ClassVar[tuple[str, ...]] = ()  # of `train_extra`
-    param_folders: ClassVar[tuple[str, ...]] = ()  # parameters with a folder of their own
-    extra_folders: ClassVar[tuple[str, ...]] = ()  # extra state with a folder of its own
-    group_rates: ClassVar[dict[str, float]] = {"network": 1.0}
+    masked_terms: ClassVar[tuple[str, ...]] = ()  # terms that only some items have
+    norm_names: ClassVar[tuple[str, ...]] = ()  # gradient norms that `train_extra` returns
+    param_folders: ClassVar[tuple[str, ...]] = ()  # parameters saved in their own folder
+    extra_folders: ClassVar[tuple[str, ...]] = ()  # extra state saved in its own folder
+    group_rates: ClassVar[dict[str, float]] = {"network": 1.0}  # learning-rate factors
 
     # ------------------------------------------------------------------- parameters and state
 
@@ -105,14 +106,14 @@ class Objective:
         raise NotImplementedError
 
     def init_extra(self, key: jax.Array) -> dict[str, Any]:
-        """What else is carried from step to step; what is partitioned is in boxes."""
+        """Extra state that is carried from step to step; partitioned parts of it are in boxes."""
         del key
         return {}
 
     def init_extra_optimizers(
         self, config: OptimizerConfig, extra: dict[str, Any]
     ) -> dict[str, Any]:
-        """States of optimizers of `extra`, without boxes."""
+        """Optimizer states for `extra`, without boxes."""
         del config, extra
         return {}
 
@@ -121,41 +122,38 @@ class Objective:
         return params
 
     def group(self, path: tuple[str, ...]) -> str:
-        """The parameter group, a key of `group_rates`, of the parameter at `path`.
-
-        `group_rates` are factors on the learning rate.
-        """
+        """The group, a key of `group_rates`, of the parameter at `path`."""
         del path
         return "network"
 
     # ------------------------------------------------------------------- the step, pure functions
 
     def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape and dtype of an item of a batch, by name."""
+        """Shapes and dtypes of the arrays of one item of a batch, by name."""
         raise NotImplementedError
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        """What is drawn for a whole batch before it is split into microbatches."""
+        """Adds random draws to a whole batch, before it is split into microbatches."""
         del key, step
         return batch
 
     def masks(self, batch: Batch) -> dict[str, jax.Array]:
-        """For each of `masked_terms`, bool [B]: which items have it. Its mean is over these."""
+        """For each of `masked_terms`, bool [B]: the items that have it, for its average."""
         del batch
         return {}
 
     def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
-        """What the loss sees of a microbatch, with gradients; and what `finish` sees, without."""
+        """Model outputs for a microbatch: those that get gradients, and those for `finish`."""
         raise NotImplementedError
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
-        """The terms of the loss of a microbatch."""
+        """Loss terms of a microbatch."""
         raise NotImplementedError
 
     def output_gradient(
         self, extra: dict[str, Any], part: Batch, outputs: dict[str, jax.Array], num_parts: int
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Gradient of the mean loss in the outputs; the terms, with "loss", of each item [B]."""
+        """Gradient of the mean loss with respect to outputs; terms and "loss" per item, [B]."""
         del extra
 
         def mean_loss(outputs):
@@ -171,7 +169,7 @@ class Objective:
         parts: Batch,
         outputs: dict[str, jax.Array],
     ) -> Learned:
-        """Trains what is in `extra` on the outputs of all microbatches [M, B, ...]."""
+        """Trains models in `extra` on the outputs of all microbatches [M, B, ...]."""
         del config, extra, parts, outputs
         return Learned({}, {}, {})
 
@@ -184,9 +182,9 @@ class Objective:
         extra: dict[str, Any],
         trees: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """After the update: changed entries of `extra`, and of `trees` ("params", "ema").
+        """Runs after the update; returns changed entries of `extra`, and `trees` ("params", "ema").
 
-        `seen` is the second result of `outputs`, of all microbatches [M, B, ...].
+        `seen` is the second result of `outputs` for all microbatches [M, B, ...].
         """
         del key, step, batch, seen, extra
         return {}, trees
@@ -200,42 +198,42 @@ class Objective:
     def start(
         self, init_from: str, params: Any, extra: Any, say: Say
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Entries of parameters and extra state that a new run starts with, the rest being fresh.
+        """Parameters and extra state that a new run starts from; other entries are initialized.
 
         Args:
-          init_from: As the flag; may be empty.
-          params: ShapeDtypeStructs with shardings.
-          extra: The same.
-          say: Takes a line of text.
+          init_from: The flag init_from; may be empty.
+          params: Parameters as ShapeDtypeStructs with shardings.
+          extra: Extra state as ShapeDtypeStructs with shardings.
+          say: Prints a line of text.
         """
         raise NotImplementedError
 
     def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
-        """Finds the data, and creates the workdir once it is known that all of it exists."""
+        """Opens the data; creates the workdir after checking that all data exists."""
         raise NotImplementedError
 
     def summary(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Values for a line of metrics.jsonl, of the extra state."""
+        """Values of the extra state for a line of metrics.jsonl."""
         del extra
         return {}
 
     def progress(self, values: dict[str, Any]) -> str:
-        """What the line of progress says besides the losses, of a line of metrics.jsonl."""
+        """Text for the progress line, in addition to losses, from values of metrics.jsonl."""
         del values
         return ""
 
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
     ) -> Evaluation | None:
-        """Scores the model on recordings it has not seen; None where there are none."""
+        """Scores the model on held-out recordings; None if there are none."""
         raise NotImplementedError
 
 
 def combine(terms: dict[str, Term], part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of each item [B], and the values of its terms.
 
-    Terms with a mask count so much more that their mean over all items of the batch is the mean
-    over those that have them.
+    Terms with a mask are scaled up, so that their mean over all items of the batch is the mean over
+    the items that have them.
     """
     values = {}
     loss = 0.0

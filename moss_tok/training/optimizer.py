@@ -12,7 +12,7 @@ from moss_tok.training.objective import Objective
 
 
 def learning_rate(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then exponential decay, or a cosine down to 0 at `decay_steps`."""
+    """Linear warm-up to `peak`, then exponential decay, or a cosine to 0 at `decay_steps`."""
     warmup = max(1, config.warmup_steps)
     rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
     if config.decay_steps:
@@ -23,7 +23,7 @@ def learning_rate(config: OptimizerConfig, peak: float) -> optax.Schedule:
 
 
 def adamw(config: OptimizerConfig, peak: float, decayed: Any) -> optax.GradientTransformation:
-    """AdamW; `decayed` is a tree of bools, see `decayed_leaves`."""
+    """AdamW; weight decay applies where the tree of bools `decayed` is true."""
     return optax.adamw(
         learning_rate(config, peak),
         config.beta1,
@@ -34,7 +34,7 @@ def adamw(config: OptimizerConfig, peak: float, decayed: Any) -> optax.GradientT
 
 
 def decayed_leaves(boxed: Any) -> Any:
-    """Which parameters of a tree in boxes decay: those that were made as matrices."""
+    """Tree of bools: which parameters of a boxed tree have weight decay (`Matrix` boxes)."""
 
     def is_box(x: Any) -> bool:
         return isinstance(x, nn.meta.AxisMetadata)
@@ -43,7 +43,7 @@ def decayed_leaves(boxed: Any) -> Any:
 
 
 def of_objective(config: OptimizerConfig, objective: Objective) -> optax.GradientTransformation:
-    """The optimizer of the trained parameters: clipping by global norm, then AdamW by group."""
+    """The optimizer of the trained parameters: clipping by global norm, then AdamW per group."""
     boxed = jax.eval_shape(objective.init, jax.random.key(0))
     decayed = objective.trained(decayed_leaves(boxed))
     groups = {}
@@ -62,6 +62,6 @@ def of_objective(config: OptimizerConfig, objective: Objective) -> optax.Gradien
 def update(
     optimizer: optax.GradientTransformation, gradient: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any]:
-    """The next parameters and optimizer state."""
+    """Updated parameters and optimizer state."""
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: lines of progress, and how fast it is."""
+"""Progress lines of a run, and its speed."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ from moss_tok.training.objective import Objective
 
 
 class Rates:
-    """Steps and seconds of audio per second since the last line of the log."""
+    """Training speed since the last line of the log."""
 
     def __init__(self, step: int):
         self._step = step
         self._began = time.perf_counter()
 
     def since_last(self, step: int, batch_seconds: float) -> dict[str, float]:
-        """The rates up to `step`; the next ones count from it."""
+        """Steps per second and seconds of audio per second since the last call; starts again."""
         per_second = (step - self._step) / (time.perf_counter() - self._began)
         self.__init__(step)
         return {
@@ -27,12 +27,12 @@ class Rates:
         }
 
     def leave_out(self, seconds: float) -> None:
-        """Does not count these, in which nothing was trained."""
+        """Excludes time that was not spent on training."""
         self._began += seconds
 
 
 def line(step: int, num_steps: int, values: dict[str, Any], objective: Objective) -> str:
-    """A line of progress, of a line of metrics.jsonl."""
+    """A progress line from the values of a line of metrics.jsonl."""
     minutes = (num_steps - step) / values["steps_per_second"] / 60
     parts = [f"step {step}/{num_steps} loss {values['loss']:.3f}"]
     for name, value in values.items():
@@ -45,7 +45,7 @@ def line(step: int, num_steps: int, values: dict[str, Any], objective: Objective
 
 
 def say(text: str, everywhere: bool = False) -> None:
-    """Prints a line in the main process; `everywhere`: what only this one may know."""
+    """Prints a line in the main process, or with `everywhere` in any process."""
     if everywhere or sharding.is_main_process():
         tqdm.tqdm.write(text)
         sys.stdout.flush()

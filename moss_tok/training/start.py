@@ -1,4 +1,4 @@
-"""How a run begins: the same settings as before, and the newest state or a fresh one."""
+"""The start of a run: checks its settings against an earlier run; resumes or initializes."""
 
 import json
 from typing import Any
@@ -17,13 +17,14 @@ _CONFIG_NAME = "train_config.json"
 
 
 def check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
-    """Refuses a workdir whose run differs in a setting that defines the result.
+    """Raises ValueError if the run in the workdir has other settings that change the result.
 
-    Settings that the file lacks had their default; those that this run does not have do not count.
+    Settings that are missing in the file had their default value. Settings that this run does not
+    have are ignored.
     """
     path = workdir / _CONFIG_NAME
     if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"workdir {workdir} is no folder")
+        raise ValueError(f"workdir {workdir} is not a folder")
     if not path.exists():
         return
     before = read_json_object(path)
@@ -38,7 +39,7 @@ def check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
 
 
 def _same(field: Any, before: Any, now: Any) -> bool:
-    """Whether two values of a flag mean the same."""
+    """Whether two texts or values of a flag mean the same."""
     kind = field.metadata["kind"]
     if kind is None or before == now:
         return before == now
@@ -49,7 +50,7 @@ def _same(field: Any, before: Any, now: Any) -> bool:
 
 
 def write_config(workdir: storage.Path, config: TrainConfig) -> None:
-    """Writes the settings; ValueError if some process does not see what the first one wrote."""
+    """Writes train_config.json; ValueError if a process does not see the file of the first one."""
     path = workdir / _CONFIG_NAME
     text = json.dumps(settings.flatten(config), indent=2) + "\n"
     if sharding.is_main_process():
@@ -62,7 +63,7 @@ def write_config(workdir: storage.Path, config: TrainConfig) -> None:
 def first_state(
     recipe: Recipe, init_from: str, shapes: TrainState, saver: Checkpoints, say: Say
 ) -> TrainState:
-    """The newest checkpoint's state; else a fresh one, from `init_from` if that is set."""
+    """The state of the newest checkpoint; without one, a new state, from `init_from` if set."""
     state = saver.restore_latest(shapes, say)
     if state is not None:
         say(f"resuming from step {int(state.step)}")

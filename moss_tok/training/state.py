@@ -1,4 +1,4 @@
-"""The train state: everything a step changes, as one pytree."""
+"""The train state: everything that a step changes, as one pytree."""
 
 import dataclasses
 from typing import Any
@@ -17,13 +17,13 @@ from moss_tok.training.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step computes; hashable, static under `jax.jit`.
+    """The static definition of a step; hashable, static under `jax.jit`.
 
     Attributes:
-      objective: The loss and what it trains.
-      optimizer: How.
-      seed: Of parameters and of what a step draws.
-      num_microbatches: Parts that a batch is split into.
+      objective: The loss and the models it trains.
+      optimizer: Settings of the optimizer.
+      seed: Seed of initial parameters and of the random draws of a step.
+      num_microbatches: Number of parts that a batch is split into.
     """
 
     objective: Objective
@@ -37,13 +37,13 @@ class Totals:
     """Sums over the steps since the last logged one, and counts over the whole run.
 
     Attributes:
-      steps: float32, steps summed up; skipped ones are not.
-      metrics: Name -> sum of the values of a step.
-      domain_items: [len(DOMAINS)], items of each domain.
+      steps: float32, number of steps in the sums, skipped ones excluded.
+      metrics: Name -> sum over steps.
+      domain_items: [len(DOMAINS)], number of items of each domain.
       domain_terms: Name -> [len(DOMAINS)], sums over the items of each domain.
-      skipped: int32, updates that were not finite; of the whole run.
-      skipped_in_row: int32, how many of them came last without one that was.
-      failed_reads: int32, files that could not be read; of the whole run.
+      skipped: int32, updates of the whole run that were skipped for not being finite.
+      skipped_in_row: int32, how many of the last updates in a row were skipped.
+      failed_reads: int32, failed reads of files in the whole run.
     """
 
     steps: jax.Array
@@ -55,7 +55,7 @@ class Totals:
     failed_reads: jax.Array
 
     def restarted(self, zeros: "Totals") -> "Totals":
-        """With the sums of `zeros`; what counts over the whole run stays."""
+        """Resets the sums to `zeros`; keeps the counts over the whole run."""
         return zeros.replace(
             skipped=self.skipped,
             skipped_in_row=self.skipped_in_row,
@@ -65,15 +65,15 @@ class Totals:
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters and all that goes with them.
+    """Everything that a training step changes.
 
     Attributes:
-      step: int32 scalar; also the data position: batches consumed.
+      step: int32 scalar, number of steps done; also the number of batches consumed.
       params: float32.
-      ema: Moving average of `params`; None if there is none.
-      opt_state: Of the optimizer of the trained parameters.
-      extra: What else the objective carries, by name.
-      totals: For the log.
+      ema: Moving average of `params`; None without averaging.
+      opt_state: Optimizer state of the trained parameters.
+      extra: Extra state of the objective, by name.
+      totals: Sums and counts for the log.
     """
 
     step: jax.Array
@@ -90,17 +90,17 @@ class TrainState:
 
     @property
     def best_params(self) -> Any:
-        """What is evaluated and exported: the moving average if there is one."""
+        """The parameters to evaluate and export: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(recipe: Recipe, params: Any = None, extra: Any = None) -> TrainState:
-    """A fresh state: a pure function of the recipe and of what is given to start from.
+    """A new state; a pure function of its arguments.
 
     Args:
       recipe: The run.
-      params: Entries of the parameters that are not fresh.
-      extra: The same of the extra state.
+      params: Entries that replace initialized parameters.
+      extra: Entries that replace initialized extra state.
     """
     objective = recipe.objective
     key = jax.random.key(recipe.seed)
@@ -119,7 +119,7 @@ def init_state(recipe: Recipe, params: Any = None, extra: Any = None) -> TrainSt
 
 
 def zero_totals(objective: Objective) -> Totals:
-    """Totals of no steps; each array its own, because they are donated."""
+    """Totals of no steps; no arrays are shared, because they are donated."""
     terms = objective.term_names
     names = ("loss", *terms, "gradient_norm", *objective.norm_names)
     metrics = {name: jnp.zeros(()) for name in names}
@@ -127,7 +127,7 @@ def zero_totals(objective: Objective) -> Totals:
         metrics[f"{name}_steps"] = jnp.zeros(())
     domain_terms = {}
     for name in ("loss", *terms):
-        if name not in objective.masked_terms:  # a mean over some items, of any domain
+        if name not in objective.masked_terms:  # these are means over some items only
             domain_terms[name] = jnp.zeros(len(DOMAINS))
     return Totals(
         steps=jnp.zeros(()),
@@ -143,7 +143,7 @@ def zero_totals(objective: Objective) -> Totals:
 def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """ShapeDtypeStructs of the state of a run, with their shardings on `mesh`.
 
-    What belongs to a parameter (moments, averages) is split like it, the rest is replicated.
+    Moments and averages of a parameter are split like the parameter; the rest is replicated.
 
     Raises:
       ValueError: A large parameter would be replicated, see `sharding.param_shardings`.
@@ -152,7 +152,7 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     boxed = jax.eval_shape(recipe.objective.init, key)
     extra = jax.eval_shape(recipe.objective.init_extra, key)
     for tree in extra.values():
-        if isinstance(tree, dict):  # partitioned, in boxes
+        if isinstance(tree, dict):  # partitioned parameters, in boxes
             boxed = boxed | tree
     shardings = sharding.param_shardings(boxed, mesh)
     sharding_of = {}

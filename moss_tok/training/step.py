@@ -1,4 +1,7 @@
-"""One training step as one jitted, donated function: extra models first, then the parameters."""
+"""One training step as one jitted, donated function.
+
+It first updates the models in the extra state (discriminators), then the parameters.
+"""
 
 import dataclasses
 import functools
@@ -19,18 +22,18 @@ from moss_tok.training.state import Recipe, Totals, TrainState
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates `state` on a batch; an update that would not be finite is skipped and counted.
+    """Updates `state` on a batch; updates that are not finite are skipped and counted.
 
     Args:
       recipe: The run.
       state: Donated.
-      batch: What the objective's `item_shapes` say, and "domain" [B] indices into DOMAINS;
-        "position" [B] places in the global batch; "failed_reads" [B] files that could not be read
-        on the way to each item; "stop" [B] bool, see below.
+      batch: The arrays of the objective's `item_shapes`, and "domain" [B], indices into DOMAINS;
+        "position" [B], positions in the global batch; "failed_reads" [B], failed reads before each
+        item; "stop" [B] bool, see below.
 
     Returns:
-      The next state, and scalars: the loss, its terms, gradient norms, skipped_in_row, and whether
-      any item of the batch said "stop": so all processes learn of it at the same step.
+      The next state, and scalars: the loss, its terms, gradient norms, skipped_in_row, and "stop":
+      whether it was set for any item of the batch, so that all processes see it at the same step.
     """
     objective = recipe.objective
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
@@ -75,7 +78,7 @@ def sharded_train_step(recipe: Recipe, shapes: TrainState, batch_size: int) -> A
     recipe = fit_microbatches(recipe, mesh, batch_size)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask for it
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention reads it
             return train_step(recipe, state, batch)
 
     return jax.jit(
@@ -88,9 +91,10 @@ def sharded_train_step(recipe: Recipe, shapes: TrainState, batch_size: int) -> A
 
 
 def fit_microbatches(recipe: Recipe, mesh: jax.sharding.Mesh, batch_size: int) -> Recipe:
-    """With the fewest microbatches, as many as asked for, that the mesh can split evenly.
+    """`recipe` with the smallest number of microbatches, at least as many as set, that divides.
 
-    A device with fewer items than that takes them one by one.
+    The number must divide the items of each device. A device with fewer items than microbatches
+    computes its items one by one.
     """
     device_items = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     fewest = min(recipe.num_microbatches, device_items)
@@ -99,7 +103,7 @@ def fit_microbatches(recipe: Recipe, mesh: jax.sharding.Mesh, batch_size: int) -
 
 
 def batch_shapes(recipe: Recipe, batch_size: int, mesh: jax.sharding.Mesh) -> Batch:
-    """ShapeDtypeStructs of a batch, with their sharding on `mesh`."""
+    """ShapeDtypeStructs of a batch with their shardings on `mesh`."""
     kinds = {"stop": ((), jnp.bool_)}
     kinds |= dict.fromkeys(("domain", "position", "failed_reads"), ((), jnp.int32))
     kinds |= recipe.objective.item_shapes()
@@ -111,9 +115,9 @@ def batch_shapes(recipe: Recipe, batch_size: int, mesh: jax.sharding.Mesh) -> Ba
 
 
 def _shares(mask: jax.Array) -> jax.Array:
-    """What each item of a batch [B] counts, so that the mean over all is that over the mask.
+    """Weight of each item of a batch [B] that makes a mean over all items one over the mask.
 
-    A microbatch does not know how many there are, so this is computed for the whole batch.
+    It needs the number of masked items, so it is computed for the whole batch, not per microbatch.
     """
     return mask * len(mask) / jnp.maximum(mask.sum(), 1)
 
@@ -121,7 +125,7 @@ def _shares(mask: jax.Array) -> jax.Array:
 def _output_gradient(
     recipe: Recipe, extra: dict[str, Any], parts: Batch, outputs: Batch
 ) -> tuple[Batch, dict[str, jax.Array]]:
-    """Gradient of the loss in the outputs, and each term per item [M, B]."""
+    """Gradient of the loss with respect to outputs, and each term per item [M, B]."""
 
     def gradient_of_part(_, inputs):
         outputs, part = inputs
@@ -132,10 +136,10 @@ def _output_gradient(
 
 
 def _averaged(recipe: Recipe, state: TrainState, params: Any) -> dict[str, Any]:
-    """The new parameters, and their moving average where there is one."""
+    """The new parameters, and their moving average if there is one."""
     if state.ema is None:
         return {"params": params}
-    # Shorter at first, or the average would hold on to the random start.
+    # A shorter average at first, so that it forgets the random initialization.
     decay = jnp.minimum(recipe.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
     return {"params": params, "ema": ema}
@@ -157,7 +161,7 @@ def _add_totals(
 def _guarded(
     state: TrainState, changed: dict[str, Any], metrics: dict[str, jax.Array], batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes the changes over if everything is finite; else only counts."""
+    """Applies the changes if all metrics are finite; otherwise only counts the skipped update."""
     finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
     for name, new in changed.items():
         choose = functools.partial(jnp.where, finite)

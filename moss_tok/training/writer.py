@@ -1,6 +1,6 @@
-"""What a run leaves to look at: metrics.jsonl, evaluation.jsonl, TensorBoard, curves.
+"""Log files of a run: metrics.jsonl, evaluation.jsonl, TensorBoard, curves.png and samples.
 
-Each step has one line: those after the step that a run goes on from are cut, and written again.
+A step has one line: a resumed run first removes the lines after the step that it resumes from.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ EVALUATION = "evaluation.jsonl"
 
 
 def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
-    """A line of metrics.jsonl: means since the last line, per domain too, and the objective's.
+    """A line of metrics.jsonl: means since the last line, also per domain, and objective values.
 
-    Values of domains that did not occur, and of terms that no item had, are left out.
+    Domains that did not occur and terms that no item had are left out.
     """
     totals = state.totals
     objective = recipe.objective
@@ -35,7 +35,7 @@ def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
     for name in objective.masked_terms:
         share = values.pop(f"{name}_steps")
         mean = values.pop(name)
-        if share:  # else there is nothing to take the mean of
+        if share:  # otherwise no item had this term
             values[name] = mean / share
     for number, domain in enumerate(DOMAINS):
         items = float(totals.domain_items[number])
@@ -52,14 +52,15 @@ def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends to the files of a workdir; a context manager.
+    """Appends to the log files of a workdir; a context manager.
 
-    Where that is in a bucket it works on a copy on this machine.
+    For a workdir in a bucket, it works on a local copy.
     """
 
     def __init__(self, mirror: storage.Mirror, step: int):
-        """Opens the files and cuts what they have after `step`."""
-        self._mirror, self._workdir = mirror, mirror.local
+        """Opens the files and removes lines after `step`."""
+        self._mirror = mirror
+        self._workdir = mirror.local
         mirror.fetch(METRICS, EVALUATION)
         self._files = {name: _open(self._workdir / name, step) for name in (METRICS, EVALUATION)}
         self._board = tensorboardX.SummaryWriter(
@@ -73,12 +74,12 @@ class MetricsWriter:
         for file in self._files.values():
             file.close()
         self._board.close()
-        # An error on the way here is the one to be told of.
+        # An error inside the context matters more than one of this upload.
         with contextlib.suppress(*() if kind is None else (ValueError, OSError)):
             self._mirror.send()
 
     def send(self) -> None:
-        """Brings the bucket up to date."""
+        """Uploads the files to the bucket, if the workdir is in one."""
         self._board.flush()
         self._mirror.send()
 
@@ -96,8 +97,8 @@ class MetricsWriter:
     def write_evaluation(
         self, step: int, table: dict[str, dict[str, dict[str, float]]], text: str
     ) -> None:
-        """Writes metric averages {domain: {system: {metric: mean}}}, also as `text` to read."""
-        self._files[EVALUATION].close()  # to write over what another run said of this step
+        """Writes metric averages {domain: {system: {metric: mean}}}, and `text` for readers."""
+        self._files[EVALUATION].close()  # to replace an earlier evaluation of this step
         self._files[EVALUATION] = _open(self._workdir / EVALUATION, step - 1)
         self._write(EVALUATION, step, {"table": table})
         files.write_text(self._workdir / "evaluation.md", f"Step {step}\n\n{text}\n")
@@ -109,7 +110,7 @@ class MetricsWriter:
     def write_samples(
         self, step: int, samples: dict[str, dict[str, np.ndarray]], sample_rate: int
     ) -> None:
-        """Writes [C, S] audio {domain: {name: wav}} and its spectrograms, the latest as files."""
+        """Writes [C, S] audio {domain: {name: wav}} and its spectrograms; files are overwritten."""
         folder = self._workdir / "samples"
         folder.mkdir(exist_ok=True)
         for domain, wavs in samples.items():
@@ -131,12 +132,14 @@ class MetricsWriter:
 
 def _open(path: Path, step: int) -> Any:
     if path.exists():
-        kept = [row for row in read_rows(path) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        files.write_text(path, text)
+        lines = []
+        for row in read_rows(path):
+            if row["step"] <= step:
+                lines.append(json.dumps(row) + "\n")
+        files.write_text(path, "".join(lines))
     return open(path, "a")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file of this module."""
+    """All complete lines of metrics.jsonl or evaluation.jsonl."""
     return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
