@@ -23,6 +23,7 @@ CODEC = [
 TRAIN = [
     "array_record>=0.7",
     "grain>=0.2.18",
+    "jinja2>=3.1",
     "jiwer>=3",
     "matplotlib>=3.8",
     "msgpack",
@@ -46,6 +47,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
+    package_data={"moss_tok.evaluation": ["page.html"]},
     install_requires=CODEC,
     extras_require={
         "train": TRAIN,

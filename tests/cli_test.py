@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from helpers import GOLDEN
 import moss_tok
 from moss_tok import checkpoint
 from moss_tok.cli import info
-from moss_tok.cli.main import COMMANDS, main
+from moss_tok.cli.main import COMMANDS, build_parser, main
 from moss_tok.codec import inference
 
 CODEC = str(GOLDEN / "v1_tiny")
@@ -295,13 +296,24 @@ def test_bad_arguments(folder, capsys, argv, message):
 def test_more_quantizers_than_the_file_has(folder, capsys):
     main(["encode", "in.wav", "few.npz", "--checkpoint", CODEC, "--num-quantizers", "2"])
     argv = ["decode", "few.npz", "out.wav", "--checkpoint", CODEC, "--num-quantizers", "3"]
-    run_bad(argv, folder, capsys, "num_quantizers must be 1..2, the file has no more")
+    run_bad(argv, folder, capsys, "num_quantizers must be 1..2 for this file, got 3")
 
 
 def test_help_lists_every_command():
     argv = [sys.executable, "-m", "moss_tok", "--help"]
     out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert all(f"  {name}" in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example(capsys, name):
+    """Which the command accepts."""
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    example = capsys.readouterr().out.splitlines()[-1]
+    program, command, *argv = shlex.split(example)
+    assert (program, command) == ("moss-tok", name)
+    build_parser(name).parse_args(argv)
 
 
 def test_a_training_workdir_is_a_checkpoint(folder, micro):
@@ -362,7 +374,7 @@ def test_folders(folder, capsys):
     for argv in (["audio", "audio"], ["audio", "audio/sub/new"], ["in.wav", "in.wav"]):
         before = sorted(Path().rglob("*"))
         assert main(["reconstruct", *argv, "--checkpoint", CODEC]) == 2
-        assert "must not be what is read" in capsys.readouterr().err
+        assert "the output must not be the input" in capsys.readouterr().err
         assert sorted(Path().rglob("*")) == before
     assert main(["encode", "back", "back", "--checkpoint", CODEC]) == 0  # codes beside audio
     assert Path("back/sub/b.npz").exists()
@@ -465,15 +477,19 @@ HEADER += b'"num_quantizers": 2}\n'
         (b"", ["--decode"], "standard input is empty"),
         (b'{"codes": [[1]]}\n', ["--decode"], "line 1: sample_rate must be 24000"),
         (HEADER.replace(b"1920", b"3840"), ["--decode"], "line 1: hop_length must be 1920"),
-        (HEADER + b'{"codes": [[1]]}\n', ["--decode"], 'line 2: expected "codes", 2 lists'),
+        (HEADER + b'{"codes": [[1]]}\n', ["--decode"], 'line 2: expected "codes": 2 lists'),
         (HEADER + b'{"codes": [[1], [64]]}\n', ["--decode"], "line 2: slot 0: codes must be 0"),
         (HEADER + b'{"codes": [[1], [1, 2]]}\n', ["--decode"], "line 2: expected"),
         (HEADER + b"{}\n", ["--decode"], "line 2: expected"),
         (b"", ["--chunk-ms", "0"], "chunk-ms must be above 0"),
-        (b"", ["--output", "a.wav"], "--output is for --input"),
+        (b"", ["--output", "a.wav"], "--output needs --input"),
         (b"", ["--input", "no.wav"], "no.wav: no such file"),
-        (b"", ["--input", "in.wav", "--output", "./in.wav"], "in.wav: must not be what is read"),
-        (b"", ["--input", "in.wav", "--decode"], "--input goes both ways"),
+        (
+            b"",
+            ["--input", "in.wav", "--output", "./in.wav"],
+            "in.wav: the output must not be",
+        ),
+        (b"", ["--input", "in.wav", "--decode"], "--input encodes and decodes"),
     ],
 )
 def test_bad_streams(folder, monkeypatch, capfdbinary, data, options, message):

@@ -344,7 +344,7 @@ def test_prepare_as_a_beam_pipeline(clips, tmp_path, capsys):
         (["IN", "OUT", "--shard-hours", "0"], "shard_hours must be positive, got 0"),
         (["IN", "OUT", "--min-seconds", "99"], "min_seconds must be 0..max_seconds 60"),
         (["IN", "OUT", "--num-workers", "0"], "num_workers must be at least 1, got 0"),
-        (["IN", "OUT", "--beam-flags=--project=x"], "is for Beam: give --runner too"),
+        (["IN", "OUT", "--beam-flags=--project=x"], "--beam-flags needs --runner"),
         (["IN", "OUT", "--max-second", "9"], "--max-second"),
     ],
 )

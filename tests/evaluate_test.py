@@ -14,7 +14,8 @@ from helpers import GOLDEN
 import moss_tok
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
-from moss_tok.evaluation import metrics, protocol, report
+from moss_tok.evaluation import datasets, metrics, reconstruction, report, scoring
+from moss_tok.evaluation.results import write_results, write_summary
 
 CODEC = str(GOLDEN / "v1_tiny")
 ALL = ["--output", "out", "--name", "tiny", "--num-workers", "1", "--num-quantizers", "2,8"]
@@ -41,8 +42,8 @@ def evaluated(tmp_path_factory):
     return folder
 
 
-def run(*datasets, extra=()):
-    options = [x for name in datasets for x in ("--dataset", f"{name}.jsonl")]
+def run(*names, extra=()):
+    options = [x for name in names for x in ("--dataset", f"{name}.jsonl")]
     return main(["evaluate", "--checkpoint", CODEC, *options, *ALL, *SOME, *extra])
 
 
@@ -126,12 +127,12 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
     results = json.loads(path.read_text())
     results["speech"] |= {"utmos": 3.5, "sim": math.nan}
     path.write_text(json.dumps(results))
-    dataset = protocol.read_dataset(folder / "speech.jsonl")
-    rows = protocol._read_scores(path.parent / "speech" / "scores.jsonl")
-    protocol.write_results(path.parent / "speech", dataset, rows, ["mel_loss"], 150)
+    dataset = datasets.read_dataset(folder / "speech.jsonl")
+    rows = scoring.read_scores(path.parent / "speech" / "scores.jsonl")
+    write_results(path.parent / "speech", dataset, rows, ["mel_loss"], 150)
     written = json.loads(path.read_text())["speech"]
     assert (written["utmos"], math.isnan(written["sim"])) == (3.5, True)
-    assert "| utmos |" in protocol.write_summary(folder / "out")
+    assert "| utmos |" in write_summary(folder / "out")
     assert main(["report", str(folder / "out")]) == 0
     text = (folder / "out" / "report.html").read_text()
     assert "<th>utmos</th>" in text and "<td>3.500</td>" in text
@@ -143,7 +144,7 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
         ("", "a.jsonl: no lines"),
         ('{"path": "in.wav"}\n\n{"path": "in.wav"}', "line 2: a blank line"),
         ('{"path": "no.wav"}', "line 1: no such file"),
-        ('{"file": "in.wav"}', "line 1: no path; it goes under one of audio_path"),
+        ('{"file": "in.wav"}', "line 1: no audio path; accepted keys: audio_path"),
         ("[1]", "line 1: must be a JSON object like .* got list"),
         ('{"path": "in.wav"}\n{"path": "bad.wav"}', "line 2: .*bad.wav"),
         ('{"path": "empty.wav"}', "line 1: .*empty.wav: empty audio"),
@@ -155,10 +156,10 @@ def test_bad_data_sets(tmp_path, text, message):
     (tmp_path / "bad.wav").write_bytes(b"RIFFnothing")
     (tmp_path / "_a.jsonl").write_text(text)
     with pytest.raises(ValueError, match="must not begin with _"):
-        protocol.read_dataset(tmp_path / "_a.jsonl")
+        datasets.read_dataset(tmp_path / "_a.jsonl")
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        protocol.read_dataset(tmp_path / "a.jsonl")
+        datasets.read_dataset(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,10 @@ def test_bad_data_sets(tmp_path, text, message):
     [
         (["--num-quantizers", "0"], "num_quantizers must be all, or numbers"),
         (["--num-quantizers", "1..9"], "of 1..8"),
-        (["--dataset", "mixed.jsonl", "--metrics", "pesq-nb"], "pesq-nb is defined for no file"),
+        (
+            ["--dataset", "mixed.jsonl", "--metrics", "pesq-nb"],
+            "pesq-nb is not defined for any",
+        ),
         (["--metrics", "snr"], "unknown metric 'snr'"),
         (["--num-workers", "0"], "num_workers must be at least 1"),
         (["--dataset", "speech.jsonl"], "two data sets have the same file name"),
@@ -174,13 +178,13 @@ def test_bad_data_sets(tmp_path, text, message):
         (["--checkpoint", "no"], "no: no such checkpoint"),
         (["--output", ""], "output must be a folder"),
         (["--output", "speech.jsonl"], "output must be a folder, got 'speech.jsonl'"),
-        (["--output", "."], "is not empty, and has no results to go on with"),
+        (["--output", "."], "is not empty, and has no results to resume"),
         (["--name", ".."], "must be a folder's name"),
         (["--name", "a/b"], "must be a folder's name"),
         (["--baselines", "mp3:64"], "baselines must be opus:KBPS"),
         (["--baselines", "../x=out"], "must be a folder's name"),
         (["--baselines", "x=out,x=out"], "x more than once"),
-        (["--baselines", "tiny=out"], "a baseline is called tiny like the codec"),
+        (["--baselines", "tiny=out"], "the codec and a baseline are both called tiny"),
         (["--baselines", "x=empty"], "x: no reconstruction called a b0"),
     ],
 )
@@ -220,8 +224,8 @@ def test_broken_results(tmp_path, capsys, text, message):
 
 
 def test_numbers():
-    assert protocol.parse_numbers("all", 3) == [1, 2, 3]
-    assert protocol.parse_numbers("8, 1..3,2", 8) == [1, 2, 3, 8]
+    assert reconstruction.parse_numbers("all", 3) == [1, 2, 3]
+    assert reconstruction.parse_numbers("8, 1..3,2", 8) == [1, 2, 3, 8]
 
 
 def test_fingerprint(v1_tiny, nano_tiny):

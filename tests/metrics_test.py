@@ -78,7 +78,7 @@ def test_what_is_defined_for_short_and_silent_clips():
 def test_long_audio_is_resampled_in_parts(rng, monkeypatch):
     wav = rng.standard_normal((2, 5000)).astype(np.float32)
     expected = metrics.resample(wav, 44100, 16000)
-    monkeypatch.setattr(metrics, "_BLOCKS", 3)
+    monkeypatch.setattr(metrics, "_BLOCKS_AT_ONCE", 3)
     np.testing.assert_allclose(metrics.resample(wav, 44100, 16000), expected, atol=1e-6)
 
 

@@ -27,7 +27,7 @@ from moss_tok.cli.main import main
 from moss_tok.codec import codes, pretrained
 from moss_tok.data import pipeline, prepare, records, sources, tokenize
 from moss_tok.data.config import AudioDataConfig
-from moss_tok.evaluation import pages, protocol
+from moss_tok.evaluation import datasets, pages
 from moss_tok.language import text
 
 RATE = 8000
@@ -100,11 +100,11 @@ def test_manifests_of_any_editor(recordings, data, is_a_data_set):
     assert {item.duration_seconds for item in items} == {0.3}
     assert len({key for key, _ in tokenize.find_items(str(path))}) == 3
     if is_a_data_set:
-        output_names = protocol.read_dataset(path).output_names()
+        output_names = datasets.read_dataset(path).output_names()
         assert output_names == ["000000_one.flac", "000001_one.flac", "000002_c.flac"]
     else:
         with pytest.raises(ValueError, match=r"m.jsonl, line \d: a blank line"):
-            protocol.read_dataset(path)
+            datasets.read_dataset(path)
 
 
 NO_OBJECT = 'must be a JSON object like {"path": "a.wav"}, got '
@@ -130,7 +130,7 @@ NO_OBJECT = 'must be a JSON object like {"path": "a.wav"}, got '
 def test_what_is_no_manifest(tmp_path, name, data, message):
     path = tmp_path / name
     path.write_bytes(data)
-    for read in (manifest.find_items, protocol.read_dataset, sources.locate):
+    for read in (manifest.find_items, datasets.read_dataset, sources.locate):
         with pytest.raises(ValueError, match=name) as error:
             read(path if read is not sources.locate else str(path))
         assert message in str(error.value)
@@ -142,7 +142,7 @@ def test_manifests_that_name_no_file(tmp_path):
     with pytest.raises(ValueError, match="m.jsonl:1: path must be a file's name, got"):
         manifest.find_items(tmp_path / "m.jsonl")
     with pytest.raises(ValueError, match="line 1: no such file"):
-        protocol.read_dataset(tmp_path / "m.jsonl")
+        datasets.read_dataset(tmp_path / "m.jsonl")
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -199,7 +199,7 @@ def test_names_that_training_draws_from(named):
 def test_names_of_an_evaluation(named, tmp_path):
     source = named / "names.jsonl"
     shutil.copy(tmp_path / "names.jsonl", source)
-    names = protocol.read_dataset(source).output_names()
+    names = datasets.read_dataset(source).output_names()
     assert len(set(names)) == len(NAMES)
     for name in names:
         assert len(name) <= 255 and len(Path(name).with_suffix(".npz").name) <= 255
@@ -210,7 +210,7 @@ def test_names_of_an_evaluation(named, tmp_path):
     odd = tmp_path / os.fsdecode(b"\xff.jsonl")
     shutil.copy(source, odd)
     with pytest.raises(ValueError, match="the name of a data set must be UTF-8"):
-        protocol.read_dataset(odd)
+        datasets.read_dataset(odd)
 
 
 def copy(path, target):

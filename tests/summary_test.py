@@ -15,7 +15,7 @@ from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import codes as code_files
 from moss_tok.codec import model, pretrained
 from moss_tok.data import codes, prepare, tokenize
-from moss_tok.evaluation import protocol, sweep
+from moss_tok.evaluation import datasets, sweep
 from moss_tok.language import config as language_configs
 from moss_tok.language import pretrained as language_models
 from moss_tok.language import text
@@ -86,7 +86,7 @@ def test_everything_is_one_short_line(micro, tmp_path):
         "Shard(name='a')": prepare.Shard("a", items),
         "Record(metadata={})": prepare.Record(bytes(9999), {}),
         "Plan(folder=": tokenize.Plan(tmp_path, tokenize.Settings(4), (("a", items),)),
-        "Dataset(name='a', path=": protocol.Dataset("a", tmp_path, items, ("a",) * 9999, ()),
+        "Dataset(name='a', path=": datasets.Dataset("a", tmp_path, items, ("a",) * 9999, ()),
         "Clip(domain='music', text='')": sweep.Clip(WAV, "music"),
     }
     for line, found in objects.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from moss_tok.evaluation import protocol
+from moss_tok.evaluation import datasets
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "test_sets.py"
 
@@ -62,7 +62,7 @@ def test_listings(main, tmp_path, kind):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     found = [(row["path"], row["domain"], row.get("transcript")) for row in rows]
     assert found == [(str(root / name), *others) for name, *others in expected]
-    dataset = protocol.read_dataset(tmp_path / "out.jsonl")
+    dataset = datasets.read_dataset(tmp_path / "out.jsonl")
     assert list(dataset.texts) == [text or "" for *_, text in expected]
 
 

@@ -140,7 +140,7 @@ def test_array_record_sets(root, tmp_path):
 def test_machines_share_the_work(root, whole, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(root, "in", out, "--shard-index", "1", "--num-shards", "2") == 0
-    assert "this part is done, others are not" in capsys.readouterr().out
+    assert "this machine's shards are written, those of others are not" in capsys.readouterr().out
     with pytest.raises(ValueError, match="shards are there"):
         read_codes(out)
     assert run(root, "in", out, "--shard-index", "0", "--num-shards", "2") == 0
@@ -316,7 +316,7 @@ def test_nothing_could_be_read(root, tmp_path):
     [
         (["--format", "csv"], "format must be one of arrayrecord, jsonl"),
         (["--precision", "low"], "precision must be one of highest, high, bfloat16"),
-        (["--shard-index", "0"], "--shard-index and --num-shards go together"),
+        (["--shard-index", "0"], "--shard-index and --num-shards must be given together"),
         (["--shard-index", "2", "--num-shards", "2"], "shard-index must be 0..1, got 2"),
         (["--batch-seconds", "0"], "batch_seconds must be above 0"),
         (["--num-quantizers", "5"], "num_quantizers must be 1..4"),

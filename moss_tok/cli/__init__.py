@@ -1,1 +1,1 @@
-"""The command line, `moss-tok`: one file per command, imported when it is called."""
+"""The command line, `moss-tok`: one file per command, imported only when the command runs."""

@@ -1,36 +1,36 @@
-"""Arguments that several commands share."""
+"""Arguments, file loops and progress bars that several commands share."""
 
 import argparse
 import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Of a file that cannot be written, where the next one could not either.
+# Errors of one file after which no other file could be written either.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def add_codec(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint and --num-quantizers."""
+    """Adds --checkpoint and --num-quantizers."""
     add_checkpoint(parser)
     add_num_quantizers(parser)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint."""
+    """Adds --checkpoint."""
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="C",
-        help="checkpoint, training workdir, official directory or Hub id",
+        help="checkpoint, training workdir, official directory or Hugging Face Hub id",
     )
 
 
 def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
-    """--num-quantizers."""
+    """Adds --num-quantizers."""
     parser.add_argument(
         "--num-quantizers",
         type=int,
@@ -40,90 +40,100 @@ def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
 
 
 def chunk_frames(config: Any) -> int:
-    """Code frames of a long recording that are computed at once."""
+    """Code frames per chunk when a long recording is processed in chunks."""
     from moss_tok.codec import inference
 
     return max(1, round(inference.CHUNK_SECONDS * config.frame_rate))
 
 
-def check_not_read(source: str, output: str) -> None:
-    """Raises ValueError where a command would write over the file that it reads."""
+def check_not_overwritten(source: str, output: str) -> None:
+    """Raises ValueError if the output file is the input file."""
     if Path(source).resolve() == Path(output).resolve():
-        raise ValueError(f"{output}: must not be what is read")
+        raise ValueError(f"{output}: the output must not be the input")
 
 
 def each_file(
     source: str, output: str, suffixes: Sequence[str], function: Callable[[Path, Path], str]
 ) -> int:
-    """Applies `function` (from, to) to a file, or to all files of a folder.
+    """Applies `function` (input path, output path) to a file, or to all files of a folder.
 
     Args:
       source: File, or folder, which is searched recursively.
-      output: Where to; a folder's files keep their places and names in it.
-      suffixes: Of the files of a folder; the last is what they get.
-      function: Returns what to say of a file.
+      output: Output file, or folder, in which the files keep their relative paths.
+      suffixes: Suffixes of the input files of a folder, then the suffix of the output files.
+      function: Processes a file and returns a line to print about it.
 
     Returns:
-      Exit code: 1 if files of a folder could not be read, which are listed on standard error.
+      Exit code: 1 if some files of a folder failed; they are listed on standard error.
 
     Raises:
-      ValueError: As `function`, for a file alone; an empty folder, two files with one name, or no
-        room for more.
-      OSError: Nothing can be written there.
+      ValueError: From `function`, for a single file; an empty folder, two files with one output
+        path, or a full or read-only disk.
+      OSError: The output folder cannot be written.
     """
+    *input_suffixes, output_suffix = suffixes
+    if not Path(source).is_dir():
+        if Path(source).is_file():
+            check_not_overwritten(source, output)
+        print(function(Path(source), Path(output)))
+        return 0
+    # Otherwise outputs would be read as inputs, in this run or the next.
+    if output_suffix in input_suffixes:
+        _check_outside(source, output)
+    return _each_of_folder(Path(source), Path(output), suffixes, function)
+
+
+def _check_outside(source: str, output: str) -> None:
+    folder = Path(source).resolve()
+    target = Path(output).resolve()
+    if folder == target or folder in target.parents:
+        raise ValueError(f"{output}: the output must not be the input folder or inside it")
+
+
+def _each_of_folder(
+    source: Path, output: Path, suffixes: Sequence[str], function: Callable[[Path, Path], str]
+) -> int:
     from moss_tok import storage
     from moss_tok.audio import folders
 
-    *kinds, suffix = suffixes
-    origin, end = Path(source).resolve(), Path(output).resolve()
-    # What a folder's files become must not be read as one of them, now or the next time.
-    if origin.is_file():
-        check_not_read(source, output)
-    elif suffix in kinds and origin in (end, *end.parents):
-        raise ValueError(f"{output}: must not be what is read, nor in it")
-    if not Path(source).is_dir():
-        print(function(Path(source), Path(output)))
-        return 0
-    found = folders.select(Path(source), storage.files_under(Path(source)), kinds)
-    targets = _targets(found, Path(source), Path(output), suffix)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    storage.check_writable(Path(output))
-    failures = []
-    with counter(len(found), source) as count:
-        for number, (target, path) in enumerate(targets.items()):
+    *input_suffixes, output_suffix = suffixes
+    paths = folders.select(source, storage.files_under(source), input_suffixes)
+    sources = _match_outputs(paths, source, output, output_suffix)
+    output.mkdir(parents=True, exist_ok=True)
+    storage.check_writable(output)
+    failures: list[str] = []
+    with counter(len(paths), str(source)) as count:
+        for number, (target, path) in enumerate(sources.items()):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 function(path, target)
             except (ValueError, OSError) as error:
                 if reason := _no_room(error):
-                    _print_failures(failures)
-                    done = f"{number - len(failures)} of {len(found)} files are done"
+                    print_failures(failures)
+                    done = f"{number - len(failures)} of {len(paths)} files are done"
                     raise ValueError(f"{target}: {reason}; {done}") from error
                 failures.append(named_error(error, path))
             count()
-    print(f"{output}: {len(found) - len(failures)} of {len(found)} files")
-    _print_failures(failures)
+    print(f"{output}: {len(paths) - len(failures)} of {len(paths)} files")
+    print_failures(failures)
     return 1 if failures else 0
 
 
-def _print_failures(failures: Sequence[str]) -> None:
-    for failure in failures:
-        print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
-
-
-def _targets(paths: Sequence[Path], source: Path, output: Path, suffix: str) -> dict[Path, Path]:
-    """What the files of a folder become -> the file; ValueError where two become the same."""
-    targets: dict[Path, Path] = {}
+def _match_outputs(
+    paths: Sequence[Path], source: Path, output: Path, suffix: str
+) -> Mapping[Path, Path]:
+    """Maps output paths to input paths; ValueError if two inputs have the same output."""
+    sources: dict[Path, Path] = {}
     for path in paths:
         target = output / path.relative_to(source).with_suffix(suffix)
-        if target in targets:
-            raise ValueError(f"{path} and {targets[target]} would both become {target}")
-        targets[target] = path
-    return targets
+        if target in sources:
+            raise ValueError(f"{path} and {sources[target]} would both become {target}")
+        sources[target] = path
+    return sources
 
 
 def _no_room(error: BaseException | None) -> str:
-    """Why nothing can be written any more, if that is what an error comes from; else ""."""
+    """The reason if a full or read-only disk caused an error; otherwise an empty string."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return os.strerror(error.errno)
@@ -131,20 +141,27 @@ def _no_room(error: BaseException | None) -> str:
     return ""
 
 
+def print_failures(failures: Sequence[str]) -> None:
+    """Prints a line per failed file on standard error."""
+    for failure in failures:
+        print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
+
+
 def named_error(error: Exception, path: Path) -> str:
-    """What an error says, with the file's name where it does not say that."""
+    """The text of an error, with the file's name in front unless the text contains it."""
     text = str(error)
     return text if str(path) in text else f"{path}: {text}"
 
 
-def print_nowhere() -> None:
-    """Throws away what is printed from now on, and what could not be written so far."""
+def discard_output() -> None:
+    """Discards all further standard output, buffered text included."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:
-    """Passes `parts` on, each worth `part_seconds` of audio, and shows how far it is."""
-    with meter(total_seconds if total_seconds < 1e9 else 0.0) as add:  # streams do not say
+    """Yields `parts`, each `part_seconds` of audio, and shows the progress."""
+    known = total_seconds < 1e9  # streams have no length in their header
+    with meter(total_seconds if known else 0.0) as add:
         for part in parts:
             yield part
             add(part_seconds)
@@ -152,17 +169,22 @@ def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) ->
 
 @contextlib.contextmanager
 def counter(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` files: a bar on a terminal, ten lines in a log."""
+    """Gives a function to call after each of `total` files.
+
+    It shows a progress bar on a terminal, and prints ten lines otherwise.
+    """
     import tqdm
 
-    terminal, done = sys.stderr.isatty(), 0
+    terminal = sys.stderr.isatty()
+    done = 0
     bar = tqdm.tqdm(total=total, desc=title, unit="file", disable=not terminal, leave=False)
 
     def count() -> None:
         nonlocal done
         done += 1
         bar.update()
-        if not terminal and total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+        new_tenth = done * 10 // total > (done - 1) * 10 // total
+        if not terminal and total >= 10 and new_tenth:
             print(f"{title}: {done} of {total} files", file=sys.stderr, flush=True)
 
     with bar:
@@ -171,17 +193,23 @@ def counter(total: int, title: str) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def meter(total_seconds: float) -> Iterator[Callable[[float], None]]:
-    """A function to tell of seconds of audio that are done: a bar, or ten lines in a log."""
+    """Gives a function to call with the seconds of audio that each step has processed.
+
+    It shows a progress bar on a terminal, and prints ten lines otherwise.
+    """
     import tqdm
 
-    terminal, done = sys.stderr.isatty(), 0.0
+    terminal = sys.stderr.isatty()
+    done = 0.0
     bar = tqdm.tqdm(total=round(total_seconds), unit="s", disable=not terminal, leave=False)
 
     def add(seconds: float) -> None:
         nonlocal done
-        before, done = done, done + seconds
+        before = done
+        done += seconds
         bar.update(round(done) - round(before))
         tenth = total_seconds / 10
+        # Below 10 minutes no lines are worth printing; this also guards the division by zero.
         if not terminal and tenth > 60 and int(done / tenth) > int(before / tenth):
             print(f"{done:.0f} of {total_seconds:.0f} s", file=sys.stderr, flush=True)
 

@@ -1,14 +1,25 @@
-"""Converts official weights to a checkpoint, or a checkpoint to an official directory."""
+"""Converts official Hugging Face weights to a checkpoint, or a checkpoint to official weights."""
 
 import argparse
+
+EXAMPLE = "moss-tok convert runs/quickstart exported"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="official directory, Hub id or checkpoint")
-    parser.add_argument("destination", metavar="DST", help="new directory; the other layout")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the stored weights"
+        "source",
+        metavar="SRC",
+        help="checkpoint, training workdir, official directory or Hugging Face Hub id",
+    )
+    parser.add_argument(
+        "destination", metavar="DST", help="new directory, written in the other of the two formats"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="type of the stored weights (default: float32)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Decodes codes into an audio file, or those of a folder."""
+"""Decodes a file of codes, or all of a folder, to audio."""
 
 import argparse
 import functools
@@ -8,11 +8,17 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
+EXAMPLE = "moss-tok decode speech.npz speech.wav --checkpoint runs/quickstart"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("input", metavar="IN.npz", help="as `moss-tok encode` writes; or a folder")
-    parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg; or a folder")
+    parser.add_argument(
+        "input", metavar="IN.npz", help="codes written by moss-tok encode, or a folder of them"
+    )
+    parser.add_argument(
+        "output", metavar="OUT.wav", help="wav, flac or ogg file; for a folder: a folder of wav"
+    )
     arguments.add_codec(parser)
 
 
@@ -35,10 +41,13 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     from moss_tok.audio import files
     from moss_tok.codec import codes, inference
 
-    config, file = codec.config, codes.read(source, codec.config)
-    given = file.codes.shape[0]
-    if num_quantizers is not None and num_quantizers > given:
-        raise ValueError(f"num_quantizers must be 1..{given}, the file has no more")
+    config = codec.config
+    file = codes.read(source, config)
+    available = file.codes.shape[0]
+    if num_quantizers is not None and num_quantizers > available:
+        raise ValueError(
+            f"num_quantizers must be 1..{available} for this file, got {num_quantizers}"
+        )
     rows = file.codes[:num_quantizers]
     num_quantizers, num_frames = rows.shape
     seconds = file.num_samples / config.sample_rate
@@ -50,13 +59,13 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
         blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
         with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
             parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
-            wav = _first(parts, file.num_samples)
+            wav = _truncate(parts, file.num_samples)
             files.write_blocks(output, wav, config.sample_rate, config.num_channels, seconds)
     return f"{output}: {seconds:.2f} s from {num_quantizers} x {num_frames} codes"
 
 
-def _first(blocks: Iterable[Any], num_samples: int) -> Iterator[Any]:
-    """Cuts the end of blocks [C, S] off."""
+def _truncate(blocks: Iterable[Any], num_samples: int) -> Iterator[Any]:
+    """Yields blocks [C, S], cut to `num_samples` in total."""
     for block in blocks:
         yield block[:, :num_samples]
         num_samples = max(0, num_samples - block.shape[1])

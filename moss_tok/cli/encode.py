@@ -1,4 +1,4 @@
-"""Encodes an audio file, or all of a folder, into codes."""
+"""Encodes an audio file, or all of a folder, to codes."""
 
 import argparse
 import functools
@@ -7,14 +7,20 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
+EXAMPLE = "moss-tok encode speech.flac speech.npz --checkpoint runs/quickstart --num-quantizers 8"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="IN", help="audio of any kind, rate and channels; or a folder"
+        "input",
+        metavar="IN",
+        help="audio file of any format, sample rate and number of channels, or a folder of them",
     )
     parser.add_argument(
-        "output", metavar="OUT.npz", help="codes int16 [Q, T] and how to decode; or a folder"
+        "output",
+        metavar="OUT.npz",
+        help="codes, int16 [Q, T], with the fields that decode needs; for a folder: a folder",
     )
     arguments.add_codec(parser)
 
@@ -31,40 +37,56 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.output}: the name must end in .npz")
         files.check_parent(args.output)
     if not source.is_dir():
-        files.duration_seconds(source)  # before the weights are read
+        files.duration_seconds(source)  # reports unreadable audio before weights are loaded
     codec = moss_tok.load(args.checkpoint, component="encoder")
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
     encode = functools.partial(_encode, codec, num_quantizers)
-    return arguments.each_file(
-        args.input, args.output, (*files.readable_suffixes(), ".npz"), encode
-    )
+    suffixes = (*files.readable_suffixes(), ".npz")
+    return arguments.each_file(args.input, args.output, suffixes, encode)
 
 
 def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
+    from moss_tok.audio import files
+    from moss_tok.codec import codes, inference
+
+    config = codec.config
+    seconds = files.duration_seconds(source)
+    if seconds <= inference.CHUNK_SECONDS:
+        wav = files.read(source, config.sample_rate, config.num_channels)
+        num_samples = wav.shape[1]
+        array = inference.encode_one(codec, wav, num_quantizers)
+    else:
+        array, num_samples = _encode_in_chunks(codec, num_quantizers, source, seconds)
+    codes.write(output, array, num_samples, config)
+    return (
+        f"{output}: {num_quantizers} x {array.shape[1]} codes, "
+        f"{num_samples / config.sample_rate:.2f} s at {config.bitrate(num_quantizers):.0f} bit/s"
+    )
+
+
+def _encode_in_chunks(
+    codec: Any, num_quantizers: int, source: Path, seconds: float
+) -> tuple[Any, int]:
+    """Codes [Q, T] int16 of a long recording, and its length in samples."""
     import numpy as np
 
     import moss_tok
     from moss_tok.audio import files
-    from moss_tok.codec import codes, inference
+    from moss_tok.codec import inference
 
-    config, seconds, lengths = codec.config, files.duration_seconds(source), []
-    frames, shape = arguments.chunk_frames(config), (config.sample_rate, config.num_channels)
+    config = codec.config
+    num_samples = 0
 
     def blocks():
-        for block in files.read_blocks(source, *shape, inference.CHUNK_SECONDS):
-            lengths.append(block.shape[1])
+        nonlocal num_samples
+        for block in files.read_blocks(
+            source, config.sample_rate, config.num_channels, inference.CHUNK_SECONDS
+        ):
+            num_samples += block.shape[1]
             yield block
 
-    if seconds <= inference.CHUNK_SECONDS:
-        wav = files.read(source, *shape)
-        lengths.append(wav.shape[1])
-        found = inference.encode_one(codec, wav, num_quantizers)
-    else:
-        with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
-            parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
-            found = np.concatenate([part.astype(np.int16) for part in parts], axis=1)
-    codes.write(output, found, sum(lengths), config)
-    return (
-        f"{output}: {num_quantizers} x {found.shape[1]} codes, "
-        f"{sum(lengths) / config.sample_rate:.2f} s at {config.bitrate(num_quantizers):.0f} bit/s"
-    )
+    frames = arguments.chunk_frames(config)
+    with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
+        parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
+        array = np.concatenate([part.astype(np.int16) for part in parts], axis=1)
+    return array, num_samples

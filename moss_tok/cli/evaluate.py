@@ -3,106 +3,162 @@
 import argparse
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moss_tok.cli import arguments
+
+EXAMPLE = "moss-tok evaluate --checkpoint runs/quickstart --dataset test.jsonl --output evaluation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     arguments.add_checkpoint(parser)
     parser.add_argument(
-        "--dataset", required=True, action="append", metavar="D.jsonl",
-        help="a path of audio per line, may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="one left unfinished is gone on with"
+        "--dataset",
+        required=True,
+        action="append",
+        metavar="D.jsonl",
+        help='recordings, one {"path": ...} per line; repeat the option for several data sets',
     )
     parser.add_argument(
-        "--num-quantizers", default="", metavar="N,...", help="1,2,4..8 or all (powers of two)"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder; an unfinished output is resumed by the same command",
     )
     parser.add_argument(
-        "--metrics", default="", metavar="M,...",
-        help="which (all); wer and cer need a checkpoint with a language model, and transcripts",
-    )  # fmt: skip
+        "--num-quantizers",
+        default="",
+        metavar="N,...",
+        help="numbers of quantizers: all, or numbers and ranges as in 1,2,4..8 "
+        "(default: powers of two, and all quantizers)",
+    )
     parser.add_argument(
-        "--baselines", default="", metavar="B,...",
-        help="opus:KBPS, codec2:BPS (by their tools), NAME[:KBPS]=FOLDER of reconstructions",
-    )  # fmt: skip
-    parser.add_argument("--name", default="", help="of the codec in the results (the folder's)")
+        "--metrics",
+        default="",
+        metavar="M,...",
+        help="metrics to compute; wer and cer need transcripts and a checkpoint with a language "
+        "model (default: all)",
+    )
     parser.add_argument(
-        "--num-workers", type=int, default=os.cpu_count(), metavar="N",
-        help="processes that score (all cores)",
-    )  # fmt: skip
+        "--baselines",
+        default="",
+        metavar="B,...",
+        help="other codecs to compare with: opus:KBPS and codec2:BPS, which run the installed "
+        "tools, or NAME[:KBPS]=FOLDER, a folder of reconstructions",
+    )
+    parser.add_argument(
+        "--name",
+        default="",
+        help="name of the codec in the results (default: the checkpoint's folder name)",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="number of scoring processes (default: all cores)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import moss_tok
     from moss_tok.codec import pretrained
-    from moss_tok.evaluation import baselines, metrics, pages, protocol, sweep, transcription
+    from moss_tok.evaluation import baselines, datasets, pages, reconstruction, results, sweep
 
-    wanted = [m.strip() for m in args.metrics.split(",")] if args.metrics else []
-    names = [m for m in wanted if m not in protocol.TEXT_METRICS]
-    names = names if wanted else list(metrics.METRICS)
-    metrics.check(names)
+    requested, audio_metrics = _parse_metrics(args.metrics)
     if args.num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {args.num_workers}")
-    datasets = [protocol.read_dataset(path) for path in args.dataset]
-    if len({d.name for d in datasets}) < len(datasets):
+    data = [datasets.read_dataset(path) for path in args.dataset]
+    if len({dataset.name for dataset in data}) < len(data):
         raise ValueError("two data sets have the same file name")
     config = pretrained.load_config(args.checkpoint)
     numbers = sweep.bitrates(config)
     if args.num_quantizers:
-        numbers = protocol.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
+        numbers = reconstruction.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
     name = baselines.check_name(args.name or Path(args.checkpoint).absolute().name)
-    others = _others(args.baselines, name, datasets)
-    protocol.check_output(args.output)
-    language = _language(args.checkpoint, datasets, wanted)
+    others = _parse_baselines(args.baselines, name, data)
+    output = Path(args.output)
+    reconstruction.check_output(args.output)
+    language = _load_language(args.checkpoint, data, requested)
     codec = moss_tok.load(args.checkpoint)
-    folder = Path(args.output) / name
-    model, problems = _describe(name, codec), []
-    rate = functools.partial(_rate, names=names, num_workers=args.num_workers)
-    for dataset in datasets:
-        files = protocol.reconstruct(codec, dataset, numbers, folder, model)
-        _show(files, dataset, "reconstructed")
-        for n in numbers:
-            problems.append(rate(dataset, folder / f"rvq{n}", round(config.bitrate(n))))
-        if language and transcription.has_words(dataset.texts):
-            transcription.write_dataset(codec, language, dataset, numbers, folder)
-        protocol.write_entropy(folder, dataset, config)
+    model = _describe(name, codec)
+    rate = functools.partial(_rate, metric_names=audio_metrics, num_workers=args.num_workers)
+    problems = []
+    for dataset in data:
+        problems += _evaluate_codec(codec, language, dataset, numbers, output / name, model, rate)
         for other in others:
-            where = Path(args.output) / other.name
-            shape = config.sample_rate, config.num_channels
-            files = protocol.reconstruct_by(other, dataset, where, *shape)
-            _show(files, dataset, f"by {other.name}")
-            problems.append(rate(dataset, where, other.bps))
-    print(protocol.write_summary(Path(args.output)))
-    print(pages.write_evaluation(Path(args.output)))
+            folder = output / other.name
+            names = reconstruction.reconstruct_by(
+                other, dataset, folder, config.sample_rate, config.num_channels
+            )
+            _show_progress(names, dataset, f"by {other.name}")
+            problems.append(rate(dataset, folder, other.bps))
+    print(results.write_summary(output))
+    print(pages.write_evaluation(output))
     if problem := next(filter(None, problems), None):
         raise ValueError(problem)
 
 
-def _show(files: Iterable[Any], dataset: Any, what: str) -> None:
-    """Goes through files, one for each recording, and shows how far it is."""
-    with arguments.counter(len(dataset.items), f"{dataset.name}, {what}") as count:
-        for _ in files:
+def _parse_metrics(text: str) -> tuple[list[str], list[str]]:
+    """The metrics asked for, [] for all, and those of them that compare audio."""
+    from moss_tok.evaluation import metrics, results
+
+    requested = [name.strip() for name in text.split(",")] if text else []
+    audio_metrics = list(metrics.METRICS)
+    if requested:
+        audio_metrics = [name for name in requested if name not in results.TEXT_METRICS]
+    metrics.check(audio_metrics)
+    return requested, audio_metrics
+
+
+def _evaluate_codec(
+    codec: Any,
+    language: Any | None,
+    dataset: Any,
+    numbers: Sequence[int],
+    folder: Path,
+    model: dict[str, Any],
+    rate: Callable[..., str],
+) -> list[str]:
+    """Writes everything about the codec on one data set; returns the problems, "" for none."""
+    from moss_tok.evaluation import reconstruction, results, transcription
+
+    names = reconstruction.reconstruct(codec, dataset, numbers, folder, model)
+    _show_progress(names, dataset, "reconstructed")
+    problems = []
+    for n in numbers:
+        problems.append(rate(dataset, folder / f"rvq{n}", round(codec.config.bitrate(n))))
+    if language and transcription.has_words(dataset.texts):
+        transcription.write_dataset(codec, language, dataset, numbers, folder)
+    results.write_entropy(folder, dataset, codec.config)
+    return problems
+
+
+def _show_progress(names: Iterable[str], dataset: Any, title: str) -> None:
+    """Runs an iterator of finished files, one per recording, and shows the progress."""
+    with arguments.counter(len(dataset.items), f"{dataset.name}, {title}") as count:
+        for _ in names:
             count()
 
 
-def _rate(dataset: Any, where: Path, bps: int | None, names: list[str], num_workers: int) -> str:
-    """Scores what is in a folder, and writes the means; what is wrong, or ""."""
-    from moss_tok.evaluation import protocol
+def _rate(
+    dataset: Any, folder: Path, bps: int | None, metric_names: list[str], num_workers: int
+) -> str:
+    """Scores a system on a data set and writes the means; returns a problem, or ""."""
+    from moss_tok.evaluation import results, scoring
 
-    with arguments.counter(len(dataset.items), f"{dataset.name}, {where.name} scored") as count:
-        rows = protocol.score(where / dataset.name, dataset, names, num_workers, count)
-    return protocol.write_results(where / dataset.name, dataset, rows, names, bps)
+    rated = folder / dataset.name
+    with arguments.counter(len(dataset.items), f"{dataset.name}, {folder.name} scored") as count:
+        rows = scoring.score(rated, dataset, metric_names, num_workers, count)
+    return results.write_results(rated, dataset, rows, metric_names, bps)
 
 
 def _describe(name: str, codec: Any) -> dict[str, Any]:
-    """What the manifests say of the codec."""
+    """The codec's entry in the manifests."""
     from moss_tok.codec import pretrained
 
     config = codec.config
@@ -117,34 +173,40 @@ def _describe(name: str, codec: Any) -> dict[str, Any]:
     }
 
 
-def _others(text: str, name: str, datasets: list[Any]) -> list[Any]:
-    """The baselines, which have what they need."""
+def _parse_baselines(text: str, name: str, data: Sequence[Any]) -> list[Any]:
+    """The baselines, checked against the codec's name and the recordings."""
     from moss_tok.evaluation import baselines
 
     others = baselines.parse(text)
     if name in [other.name.partition("/")[0] for other in others]:
-        raise ValueError(f"a baseline is called {name} like the codec; give it another --name")
-    baselines.check(others, [audio for dataset in datasets for audio, *_ in dataset.items])
+        raise ValueError(
+            f"the codec and a baseline are both called {name}: give the codec another --name"
+        )
+    baselines.check(others, [audio for dataset in data for audio, *_ in dataset.items])
     return others
 
 
-def _language(checkpoint: str, datasets: list[Any], wanted: list[str]) -> Any | None:
-    """The checkpoint's language model, if there is one, texts to score it by, and a wish to."""
+def _load_language(checkpoint: str, data: Sequence[Any], requested: Sequence[str]) -> Any | None:
+    """The checkpoint's language model if wer or cer can be computed; None otherwise.
+
+    Raises:
+      ValueError: wer or cer was asked for, but there are no transcripts or no language model.
+    """
     from moss_tok.checkpoint import find_checkpoint
-    from moss_tok.evaluation import protocol, transcription
+    from moss_tok.evaluation import results, transcription
     from moss_tok.language import pretrained as language_models
 
-    asked = bool(set(wanted) & set(protocol.TEXT_METRICS))
-    if wanted and not asked:
+    text_requested = bool(set(requested) & set(results.TEXT_METRICS))
+    if requested and not text_requested:
         return None
-    texts = [text for dataset in datasets for text in dataset.texts]
+    texts = [text for dataset in data for text in dataset.texts]
     if not transcription.has_words(texts):
-        if asked:
+        if text_requested:
             raise ValueError("wer and cer need a data set whose lines have a transcript")
         return None
     if language_models.load_config(find_checkpoint(checkpoint)):
         transcription.check_installed()
         return language_models.load(checkpoint)
-    if asked:
+    if text_requested:
         raise ValueError(f"wer and cer need a language model, {checkpoint} has none")
     return None

@@ -4,10 +4,16 @@ import argparse
 import math
 from typing import Any
 
+EXAMPLE = "moss-tok info nano"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("checkpoint", metavar="C", help="checkpoint, official directory or preset")
+    parser.add_argument(
+        "checkpoint",
+        metavar="C",
+        help="checkpoint, training workdir, official directory, Hugging Face Hub id or preset name",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,9 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
-    """Lines about a codec whose parameters have `shapes`."""
-    quantizer = config.quantizer
-    bits = math.log2(quantizer.codebook_size)
+    """Lines that describe a codec whose parameters have `shapes`."""
     lines = [
         f"sample rate   {config.sample_rate} Hz, {config.num_channels} channel(s)",
         f"frame rate    {config.frame_rate:g} Hz, hop_length {config.hop_length} samples",
@@ -34,29 +38,32 @@ def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
         f"{config.bitrate(1):g} per quantizer",
         f"parameters    {_count(shapes):,}",
     ]
-    for side in ("encoder", "decoder"):
-        lines.append(f"{side:<13} {_count(shapes[side]):,} parameters")
-        rows = zip(getattr(config, side), config.windows(side), config.stage_rates(side),
-                   strict=True)  # fmt: skip
-        for i, (module, window, rate) in enumerate(rows):
-            lines.append(f"  {i}  {_module(module, window, rate)}")
-        if side == "encoder":
-            lines.append(f"quantizer     {_count(shapes['quantizer']):,} parameters")
-            lines.append(
-                f"  {quantizer.num_quantizers} codebooks of {quantizer.codebook_size} x "
-                f"{quantizer.codebook_dim} ({bits:g} bits), width {quantizer.input_dim} -> "
-                f"{quantizer.rvq_dim} -> {quantizer.output_dim}"
-            )
+    lines += _describe_side(config, "encoder", shapes["encoder"])
+    lines += _describe_quantizer(config.quantizer, shapes["quantizer"])
+    lines += _describe_side(config, "decoder", shapes["decoder"])
     return lines
 
 
-def _count(shapes: Any) -> int:
-    if isinstance(shapes, dict):
-        return sum(map(_count, shapes.values()))
-    return math.prod(shapes.shape)
+def _describe_side(config: Any, side: str, shapes: dict[str, Any]) -> list[str]:
+    lines = [f"{side:<13} {_count(shapes):,} parameters"]
+    modules = getattr(config, side)
+    rows = zip(modules, config.windows(side), config.stage_rates(side), strict=True)
+    for i, (module, window, rate) in enumerate(rows):
+        lines.append(f"  {i}  {_describe_module(module, window, rate)}")
+    return lines
 
 
-def _module(module: Any, window: int | None, rate: float) -> str:
+def _describe_quantizer(quantizer: Any, shapes: dict[str, Any]) -> list[str]:
+    bits = math.log2(quantizer.codebook_size)
+    return [
+        f"quantizer     {_count(shapes):,} parameters",
+        f"  {quantizer.num_quantizers} codebooks of {quantizer.codebook_size} x "
+        f"{quantizer.codebook_dim} ({bits:g} bits), width {quantizer.input_dim} -> "
+        f"{quantizer.rvq_dim} -> {quantizer.output_dim}",
+    ]
+
+
+def _describe_module(module: Any, window: int | None, rate: float) -> str:
     if window is None:
         return f"patch {module.patch_size}"
     return (
@@ -64,3 +71,10 @@ def _module(module: Any, window: int | None, rate: float) -> str:
         f"{module.num_layers} layers, {module.num_heads} heads, mlp {module.mlp_dim}, "
         f"{rate:g} Hz, window {window} frames ({window / rate:g} s)"
     )
+
+
+def _count(shapes: Any) -> int:
+    """Number of parameters."""
+    if isinstance(shapes, dict):
+        return sum(map(_count, shapes.values()))
+    return math.prod(shapes.shape)

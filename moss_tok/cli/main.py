@@ -1,4 +1,4 @@
-"""Entry point of `moss-tok`: finds the command, and turns user errors into one line."""
+"""Entry point of `moss-tok`: runs a command, and prints user errors as one line."""
 
 import argparse
 import importlib
@@ -10,18 +10,18 @@ from moss_tok.audio import notes
 from moss_tok.cli import arguments
 
 COMMANDS = {
-    "encode": "audio file to codes (.npz)",
-    "decode": "codes (.npz) to audio file",
-    "reconstruct": "audio file through the codec and back",
-    "stream": "live: PCM to codes, codes to PCM, or a file through both",
-    "convert": "official Hugging Face layout to a checkpoint, or back",
-    "evaluate": "data sets at several bitrates: files, scores, tables",
-    "report": "a page of a training run or an evaluation, to look and listen",
-    "export": "a function as a StableHLO artifact that runs without moss_tok",
-    "tokenize": "a data set to shards of codes",
-    "transcribe": "what is said in audio or codes, by a checkpoint with a language model",
-    "prepare": "folder or manifest into ArrayRecord shards for training",
-    "info": "modules, parameters, rates and bitrates of a checkpoint or preset",
+    "encode": "encode audio to codes (.npz)",
+    "decode": "decode codes (.npz) to audio",
+    "reconstruct": "encode audio and decode it again",
+    "stream": "encode or decode in real time, from standard input to standard output",
+    "convert": "convert official Hugging Face weights to a checkpoint, or back",
+    "evaluate": "score reconstructions of data sets at several bitrates",
+    "report": "write an HTML page about a training run or an evaluation",
+    "export": "export a function as a StableHLO artifact that runs without moss_tok",
+    "tokenize": "encode a data set to shards of codes",
+    "transcribe": "transcribe audio or codes, with a checkpoint that has a language model",
+    "prepare": "prepare a folder or manifest for training, as ArrayRecord shards",
+    "info": "print modules, parameters, rates and bitrates of a checkpoint or preset",
 }
 
 
@@ -34,24 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 2 for a user's error, 1 if some files failed."""
+    """Runs a command and returns the exit code: 2 for a user error, 1 if some files failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
-    parser = Parser(
-        prog="moss-tok",
-        usage="moss-tok COMMAND ...",
-        description=f"A causal Transformer audio codec.\n\ncommands:\n{listing}",
-        epilog="moss-tok COMMAND --help says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", help=argparse.SUPPRESS)
-    name = parser.parse_args(argv[:1]).command
-    if name not in COMMANDS:
-        parser.error(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+    name = _parse_command(argv[:1])
     command = importlib.import_module(f"moss_tok.cli.{name}")
-    parser = Parser(prog=f"moss-tok {name}", description=command.__doc__, allow_abbrev=False)
-    command.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    args = build_parser(name).parse_args(argv[1:])
     notes.forget()
     _print_any_name()
     try:
@@ -70,18 +57,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def build_parser(name: str) -> Parser:
+    """The parser of a command; its help ends with the command's EXAMPLE."""
+    command = importlib.import_module(f"moss_tok.cli.{name}")
+    parser = Parser(
+        prog=f"moss-tok {name}",
+        description=command.__doc__,
+        epilog=f"example:\n  {command.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return parser
+
+
+def _parse_command(argv: Sequence[str]) -> str:
+    """The command's name; prints the list of commands for --help."""
+    listing = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
+    parser = Parser(
+        prog="moss-tok",
+        usage="moss-tok COMMAND ...",
+        description=f"A causal Transformer audio codec.\n\ncommands:\n{listing}",
+        epilog="Run moss-tok COMMAND --help for a command's arguments and an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    name = parser.parse_args(argv).command
+    if name not in COMMANDS:
+        parser.error(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+    return name
+
+
 def _print_any_name() -> None:
-    """Lets standard output take names of files that its encoding cannot write, as escapes."""
+    """Prints characters of file names that standard output cannot encode as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _flush() -> None:
-    """Raises OSError where what was printed has no room; at exit nobody would be told."""
+    """Flushes standard output here: an error at exit, as of a full disk, would go unnoticed."""
     if sys.stdout is None:
         return
     try:
         sys.stdout.flush()
     except OSError:
-        arguments.print_nowhere()
+        arguments.discard_output()
         raise

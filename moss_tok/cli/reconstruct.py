@@ -1,4 +1,4 @@
-"""Sends an audio file, or a folder of them, through the codec and back."""
+"""Encodes an audio file, or all of a folder, and decodes it again; prints the mel distance."""
 
 import argparse
 import functools
@@ -8,13 +8,19 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
+EXAMPLE = "moss-tok reconstruct speech.flac again.wav --checkpoint runs/quickstart"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="IN", help="audio of any kind, rate and channels; or a folder"
+        "input",
+        metavar="IN",
+        help="audio file of any format, sample rate and number of channels, or a folder of them",
     )
-    parser.add_argument("output", metavar="OUT.wav", help="wav, flac or ogg; or a folder")
+    parser.add_argument(
+        "output", metavar="OUT.wav", help="wav, flac or ogg file; for a folder: a folder of wav"
+    )
     arguments.add_codec(parser)
 
 
@@ -29,48 +35,61 @@ def run(args: argparse.Namespace) -> int:
     codec = moss_tok.load(args.checkpoint)
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
     reconstruct = functools.partial(_reconstruct, codec, num_quantizers)
-    return arguments.each_file(
-        args.input, args.output, (*files.readable_suffixes(), ".wav"), reconstruct
-    )
+    suffixes = (*files.readable_suffixes(), ".wav")
+    return arguments.each_file(args.input, args.output, suffixes, reconstruct)
 
 
 def _reconstruct(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
     import numpy as np
 
     from moss_tok.audio import files
-    from moss_tok.codec import inference
     from moss_tok.evaluation import metrics
 
-    config, seconds = codec.config, files.duration_seconds(source)
-    shape, distances, sizes = (config.sample_rate, config.num_channels), [], []
-    if seconds <= inference.CHUNK_SECONDS:
-        wav = files.read(source, *shape)
-        codes = inference.encode_one(codec, wav, num_quantizers)
-        pairs = [(wav, inference.decode_one(codec, codes)[:, : wav.shape[1]])]
-    else:
-        blocks = files.read_blocks(source, *shape, inference.CHUNK_SECONDS)
-        pairs = _round_trip(codec, num_quantizers, blocks)
-        pairs = arguments.progress(pairs, seconds, inference.CHUNK_SECONDS)
+    config = codec.config
+    seconds = files.duration_seconds(source)
+    pairs = _round_trip(codec, num_quantizers, source, seconds)
+    distances = []
+    sizes = []
 
-    def heard():
+    def measured():
         for wav, wav_hat in pairs:
-            pair = wav, np.clip(wav_hat, -1, 1)
-            found, _ = metrics.compute_each(*pair, config.sample_rate, ("mel_loss",))
-            if found:  # of 65 ms or more
-                distances.append(found["mel_loss"])
+            clipped = np.clip(wav_hat, -1, 1)
+            values, _ = metrics.compute_each(wav, clipped, config.sample_rate, ("mel_loss",))
+            if values:  # the metric needs 65 ms
+                distances.append(values["mel_loss"])
                 sizes.append(wav.shape[1])
             yield wav_hat
 
-    files.write_blocks(output, heard(), *shape, seconds)
-    said = f", mel distance {np.average(distances, weights=sizes):.3f}" if distances else ""
-    bitrate = f"{config.bitrate(num_quantizers):.0f} bit/s"
-    return f"{output}: {bitrate} ({num_quantizers} quantizers){said}"
+    files.write_blocks(output, measured(), config.sample_rate, config.num_channels, seconds)
+    line = f"{output}: {config.bitrate(num_quantizers):.0f} bit/s ({num_quantizers} quantizers)"
+    if distances:
+        line += f", mel distance {np.average(distances, weights=sizes):.3f}"
+    return line
 
 
 def _round_trip(
+    codec: Any, num_quantizers: int, source: Path, seconds: float
+) -> Iterable[tuple[Any, Any]]:
+    """A recording, whole or in chunks: the input [C, S] and its reconstruction [C, S]."""
+    from moss_tok.audio import files
+    from moss_tok.codec import inference
+
+    config = codec.config
+    if seconds <= inference.CHUNK_SECONDS:
+        wav = files.read(source, config.sample_rate, config.num_channels)
+        codes = inference.encode_one(codec, wav, num_quantizers)
+        return [(wav, inference.decode_one(codec, codes)[:, : wav.shape[1]])]
+    blocks = files.read_blocks(
+        source, config.sample_rate, config.num_channels, inference.CHUNK_SECONDS
+    )
+    pairs = _round_trip_chunks(codec, num_quantizers, blocks)
+    return arguments.progress(pairs, seconds, inference.CHUNK_SECONDS)
+
+
+def _round_trip_chunks(
     codec: Any, num_quantizers: int, blocks: Iterable[Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """Blocks of a recording, cut anew, each with what becomes of it; [C, S] and [C, S]."""
+    """Yields whole chunks of a recording [C, S], each with its reconstruction [C, S]."""
     import numpy as np
 
     import moss_tok
@@ -84,6 +103,6 @@ def _round_trip(
     ):
         for wav in files.rechunk(blocks, size):
             wav_hat = decoder.push(encoder.push(wav))
-            if wav.shape[1] < size:  # the last
+            if wav.shape[1] < size:  # the last chunk
                 wav_hat = np.concatenate([wav_hat, decoder.push(encoder.finish())], axis=1)
             yield wav, wav_hat[:, : wav.shape[1]]

@@ -1,11 +1,15 @@
-"""A page to look and listen: report.html of a training run, or of an evaluation."""
+"""Writes report.html, a page with plots, audio and tables of a training run or an evaluation."""
 
 import argparse
+
+EXAMPLE = "moss-tok report runs/quickstart"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("folder", metavar="DIR", help="workdir of train.py, or output of evaluate")
+    parser.add_argument(
+        "folder", metavar="DIR", help="workdir of train.py, or output of moss-tok evaluate"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,5 +21,6 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    write = pages.write_run if (folder / "train_config.json").exists() else pages.write_evaluation
+    is_run = (folder / "train_config.json").exists()
+    write = pages.write_run if is_run else pages.write_evaluation
     print(write(folder))

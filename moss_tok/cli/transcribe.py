@@ -1,11 +1,13 @@
-"""Prints what is said in audio, or in codes, by the language model of a checkpoint."""
+"""Transcribes audio or codes, with a checkpoint that has a language model."""
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moss_tok.cli import arguments
+
+EXAMPLE = "moss-tok transcribe speech.flac --checkpoint runs/asr"
 
 _CODES = ".npz"
 
@@ -15,21 +17,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="IN",
-        help="audio, or codes (.npz) of `moss-tok encode`; or a folder of either, which prints "
-        "NAME, a tab and the text",
+        help="audio, or codes (.npz) written by moss-tok encode; or a folder of either, for which "
+        "each line is the file's name, a tab and the text",
     )
     arguments.add_codec(parser)
-    parser.add_argument("--task", default="transcribe", metavar="T",
-                        help="transcribe, transcribe_speakers or caption")  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N",
-                        help="a text ends here at the latest (default: 512)")  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X",
-                        help="above 0: tokens are drawn, not the likeliest taken")  # fmt: skip
-    parser.add_argument("--top-k", type=int, default=0, metavar="K",
-                        help="drawn among the K likeliest (default: all)")  # fmt: skip
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="drawn among the likeliest that make up P (default: 1)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--task",
+        default="transcribe",
+        metavar="T",
+        help="transcribe, transcribe_speakers or caption (default: transcribe)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="maximum number of tokens of a text (default: 512)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 takes the likeliest token; above 0, tokens are sampled (default: 0)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample among the K likeliest tokens (default: all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample among the likeliest tokens whose probabilities sum to P (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,27 +63,21 @@ def run(args: argparse.Namespace) -> int:
     from moss_tok import storage
     from moss_tok.audio import files, folders
     from moss_tok.audio.manifest import TASKS
-    from moss_tok.codec import pretrained
     from moss_tok.errors import check_choice
-    from moss_tok.language import pretrained as language_models
     from moss_tok.language.generate import Sampling
 
     check_choice("task", args.task, TASKS)
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed must be 0..{2**31 - 1}, got {args.seed}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens)
-    source, kinds = storage.to_local_path(args.input), (*files.readable_suffixes(), _CODES)
+    source = storage.to_local_path(args.input)
     paths = [source]
     if source.is_dir():
-        paths = folders.select(source, storage.files_under(source), kinds)
+        suffixes = (*files.readable_suffixes(), _CODES)
+        paths = folders.select(source, storage.files_under(source), suffixes)
     elif not source.exists():
         raise ValueError(f"{source}: no such file")
-    language = language_models.load(args.checkpoint)
-    if args.num_quantizers is not None and language.config.audio != "codes":
-        raise ValueError("this language model hears latents, without any num-quantizers")
-    coded = all(p.suffix.lower() == _CODES for p in paths)
-    codec = pretrained.load(args.checkpoint, component="quantizer" if coded else "encoder")
-    codec.config.check_num_quantizers(args.num_quantizers)
+    codec, language = _load(args, paths)
     if not source.is_dir():
         print(_transcribe(codec, language, source, args, sampling))
         return 0
@@ -70,9 +90,23 @@ def run(args: argparse.Namespace) -> int:
         else:
             name = str(path.relative_to(source)).replace("\n", "\\n").replace("\t", "\\t")
             print(f"{name}\t{' '.join(text.split())}", flush=True)
-    for failure in failures:
-        print(f"failed: {' '.join(failure.split())}", file=sys.stderr)
+    arguments.print_failures(failures)
     return 1 if failures else 0
+
+
+def _load(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[Any, Any]:
+    """Loads the language model, and the part of the codec that the files need."""
+    from moss_tok.codec import pretrained
+    from moss_tok.language import pretrained as language_models
+
+    language = language_models.load(args.checkpoint)
+    if args.num_quantizers is not None and language.config.audio != "codes":
+        raise ValueError("num-quantizers does not apply: this language model takes latents")
+    only_codes = all(path.suffix.lower() == _CODES for path in paths)
+    component = "quantizer" if only_codes else "encoder"
+    codec = pretrained.load(args.checkpoint, component=component)
+    codec.config.check_num_quantizers(args.num_quantizers)
+    return codec, language
 
 
 def _transcribe(
@@ -89,6 +123,10 @@ def _transcribe(
         )[0]
     rows = codes.read(path, codec.config).codes
     if args.num_quantizers is not None and args.num_quantizers > len(rows):
-        raise ValueError(f"{path}: num_quantizers must be 1..{len(rows)}, the file has no more")
-    options = (None, args.task, sampling, args.seed, args.num_quantizers)
-    return generate.transcribe(codec, language, rows[None], *options)[0]
+        raise ValueError(
+            f"{path}: num_quantizers must be 1..{len(rows)} for this file, "
+            f"got {args.num_quantizers}"
+        )
+    return generate.transcribe(
+        codec, language, rows[None], None, args.task, sampling, args.seed, args.num_quantizers
+    )[0]

@@ -18,7 +18,7 @@ _TOOLS = {"opus": ("opusenc", "opusdec"), "codec2": ("c2enc", "c2dec")}
 _CODEC2_RATE = 8000
 _CODEC2_MODES = (3200, 2400, 1600, 1400, 1300, 1200)
 
-# What a recording becomes: (its file, reference [C, S], sample rate) -> [C, S'].
+# Encodes and decodes: (audio path, reference [C, S], sample rate) -> reconstruction [C, S'].
 Coder = Callable[[Path, np.ndarray, int], np.ndarray]
 
 
@@ -28,9 +28,10 @@ class Baseline:
 
     Attributes:
       name: Folder of its results: "opus/6kbps", "codec2/3200bps", "NAME/KBPSkbps" or "NAME".
-      bps: Nominal bits per second; None for a folder whose rate was not said.
-      code: What it does.
-      files: Of a folder, by their names without suffix; None where any recording can be coded.
+      bps: Nominal bits per second; None for a folder without a stated rate.
+      code: Encodes and decodes a recording.
+      files: Reconstructions of a folder, by file name without suffix; None if any recording can
+        be coded.
     """
 
     name: str
@@ -40,29 +41,32 @@ class Baseline:
 
 
 def parse(text: str) -> list[Baseline]:
-    """Baselines of "opus:6,codec2:3200,NAME:KBPS=FOLDER": any reconstructions, rated if known.
+    """Parses baselines such as "opus:6,codec2:3200,NAME=FOLDER,NAME:KBPS=FOLDER".
 
     Raises:
-      ValueError: Another form or rate, tools that are not installed, no such folder, or one name
-        twice.
+      ValueError: Another form or rate, a tool that is not installed, a folder that does not exist,
+        or a repeated name.
     """
-    found = [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
-    names = collections.Counter(baseline.name for baseline in found)
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"baselines has {repeated[0]} more than once")
-    return found
+    baselines = [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
+    counts = collections.Counter(baseline.name for baseline in baselines)
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(f"baselines has {name} more than once")
+    return baselines
 
 
-def check(found: Sequence[Baseline], recordings: Sequence[Path]) -> None:
-    """Raises ValueError where a folder has no, or no certain, reconstruction of a recording."""
-    known: dict[str, Path] = {}
-    for baseline in (b for b in found if b.files is not None):
+def check(baselines: Sequence[Baseline], recordings: Sequence[Path]) -> None:
+    """Raises ValueError unless each folder has exactly one reconstruction of each recording."""
+    recording_of: dict[str, Path] = {}
+    for baseline in baselines:
+        if baseline.files is None:
+            continue
         for audio in recordings:
             name = audio.stem
             if name not in baseline.files:
                 raise ValueError(f"{baseline.name}: no reconstruction called {name}")
-            several = baseline.files[name]
-            if len(several) > 1 or known.setdefault(name, audio) != audio:
+            same_name = recording_of.setdefault(name, audio)
+            if len(baseline.files[name]) > 1 or same_name != audio:
                 raise ValueError(f"{baseline.name}: {name} is the name of several recordings")
 
 
@@ -70,7 +74,7 @@ def check_name(name: str) -> str:
     """Returns the name of a codec, which becomes a folder of the output.
 
     Raises:
-      ValueError: It would not, or hides what else is there.
+      ValueError: It is no name of a folder, or the name of the report's folder.
     """
     if not name.strip(".") or "/" in name or name == "report":
         raise ValueError(
@@ -85,11 +89,12 @@ def _parse_one(part: str) -> Baseline:
     kind, _, rate = part.partition(":")
     if kind not in _TOOLS or not rate.isdecimal():
         raise ValueError(
-            "baselines must be opus:KBPS, codec2:BPS, NAME=FOLDER or NAME:KBPS=FOLDER, with commas "
-            f"between, got {part!r}"
+            "baselines must be opus:KBPS, codec2:BPS, NAME=FOLDER or NAME:KBPS=FOLDER, separated "
+            f"by commas, got {part!r}"
         )
-    if missing := [tool for tool in _TOOLS[kind] if shutil.which(tool) is None]:
-        raise ValueError(f"{part}: {missing[0]} is not installed")
+    for tool in _TOOLS[kind]:
+        if shutil.which(tool) is None:
+            raise ValueError(f"{part}: {tool} is not installed")
     if kind == "opus":
         if not 6 <= int(rate) <= 256:
             raise ValueError(f"{part}: opus takes 6..256 kbit/s")
@@ -100,24 +105,27 @@ def _parse_one(part: str) -> Baseline:
 
 
 def _parse_folder(part: str) -> Baseline:
-    named, _, folder = part.partition("=")
-    name, colon, rate = named.partition(":")
+    label, _, folder = part.partition("=")
+    name, colon, rate = label.partition(":")
     if not (name and Path(folder).is_dir()):
         raise ValueError(f"{part}: NAME=FOLDER needs a name and a folder that exists")
     check_name(name)
-    recordings = _find_files(Path(folder))
+    reconstructions = _find_files(Path(folder))
     bps = None
     if colon:
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not 1 <= 1000 * float(rate) <= 10**7:
             raise ValueError(f"{part}: KBPS must be a number of kbit/s, 0.001..10000")
-        name, bps = f"{name}/{rate}kbps", round(1000 * float(rate))
-    return Baseline(name, bps, _from_folder(Path(folder), recordings), recordings)
+        name = f"{name}/{rate}kbps"
+        bps = round(1000 * float(rate))
+    return Baseline(name, bps, _from_folder(Path(folder), reconstructions), reconstructions)
 
 
 def _opus(kbps: int) -> Coder:
     def code(_: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            source, coded, decoded = (f"{folder}/{n}" for n in ("in.wav", "coded.opus", "out.wav"))
+            source = f"{folder}/in.wav"
+            coded = f"{folder}/coded.opus"
+            decoded = f"{folder}/out.wav"
             files.write(source, wav, sample_rate)
             _run("opusenc", "--quiet", "--bitrate", str(kbps), source, coded)
             _run("opusdec", "--quiet", "--rate", str(sample_rate), coded, decoded)
@@ -130,13 +138,16 @@ def _codec2(mode: str) -> Coder:
     def code(_: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
         mono = files.resample(wav.mean(0, keepdims=True), sample_rate, _CODEC2_RATE)[0]
         with tempfile.TemporaryDirectory() as folder:
-            source, coded, decoded = (Path(folder) / n for n in ("in.raw", "coded", "out.raw"))
+            source = Path(folder) / "in.raw"
+            coded = Path(folder) / "coded"
+            decoded = Path(folder) / "out.raw"
             source.write_bytes(files.to_pcm16(mono).tobytes())
             _run("c2enc", mode, str(source), str(coded))
             _run("c2dec", mode, str(coded), str(decoded))
-            found = np.frombuffer(decoded.read_bytes(), "<i2").astype(np.float32) / 32768
-        found = files.resample(found[None], _CODEC2_RATE, sample_rate)
-        return files.to_channels(found, wav.shape[0])
+            pcm = np.frombuffer(decoded.read_bytes(), "<i2")
+        mono_hat = (pcm.astype(np.float32) / 32768)[None]
+        wav_hat = files.resample(mono_hat, _CODEC2_RATE, sample_rate)
+        return files.to_channels(wav_hat, wav.shape[0])
 
     return code
 
@@ -150,20 +161,24 @@ def _run(*command: str) -> None:
 
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    """Audio files of a folder, by name without suffix.
+
+    Other files need no note here: `check` refuses a folder that lacks a recording.
+    """
+    suffixes = files.readable_suffixes()
+    by_name: dict[str, list[Path]] = {}
     for path in storage.files_under(folder):
-        if path.suffix.lower() not in files.readable_suffixes():
-            continue
-        found.setdefault(path.stem, []).append(path)
-    return found
+        if path.suffix.lower() in suffixes:
+            by_name.setdefault(path.stem, []).append(path)
+    return by_name
 
 
-def _from_folder(folder: Path, found: dict[str, list[Path]]) -> Coder:
-    """Takes the file of the same name, whatever its suffix."""
+def _from_folder(folder: Path, reconstructions: dict[str, list[Path]]) -> Coder:
+    """Reads the file that has the recording's name, whatever its suffix."""
 
     def code(audio: Path, wav: np.ndarray, sample_rate: int) -> np.ndarray:
-        if audio.stem not in found:
+        if audio.stem not in reconstructions:
             raise ValueError(f"{folder}: no reconstruction called {audio.stem}")
-        return files.read(found[audio.stem][0], sample_rate, wav.shape[0])
+        return files.read(reconstructions[audio.stem][0], sample_rate, wav.shape[0])
 
     return code

@@ -1,29 +1,31 @@
-"""Pages to look and listen: of an evaluation, or of a training run, by one generator."""
+"""HTML pages to look at and listen to: of an evaluation, or of a training run."""
 
 import dataclasses
 import hashlib
-import html
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
+
 from moss_tok.audio import files
 from moss_tok.errors import is_number
-from moss_tok.evaluation import protocol, report
+from moss_tok.evaluation import report, results
 from moss_tok.json_files import read_json_lines, read_json_object
 
-_LONGEST_NAME = 250  # of the 255 bytes that a name may have, without a suffix
-_CLIPS = 8  # of a data set
-_VERSIONS = 4  # bitrates of a system
+_TEMPLATE = Path(__file__).with_name("page.html")
+_MAX_NAME_BYTES = 250  # without a suffix: file names have at most 255 bytes
+_MAX_CLIPS = 8  # per data set
+_MAX_BITRATES = 4  # per system
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Something to compare by ear: (what it is, audio file, picture file) of each system."""
+    """Versions of a recording to compare by ear: (name, audio file, spectrogram file)."""
 
     title: str
     versions: tuple[tuple[str, Path, Path], ...]
@@ -31,14 +33,14 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What is on a page, in this order.
+    """Contents of a page, in this order.
 
     Attributes:
       title: Heading.
       notes: Paragraphs.
       pictures: (caption, file).
-      clips: To listen to.
-      tables: (caption, rows of cells, the first of them column heads).
+      clips: Recordings to listen to.
+      tables: (caption, rows of cells, of which the first holds the column heads).
     """
 
     title: str
@@ -48,172 +50,142 @@ class Page:
     tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = ()
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem;
-  color: #222; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-img { max-width: 100%; height: auto; display: block }
-.plot { min-width: 44rem }
-audio { width: 100% }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
-  white-space: nowrap }
-td:first-child, th:first-child { text-align: left }
-.versions { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-.version { border: 1px solid #ddd; border-radius: .4rem; padding: .6rem; min-width: 0 }
-select { font: inherit; max-width: 100% }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818 }
-  td, th, .version { border-color: #444 }
-}
-"""
-# One clip at a time; playing one version goes on where another stopped, and stops that.
-_SCRIPT = """
-const clips = document.querySelectorAll('.clip'), choice = document.querySelector('select');
-function show() { clips.forEach((c, i) => { c.hidden = i != choice.selectedIndex; }); }
-if (choice) { choice.addEventListener('change', show); show(); }
-clips.forEach(clip => { let last = null; const all = clip.querySelectorAll('audio');
-  all.forEach(a => a.addEventListener('play', () => {
-    if (last && last !== a) { last.pause(); a.currentTime = last.currentTime; }
-    last = a; })); });
-"""
-
-
 def write_page(path: Path, page: Page) -> None:
-    """Writes a page that works from its folder, without network, on screens of any width."""
-    escape = html.escape
+    """Writes a page that needs no network, only the files beside it, on screens of any width."""
 
     def link(file: Path) -> str:
-        return escape(quote(Path(os.path.relpath(file, path.parent)).as_posix()))
+        return quote(Path(os.path.relpath(file, path.parent)).as_posix())
 
-    parts = [f"<h1>{escape(page.title)}</h1>"]
-    parts += [f"<p>{escape(note)}</p>" for note in page.notes]
-    for caption, file in page.pictures:
-        parts.append(
-            f'<h2>{escape(caption)}</h2><div class="wide"><a href="{link(file)}">'
-            f'<img class="plot" src="{link(file)}" alt="{escape(caption)}"></a></div>'
-        )
-    if page.clips:
-        options = "".join(f"<option>{escape(clip.title)}</option>" for clip in page.clips)
-        parts.append(f"<h2>Listen</h2><p><label>Clip <select>{options}</select></label></p>")
-    for clip in page.clips:
-        parts.append(f'<div class="clip"><h3>{escape(clip.title)}</h3><div class="versions">')
-        for what, audio, picture in clip.versions:
-            parts.append(
-                f'<div class="version"><b>{escape(what)}</b>'
-                f'<audio controls preload="none" src="{link(audio)}"></audio>'
-                f'<img loading="lazy" src="{link(picture)}" alt="spectrogram"></div>'
-            )
-        parts.append("</div></div>")
-    for caption, (head, *rows) in page.tables:
-        cells = "".join(f"<th>{escape(x)}</th>" for x in head)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>" for row in rows
-        )
-        parts.append(
-            f"<h2>{escape(caption)}</h2>"
-            f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
-        )
-    text = "\n".join(parts)
-    files.write_text(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(page.title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style>\n{text}\n<script>{_SCRIPT}</script></html>\n",
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters["link"] = link
+    template = environment.from_string(_TEMPLATE.read_text())
+    files.write_text(path, template.render(page=page))
 
 
 def write_evaluation(output: Path) -> Path:
-    """Writes report.html of what `moss-tok evaluate` has written into `output`; returns its path.
+    """Writes report.html about the results of `moss-tok evaluate` in `output`; returns its path.
 
     Raises:
       ValueError: There are no results.
     """
-    results = protocol.read_results(output)
-    if not results:
+    table = results.read_results(output)
+    if not table:
         raise ValueError(f"{output}: no results.json in it")
     folder = output / "report"
     folder.mkdir(exist_ok=True)
-    pictures, tables = [], []
-    for number, (name, rows) in enumerate(results.items()):
-        curves: dict[str, list[tuple[float | None, dict[str, float]]]] = {}
-        for system, bps, means in rows:
-            means = {m: means[m] for m in protocol.COLUMNS if m in means}
-            label = system if bps is None else system.rpartition("/")[0] or system
-            curves.setdefault(label, []).append((bps, means))
+    pictures = []
+    tables = []
+    for number, (name, rows) in enumerate(table.items()):
         picture = folder / f"rates_{number}.png"
-        report.save_rates(picture, curves, name.rpartition(", ")[2])
+        domain = name.rpartition(", ")[2]
+        report.save_rates(picture, _curves(rows), domain)
         pictures.append((f"{name}: quality over bitrate", picture))
-        tables.append((name, protocol.cells_of(rows)))
-    for path in sorted(output.rglob("entropy.json")):
-        for name, bits in read_json_object(path).items():
-            caption = f"Bits used of a code, {path.parent.relative_to(output)} on {name}"
-            head = ["quantizer", *map(str, range(1, len(bits) + 1))]
-            tables.append((caption, [head, ["bits", *(f"{b:.1f}" for b in bits)]]))
-    systems = sorted({system for rows in results.values() for system, *_ in rows})
-    lower = "Lower is better: mel_loss, stft, spectral_convergence, wer, cer. Higher: all others."
-    page = Page(f"Evaluation: {output.absolute().name}", [lower], pictures,
-                _clips(output, systems, folder), tables)  # fmt: skip
+        tables.append((name, results.to_cells(rows)))
+    for caption, bits in results.read_entropy(output):
+        head = ["quantizer", *map(str, range(1, len(bits) + 1))]
+        tables.append((caption, [head, ["bits", *(f"{b:.1f}" for b in bits)]]))
+    systems = sorted({row.system for rows in table.values() for row in rows})
+    note = "Lower is better: mel_loss, stft, spectral_convergence, wer, cer. Higher: all others."
+    page = Page(
+        title=f"Evaluation: {output.absolute().name}",
+        notes=[note],
+        pictures=pictures,
+        clips=_clips(output, systems, folder),
+        tables=tables,
+    )
     write_page(output / "report.html", page)
     return output / "report.html"
 
 
+def _curves(rows: Sequence[results.Result]) -> dict[str, list[report.Point]]:
+    """A curve per codec; a system without a bitrate is a curve of its own."""
+    curves: dict[str, list[report.Point]] = {}
+    for row in rows:
+        means = {name: row.means[name] for name in results.COLUMNS if name in row.means}
+        label = row.system if row.bps is None else _codec_of(row.system)
+        curves.setdefault(label, []).append((row.bps, means))
+    return curves
+
+
+def _codec_of(system: str) -> str:
+    """The codec of a system "CODEC/BITRATE"."""
+    return system.rpartition("/")[0] or system
+
+
 def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
-    """Some recordings of each data set: the reference, and each system at some bitrates."""
-    chosen: dict[str, list[str]] = {}  # data set -> folders of systems
+    """Some recordings of each data set: the reference, and each codec at some bitrates."""
+    systems_of: dict[str, list[str]] = {}  # data set -> systems
     for system in systems:
         for manifest in sorted((output / system).glob("*/manifest.json")):
-            chosen.setdefault(manifest.parent.name, []).append(system)
+            systems_of.setdefault(manifest.parent.name, []).append(system)
     clips = []
-    for dataset, names in chosen.items():
-        names = [n for group in _groups(names) for n in _spread(group, _VERSIONS)]
-        first = output / names[-1] / dataset
-        found = read_json_object(first / "manifest.json")["dataset"]["output_names"]
-        for file in _spread(found, _CLIPS):
-            sources = [("reference", first / "gt_audios" / file)]
-            sources += [(n, output / n / dataset / "syn_audios" / file) for n in names]
-            versions = []
-            for what, audio in sources:
-                name = f"{what.replace('/', '_')}_{dataset}_{Path(file).stem}"
-                picture = folder / f"{_shortened(name)}.png"
-                if audio.exists():
-                    if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
-                        report.save_spectrogram(picture, *files.read_native(audio))
-                    versions.append((what, audio, picture))
-            clips.append(Clip(f"{dataset}: {Path(file).stem}", tuple(versions)))
+    for dataset, names in systems_of.items():
+        chosen = _choose_bitrates(names)
+        first = output / chosen[-1] / dataset
+        file_names = read_json_object(first / "manifest.json")["dataset"]["output_names"]
+        for file_name in _spread(file_names, _MAX_CLIPS):
+            sources = {"reference": first / "gt_audios" / file_name}
+            for system in chosen:
+                sources[system] = output / system / dataset / "syn_audios" / file_name
+            stem = Path(file_name).stem
+            versions = _draw_versions(sources, f"{dataset}_{stem}", folder)
+            clips.append(Clip(f"{dataset}: {stem}", versions))
     return clips
 
 
+def _draw_versions(
+    sources: Mapping[str, Path], name: str, folder: Path
+) -> tuple[tuple[str, Path, Path], ...]:
+    """Draws the spectrograms of a recording's versions that exist, unless they are up to date."""
+    versions = []
+    for system, audio in sources.items():
+        if not audio.exists():
+            continue
+        picture = folder / f"{_shortened(f'{system}_{name}'.replace('/', '_'))}.png"
+        if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
+            report.save_spectrogram(picture, *files.read_native(audio))
+        versions.append((system, audio, picture))
+    return tuple(versions)
+
+
 def _shortened(name: str) -> str:
-    """`name`, or, where no file can be called so, its beginning and a hash of it."""
-    if len(name.encode()) <= _LONGEST_NAME:
+    """`name`; if it is too long for a file name, its beginning and a hash of it."""
+    if len(name.encode()) <= _MAX_NAME_BYTES:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()
     return f"{name[:40]}_{digest[:16]}"
 
 
-def _groups(names: Sequence[str]) -> list[list[str]]:
-    """Bitrates of one system together, ascending."""
+def _choose_bitrates(systems: Sequence[str]) -> list[str]:
+    """Some bitrates of each codec, ascending."""
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.rpartition("/")[0] or name, []).append(name)
-    return [sorted(group, key=_numbers) for group in groups.values()]
+    for system in systems:
+        groups.setdefault(_codec_of(system), []).append(system)
+    chosen = []
+    for group in groups.values():
+        chosen += _spread(sorted(group, key=_numbers), _MAX_BITRATES)
+    return chosen
 
 
-def _numbers(name: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", name.rpartition("/")[2])]
+def _numbers(system: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", system.rpartition("/")[2])]
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of `items`, evenly spread, the ends among them."""
-    if len(items) <= most:
+def _spread(items: Sequence[Any], maximum: int) -> list[Any]:
+    """At most `maximum` of the items, evenly spread, the first and last included."""
+    if len(items) <= maximum:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (maximum - 1))] for i in range(maximum)]
 
 
 def write_run(workdir: Path) -> Path:
-    """Writes report.html of a training run into its workdir; returns its path.
+    """Writes report.html about a training run into its workdir; returns its path.
 
     Raises:
       ValueError: It is no workdir.
@@ -221,59 +193,74 @@ def write_run(workdir: Path) -> Path:
     config = workdir / "train_config.json"
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
-    rows = [r for r in read_json_lines(workdir / "metrics.jsonl") if "step" in r]
-    if importlib.util.find_spec("matplotlib"):  # training draws them with an evaluation
-        report.save_curves(workdir / "curves.png", rows)
-    pictures = [("Losses and codebooks", workdir / "curves.png")]
-    pictures = [(caption, file) for caption, file in pictures if file.exists()]
-    tables = []
-    evaluations = read_json_lines(workdir / "evaluation.jsonl")
-    evaluations = [e for e in evaluations if {"step", "table"} <= e.keys()]
-    for domain, found in (evaluations[-1]["table"] if evaluations else {}).items():
-        names = list(dict.fromkeys(m for means in found.values() for m in means))
-        body = [
-            [s, *(f"{means[m]:.3f}" if m in means else "" for m in names)]
-            for s, means in found.items()
-        ]
-        tables.append((f"{domain}, step {evaluations[-1]['step']}", [["", *names], *body]))
-    settings = read_json_object(config)
-    body = [[name, str(value)] for name, value in sorted(settings.items())]
-    tables.append(("Settings", [["", "value"], *body]))
-    page = Page(f"Run: {workdir.absolute().name}", _speed(rows), pictures,
-                _samples(workdir / "samples"), tables)  # fmt: skip
+    rows = [row for row in read_json_lines(workdir / "metrics.jsonl") if "step" in row]
+    curves = workdir / "curves.png"
+    if importlib.util.find_spec("matplotlib"):  # otherwise those of the last evaluation stay
+        report.save_curves(curves, rows)
+    tables = _evaluation_tables(read_json_lines(workdir / "evaluation.jsonl"))
+    settings = sorted(read_json_object(config).items())
+    setting_rows = [[name, str(value)] for name, value in settings]
+    tables.append(("Settings", [["", "value"], *setting_rows]))
+    page = Page(
+        title=f"Run: {workdir.absolute().name}",
+        notes=_speed(rows),
+        pictures=[("Losses and codebooks", curves)] if curves.exists() else [],
+        clips=_samples(workdir / "samples"),
+        tables=tables,
+    )
     write_page(workdir / "report.html", page)
     return workdir / "report.html"
 
 
+def _evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """A table per domain of the last evaluation."""
+    complete = [row for row in rows if {"step", "table"} <= row.keys()]
+    if not complete:
+        return []
+    last = complete[-1]
+    tables = []
+    for domain, systems in last["table"].items():
+        names = list(dict.fromkeys(name for means in systems.values() for name in means))
+        cells = [["", *names]]
+        for system, means in systems.items():
+            cells.append([system, *(results.format_value(means, name) for name in names)])
+        tables.append((f"{domain}, step {last['step']}", cells))
+    return tables
+
+
 def _speed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Notes about the last logged step."""
     if not rows:
         return ["No step has been logged yet."]
     last = rows[-1]
     loss = last.get("loss")
-    notes = [
-        f"Step {last['step']}, " + (f"loss {loss:.4g}." if is_number(loss) else "no finite loss.")
-    ]
+    loss_note = f"loss {loss:.4g}." if is_number(loss) else "no finite loss."
+    notes = [f"Step {last['step']}, {loss_note}"]
     if "audio_seconds_per_second" in last:
         notes.append(f"{last['audio_seconds_per_second']:.3g} s of audio per s at the end.")
     return notes
 
 
 def _samples(folder: Path) -> list[Clip]:
+    """The samples that training has written, a clip per domain."""
     groups: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*_*.wav")):
         groups.setdefault(file.name.partition("_")[0], []).append(file)
     clips = []
-    for domain, found in groups.items():
-        found.sort(key=lambda f: (not f.stem.endswith("_input"), -_leading_number(f)))
+    for domain, group in groups.items():
+        # The input first, then descending bitrates.
+        group.sort(key=lambda file: (not file.stem.endswith("_input"), -_num_quantizers(file)))
         versions = []
-        for file in found:
+        for file in group:
             picture = file.with_suffix(".png")
             report.save_spectrogram(picture, *files.read_native(file))
-            versions.append((file.stem.partition("_")[2].replace("_", " "), file, picture))
+            name = file.stem.partition("_")[2].replace("_", " ")
+            versions.append((name, file, picture))
         clips.append(Clip(domain, tuple(versions)))
     return clips
 
 
-def _leading_number(file: Path) -> int:
+def _num_quantizers(file: Path) -> int:
+    """N of DOMAIN_N_quantizers.wav; 0 for other names."""
     number = file.stem.partition("_")[2].partition("_")[0]
     return int(number) if number.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""Pictures: spectrograms, training curves, metrics over bitrates."""
+"""Plots: spectrograms, training curves, metrics over bitrates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ import numpy as np
 
 from moss_tok.audio import files
 
-_PICTURE_SECONDS = 4.0  # longer, and pitch cannot be seen
+_MAX_SECONDS = 4.0  # of a spectrogram: in a longer one pitch cannot be seen
 
 
 def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> np.ndarray:
-    """Draws spectrograms of the middle 4 s of [C, S] signals, one under the other, with titles.
+    """Draws spectrograms of the middle 4 s of signals [C, S], stacked, each with its title.
 
     Returns:
-      The picture as [height, width, 3] uint8.
+      The image as [height, width, 3] uint8.
     """
     figure, axes = _figure(len(wavs), (9, 2.6 * len(wavs)))
     for axis, (title, wav) in zip(axes, wavs.items(), strict=True):
@@ -27,18 +27,16 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
 
 
 def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the losses, norms and codebook health of metrics.jsonl rows; nothing without rows."""
-    found = dict.fromkeys(n for row in rows for n in row)  # a row may lack the loss of texts
-    names = [n for n in found if n.endswith(("loss", "_norm")) and "/" not in n]
-    names += [n for n in ("codebook_perplexity", "dead_codes") if n in found]
+    """Draws the losses, norms and codebook use in rows of metrics.jsonl; no file without rows."""
+    names = _curve_names(rows)
     if not names:
         return
     num_rows = -(-len(names) // 2)
     figure, axes = _figure(num_rows, (11, 2.0 * num_rows), num_columns=2)
     for axis, name in zip(axes, names, strict=False):
-        known = [r for r in rows if isinstance(r.get(name), (float, list))]
-        values = np.asarray([r[name] for r in known])
-        steps = [r["step"] for r in known]
+        logged = [row for row in rows if isinstance(row.get(name), (float, list))]
+        values = np.asarray([row[name] for row in logged])
+        steps = [row["step"] for row in logged]
         axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
         axis.set(ylabel=name.replace("_", " "))
         if name.endswith(("loss", "_norm")) and (values > 0).all():
@@ -46,7 +44,7 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:.3g}")
         axis.grid(alpha=0.3)
-    for axis in axes[max(0, len(names) - 2) : len(names)]:
+    for axis in axes[max(0, len(names) - 2) : len(names)]:  # the lowest of each column
         axis.set(xlabel="step")
         axis.tick_params(labelbottom=True)
     for axis in axes[len(names) :]:
@@ -54,7 +52,15 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
-# Published: LibriSpeech test-clean for speech, AudioSet for sound, MUSDB for music.
+def _curve_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    # From all rows, in order: a row may lack the loss of texts.
+    logged = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in logged if name.endswith(("loss", "_norm")) and "/" not in name]
+    names += [name for name in ("codebook_perplexity", "dead_codes") if name in logged]
+    return names
+
+
+# Published values: LibriSpeech test-clean for speech, AudioSet for sound, MUSDB for music.
 # (system, bit/s, stoi, pesq-nb, pesq-wb, mel_loss sound, music, stft sound, music)
 _PUBLISHED = (
     ("MOSS v1", 1000, 0.94, 3.38, 2.87, 0.82, 0.80, 2.16, 2.04),
@@ -67,6 +73,8 @@ _PUBLISHED = (
     ("DAC", 3000, 0.90, 2.76, 2.31, 0.86, 0.83, 2.23, 2.10),
     ("DAC", 6000, 0.95, 3.75, 3.41, 0.65, 0.63, 1.97, 1.87),
 )
+_PUBLISHED_SYSTEMS = tuple(dict.fromkeys(row[0] for row in _PUBLISHED))
+# (domain, metric) -> column
 _PUBLISHED_COLUMNS = {
     ("speech", "stoi"): 2,
     ("speech", "pesq-nb"): 3,
@@ -78,66 +86,84 @@ _PUBLISHED_COLUMNS = {
 }
 
 
-def save_rates(
-    path: Path, curves: dict[str, Sequence[tuple[float | None, dict[str, float]]]], domain: str
-) -> None:
+# (bit/s, metric -> value); bit/s is None if unknown.
+Point = tuple[float | None, dict[str, float]]
+
+
+def save_rates(path: Path, curves: dict[str, Sequence[Point]], domain: str) -> None:
     """Draws each metric over the bitrate, a curve per system.
 
     Args:
-      path: Of the PNG.
-      curves: System -> (bit/s, metric -> value), ascending; a rate of None is a dashed line.
-      domain: Of what was coded: published values of "speech", "music" and "sound" are drawn
-        beside, hollow and dotted; they are of other recordings.
+      path: PNG file to write.
+      curves: System -> points with ascending bitrates; a system without bitrate is a dashed line.
+      domain: Domain of the recordings. Published values for "speech", "music" and "sound" are drawn
+        hollow and dotted; they were measured on other recordings.
     """
     names = list(dict.fromkeys(m for rows in curves.values() for _, means in rows for m in means))
     if not names:
         return
-    systems = [*curves, *dict.fromkeys(row[0] for row in _PUBLISHED)]
+    systems = [*curves, *_PUBLISHED_SYSTEMS]
     colors = {system: f"C{i}" for i, system in enumerate(systems)}  # the same for every metric
     num_rows = -(-len(names) // 2)
     figure, axes = _figure(num_rows, (11, 3.0 * num_rows), num_columns=2)
     for axis, name in zip(axes, names, strict=False):
         for system, rows in curves.items():
             points = [(bps, means[name]) for bps, means in rows if name in means]
-            if points and points[0][0] is None:
-                axis.axhline(points[0][1], linestyle="--", color=colors[system], label=system)
-            elif points:
-                axis.plot(
-                    *zip(*points, strict=True), marker="o", color=colors[system], label=system
-                )
-        column = _PUBLISHED_COLUMNS.get((domain, name))
-        for system in dict.fromkeys(row[0] for row in _PUBLISHED) if column else ():
-            points = [(row[1], row[column]) for row in _PUBLISHED if row[0] == system]
-            axis.plot(
-                *zip(*points, strict=True), ":o", fillstyle="none", color=colors[system],
-                label=f"{system}, published",
-            )  # fmt: skip
+            if points:
+                _draw_system(axis, points, system, colors[system])
+        if (domain, name) in _PUBLISHED_COLUMNS:
+            _draw_published(axis, _PUBLISHED_COLUMNS[domain, name], colors)
         axis.set(ylabel=name, xlabel="bit/s", xscale="log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
-    shown = [axis.get_legend_handles_labels() for axis in axes]
-    labels = {name: line for lines, names in shown for line, name in zip(lines, names, strict=True)}
-    figure.legend(
-        labels.values(), labels.keys(), fontsize="small", loc="outside upper left", ncols=5
-    )
+    _draw_legend(figure, axes)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     _save(figure, path)
 
 
+def _draw_system(
+    axis: Any, points: Sequence[tuple[float | None, float]], system: str, color: str
+) -> None:
+    rates, values = zip(*points, strict=True)
+    if rates[0] is None:
+        axis.axhline(values[0], linestyle="--", color=color, label=system)
+    else:
+        axis.plot(rates, values, marker="o", color=color, label=system)
+
+
+def _draw_published(axis: Any, column: int, colors: dict[str, str]) -> None:
+    for system in _PUBLISHED_SYSTEMS:
+        rows = [row for row in _PUBLISHED if row[0] == system]
+        rates = [row[1] for row in rows]
+        values = [row[column] for row in rows]
+        label = f"{system}, published"
+        axis.plot(rates, values, ":o", fillstyle="none", color=colors[system], label=label)
+
+
+def _draw_legend(figure: Any, axes: Sequence[Any]) -> None:
+    """Draws one legend for all axes, with each label once."""
+    lines = {}
+    for axis in axes:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines[label] = line
+    figure.legend(lines.values(), lines.keys(), fontsize="small", loc="outside upper left", ncols=5)
+
+
 def save_spectrogram(path: Path, wav: np.ndarray, sample_rate: int) -> None:
-    """Draws the spectrogram of the middle 4 s of [C, S], small, for a page."""
+    """Draws a small spectrogram of the middle 4 s of a signal [C, S], for a page."""
     figure, (axis,) = _figure(1, (4.2, 2.2))
     _draw_spectrogram(axis, wav, sample_rate)
     _save(figure, path)
 
 
 def _draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
-    middle, half = wav.shape[-1] // 2, int(_PICTURE_SECONDS / 2 * sample_rate)
+    middle = wav.shape[-1] // 2
+    half = int(_MAX_SECONDS / 2 * sample_rate)
     wav = wav[:, max(0, middle - half) : middle + half].mean(0)
-    wav = np.pad(wav, (0, max(0, 2048 - wav.size)))  # two windows at least
-    # 1e-5 of noise floor: digital silence has no logarithm.
+    wav = np.pad(wav, (0, max(0, 2048 - wav.size)))  # at least two windows
+    # Noise of 1e-5, since digital silence has no logarithm.
     noise = np.random.default_rng(0).normal(0, 1e-5, wav.size)
     axis.specgram(
         wav + noise, NFFT=1024, Fs=sample_rate, noverlap=768, vmin=-130, vmax=-30, cmap="magma"
@@ -145,7 +171,7 @@ def _draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
 
 
 def _figure(num_rows: int, size: tuple[float, float], num_columns: int = 1) -> tuple[Any, Any]:
-    # Slow to import; without pyplot no display is needed.
+    # Imported here because it is slow; not through pyplot, which may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

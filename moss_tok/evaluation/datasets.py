@@ -1,0 +1,92 @@
+"""Data sets to evaluate on: JSONL files that list recordings."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from moss_tok import storage
+from moss_tok.audio import files, manifest
+from moss_tok.audio.manifest import TASKS
+
+_MAX_STEM_BYTES = 255 - len("000000_.flac")  # file names have at most 255 bytes
+_AUDIO_KEYS = ("audio_path", "audio_file", "audio", "wav", "path")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A list of recordings to evaluate on.
+
+    Attributes:
+      name: Name of its folder in the results.
+      path: Its JSONL file.
+      items: (path of the audio, name of the FLAC file in the results, domain or "").
+      texts: Transcript of each recording, "" if unknown.
+      seconds: Length of each recording according to its header.
+    """
+
+    name: str
+    path: Path
+    items: tuple[tuple[Path, str, str], ...] = dataclasses.field(repr=False)
+    texts: tuple[str, ...] = dataclasses.field(repr=False)
+    seconds: tuple[float, ...] = dataclasses.field(repr=False)
+
+    def output_names(self) -> list[str]:
+        """Names of the FLAC files in the results."""
+        return [name for _, name, _ in self.items]
+
+
+def read_dataset(path: str | Path) -> Dataset:
+    """Reads a JSONL file: an object per line, with an audio path relative to the file's folder.
+
+    Raises:
+      ValueError: The file does not exist, has no lines or has a name that results.json reserves; a
+        line is blank, not an object or has no path; a recording is missing, unreadable or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stem.startswith("_") or path.stem == "bps":
+        raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
+    if storage.printable(path.stem) != path.stem:
+        raise ValueError(f"{path}: the name of a data set must be UTF-8")
+    items = []
+    texts = []
+    lengths = []
+    for number, line in enumerate(manifest.show_reading(manifest.read_lines(path)), 1):
+        try:
+            fields, audio, seconds = _parse_line(line, path.parent)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        domain = storage.printable(str(fields.get("domain") or ""))
+        items.append((audio, f"{len(items):06d}_{_safe_stem(audio)}.flac", domain))
+        text, task = manifest.read_text(fields)
+        texts.append(text if task == TASKS[0] else "")
+        lengths.append(seconds)
+    if not items:
+        raise ValueError(f"{path}: no lines")
+    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts), tuple(lengths))
+
+
+def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path, float]:
+    """A line's fields, the path of its recording, and the recording's length in seconds."""
+    if not line.strip():
+        raise ValueError("a blank line")
+    fields = manifest.parse_line(line)
+    name = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
+    if name is None:
+        raise ValueError(f"no audio path; accepted keys: {', '.join(_AUDIO_KEYS)}")
+    audio = folder / os.path.expanduser(str(name))  # Path.expanduser refuses a file called ~a.wav
+    if not audio.is_file():
+        raise ValueError(f"no such file: {audio}")
+    seconds = files.duration_seconds(audio)
+    if not seconds:
+        raise ValueError(f"{audio}: empty audio")
+    return fields, audio, seconds
+
+
+def _safe_stem(audio: Path) -> str:
+    """The file's name without suffix, shortened, in letters that every file system takes."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem[:_MAX_STEM_BYTES])
+    return stem.strip("._") or "audio"

@@ -1,0 +1,215 @@
+"""Results of an evaluation: results.json and entropy.json of each codec, and their summary."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moss_tok.audio import files
+from moss_tok.codec.config import CodecConfig
+from moss_tok.evaluation import metrics, reconstruction
+from moss_tok.evaluation.datasets import Dataset
+from moss_tok.evaluation.scoring import Scores
+from moss_tok.json_files import read_json_object
+
+# These need a language model, see `transcription`.
+TEXT_METRICS = ("wer", "cer")
+# "sim" and "utmos" need torch models: they are kept if the official toolkit has written them.
+COLUMNS = (*metrics.METRICS, *TEXT_METRICS, "sim", "utmos")
+
+
+class Result(NamedTuple):
+    """Results of a system on a data set.
+
+    Attributes:
+      system: Its folder, relative to OUTPUT, such as "MODEL/rvq8".
+      bps: Bits per second; None if unknown.
+      means: Metric -> mean over the recordings.
+    """
+
+    system: str
+    bps: int | None
+    means: dict[str, float]
+
+
+def write_results(
+    folder: Path, dataset: Dataset, scores: Scores, metric_names: Sequence[str], bps: int | None
+) -> str:
+    """Writes means over all files and by domain into OUTPUT/MODEL/rvqN/results.json.
+
+    Other entries stay, such as metrics of torch models by the official toolkit.
+
+    Args:
+      folder: OUTPUT/MODEL/rvqN/DATASET.
+      dataset: The data set.
+      scores: Scores of its files.
+      metric_names: Metrics that were computed.
+      bps: Bits per second; None if unknown.
+
+    Returns:
+      A problem if a metric is not defined for any file; otherwise "".
+    """
+    path = folder.parent / "results.json"
+    results = _read_means(path)
+    entry = results.setdefault(dataset.name, {})
+    entry |= _means(scores.values(), metric_names)
+    for domain, rows in _by_domain(dataset, scores).items():
+        means = _means(rows, metric_names)
+        entry.setdefault("_domains", {}).setdefault(domain, {}).update(means)
+    errors = {name: _list_errors(scores, name) for name in metric_names}
+    entry["_metric_errors"] = entry.get("_metric_errors", {}) | errors
+    if bps is not None:
+        results.setdefault("_meta", {})["bps"] = bps
+    _write_results(path, results)
+    for name in metric_names:
+        if name not in entry:
+            return f"{folder}: {name} is not defined for any file: {_first_error(scores, name)}"
+    return ""
+
+
+def _by_domain(dataset: Dataset, scores: Scores) -> dict[str, list[dict[str, Any]]]:
+    """Scores of the files with a domain, by domain in alphabetical order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for _, name, domain in dataset.items:
+        if domain and name in scores:
+            groups.setdefault(domain, []).append(scores[name])
+    return dict(sorted(groups.items()))
+
+
+def _means(rows: Any, metric_names: Sequence[str]) -> dict[str, float]:
+    """Means of the metrics over the files for which they are defined."""
+    means = {}
+    for name in metric_names:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            means[name] = float(np.mean(values))
+    return means
+
+
+def _list_errors(scores: Scores, metric_name: str) -> list[str]:
+    errors = []
+    for file_name, row in scores.items():
+        if metric_name in row["_errors"]:
+            errors.append(f"{file_name}: {row['_errors'][metric_name]}")
+    return errors
+
+
+def _first_error(scores: Scores, metric_name: str) -> str:
+    return next(row["_errors"][metric_name] for row in scores.values()
+                if metric_name in row["_errors"])  # fmt: skip
+
+
+def _read_means(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads a results.json; {} if there is none; ValueError if it has another form."""
+    results = read_json_object(path) if path.exists() else {}
+    for name, entry in results.items():
+        if name == "bps":  # older versions of the official toolkit put the rate here
+            continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: {name} must be a JSON object, got {entry!r}")
+        for metric_name in (*COLUMNS, "bps"):
+            value = entry.get(metric_name, 0)
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{path}: {metric_name} of {name} must be a number, got {value!r}")
+    return results
+
+
+def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None:
+    """Adds means over a data set to OUTPUT/MODEL/rvqN/results.json."""
+    path = folder / "results.json"
+    results = _read_means(path)
+    results.setdefault(dataset.name, {}).update(means)
+    _write_results(path, results)
+
+
+def _write_results(path: Path, results: dict[str, Any]) -> None:
+    files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def write_entropy(folder: Path, dataset: Dataset, config: CodecConfig) -> np.ndarray:
+    """Bits per code that each quantizer uses on a data set, [Q]: the entropy of its histogram.
+
+    They are written into OUTPUT/MODEL/entropy.json, by data set. Too little audio gives too low
+    values: a codebook of 1024 entries needs about ten thousand frames.
+    """
+    size = config.quantizer.codebook_size
+    counts = np.zeros((config.quantizer.num_quantizers, size), np.int64)
+    for name in dataset.output_names():
+        codes = reconstruction.read_codes(folder, dataset, name, config)
+        counts += np.stack([np.bincount(row, minlength=size) for row in codes])
+    shares = counts / counts.sum(1, keepdims=True)
+    logs = np.log2(np.where(shares > 0, shares, 1))
+    bits = np.abs((shares * logs).sum(1))
+    path = folder / "entropy.json"
+    known = read_json_object(path) if path.exists() else {}
+    files.write_text(path, json.dumps(known | {dataset.name: bits.tolist()}) + "\n")
+    return bits
+
+
+def read_entropy(output: Path) -> Iterator[tuple[str, list[float]]]:
+    """Yields a caption and the bits per quantizer, for each codec and data set."""
+    for path in sorted(output.rglob("entropy.json")):
+        codec = path.parent.relative_to(output)
+        for name, bits in read_json_object(path).items():
+            yield f"Bits used of a code, {codec} on {name}", bits
+
+
+def read_results(output: Path) -> dict[str, list[Result]]:
+    """Reads all results.json under `output`, those of the official toolkit and baselines included.
+
+    Returns:
+      Data set, or "data set, domain" -> results, sorted by system and bitrate.
+    """
+    table: dict[str, list[Result]] = {}
+    for path in sorted(output.rglob("results.json")):
+        results = _read_means(path)
+        system = path.parent.relative_to(output).as_posix()
+        bps = results.get("bps", results.get("_meta", {}).get("bps"))
+        for name, entry in results.items():
+            if name.startswith("_") or name == "bps":
+                continue
+            table.setdefault(name, []).append(Result(system, bps, entry))
+            for domain, means in entry.get("_domains", {}).items():
+                table.setdefault(f"{name}, {domain}", []).append(Result(system, bps, means))
+    for rows in table.values():
+        rows.sort(key=lambda row: (row.system.rpartition("/")[0], row.bps or 0))
+    return table
+
+
+def to_cells(rows: Sequence[Result]) -> list[list[str]]:
+    """A table of the results on a data set; its first row holds the column heads."""
+    used = [name for name in COLUMNS if any(name in row.means for row in rows)]
+    table = [["", "bit/s", *used]]
+    for row in rows:
+        values = [format_value(row.means, name) for name in used]
+        table.append([row.system, str(row.bps or ""), *values])
+    return table
+
+
+def format_value(means: dict[str, float], name: str) -> str:
+    """A mean with three decimals, "" if there is none."""
+    return f"{means[name]:.3f}" if name in means else ""
+
+
+def write_summary(output: Path) -> str:
+    """Writes all results under `output` as summary.csv and summary.md; returns the latter."""
+    table: list[list[Any]] = [["dataset", "system", "bps", *COLUMNS]]
+    text = []
+    for name, rows in read_results(output).items():
+        head, *body = ["| " + " | ".join(cells) + " |" for cells in to_cells(rows)]
+        text += [f"## {name}", "", head, "|---" * (head.count("|") - 1) + "|", *body, ""]
+        for row in rows:
+            values = [row.means.get(column) for column in COLUMNS]
+            table.append([name, row.system, row.bps, *values])
+    for caption, bits in read_entropy(output):
+        values = " ".join(f"{b:.1f}" for b in bits)
+        text += [f"{caption}, by quantizer: {values}", ""]
+    with io.StringIO(newline="") as lines:
+        csv.writer(lines).writerows(table)
+        files.write_text(output / "summary.csv", lines.getvalue())
+    files.write_text(output / "summary.md", "\n".join(text))
+    return "\n".join(text)

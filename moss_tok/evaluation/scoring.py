@@ -1,0 +1,84 @@
+"""Scores of reconstructed files, resumable: metrics of each pair, in worker processes."""
+
+import functools
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from moss_tok.audio import files
+from moss_tok.evaluation import metrics
+from moss_tok.evaluation.datasets import Dataset
+from moss_tok.json_files import read_json_lines
+
+# File -> metric -> value, and "_errors": metric -> why it is not defined.
+Scores = dict[str, dict[str, Any]]
+
+
+def score(
+    folder: Path,
+    dataset: Dataset,
+    metric_names: Sequence[str],
+    num_workers: int,
+    progress: Callable[[], Any] = lambda: None,
+) -> Scores:
+    """Scores the files of OUTPUT/MODEL/rvqN/DATASET that scores.jsonl does not have yet.
+
+    Args:
+      folder: OUTPUT/MODEL/rvqN/DATASET.
+      dataset: The data set.
+      metric_names: Metrics to compute.
+      num_workers: Number of processes.
+      progress: Called after each file.
+    """
+    path = folder / "scores.jsonl"
+    scores = read_scores(path)
+    missing = {}
+    for name in dataset.output_names():
+        known = scores.get(name, {})
+        errors = known.get("_errors", {})
+        missing_metrics = [m for m in metric_names if m not in known and m not in errors]
+        if missing_metrics:
+            missing[name] = missing_metrics
+        else:
+            progress()
+    if not missing:
+        return {name: scores.get(name, {"_errors": {}}) for name in dataset.output_names()}
+    # Rewritten, since an interrupted run may have left an incomplete last line.
+    files.write_text(path, "".join(_to_line(name, row) for name, row in scores.items()))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool, path.open("a") as file:
+        work = pool.map(functools.partial(_score, folder), missing, missing.values())
+        for name, (values, errors) in zip(missing, work, strict=True):
+            row = scores.setdefault(name, {})
+            row |= values | {"_errors": row.get("_errors", {}) | errors}
+            file.write(_to_line(name, values | {"_errors": errors}))
+            file.flush()
+            progress()
+    return {name: scores[name] for name in dataset.output_names()}
+
+
+def read_scores(path: Path) -> Scores:
+    """Reads a scores.jsonl, in which a file may have several lines; {} if there is none."""
+    scores: Scores = {}
+    for row in read_json_lines(path):
+        if not {"name", "_errors"} <= row.keys():
+            continue
+        known = scores.setdefault(row.pop("name"), {})
+        errors = known.get("_errors", {}) | row.pop("_errors")
+        known |= row | {"_errors": errors}
+    return scores
+
+
+def _to_line(name: str, row: dict[str, Any]) -> str:
+    return json.dumps({"name": name} | row) + "\n"
+
+
+def _score(
+    folder: Path, name: str, metric_names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    reference, rate = files.read_native(folder / "gt_audios" / name)
+    synthesis, _ = files.read_native(folder / "syn_audios" / name)
+    return metrics.compute_each(reference, synthesis, rate, metric_names)
