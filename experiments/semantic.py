@@ -143,7 +143,7 @@ def loss(codec, language, wav, text, task):
     size = wav.shape[1]
     frames = inference.bucket_frames(max(1, codec.config.num_frames(size)))
     padded = np.pad(wav, ((0, 0), (0, frames * codec.config.hop_length - size)))[None]
-    latents, lengths = generate.hear(codec, language, padded, np.array([size]))
+    latents, lengths = generate.input_latents(codec, language, padded, np.array([size]))
     padding = -tokens.shape[1] % 32
     arguments = (latents, lengths, jnp.array([TASKS.index(task)]),
                  np.pad(tokens, ((0, 0), (0, padding))), jnp.array([tokens.shape[1]]))  # fmt: skip

@@ -9,57 +9,62 @@ Shape legend, the same letters everywhere:
   latents  [B, T, D]  float32, 12.5 Hz in the published models
   codes    [B, Q, T]  int32 in [0, K)
 
-What is passed is checked: shapes and types always, and where the values can be looked at without
-waiting for an accelerator, lengths must be within the array, codes in [0, K), and samples finite
-numbers; a ValueError says what is accepted. Looked at are
+Every function checks its arguments and raises a ValueError that says what is accepted. Shapes and
+types are always checked. Values are checked where this does not wait for an accelerator: lengths
+must lie within the array, codes in [0, K), and samples must be finite. The checked values are
 
-  lengths      unless they are traced; those on an accelerator are waited for
-  wav, codes   what lies before the lengths, in host memory: numpy arrays, lists, tensors of torch,
-               and arrays of JAX on CPU devices
+  lengths      unless they are traced; lengths on an accelerator are copied to the host
+  wav, codes   the part before the lengths, if it is in host memory: numpy arrays, lists, torch
+               tensors, and JAX arrays on CPU devices
 
-Not looked at are wav and codes on an accelerator, arrays that several processes share, and
-whatever `jax.jit`, `jax.vmap` or another transformation traces: there lengths and codes are clamped
-to what is accepted, and NaN stays in its own item.
+Values are not checked for wav and codes on an accelerator, for arrays that several processes share,
+and for anything traced by `jax.jit`, `jax.vmap` or another transformation. There, lengths and codes
+are clamped to the accepted range, and NaN in one item does not affect the others.
 
-The names below are imported when they are first used, so `import moss_tok` costs nothing.
+Names are imported on first use, so `import moss_tok` is fast.
 """
 
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-_WHERE = {
+_MODULES = {
     "Codec": "moss_tok.codec.inference",
     "CodecConfig": "moss_tok.codec.config",
     "ComputeConfig": "moss_tok.nn.compute",
     "Decoded": "moss_tok.codec.inference",
-    "Encoded": "moss_tok.codec.inference",
     "DecoderStream": "moss_tok.codec.live",
+    "Encoded": "moss_tok.codec.inference",
     "EncoderStream": "moss_tok.codec.live",
     "StreamState": "moss_tok.codec.streaming",
     "decode": "moss_tok.codec.inference",
     "decode_step": "moss_tok.codec.streaming",
+    "encode": "moss_tok.codec.inference",
     "encode_step": "moss_tok.codec.streaming",
     "init_decoder_stream": "moss_tok.codec.streaming",
     "init_encoder_stream": "moss_tok.codec.streaming",
-    "reset_streams": "moss_tok.codec.streaming",
-    "encode": "moss_tok.codec.inference",
     "load": "moss_tok.codec.pretrained",
     "preset": "moss_tok.codec.presets",
+    "reset_streams": "moss_tok.codec.streaming",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 
-def import_on_use(package: str, where: dict[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose names are in the modules that `where` says."""
+def import_on_use(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
+    """Returns a module `__getattr__` that imports each name from its module on first use.
+
+    Args:
+      package: Name of the package, for the AttributeError.
+      modules: Full name of the module that defines each public name.
+    """
 
     def get(name: str) -> Any:
-        if name not in where:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(where[name]), name)
+        return getattr(importlib.import_module(modules[name]), name)
 
     return get
 
 
-__getattr__ = import_on_use(__name__, _WHERE)
+__getattr__ = import_on_use(__name__, _MODULES)

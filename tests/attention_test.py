@@ -68,7 +68,7 @@ def test_agrees_with_brute_force_forward_and_backward(implementation, dtype, tol
     check_gradients(attend, 300, 70, dtype, tolerance)
 
 
-@pytest.mark.skipif(not kernels.on("nvidia"), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(not kernels.devices_are("nvidia"), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("mesh", ["", "data:1"])
 @pytest.mark.parametrize(("num_frames", "window"), [(300, 70), (300, 300), (257, 60), (2, 1)])
 def test_cudnn_agrees_with_brute_force(num_frames, window, mesh):
@@ -90,13 +90,13 @@ def test_cudnn_is_asked_for_the_window(num_frames, window, monkeypatch):
         return compute(q, *args, **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    monkeypatch.setattr(kernels, "cudnn_lacks", lambda head_dim, dtype: "")
+    monkeypatch.setattr(kernels, "missing_for_cudnn", lambda head_dim, dtype: "")
     qkv = random_qkv(num_frames).astype("bfloat16")
     out = attention.attend(*qkv, window)
     np.testing.assert_allclose(np.float64(out), brute_force(*qkv, window), atol=3e-2)
 
 
-@pytest.mark.skipif(kernels.on("nvidia"), reason="of machines without an NVIDIA GPU")
+@pytest.mark.skipif(kernels.devices_are("nvidia"), reason="of machines without an NVIDIA GPU")
 def test_cudnn_says_what_it_needs():
     q, k, v = random_qkv(8)
     with pytest.raises(ValueError, match="attention=cudnn needs an NVIDIA GPU"):

@@ -381,7 +381,7 @@ def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
         streaming_step(*args)
         raise KeyboardInterrupt
 
-    streaming_step = streaming.encode_step
+    streaming_step = live.encode_step
     monkeypatch.setattr(live, "encode_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stream.push({0: wav})
@@ -394,11 +394,11 @@ def test_after_an_interrupt_streams_can_be_reset(v1_tiny, rng, monkeypatch):
 
 def test_the_last_frame_that_can_be_counted(v1_tiny):
     stream = moss_tok.EncoderStream(v1_tiny, num_slots=2, chunk_frames=[4])
-    assert stream._most_frames == (2**31 - 1) // 8 - 4
-    stream._num_frames[0] = stream._most_frames - 2
+    assert stream._max_frames == (2**31 - 1) // 8 - 4
+    stream._num_frames[0] = stream._max_frames - 2
     block = np.zeros((1, 1920 + 1919), np.float32)
     assert stream.push({0: block})[0].shape[1] == 1
-    with pytest.raises(ValueError, match=f"at most {stream._most_frames} frames, that of slot 0"):
+    with pytest.raises(ValueError, match=f"at most {stream._max_frames} frames, slot 0"):
         stream.push({1: block, 0: block[:, :1]})
     assert stream.finish([0])[0].shape[1] == 1
     stream.reset()
@@ -419,7 +419,7 @@ def test_bad_input_harms_no_slot(v1_tiny, rng):
         ({0: wav * np.nan}, "not finite"),
         ({0: np.full((1, 9), 1e300)}, "not finite"),
         ({0: wav, True: wav}, "slot must be 0..1, got True"),
-        (wav, "has 2 slots: say which"),
+        (wav, "has 2 slots: push a dict"),
     ]:
         with pytest.raises(ValueError, match=message):
             stream.push(block)
@@ -501,7 +501,7 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.reset_streams(None, np.ones(2, bool)), "state must be .* got NoneType"),
         (lambda: moss_tok.encode_step(v1_tiny, state, wav, ["a", "b"]), "lengths must be integers"),
         (lambda: moss_tok.EncoderStream(v1_tiny, source=3), "source must be an iterable"),
-        (lambda: moss_tok.EncoderStream(v1_tiny, None, 2, source=[]), "a source feeds one slot"),
+        (lambda: moss_tok.EncoderStream(v1_tiny, None, 2, source=[]), "source needs num_slots=1"),
         (lambda: moss_tok.reset_streams(state, np.arange(2)), "slots must be booleans"),
         (lambda: moss_tok.init_encoder_stream(v1_tiny, 0), "batch_size must be .* got 0"),
         (lambda: moss_tok.EncoderStream(v1_tiny, num_slots=0), "num_slots must be .* got 0"),

@@ -77,7 +77,7 @@ def test_everything_is_one_short_line(micro, tmp_path):
         "Cache(keys: float32 [2, 2, 2, 5, 8], values: float32 [2, ": state.caches["stage_1"],
         "Quantized(latents: float32 [2, 4, 8], codes: int32 [2, 4, 4], ": quantized,
         f"EncoderStream({MICRO}, 2 used, 1 slot, chunks of [1, 8] frames)": coder,
-        "Language(4 layers of 192, vocabulary of 257, hears codes, 1,": language_model(8),
+        "Language(4 layers of 192, vocabulary of 257, input: codes, 1,": language_model(8),
         "Item('a', codes: int16 [16, 9999], 9 samples, metadata: ['transcript'])": codes.Item(
             "a", array, 9, {"transcript": "long " * 9999}
         ),

@@ -1,1 +1,1 @@
-"""The codec: modules, pure functions at the edges, published weights."""
+"""The codec: its modules, the functions that encode, decode and stream, and published weights."""

@@ -1,7 +1,7 @@
-"""Checks of what users pass: the shapes, types and values of audio, codes and lengths.
+"""Checks of the shapes, types and values of the audio, codes and lengths that users pass.
 
-Shapes and types are checked always. Values are checked where they can be looked at; the docstring
-of `moss_tok` says where that is. Nothing in here adds an operation to a traced function.
+Shapes and types are always checked. Values are checked where they can be read without waiting; see
+the docstring of `moss_tok`. The checks add no operation to a traced function.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ _LARGEST_SAMPLE = float(np.finfo(np.float32).max)
 
 
 def check_part(codec: Any, name: str) -> None:
-    """Raises ValueError if the codec was loaded without that side."""
+    """Raises ValueError if the codec was loaded without the part `name`, "encoder" or "decoder"."""
     if name not in codec.params:
         raise ValueError(f"this codec was loaded without its {name}")
 
@@ -22,47 +22,46 @@ def check_part(codec: Any, name: str) -> None:
 def check_wav(
     wav: Any, shape: tuple[str | int, ...], lengths: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Audio and its lengths as arrays.
+    """Checks audio and its lengths, and converts them to JAX arrays.
 
     Args:
-      wav: What should be floating point audio.
-      shape: Its wanted shape [B, C, S]; names stand for any size above 0.
-      lengths: What should be the valid samples of each item; default: all of them.
+      wav: Floating point audio [B, C, S], an array or array-like.
+      shape: The required shape; a name stands for any size above 0.
+      lengths: [B] integers, valid samples of each item; default: all S.
 
     Returns:
       The audio, and the lengths [B] int32.
 
     Raises:
-      ValueError: Another shape or type, lengths beyond the array, or samples before them that are
-        not finite numbers.
+      ValueError: Wrong shape or type, lengths beyond the array, or valid samples that are not
+        finite.
     """
     given = _to_array("wav", wav, "floating point in [-1, 1]")
     check_shape("wav", given, shape, _wav_hint(given.shape, shape))
     check_floating("wav", given)
     array = jnp.asarray(given)
     lengths, ends = _read_lengths(lengths, array)
-    for part in _valid_parts(array, given, ends):
-        check_samples("wav", part)
+    for samples in _valid_parts(array, given, ends):
+        check_samples("wav", samples)
     return array, lengths
 
 
 def check_codes(
     codes: Any, shape: tuple[str | int, ...], codebook_size: int, lengths: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and their lengths as arrays.
+    """Checks codes and their lengths, and converts them to JAX arrays.
 
     Args:
-      codes: What should be integers.
-      shape: Their wanted shape [B, Q, T]; names stand for any size above 0.
+      codes: Integers [B, Q, T], an array or array-like.
+      shape: The required shape; a name stands for any size above 0.
       codebook_size: K.
-      lengths: What should be the valid frames of each item; default: all of them.
+      lengths: [B] integers, valid frames of each item; default: all T.
 
     Returns:
-      The codes, and the lengths [B] int32.
+      The codes [B, Q, T] int32, and the lengths [B] int32.
 
     Raises:
-      ValueError: Another shape or type, lengths beyond the array, or codes before them that are
-        not in [0, K).
+      ValueError: Wrong shape or type, lengths beyond the array, or valid codes outside [0, K).
     """
     given = _to_array("codes", codes, "integers")
     hint = "use codes[None] for one recording" if given.ndim == 2 else ""
@@ -70,15 +69,15 @@ def check_codes(
     check_integers("codes", given)
     array = _to_int32(given)
     lengths, ends = _read_lengths(lengths, array)
-    for part in _valid_parts(array, given, ends):
-        check_code_range("codes", part, codebook_size)
+    for valid_codes in _valid_parts(array, given, ends):
+        check_code_range("codes", valid_codes, codebook_size)
     return array, lengths
 
 
 def check_recordings(
     name: str, recordings: Any, shape: tuple[str | int, ...]
 ) -> list[np.ndarray | jax.Array]:
-    """Recordings as arrays, without a batch. Raises ValueError unless each has the shape."""
+    """Converts unbatched recordings to arrays. Raises ValueError unless each has the shape."""
     arrays = []
     for number, recording in enumerate(recordings):
         array = _to_array(f"{name} {number}", recording, "one recording each")
@@ -88,20 +87,21 @@ def check_recordings(
 
 
 def _read_lengths(lengths: Any, x: jax.Array) -> tuple[jax.Array, np.ndarray | None]:
-    """Lengths [B] within the last axis of `x` [B, ...]; default: all of it.
+    """Checks lengths [B] along the last axis of `x` [B, ...]; default: its full size.
 
     Returns:
-      int32, clamped where the values cannot be looked at; and the values, None where they cannot.
+      The lengths as int32, clamped to the axis in case their values cannot be read; and their
+      values on the host, None if they cannot be read.
 
     Raises:
-      ValueError: Another shape or type, or lengths that are negative or beyond the axis.
+      ValueError: Wrong shape or type, or lengths that are negative or beyond the axis.
     """
     size = x.shape[-1]
     if lengths is None:
-        everything = jnp.full(x.shape[:1], size, jnp.int32)
-        # Computed, so it is traced wherever anything is.
-        is_traced = isinstance(everything, jax.core.Tracer)
-        return everything, None if is_traced else np.full(x.shape[:1], size)
+        full = jnp.full(x.shape[:1], size, jnp.int32)
+        # `full` is a computed value, so it is a tracer whenever anything is traced.
+        is_traced = isinstance(full, jax.core.Tracer)
+        return full, None if is_traced else np.full(x.shape[:1], size)
     given = _to_array("lengths", lengths, "integers")
     if given.shape != x.shape[:1] or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(
@@ -120,27 +120,34 @@ def _read_lengths(lengths: Any, x: jax.Array) -> tuple[jax.Array, np.ndarray | N
 def check_shape(
     name: str, x: Any, shape: tuple[str | int, ...], hint: str = "", may_be_empty: bool = False
 ) -> None:
-    """Raises ValueError unless `x` has the shape; names stand for any size above 0.
+    """Raises ValueError unless `x` has the shape.
 
     Args:
-      name: What messages call it.
+      name: Name of the argument, for the message.
       x: An array.
-      shape: What it should be.
-      hint: How it could become so, for the message.
-      may_be_empty: Sizes of 0 are accepted, too.
+      shape: The required shape; a name stands for any size above 0.
+      hint: How to fix a wrong shape, for the message.
+      may_be_empty: Whether sizes of 0 are accepted, too.
     """
-    fits = x.ndim == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
-    )
-    if not fits or (0 in x.shape and not may_be_empty):
-        wanted = ", ".join(map(str, shape))
-        message = f"{name} must have the shape [{wanted}], got {list(x.shape)}"
-        raise ValueError(f"{message}: {hint}" if hint else message)
+    if _has_shape(x, shape) and (may_be_empty or 0 not in x.shape):
+        return
+    required = ", ".join(map(str, shape))
+    message = f"{name} must have the shape [{required}], got {list(x.shape)}"
+    raise ValueError(f"{message}: {hint}" if hint else message)
+
+
+def _has_shape(x: Any, shape: tuple[str | int, ...]) -> bool:
+    if x.ndim != len(shape):
+        return False
+    for size, required in zip(x.shape, shape, strict=True):
+        if not isinstance(required, str) and size != required:
+            return False
+    return True
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ValueError unless `x` is floating point; of integers it says how they become so."""
-    if jnp.issubdtype(x.dtype, jnp.floating):  # bfloat16 too
+    """Raises ValueError unless `x` is floating point; for integers it says how to convert them."""
+    if jnp.issubdtype(x.dtype, jnp.floating):  # np.issubdtype does not know bfloat16
         return
     hint = ""
     if x.dtype == np.int16:
@@ -161,7 +168,7 @@ def check_samples(name: str, wav: np.ndarray) -> None:
     if not wav.size:
         return
     with np.errstate(invalid="ignore"):
-        lowest = wav.min()  # NaN where there is one
+        lowest = wav.min()  # NaN if any sample is NaN
         highest = wav.max()
     if not (lowest >= -_LARGEST_SAMPLE and highest <= _LARGEST_SAMPLE):
         raise ValueError(f"{name} has samples that are not finite numbers")
@@ -177,9 +184,9 @@ def _range(values: np.ndarray) -> str:
     return f"{values.min()}..{values.max()}"
 
 
-def _wav_hint(shape: tuple[int, ...], wanted: tuple[str | int, ...]) -> str:
-    """How audio of a shape without a batch, or without channels, gets the wanted one."""
-    channels = wanted[1]
+def _wav_hint(shape: tuple[int, ...], required: tuple[str | int, ...]) -> str:
+    """How to add the missing batch or channel axis to audio of `shape`; "" if unclear."""
+    channels = required[1]
     if len(shape) == 1 and channels == 1:
         return "use wav[None, None]"
     if len(shape) == 2 and shape[0] == channels:
@@ -191,33 +198,33 @@ def _wav_hint(shape: tuple[int, ...], wanted: tuple[str | int, ...]) -> str:
     return ""
 
 
-def _to_array(name: str, x: Any, wanted: str) -> np.ndarray | jax.Array:
-    """What is an array, or like one; arrays on the host are left there."""
+def _to_array(name: str, x: Any, accepted: str) -> np.ndarray | jax.Array:
+    """Converts `x` to an array; data in host memory stays there."""
     try:
         if isinstance(x, jax.Array):
             return x
         if isinstance(x, (list, tuple)):
             is_on_host = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-        else:  # tensors of torch in the memory of a GPU, say, have both attributes
+        else:  # torch tensors in GPU memory, for example, have both attributes
             is_on_host = hasattr(x, "__array__") and not hasattr(x, "__cuda_array_interface__")
         return np.asarray(x) if is_on_host else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        # Text, lists of unequal lengths, tensors of torch that want gradients.
+        # Text, lists of unequal lengths, torch tensors that require gradients.
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{name} must be an array, {wanted}, got {type(x).__name__} ({reason})"
+            f"{name} must be an array, {accepted}, got {type(x).__name__} ({reason})"
         ) from error
 
 
 def _to_int32(integers: np.ndarray | jax.Array) -> jax.Array:
-    """Integers as jax has them, those that do not fit clamped to 0 or more, not wrapped."""
+    """Converts integers to int32; wide numpy values are clamped to 0..2**31 - 1, not wrapped."""
     if isinstance(integers, np.ndarray) and integers.dtype.itemsize >= 4:
         integers = np.clip(integers, 0, np.iinfo(np.int32).max).astype(np.int32)
     return jnp.asarray(integers).astype(jnp.int32)
 
 
 def _host_values(given: np.ndarray | jax.Array) -> np.ndarray | None:
-    """The values of a concrete array; None where other processes have some of them."""
+    """The values of a concrete array; None if other processes hold some of them."""
     if isinstance(given, np.ndarray):
         return given
     return np.asarray(given) if given.is_fully_addressable else None
@@ -226,11 +233,13 @@ def _host_values(given: np.ndarray | jax.Array) -> np.ndarray | None:
 def _valid_parts(
     array: jax.Array, given: np.ndarray | jax.Array, ends: np.ndarray | None
 ) -> list[np.ndarray]:
-    """The values of each item before its end, where they can be looked at; else nothing."""
+    """The valid values of each item; an empty list if they cannot be read without waiting."""
     if ends is None or isinstance(array, jax.core.Tracer):
         return []
-    if isinstance(given, jax.Array) and any(d.platform != "cpu" for d in given.devices()):
-        return []
+    if isinstance(given, jax.Array):
+        platforms = {device.platform for device in given.devices()}
+        if platforms != {"cpu"}:
+            return []
     values = _host_values(given)
     if values is None:
         return []
@@ -238,7 +247,7 @@ def _valid_parts(
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is an integer; true and false are none."""
+    """Whether a value is an integer; booleans do not count."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

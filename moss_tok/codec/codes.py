@@ -1,4 +1,4 @@
-"""The .npz files that `encode` writes and `decode` reads."""
+"""The .npz files of codes that `moss-tok encode` writes and `moss-tok decode` reads."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ class CodeFile:
 
     Attributes:
       codes: [Q, T] int16.
-      num_samples: Samples per channel of the recording at the codec's rate.
+      num_samples: Samples per channel of the recording at the codec's sample rate.
     """
 
     codes: np.ndarray
@@ -31,7 +31,7 @@ class CodeFile:
 
 
 def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecConfig) -> None:
-    """Writes codes [Q, T] with what is needed to decode them."""
+    """Writes codes [Q, T], with the codec settings that `read` checks before decoding."""
     fields = {
         "codes": np.asarray(codes).astype(np.int16),
         "sample_rate": config.sample_rate,
@@ -44,21 +44,22 @@ def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecCo
 
 
 def read(path: str | Path, config: CodecConfig) -> CodeFile:
-    """Reads a code file and checks that `config` can decode it. Nothing is unpickled.
+    """Reads a code file and checks that a codec of `config` can decode it. Nothing is unpickled.
 
     Raises:
-      ValueError: No npz, keys missing, or codes that do not fit the codec.
+      ValueError: The file is no .npz, lacks a key, or has codes that do not fit the codec.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         fields = _load(path)
-    except Exception as error:  # numpy and zipfile raise anything on files that are no archives
+    except Exception as error:  # numpy and zipfile raise any type on files that are no archives
         reason = storage.pointer_hint(path) or error
-        raise ValueError(f"{path}: no .npz file of codes ({reason})") from error
-    if missing := [k for k in ("codes", *_KEYS) if k not in fields]:
-        raise ValueError(f"{path}: missing key {missing[0]!r}")
+        raise ValueError(f"{path}: not a .npz file of codes ({reason})") from error
+    for key in ("codes", *_KEYS):
+        if key not in fields:
+            raise ValueError(f"{path}: missing key {key!r}")
     try:
         return _check(fields, config)
     except ValueError as error:
@@ -68,11 +69,15 @@ def read(path: str | Path, config: CodecConfig) -> CodeFile:
 def _load(path: Path) -> dict[str, np.ndarray]:
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("a single array")
+        raise ValueError("it holds a single array")
+    fields = {}
     with archive:
-        fields = {k: archive[k] for k in ("codes", *_KEYS) if k in archive}
-    if odd := [k for k, v in fields.items() if not isinstance(v, np.ndarray)]:
-        raise ValueError(f"{odd[0]} is no array")
+        for key in ("codes", *_KEYS):
+            if key in archive:
+                fields[key] = archive[key]
+    for key, value in fields.items():
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{key} is not an array")
     return fields
 
 
@@ -82,27 +87,28 @@ def _check(fields: dict[str, np.ndarray], config: CodecConfig) -> CodeFile:
         if fields[key].shape != () or fields[key].dtype.kind not in "iu":
             raise ValueError(f"{key} must be one integer, got {fields[key].dtype} array")
         numbers[key] = int(fields[key])
-    wanted = {
+    expected = {
         "sample_rate": config.sample_rate,
         "num_channels": config.num_channels,
         "hop_length": config.hop_length,
         "codebook_size": config.quantizer.codebook_size,
     }
-    for key, want in wanted.items():
-        if numbers[key] != want:
-            raise ValueError(f"{key} must be {want} for this checkpoint, got {numbers[key]}")
-    codes, num_samples = fields["codes"], numbers["num_samples"]
+    for key, value in expected.items():
+        if numbers[key] != value:
+            raise ValueError(f"{key} must be {value} for this checkpoint, got {numbers[key]}")
+    codes = fields["codes"]
+    num_samples = numbers["num_samples"]
     if codes.ndim != 2 or codes.dtype.kind not in "iu":
         raise ValueError(f"codes must be integers [Q, T], got {codes.dtype} {list(codes.shape)}")
     if codes.size == 0:
-        raise ValueError("no codes")
-    most = config.quantizer.num_quantizers
-    if codes.shape[0] > most:
-        raise ValueError(f"codes must have 1..{most} quantizers, got {codes.shape[0]}")
-    check_code_range("codes", codes, wanted["codebook_size"])
+        raise ValueError("codes are empty")
+    max_quantizers = config.quantizer.num_quantizers
+    if codes.shape[0] > max_quantizers:
+        raise ValueError(f"codes must have 1..{max_quantizers} quantizers, got {codes.shape[0]}")
+    check_code_range("codes", codes, expected["codebook_size"])
     if num_samples < 1 or config.num_frames(num_samples) != codes.shape[1]:
         raise ValueError(
-            f"num_samples {num_samples} does not fit {codes.shape[1]} frames of "
+            f"num_samples {num_samples} does not match {codes.shape[1]} frames of "
             f"{config.hop_length} samples"
         )
     return CodeFile(codes.astype(np.int16), num_samples)

@@ -1,4 +1,4 @@
-"""What a codec is: the modules of both sides and the quantizer between them, as frozen configs.
+"""The architecture of a codec as frozen configs: encoder, quantizer, decoder.
 
 Shapes follow the legend in `moss_tok/__init__.py`. A `CodecConfig` is hashable, so it can be a
 static argument of `jax.jit`.
@@ -19,7 +19,7 @@ FORMAT = "moss_tok"
 
 @dataclasses.dataclass(frozen=True)
 class PatchConfig:
-    """Folds `patch_size` frames into one (encoder) or unfolds one into `patch_size` (decoder)."""
+    """Folds `patch_size` frames into one (encoder), or unfolds one frame into as many (decoder)."""
 
     patch_size: int
 
@@ -34,15 +34,16 @@ class TransformerConfig:
     Attributes:
       input_dim: Width of the incoming frames.
       output_dim: Width of the outgoing frames.
-      model_dim: Width inside, D.
+      model_dim: Width of the blocks, D.
       num_heads: Attention heads, N.
       num_layers: Blocks, L.
       mlp_dim: Width of the feed-forward layer, F.
-      context_seconds: How far a frame sees back, itself included.
+      context_seconds: Length of the attention window, the current frame included.
       layer_scale: Initial value of the LayerScale vectors.
       max_period: Longest RoPE period, in frames over 2 pi.
-      input_projection: Whether the stage has an input projection (needed where dims differ).
-      output_projection: The same for the output.
+      input_projection: Whether the stage has an input projection; required where input_dim differs
+        from model_dim.
+      output_projection: The same for output_dim.
     """
 
     input_dim: int
@@ -71,7 +72,7 @@ class TransformerConfig:
             dim = getattr(self, f"{side}_dim")
             if dim != self.model_dim and not getattr(self, f"{side}_projection"):
                 raise ValueError(
-                    f"{side}_projection must be true where {side}_dim {dim} is not "
+                    f"{side}_projection must be true because {side}_dim {dim} differs from "
                     f"model_dim {self.model_dim}"
                 )
 
@@ -86,7 +87,16 @@ ModuleConfig = PatchConfig | TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:
-    """Residual LFQ quantizer: `num_quantizers` codebooks of `codebook_size` x `codebook_dim`."""
+    """Residual LFQ quantizer: `num_quantizers` codebooks of `codebook_size` x `codebook_dim`.
+
+    Attributes:
+      input_dim: Width of the latents.
+      rvq_dim: Width of the residual that the quantizers code one after the other, R.
+      output_dim: Width of the quantized latents.
+      num_quantizers: Quantizers, Q.
+      codebook_size: Rows of each codebook, K; at most 32768, so that codes fit int16.
+      codebook_dim: Width of a codebook row.
+    """
 
     input_dim: int
     rvq_dim: int
@@ -103,16 +113,16 @@ class QuantizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
-    """A codec: the modules of both sides, in order, and the quantizer between them.
+    """The architecture of a codec: encoder modules, quantizer, decoder modules.
 
     Attributes:
       sample_rate: Hz.
       num_channels: C; several channels are interleaved into one stream of C * sample_rate Hz.
-      encoder: Modules from the stream to the latents.
-      quantizer: The quantizer.
-      decoder: Modules from the quantized latents to the stream.
-      layout: Family of the official tensor names it is exported with, "v1" or "v2".
-      official_json: The official config.json it was read from, kept for the way back; or empty.
+      encoder: Modules from the stream to the latents, in order.
+      quantizer: The residual quantizer.
+      decoder: Modules from the quantized latents to the stream, in order.
+      layout: Family of tensor names in the official layout, "v1" or "v2"; for conversion only.
+      official_json: The official config.json it was read from, written again on conversion; or "".
     """
 
     sample_rate: int
@@ -135,17 +145,21 @@ class CodecConfig:
             )
         if _chain("decoder", self.decoder, self.quantizer.output_dim, downsample=False) != 1:
             raise ValueError("the decoder must end in one sample per frame of the stream")
-        down, up = _patch_product(self.encoder), _patch_product(self.decoder)
+        down = _patch_product(self.encoder)
+        up = _patch_product(self.decoder)
         if down != up:
-            raise ValueError(f"the encoder downsamples by {down}, the decoder upsamples by {up}")
+            raise ValueError(
+                f"the decoder must upsample by {down}, the encoder's downsampling factor, got {up}"
+            )
         if down % self.num_channels:
             raise ValueError(
-                f"the patches fold {down} samples, no multiple of {self.num_channels} channels"
+                f"the product of the patch sizes must be a multiple of the {self.num_channels} "
+                f"channels, got {down}"
             )
 
     @property
     def hop_length(self) -> int:
-        """Samples per channel and code frame."""
+        """Samples per channel in one code frame."""
         return _patch_product(self.encoder) // self.num_channels
 
     @property
@@ -156,10 +170,11 @@ class CodecConfig:
     def stage_rates(self, side: str) -> tuple[float, ...]:
         """Frames per second inside each module of `side` ("encoder" or "decoder").
 
-        For a patch it is the slower of its two rates.
+        For a patch module it is the lower of its input and output rates.
         """
         stream_rate = float(self.sample_rate * self.num_channels)
-        rates, folded = [], _patch_product(self.encoder) if side == "decoder" else 1
+        rates = []
+        folded = _patch_product(self.encoder) if side == "decoder" else 1
         for module in getattr(self, side):
             if isinstance(module, PatchConfig) and side == "encoder":
                 folded *= module.patch_size
@@ -169,51 +184,55 @@ class CodecConfig:
         return tuple(rates)
 
     def windows(self, side: str) -> tuple[int | None, ...]:
-        """Attention window of each module of `side` in frames, self included; None for patches."""
-        return tuple(
-            None if isinstance(m, PatchConfig) else max(1, int(round(rate * m.context_seconds)))
-            for m, rate in zip(getattr(self, side), self.stage_rates(side), strict=True)
-        )
+        """Attention window of each module of `side`, in its frames; None for patch modules."""
+        windows = []
+        for module, rate in zip(getattr(self, side), self.stage_rates(side), strict=True):
+            if isinstance(module, PatchConfig):
+                windows.append(None)
+            else:
+                windows.append(max(1, round(rate * module.context_seconds)))
+        return tuple(windows)
 
     def num_frames(self, num_samples: int) -> int:
-        """Code frames of `num_samples` samples per channel; a partly filled one counts."""
+        """Code frames of `num_samples` samples per channel; a partly filled last frame counts."""
         return -(-num_samples // self.hop_length)
 
     def bitrate(self, num_quantizers: int | None = None) -> float:
-        """Bits per second with the first `num_quantizers` (default: all) quantizers."""
+        """Bits per second of the codes of the first `num_quantizers` quantizers; default: all."""
         num_quantizers = num_quantizers or self.quantizer.num_quantizers
         return self.frame_rate * num_quantizers * math.log2(self.quantizer.codebook_size)
 
     def check_num_quantizers(self, num_quantizers: int | None) -> int:
-        """Returns a valid `num_quantizers`, all of them for None.
+        """Returns `num_quantizers` if it is valid; None means all Q.
 
         Raises:
-          ValueError: It is no integer of 1..Q.
+          ValueError: `num_quantizers` is not an integer in 1..Q.
         """
-        most = self.quantizer.num_quantizers
+        limit = self.quantizer.num_quantizers
         if num_quantizers is None:
-            return most
+            return limit
         is_integer = isinstance(num_quantizers, numbers.Integral)
         is_integer &= not isinstance(num_quantizers, bool)
-        if not is_integer or not 1 <= num_quantizers <= most:
-            raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
+        if not is_integer or not 1 <= num_quantizers <= limit:
+            raise ValueError(f"num_quantizers must be 1..{limit}, got {num_quantizers}")
         return int(num_quantizers)
 
     def to_json(self) -> str:
         """The config as JSON text that `from_json` reads."""
         fields = {"format": FORMAT} | dataclasses.asdict(self)
         for side in ("encoder", "decoder"):
-            fields[side] = [
-                {"type": _TYPE_NAMES[type(m)]} | dataclasses.asdict(m) for m in getattr(self, side)
-            ]
+            modules = []
+            for module in getattr(self, side):
+                modules.append({"type": _TYPE_NAMES[type(module)]} | dataclasses.asdict(module))
+            fields[side] = modules
         return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "CodecConfig":
-        """Reads what `to_json` wrote.
+        """Reads the JSON text that `to_json` wrote.
 
         Raises:
-          ValueError: No JSON, or a key or value that is not known.
+          ValueError: The text is not JSON, or has an unknown key or an invalid value.
         """
         fields = parse_json_object(text)
         if fields.pop("format", None) != FORMAT:
@@ -237,7 +256,7 @@ def _patch_product(modules: tuple[ModuleConfig, ...]) -> int:
 
 
 def _chain(side: str, modules: tuple[ModuleConfig, ...], dim: int, downsample: bool) -> int:
-    """Follows the frame width through `modules`, raising where two do not fit; the last width."""
+    """The frame width after `modules`, from width `dim`; ValueError where two do not fit."""
     for i, module in enumerate(modules):
         if isinstance(module, PatchConfig):
             if not downsample and dim % module.patch_size:
@@ -255,13 +274,13 @@ def _chain(side: str, modules: tuple[ModuleConfig, ...], dim: int, downsample: b
 def _module_from_dict(fields: dict[str, Any]) -> ModuleConfig:
     fields = dict(fields)
     name = fields.pop("type", None)
-    types = {v: k for k, v in _TYPE_NAMES.items()}
+    types = {type_name: module_type for module_type, type_name in _TYPE_NAMES.items()}
     check_choice("module type", name, tuple(types))
     return from_fields(types[name], fields, name)
 
 
 def read_codec_config(path: Path) -> CodecConfig:
-    """Reads a config.json of ours; ValueError names the file if it is broken."""
+    """Reads a config.json that moss_tok wrote; a ValueError names the file if it is broken."""
     try:
         return CodecConfig.from_json(path.read_text())
     except (ValueError, OSError) as error:

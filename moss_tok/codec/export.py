@@ -1,8 +1,11 @@
-"""StableHLO artifacts of a codec's functions, through `jax.export`: run them without moss_tok.
+"""StableHLO artifacts of a codec's functions, through `jax.export`, to run without moss_tok.
 
-An artifact is a directory: FUNCTION.jaxexport, the program for CPUs, GPUs and TPUs, which any
-process with jax (or, as StableHLO, another runtime) can call; params.safetensors, its first
-argument, a dict of arrays by name; signature.json, what it takes and returns.
+An artifact is a directory:
+
+  FUNCTION.jaxexport   the program for CPUs, GPUs and TPUs; any process with jax can call it, as can
+                       other runtimes that take StableHLO
+  params.safetensors   its first argument, a dict of arrays by name; absent with weights inside
+  signature.json       shapes and dtypes of its arguments and results, and the codec's config
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from moss_tok.nn.cache import Cache
 FUNCTIONS = ("encode", "decode", "encode_step", "decode_step")
 WEIGHTS = ("beside", "inside")
 PLATFORMS = ("cpu", "cuda", "tpu")
-LARGEST_INSIDE_BYTES = 10**9  # a serialised program must stay below 2 GB
+LARGEST_INSIDE_BYTES = 10**9  # a serialized program must stay below 2 GB
 
 _Arrays = dict[str, Any]
 
@@ -42,29 +45,30 @@ def export(
 ) -> tuple[bytes, _Arrays, dict[str, Any]]:
     """Lowers one function of a codec for all platforms.
 
-    The program takes, and returns as a tuple, flat dicts and arrays:
+    The program takes flat dicts and arrays, and returns a tuple of them:
 
       encode       (params, wav [B, C, S], lengths [B]) -> codes [B, Q, T], lengths
       decode       (params, codes [B, Q, T], lengths [B]) -> wav [B, C, S], lengths
       encode_step  (params, state, wav [B, C, S], lengths [B]) -> state, codes [B, Q, T]
       decode_step  (params, state, codes [B, Q, T], lengths [B]) -> state, wav [B, C, S]
 
-    B may be any number; so may S and T of encode and decode. A state begins as zeros.
+    B may be any number, and so may S and T of encode and decode. The initial state is all zeros.
 
     Args:
-      codec: With the side that the function needs.
+      codec: A codec with the side that the function needs.
       function: One of FUNCTIONS.
       num_quantizers: Q; default: all.
-      chunk_frames: T of the steps.
-      weights: "beside": they are the first argument; "inside": they are part of the program,
-        which has no `params` argument then.
+      chunk_frames: T of the step functions, 1..4096.
+      weights: "beside": the weights are the first argument; "inside": they are part of the program,
+        which then takes no `params` argument.
 
     Returns:
-      The serialised program, the parameters by name (empty where they are inside), and the shapes
-      and dtypes of what it takes and returns.
+      The serialized program, the parameters by name (empty if they are inside), and the content of
+      signature.json.
 
     Raises:
-      ValueError: An argument out of range, weights too large to go inside, or no flatbuffers.
+      ValueError: An argument is out of range, the weights are too large to go inside, or the
+        package flatbuffers is not installed.
     """
     _check(codec, function, chunk_frames, weights)
     side = "encoder" if function.startswith("encode") else "decoder"
@@ -73,14 +77,17 @@ def export(
     params = traverse_util.flatten_dict(params, sep=".")
     if weights == "inside":
         _check_size(params)
-    compute = dataclasses.replace(codec.compute, attention="blocked")  # whose shapes may be unknown
+    # Blocked attention allows symbolic shapes.
+    compute = dataclasses.replace(codec.compute, attention="blocked")
     codec = Codec(None, codec.config, compute)
     call, shapes = _call(codec, function, num_quantizers, chunk_frames)
     arguments = jax.tree.map(_describe, shapes)
     if weights == "inside":
-        call, params = functools.partial(call, params), {}
+        call = functools.partial(call, params)
+        params = {}
     else:
-        shapes = [{k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()}, *shapes]
+        param_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        shapes = [param_shapes, *shapes]
         arguments = ["params", *arguments]
     exported = jax_export.export(jax.jit(call), platforms=PLATFORMS)(*shapes)
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
@@ -112,80 +119,98 @@ def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None
     if not isinstance(chunk_frames, int) or not 1 <= chunk_frames <= 4096:
         raise ValueError(f"chunk_frames must be 1..4096, got {chunk_frames!r}")
     try:
-        import flatbuffers  # noqa: F401  jax.export writes with it
+        import flatbuffers  # noqa: F401  jax.export serializes with it
     except ImportError as error:
-        raise ValueError("to export, pip install 'moss_tok[export]'") from error
+        raise ValueError("export needs flatbuffers: pip install 'moss_tok[export]'") from error
 
 
 def _check_size(params: _Arrays) -> None:
     size_bytes = sum(x.nbytes for x in params.values())
     if size_bytes > LARGEST_INSIDE_BYTES:
         raise ValueError(
-            f"weights of {size_bytes / 1e9:.1f} GB do not fit inside a program, at most "
-            f"{LARGEST_INSIDE_BYTES / 1e9:g} GB; choose weights beside it"
+            f"weights of {size_bytes / 1e9:.1f} GB do not fit inside a program, the limit is "
+            f"{LARGEST_INSIDE_BYTES / 1e9:g} GB; use weights=beside"
         )
 
 
 def _call(
     codec: Codec, function: str, num_quantizers: int, chunk_frames: int
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """A function of flat dicts and arrays, and the shapes of its arguments but the first."""
-    c, f32, i32 = codec.config, jnp.float32, jnp.int32
+    """A function over flat dicts and arrays, and the shapes of its arguments except `params`."""
+    c = codec.config
     batch, samples, frames = jax_export.symbolic_shape("B, S, T")
     if function.endswith("_step"):
-        samples, frames = chunk_frames * c.hop_length, chunk_frames
-    wav = jax.ShapeDtypeStruct((batch, c.num_channels, samples), f32)
-    codes = jax.ShapeDtypeStruct((batch, num_quantizers, frames), i32)
-    x = wav if function.startswith("encode") else codes
-    shapes = [x, jax.ShapeDtypeStruct((batch,), i32)]
-    ready = functools.partial(_with_params, codec)
+        samples = chunk_frames * c.hop_length
+        frames = chunk_frames
+    wav = jax.ShapeDtypeStruct((batch, c.num_channels, samples), jnp.float32)
+    codes = jax.ShapeDtypeStruct((batch, num_quantizers, frames), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    with_params = functools.partial(_with_params, codec)
+
+    def encode(params, wav, lengths):
+        return tuple(inference.encode(with_params(params), wav, lengths, num_quantizers, 0))
+
+    def decode(params, codes, lengths):
+        return tuple(inference.decode(with_params(params), codes, lengths, 0))
+
+    def encode_step(params, state, wav, lengths):
+        state = _unflatten_state(state)
+        state, codes = streaming.encode_step(
+            with_params(params), state, wav, lengths, num_quantizers
+        )
+        return _flatten_state(state), codes
+
+    def decode_step(params, state, codes, lengths):
+        state = _unflatten_state(state)
+        state, wav = streaming.decode_step(with_params(params), state, codes, lengths)
+        return _flatten_state(state), wav
+
     if function == "encode":
+        return encode, [wav, lengths]
+    if function == "decode":
+        return decode, [codes, lengths]
+    if function == "encode_step":
+        return encode_step, [_state_shapes(codec, "encoder", batch), wav, lengths]
+    return decode_step, [_state_shapes(codec, "decoder", batch), codes, lengths]
 
-        def call(params, wav, lengths):
-            return tuple(inference.encode(ready(params), wav, lengths, num_quantizers, 0))
 
-    elif function == "decode":
-
-        def call(params, codes, lengths):
-            return tuple(inference.decode(ready(params), codes, lengths, 0))
-
-    else:
-        side = "encoder" if function == "encode_step" else "decoder"
-        caches = functools.partial(empty_caches, codec.config, codec.compute, side, 1)
-        state = {"position": jax.ShapeDtypeStruct((batch,), i32)}
-        for name, x in _flat(jax.eval_shape(caches)).items():
-            state[name] = jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[2:]), x.dtype)
-        shapes.insert(0, state)
-
-        def call(params, state, x, lengths):
-            caches = {name: x for name, x in state.items() if name != "position"}
-            state = streaming.StreamState(state["position"], _nested(caches))
-            if function == "encode_step":
-                state, out = streaming.encode_step(ready(params), state, x, lengths, num_quantizers)
-            else:
-                state, out = streaming.decode_step(ready(params), state, x, lengths)
-            return {"position": state.position} | _flat(state.caches), out
-
-    return call, shapes
+def _state_shapes(codec: Codec, side: str, batch: Any) -> _Arrays:
+    """Shapes of the flat state of `batch` streams, which may be symbolic."""
+    caches = functools.partial(empty_caches, codec.config, codec.compute, side, 1)
+    shapes = {"position": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    for name, x in _flatten_caches(jax.eval_shape(caches)).items():
+        shapes[name] = jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[2:]), x.dtype)
+    return shapes
 
 
 def _with_params(codec: Codec, params: _Arrays) -> Codec:
     return codec.replace(params=traverse_util.unflatten_dict(params, sep="."))
 
 
-def _flat(caches: Caches) -> _Arrays:
-    """Arrays by "stage.keys" and "stage.values"."""
-    return {
-        f"{stage}.{part}": getattr(cache, part)
-        for stage, cache in caches.items()
-        for part in ("keys", "values")
-    }
+def _flatten_state(state: streaming.StreamState) -> _Arrays:
+    return {"position": state.position} | _flatten_caches(state.caches)
 
 
-def _nested(arrays: _Arrays) -> Caches:
+def _unflatten_state(arrays: _Arrays) -> streaming.StreamState:
+    caches = {name: x for name, x in arrays.items() if name != "position"}
+    return streaming.StreamState(arrays["position"], _unflatten_caches(caches))
+
+
+def _flatten_caches(caches: Caches) -> _Arrays:
+    """Arrays under the names STAGE.keys and STAGE.values."""
+    arrays = {}
+    for stage, cache in caches.items():
+        arrays[f"{stage}.keys"] = cache.keys
+        arrays[f"{stage}.values"] = cache.values
+    return arrays
+
+
+def _unflatten_caches(arrays: _Arrays) -> Caches:
     stages = traverse_util.unflatten_dict(arrays, sep=".")
     return {stage: Cache(**parts) for stage, parts in stages.items()}
 
 
 def _describe(x: Any) -> dict[str, Any]:
-    return {"shape": [n if isinstance(n, int) else str(n) for n in x.shape], "dtype": x.dtype.name}
+    """Shape and dtype for JSON; symbolic sizes become text."""
+    shape = [size if isinstance(size, int) else str(size) for size in x.shape]
+    return {"shape": shape, "dtype": x.dtype.name}

@@ -1,9 +1,10 @@
-"""The official Hugging Face layout: one table of its tensors, and its files.
+"""Reads and writes codecs in the official Hugging Face layout.
 
-The table serves both directions: each row says how an official tensor is called and shaped, which
-parameter (or row of a stacked one) it is, and how the two layouts differ. Names come in two
-families, "v1" and "v2" (Nano too). Inside a head, official RoPE rotates neighbouring channels; ours
-rotates the halves, which is the same with the rows of q and k permuted.
+One table serves both directions: each row gives the name and shape of an official tensor, the
+parameter (or the row of a stacked parameter) that holds it, and the conversions between the two
+layouts. There are two families of names, "v1" and "v2" (also used by Nano). Inside a head, official
+RoPE rotates neighbouring channels and ours rotates the two halves; permuting the rows of q and k
+makes them equal.
 
 Source: modeling_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
 """
@@ -27,7 +28,12 @@ _BLOCK_NAMES = {
 
 
 def tensor_table(config: CodecConfig, component: str = "all") -> list[Tensor]:
-    """All official tensors of a codec, or of one side ("encoder", "decoder") and the quantizer."""
+    """Rows of the official tensors of a codec.
+
+    Args:
+      config: The codec.
+      component: "all", "encoder" or "decoder" (that side and the quantizer), or "quantizer".
+    """
     rows: list[Tensor] = []
     for side in ("encoder", "decoder"):
         if component not in ("all", side):
@@ -50,31 +56,34 @@ def _stage_rows(m: TransformerConfig, prefix, path, layout) -> Iterator[Tensor]:
     d, n, h = m.model_dim, m.num_heads, m.head_dim
     qkv_name, out_name, up_name, down_name = _BLOCK_NAMES[layout]
     if m.input_projection:
-        where = (*path, "input_projection", "kernel")
-        yield _linear(f"{prefix}input_proj.weight", (d, m.input_dim), where)
+        kernel = (*path, "input_projection", "kernel")
+        yield _linear(f"{prefix}input_proj.weight", (d, m.input_dim), kernel)
     if m.output_projection:
-        where = (*path, "output_projection", "kernel")
-        yield _linear(f"{prefix}output_proj.weight", (m.output_dim, d), where)
+        kernel = (*path, "output_projection", "kernel")
+        yield _linear(f"{prefix}output_proj.weight", (m.output_dim, d), kernel)
+    layers = (*path, "layers")
     for row in range(m.num_layers):
-        block, where = f"{prefix}transformer.layers.{row}.", (*path, "layers")
-        for ours, norm, scale in (("attention", "norm1", "1"), ("mlp", "norm2", "2")):
-            yield _same(f"{block}{norm}.weight", (d,), (*where, f"{ours}_norm", "scale"), row)
-            yield _same(f"{block}{norm}.bias", (d,), (*where, f"{ours}_norm", "bias"), row)
-            yield _same(f"{block}layer_scale_{scale}.scale", (d,), (*where, f"{ours}_scale"), row)
+        block = f"{prefix}transformer.layers.{row}."
+        for branch, number in (("attention", 1), ("mlp", 2)):
+            norm = (*layers, f"{branch}_norm")
+            yield _same(f"{block}norm{number}.weight", (d,), (*norm, "scale"), row)
+            yield _same(f"{block}norm{number}.bias", (d,), (*norm, "bias"), row)
+            scale = (*layers, f"{branch}_scale")
+            yield _same(f"{block}layer_scale_{number}.scale", (d,), scale, row)
         yield Tensor(
-            f"{block}{qkv_name}.weight", (3 * d, d), (*where, "attention", "qkv"), row,
+            f"{block}{qkv_name}.weight", (3 * d, d), (*layers, "attention", "qkv"), row,
             lambda x: _split_qkv(x, n, h), _join_qkv,
         )  # fmt: skip
         yield Tensor(
-            f"{block}{out_name}.weight", (d, d), (*where, "attention", "out"), row,
+            f"{block}{out_name}.weight", (d, d), (*layers, "attention", "out"), row,
             lambda x: x.T.reshape(n, h, -1), lambda x: x.reshape(n * h, -1).T,
         )  # fmt: skip
-        yield _linear(f"{block}{up_name}.weight", (m.mlp_dim, d), (*where, "mlp", "up"), row)
-        yield _linear(f"{block}{down_name}.weight", (d, m.mlp_dim), (*where, "mlp", "down"), row)
+        yield _linear(f"{block}{up_name}.weight", (m.mlp_dim, d), (*layers, "mlp", "up"), row)
+        yield _linear(f"{block}{down_name}.weight", (d, m.mlp_dim), (*layers, "mlp", "down"), row)
 
 
 def _split_qkv(x: np.ndarray, heads: int, dim: int) -> np.ndarray:
-    """[3 * N * H, D] -> [D, 3, N, H], q and k from neighbouring pairs to halves."""
+    """[3 * N * H, D] -> [D, 3, N, H]; channels of q and k go from neighbouring pairs to halves."""
     x = x.reshape(3, heads, dim, -1)
     pairs = x[:2].reshape(2, heads, dim // 2, 2, -1).swapaxes(2, 3).reshape(x[:2].shape)
     return np.concatenate([pairs, x[2:]]).transpose(3, 0, 1, 2)
@@ -120,11 +129,20 @@ def _conv(name, size_in, size_out, path, row=None) -> Iterator[Tensor]:
 
 
 def read_folder_config(path: Path, files: Iterable[str] | None = None) -> CodecConfig:
-    """The config of an official directory, whose tensors are called `files`."""
+    """Reads the config of an official directory.
+
+    Args:
+      path: The directory.
+      files: Names of its tensors, if the caller has read them already.
+
+    Raises:
+      ValueError: config.json is missing a key, not supported or not text.
+    """
     try:
-        return read_config((path / "config.json").read_text(), files or tensors.tensor_files(path))
+        text = (path / "config.json").read_text()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path / 'config.json'}: no text file") from error
+        raise ValueError(f"{path / 'config.json'}: not a text file") from error
+    return read_config(text, files or tensors.tensor_files(path))
 
 
 def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict[str, Any]]:
@@ -132,33 +150,35 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
 
     Args:
       path: Directory with config.json and safetensors.
-      component: "all", "encoder", "decoder" or "quantizer": a side comes with the quantizer, and
-        only its tensors are read.
+      component: "all"; "encoder" or "decoder", to read that side and the quantizer only; or
+        "quantizer", to read that alone.
 
     Returns:
       The config, and the parameters as a tree of float32 numpy arrays.
 
     Raises:
-      ValueError: Anything missing, unknown, misshapen or corrupt; tensors are named, all of them.
+      ValueError: A file or tensor is missing, unknown, misshapen or corrupt; all bad tensors are
+        named.
     """
     files = tensors.tensor_files(path)
     config = read_folder_config(path, files)
-    wanted = {t.name for t in tensor_table(config, component)}
-    return config, tensors.read_tensors(path, files, tensor_table(config), wanted)
+    names = {tensor.name for tensor in tensor_table(config, component)}
+    return config, tensors.read_tensors(path, files, tensor_table(config), names)
 
 
 def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtype: str) -> None:
-    """Writes a complete official directory into the existing folder `path`.
+    """Writes a codec in the official layout into the existing folder `path`.
 
     Args:
       path: An empty folder.
       config: The codec.
       params: All its parameters, arrays of any float type.
-      dtype: "float32" or "bfloat16", of the written tensors.
+      dtype: Type of the written tensors, "float32" or "bfloat16".
     """
     (path / "config.json").write_text(write_config(config, dtype))
     shards = tensors.split(tensor_table(config), np.dtype(dtype).itemsize)
-    weight_map, total = {}, 0
+    weight_map = {}
+    total_bytes = 0
     for i, shard in enumerate(shards):
         name = tensors.WEIGHTS_NAME
         if len(shards) > 1:
@@ -166,7 +186,7 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
         arrays = {t.name: tensors.official_array(params, t, dtype) for t in shard}
         tensors.write_tensors(path / name, arrays, {"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
-        total += sum(a.nbytes for a in arrays.values())
+        total_bytes += sum(array.nbytes for array in arrays.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (path / tensors.INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

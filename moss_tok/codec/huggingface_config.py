@@ -1,7 +1,8 @@
-"""The official config.json, read and written.
+"""Reads and writes the official config.json.
 
 Source: config.json and configuration_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
-The class defaults there are wrong (they upsample twice too far), so every key has to be present.
+The class defaults there are wrong (they upsample by a factor of two too much), so every key must be
+present.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ _CLASSES = {
 }
 _REPOSITORY = "OpenMOSS-Team/MOSS-Audio-Tokenizer"
 
-# Values a module may have besides its sizes; anything else is another architecture.
+# Accepted values of the keys of a module that are not sizes; others mean another architecture.
 _FIXED = {
     "causal": (True,),
     "norm": ("layer_norm",),
@@ -48,7 +49,7 @@ _TOP_KEYS = {
     "sampling_rate", "downsample_rate", "causal_transformer_context_duration", "encoder_kwargs",
     "decoder_kwargs", "quantizer_kwargs", "quantizer_type", "number_channels",
     "enable_channel_interleave",
-    # Without effect on the model:
+    # Keys that do not affect the model:
     "reversed_decoder_kwargs", "code_dim", "version", "sample_rate", "dtype", "torch_dtype",
     "architectures", "auto_map", "model_type", "transformers_version", "attention_implementation",
     "compute_dtype", "codec_weight_dtype", "_name_or_path", "return_dict",
@@ -60,11 +61,11 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
 
     Args:
       text: The file's content.
-      tensor_names: Names of the tensors beside it. They tell the family and which stages have
-        projections; without them, stereo configs or contexts per module mean "v2".
+      tensor_names: Names of the tensors beside it. They determine the layout and which stages have
+        projections; without them, a stereo codec or a context per module means "v2".
 
     Raises:
-      ValueError: A key or value that is missing, unknown inside a module, or not supported.
+      ValueError: A key is missing or, inside a module, unknown; or a value is not supported.
     """
     fields = parse_json_object(text)
     required = ("sampling_rate", "downsample_rate", "encoder_kwargs", "decoder_kwargs")
@@ -75,119 +76,124 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
     for key in ("sampling_rate", "downsample_rate", "number_channels"):
         value = fields.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            _unsupported("", key, value, ["a positive integer"])
-    if channels != 1 and fields.get("enable_channel_interleave") is not True:
-        _unsupported(
-            "", "enable_channel_interleave", fields.get("enable_channel_interleave"), [True]
-        )
+            _raise_unsupported("", key, value, ["a positive integer"])
+    interleaved = fields.get("enable_channel_interleave")
+    if channels != 1 and interleaved is not True:
+        _raise_unsupported("", "enable_channel_interleave", interleaved, [True])
     names = None if tensor_names is None else set(tensor_names)
-    layout = _guess_layout(fields) if names is None else _layout_of(names)
-    modules = [
-        _read_modules(fields, side, layout, names, channels) for side in ("encoder", "decoder")
-    ]
+    layout = _layout_of_fields(fields) if names is None else _layout_of_tensors(names)
+    encoder = _read_modules(fields, "encoder", layout, names, channels)
+    decoder = _read_modules(fields, "decoder", layout, names, channels)
     quantizer = _read_quantizer(fields)
     try:
         config = CodecConfig(
-            fields["sampling_rate"], channels, modules[0], quantizer, modules[1], layout, text
+            fields["sampling_rate"], channels, encoder, quantizer, decoder, layout, text
         )
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from error
     if config.hop_length != fields["downsample_rate"]:
-        _unsupported("", "downsample_rate", fields["downsample_rate"], [config.hop_length])
+        _raise_unsupported("", "downsample_rate", fields["downsample_rate"], [config.hop_length])
     for key in sorted(fields.keys() - _TOP_KEYS):
-        logging.warning("config.json: key %r is not known and has no effect", key)
+        logging.warning("config.json: unknown key %r is ignored", key)
     return config
 
 
-def _unsupported(where: str, key: str, value: Any, accepted: Iterable[Any]) -> None:
+def _raise_unsupported(prefix: str, key: str, value: Any, accepted: Iterable[Any]) -> None:
     accepted = ", ".join(json.dumps(a) for a in accepted)
     raise ValueError(
-        f"config.json: {where}{key} = {json.dumps(value)} is not supported; accepted: {accepted}"
+        f"config.json: {prefix}{key} = {json.dumps(value)} is not supported; accepted: {accepted}"
     )
 
 
-def _check_keys(fields: dict[str, Any], known: set[str], where: str) -> None:
+def _check_keys(fields: dict[str, Any], known: set[str], prefix: str) -> None:
     for key in sorted(fields.keys() - known):
         raise ValueError(
-            f"config.json: {where}{key} = {json.dumps(fields[key])} is not supported; "
+            f"config.json: {prefix}{key} = {json.dumps(fields[key])} is not supported; "
             f"accepted keys: {', '.join(sorted(known))}"
         )
 
 
-def _guess_layout(fields: dict[str, Any]) -> str:
+def _layout_of_fields(fields: dict[str, Any]) -> str:
     modules = [*fields["encoder_kwargs"], *fields["decoder_kwargs"]]
     own_context = any(isinstance(m, dict) and "context_duration" in m for m in modules)
     return "v2" if own_context or fields.get("number_channels", 1) != 1 else "v1"
 
 
-def _layout_of(names: set[str]) -> str:
+def _layout_of_tensors(names: set[str]) -> str:
     return "v1" if any(".in_projs.0." in name for name in names) else "v2"
 
 
 def _read_modules(fields, side, layout, names, channels) -> tuple[ModuleConfig, ...]:
-    modules, stream_rate = fields[f"{side}_kwargs"], float(fields["sampling_rate"] * channels)
+    """The modules of one side; `rate` is the frame rate (Hz) at the current module."""
+    modules = fields[f"{side}_kwargs"]
     if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
         raise ValueError(f"config.json: {side}_kwargs must be a list of modules")
-    rate = stream_rate
+    rate = float(fields["sampling_rate"] * channels)
     if side == "decoder":
         rate = fields["sampling_rate"] / fields["downsample_rate"]
-    result = []
+    configs: list[ModuleConfig] = []
     for i, module in enumerate(modules):
-        where = f"{side}_kwargs[{i}]."
+        prefix = f"{side}_kwargs[{i}]."
         kind = module.get("module_type")
         if kind == "PatchedPretransform":
-            result.append(_read_patch(module, where))
-            factor = result[-1].patch_size
-            rate = rate / factor if side == "encoder" else rate * factor
+            patch = _read_patch(module, prefix)
+            configs.append(patch)
+            rate = rate / patch.patch_size if side == "encoder" else rate * patch.patch_size
         elif kind == "Transformer":
-            stage = _read_transformer(module, where, rate, fields)
-            result.append(_with_projections(stage, f"{side}.{i}.", layout, names))
+            stage = _read_transformer(module, prefix, rate, fields)
+            configs.append(_with_projections(stage, f"{side}.{i}.", layout, names))
         else:
-            _unsupported(where, "module_type", kind, ["PatchedPretransform", "Transformer"])
-    return tuple(result)
+            _raise_unsupported(prefix, "module_type", kind, ["PatchedPretransform", "Transformer"])
+    return tuple(configs)
 
 
-def _read_patch(module: dict[str, Any], where: str) -> PatchConfig:
-    _check_keys(module, {"module_type", "patch_size"}, where)
-    return _build(PatchConfig, where, patch_size=module.get("patch_size"))
+def _read_patch(module: dict[str, Any], prefix: str) -> PatchConfig:
+    _check_keys(module, {"module_type", "patch_size"}, prefix)
+    return _build(PatchConfig, prefix, patch_size=module.get("patch_size"))
 
 
-def _read_transformer(module, where, rate, fields) -> TransformerConfig:
+def _read_transformer(module, prefix, rate, fields) -> TransformerConfig:
     known = {"module_type", "context_duration"} | _FIXED.keys() | _SIZES.keys() | _OPTIONAL.keys()
-    _check_keys(module, known, where)
+    _check_keys(module, known, prefix)
     for key in _SIZES:
         if key not in module:
-            raise ValueError(f"config.json: {where}{key} is missing")
+            raise ValueError(f"config.json: {prefix}{key} is missing")
     for key, accepted in _FIXED.items():
         if module.get(key, accepted[0]) not in accepted:
-            _unsupported(where, key, module[key], accepted)
-    sizes = {ours: module[key] for key, ours in _SIZES.items()}
-    sizes |= {ours: module[key] for key, ours in _OPTIONAL.items() if key in module}
+            _raise_unsupported(prefix, key, module[key], accepted)
+    values = {}
+    for key, ours in (_SIZES | _OPTIONAL).items():
+        if key in module:
+            values[ours] = module[key]
     context = module.get("context_duration")
     if context is None:
-        context = fields.get("causal_transformer_context_duration")
+        key = "causal_transformer_context_duration"
+        context = fields.get(key)
         if not is_number(context) or not 0 < context < 1e6:
-            _unsupported("", "causal_transformer_context_duration", context, ["a positive number"])
-        context = int(rate * context) / rate  # the v1 classes round down
-    return _build(TransformerConfig, where, **sizes, context_seconds=float(context))
+            _raise_unsupported("", key, context, ["a positive number"])
+        context = int(rate * context) / rate  # the v1 classes round down to whole frames
+    return _build(TransformerConfig, prefix, **values, context_seconds=float(context))
 
 
-def _build(cls: type, where: str, **sizes: Any) -> Any:
+def _build(cls: type, prefix: str, **values: Any) -> Any:
+    """An instance of a config class; errors name the module, `prefix` without its dot."""
     try:
-        return cls(**sizes)
+        return cls(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config.json: {where[:-1]}: {error}") from error
+        raise ValueError(f"config.json: {prefix[:-1]}: {error}") from error
 
 
 def _with_projections(stage, prefix, layout, names) -> TransformerConfig:
-    square = {s: getattr(stage, f"{s}_dim") == stage.model_dim for s in ("input", "output")}
-    has = {}
-    for side, name in (("input", "input_proj"), ("output", "output_proj")):
-        if names is not None and square[side]:
-            has[f"{side}_projection"] = f"{prefix}{name}.weight" in names
+    """The stage with the projections that its tensors, or else its layout, say it has."""
+    projections = {}
+    for side in ("input", "output"):
+        has_model_dim = getattr(stage, f"{side}_dim") == stage.model_dim
+        if names is not None and has_model_dim:
+            has_projection = f"{prefix}{side}_proj.weight" in names
         else:
-            has[f"{side}_projection"] = layout == "v2" or not square[side]
-    return dataclasses.replace(stage, **has)
+            has_projection = layout == "v2" or not has_model_dim
+        projections[f"{side}_projection"] = has_projection
+    return dataclasses.replace(stage, **projections)
 
 
 def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
@@ -196,20 +202,28 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
         raise ValueError("config.json: quantizer_kwargs must be an object")
     kind = kwargs.get("quantizer_type", fields.get("quantizer_type"))
     if kind not in _QUANTIZER_TYPES:
-        _unsupported("", "quantizer_type", kind, _QUANTIZER_TYPES)
-    names = [f.name for f in dataclasses.fields(QuantizerConfig)]
+        _raise_unsupported("", "quantizer_type", kind, _QUANTIZER_TYPES)
+    names = [field.name for field in dataclasses.fields(QuantizerConfig)]
     _check_keys(kwargs, {*names, "quantizer_type"}, "quantizer_kwargs.")
     for key in names:
         if key not in kwargs:
             raise ValueError(f"config.json: quantizer_kwargs.{key} is missing")
-    return _build(QuantizerConfig, "quantizer_kwargs.", **{k: kwargs[k] for k in names})
+    return _build(QuantizerConfig, "quantizer_kwargs.", **{name: kwargs[name] for name in names})
 
 
 def write_config(config: CodecConfig, dtype: str) -> str:
-    """The official config.json of a codec: every key of the original, or made from the config.
+    """Returns the text of an official config.json for a codec.
 
+    A codec that was read from the official layout keeps every key of its original config.json.
     `auto_map` names the official repository, so that
     `AutoModel.from_pretrained(path, trust_remote_code=True)` finds the classes online.
+
+    Args:
+      config: The codec.
+      dtype: Type of the tensors beside it, "float32" or "bfloat16".
+
+    Raises:
+      ValueError: Layout v1 cannot express this codec, whose stages have several contexts.
     """
     fields = parse_json_object(config.official_json) if config.official_json else _fields(config)
     auto_map = fields.get("auto_map") or {}
@@ -227,15 +241,15 @@ def write_config(config: CodecConfig, dtype: str) -> str:
 
 def _fields(config: CodecConfig) -> dict[str, Any]:
     quantizer = dataclasses.asdict(config.quantizer) | {"quantizer_type": "rlfq"}
-    contexts = {
-        m.context_seconds
-        for m in (*config.encoder, *config.decoder)
-        if isinstance(m, TransformerConfig)
-    }
+    contexts = set()
+    for module in (*config.encoder, *config.decoder):
+        if isinstance(module, TransformerConfig):
+            contexts.add(module.context_seconds)
     if config.layout == "v1" and len(contexts) > 1:
+        seconds = ", ".join(f"{context:g}" for context in sorted(contexts))
         raise ValueError(
-            "the official v1 layout has one context for all stages, this codec has "
-            f"{', '.join(f'{c:g}' for c in sorted(contexts))} s; train it with layout v2"
+            f"the official v1 layout has one context for all stages, this codec has {seconds} s; "
+            "train it with layout v2"
         )
     fields = {
         "architectures": ["MossAudioTokenizerModel"],

@@ -1,4 +1,4 @@
-"""Pure functions at the edges: `encode` and `decode` over a `Codec`, a pytree of parameters."""
+"""`encode` and `decode`: pure functions over a `Codec`, a pytree of parameters."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,20 @@ from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
 
 WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
-CHUNK_SECONDS = 20.0  # each reads all weights again
+CHUNK_SECONDS = 20.0  # not shorter, because each chunk reads all weights again
 
 
 @flax.struct.dataclass
 class Codec:
-    """A codec ready to use: a pytree whose configs are static, so it passes through `jax.jit`.
+    """A codec with its parameters, as `moss_tok.load` returns it.
+
+    It is a pytree with static configs, so it can be an argument of functions under `jax.jit`.
 
     Attributes:
-      params: Parameters, float32. One side may be missing, see `load`.
-      config: What the model is.
-      compute: How it is computed.
+      params: Parameters, float32, under "encoder", "quantizer" and "decoder"; a side that was not
+        loaded is missing (see `load`).
+      config: Architecture of the codec.
+      compute: How the codec is computed: types, precision, attention.
     """
 
     params: Any
@@ -49,12 +52,17 @@ class Codec:
         return CodecModel(self.config, self.compute)
 
     def apply(self, *args: Any, method: str) -> Any:
-        """Calls a method of the model with `params`."""
+        """Calls the method `method` of the model with `params`."""
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
 class Encoded(NamedTuple):
-    """Codes [B, Q, T] int32, zero past `lengths` [B] int32 (frames)."""
+    """Result of `encode`.
+
+    Attributes:
+      codes: [B, Q, T] int32, zero past the lengths.
+      lengths: [B] int32, valid frames of each item.
+    """
 
     codes: jax.Array
     lengths: jax.Array
@@ -64,7 +72,12 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Audio [B, C, S] float32, zero past `lengths` [B] int32 (samples)."""
+    """Result of `decode`.
+
+    Attributes:
+      wav: Audio [B, C, S] float32, zero past the lengths.
+      lengths: [B] int32, valid samples per channel of each item.
+    """
 
     wav: jax.Array
     lengths: jax.Array
@@ -74,9 +87,9 @@ class Decoded(NamedTuple):
 
 
 def bucket_frames(num_frames: int, per_octave: int = 8) -> int:
-    """One of few lengths per octave (a power of two), so that few programs are compiled.
+    """Rounds a length up to one of `per_octave` lengths per octave, so that few programs compile.
 
-    Padding up to one of eight costs 12 % at most, 4 % in the mean.
+    `per_octave` is a power of two. With eight, padding costs at most 12 %, on average 4 %.
     """
     step = 2 ** max(0, num_frames.bit_length() - per_octave.bit_length())
     return -(-num_frames // step) * step
@@ -89,35 +102,41 @@ def encode(
     num_quantizers: int | None = None,
     chunk_seconds: float | None = None,
 ) -> Encoded:
-    """Turns audio into codes.
+    """Encodes a batch of audio into codes.
 
-    An item's codes depend on its own samples alone: what lies past its length, NaN included, is
-    never looked at. The last, partly filled frame is padded with zeros and counts.
-    Long audio is computed chunk by chunk, in memory that does not grow with its length.
+        codec = moss_tok.load("runs/quickstart")
+        codes, lengths = moss_tok.encode(codec, wav, num_quantizers=8)
+
+    The codes of an item depend only on its valid samples; whatever lies past its length, even NaN,
+    has no effect. A partly filled last frame is padded with zeros and counts as a frame. Long audio
+    is computed in chunks, so that memory for activations does not grow with its length.
 
     Args:
       codec: A codec with an encoder.
-      wav: [B, C, S] in [-1, 1] at config.sample_rate.
-      lengths: [B] integers, valid samples of each item; default: all S.
-      num_quantizers: The first 1..Q codes of each frame; default: all. Static under `jax.jit`.
-      chunk_seconds: Length of a chunk, 0: all at once; default: all at once up to
-        `WHOLE_SECONDS`, then `CHUNK_SECONDS`. Changes rounding only. Static.
+      wav: [B, C, S] floating point in [-1, 1] at `codec.config.sample_rate`.
+      lengths: [B] integers, valid samples per channel of each item; default: all S.
+      num_quantizers: Number of codes per frame, 1..Q, the most significant ones first; default: Q.
+        Static under `jax.jit`.
+      chunk_seconds: Length of a chunk; 0 computes everything at once. Default: everything at once
+        up to 60 seconds, else chunks of 20 seconds. It affects rounding only. Static under
+        `jax.jit`.
 
     Returns:
-      `Encoded`: codes [B, num_quantizers, ceil(S / hop_length)] and their lengths.
+      `Encoded`: codes [B, num_quantizers, T] int32 with T = ceil(S / hop_length), and lengths [B]
+      in frames.
 
     Raises:
-      ValueError: Wrong shapes, types or values (see `moss_tok`), 2**31 samples or more,
-        num_quantizers or chunk_seconds out of range, or a codec without encoder.
+      ValueError: An argument has the wrong shape, type or values (see `moss_tok`), wav has 2**31
+        samples or more, num_quantizers or chunk_seconds is out of range, or the codec was loaded
+        without its encoder.
     """
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
     _check_num_samples("EncoderStream", wav.shape[-1])
     num_frames = codec.config.num_frames(wav.shape[-1])
-    return _encode(
-        codec, wav, lengths, num_quantizers, _chunk_frames(codec, num_frames, chunk_seconds)
-    )
+    chunk_frames = _chunk_frames(codec, num_frames, chunk_seconds)
+    return _encode(codec, wav, lengths, num_quantizers, chunk_frames)
 
 
 def decode(
@@ -126,61 +145,73 @@ def decode(
     lengths: jax.Array | None = None,
     chunk_seconds: float | None = None,
 ) -> Decoded:
-    """Turns codes back into audio.
+    """Decodes a batch of codes into audio.
+
+        wav, lengths = moss_tok.decode(codec, codes, lengths)
 
     Args:
       codec: A codec with a decoder.
-      codes: [B, q, T] integers in [0, codebook_size), of the first q = 1..Q quantizers.
+      codes: [B, q, T] integers in [0, codebook_size), of the first q of the Q quantizers. Fewer
+        quantizers are a lower bitrate of the same audio.
       lengths: [B] integers, valid frames of each item; default: all T.
       chunk_seconds: As in `encode`.
 
     Returns:
-      `Decoded`: wav [B, C, T * hop_length] and lengths * hop_length.
+      `Decoded`: wav [B, C, T * hop_length] float32 at `codec.config.sample_rate`, and lengths [B]
+      in samples, whole frames. Samples that only padded the last frame are not cut.
 
     Raises:
-      ValueError: Wrong shapes, types or values (see `moss_tok`), 2**31 samples or more,
-        chunk_seconds out of range, or a codec without decoder.
+      ValueError: An argument has the wrong shape, type or values (see `moss_tok`), the audio would
+        have 2**31 samples or more, chunk_seconds is out of range, or the codec was loaded without
+        its decoder.
     """
     return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
 
 
 def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
-    """`decode` of codes[:, :num_quantizers], by one program for all numbers."""
+    """Decodes codes[:, :num_quantizers]; one compiled program serves every `num_quantizers`."""
     check_part(codec, "decoder")
-    size = codec.config.quantizer.codebook_size
-    codes, lengths = check_codes(codes, ("B", "Q", "T"), size, lengths)
-    most = codec.config.check_num_quantizers(codes.shape[1])
+    codebook_size = codec.config.quantizer.codebook_size
+    codes, lengths = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
+    codec.config.check_num_quantizers(codes.shape[1])
     _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
+    if num_quantizers is None:
+        num_quantizers = codes.shape[1]
     chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
-    number = most if num_quantizers is None else num_quantizers
-    return _decode(codec, codes, lengths, number, chunk_frames)
+    return _decode(codec, codes, lengths, num_quantizers, chunk_frames)
 
 
-def _check_num_samples(instead: str, number: int) -> None:
-    """Raises ValueError for more samples than int32 can count; an export's are not known yet."""
+def _check_num_samples(alternative: str, number: int) -> None:
+    """Raises ValueError for more samples than int32 can count; symbolic sizes are not checked."""
     if isinstance(number, int) and number >= 2**31:
-        raise ValueError(f"{number} samples at once, the most is {2**31 - 1}: use {instead}")
+        raise ValueError(
+            f"{number} samples in one call, the limit is {2**31 - 1}: use {alternative}"
+        )
 
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
-    """`encode` of one recording [C, S] -> [Q, T], in one of few shapes; see `bucket_frames`."""
+    """Encodes one recording [C, S] -> [Q, T], padded to few shapes (see `bucket_frames`)."""
     return encode_batch(codec, [wav], num_quantizers)[0]
 
 
 def encode_batch(
     codec: Codec, wavs: Sequence[np.ndarray], num_quantizers: int | None = None
 ) -> list[np.ndarray]:
-    """`encode` of recordings [C, S] of about one length -> [Q, T] each, in one of few shapes."""
-    hop, sizes = codec.config.hop_length, np.array([wav.shape[-1] for wav in wavs])
-    size = bucket_frames(codec.config.num_frames(int(sizes.max()))) * hop
-    codes = np.asarray(encode(codec, stack(wavs, size), sizes, num_quantizers).codes)
-    return [x[:, : codec.config.num_frames(n)] for x, n in zip(codes, sizes.tolist(), strict=True)]
+    """Encodes recordings [C, S] of similar length -> [Q, T] each, padded to few shapes."""
+    lengths = np.array([wav.shape[-1] for wav in wavs])
+    max_frames = codec.config.num_frames(int(lengths.max()))
+    size = bucket_frames(max_frames) * codec.config.hop_length
+    encoded = encode(codec, stack(wavs, size), lengths, num_quantizers)
+    rows = []
+    for codes, length in zip(np.asarray(encoded.codes), lengths.tolist(), strict=True):
+        rows.append(codes[:, : codec.config.num_frames(length)])
+    return rows
 
 
 def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
-    """`decode` of one recording [q, T] -> [C, T * hop_length], in one of few shapes.
+    """Decodes one recording [q, T] -> [C, T * hop_length], padded to few shapes.
 
-    `num_quantizers` (default: q) decodes the first ones only, by the same program.
+    `num_quantizers` (default: q) decodes the first quantizers only, with the same program.
     """
     return decode_batch(codec, [codes], num_quantizers)[0]
 
@@ -188,20 +219,23 @@ def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = Non
 def decode_batch(
     codec: Codec, codes: Sequence[np.ndarray], num_quantizers: int | None = None
 ) -> list[np.ndarray]:
-    """`decode_one` of recordings [q, T] of about one length -> [C, T * hop_length] each."""
-    hop, sizes = codec.config.hop_length, np.array([x.shape[-1] for x in codes])
-    size = bucket_frames(int(sizes.max()))
-    wavs = np.asarray(_decode_prefix(codec, stack(codes, size), sizes, num_quantizers).wav)
-    return [x[:, : n * hop] for x, n in zip(wavs, sizes.tolist(), strict=True)]
+    """`decode_one` for recordings [q, T] of similar length -> [C, T * hop_length] each."""
+    lengths = np.array([x.shape[-1] for x in codes])
+    size = bucket_frames(int(lengths.max()))
+    decoded = _decode_prefix(codec, stack(codes, size), lengths, num_quantizers)
+    rows = []
+    for wav, length in zip(np.asarray(decoded.wav), lengths.tolist(), strict=True):
+        rows.append(wav[:, : length * codec.config.hop_length])
+    return rows
 
 
 def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Recordings [*, S] of at most `size` as one batch [B, *, size], zeros behind them."""
+    """Stacks recordings [*, S] into one batch [B, *, size], padded with zeros at the end."""
     return np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in recordings])
 
 
 def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
-    """Frames of a chunk; all of them where there is only one."""
+    """Frames per chunk; `num_frames` if everything is computed at once."""
     rate = codec.config.frame_rate
     if chunk_seconds is None:
         chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
@@ -210,7 +244,7 @@ def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) ->
     if chunk_seconds == 0:
         return num_frames
     num_chunks = -(-num_frames // max(1, round(chunk_seconds * rate)))
-    return -(-num_frames // num_chunks)  # equal ones: little padding
+    return -(-num_frames // num_chunks)  # chunks of equal size need little padding
 
 
 @functools.partial(jax.jit, static_argnames=("num_quantizers", "chunk_frames"))
@@ -226,82 +260,99 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
             wav = wav.astype(jnp.float32)
             return codec.apply(wav, num_quantizers, caches, span, method="encode_step")
 
-        sizes, shape = (c.hop_length, 1), (wav.shape[0], num_quantizers, num_frames)
-        codes = jnp.zeros(shape, jnp.int32)
-        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, sizes, chunk_frames)
+        codes = jnp.zeros((wav.shape[0], num_quantizers, num_frames), jnp.int32)
+        units = (c.hop_length, 1)
+        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, units, chunk_frames)
     lengths = c.num_frames(lengths)
     return Encoded(zero_past(codes, lengths), lengths)
 
 
 @functools.partial(jax.jit, static_argnames="chunk_frames")
 def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
-    c, keep = codec.config, prefix_mask(codes, num_quantizers)
+    c = codec.config
+    mask = prefix_mask(codes, num_quantizers)
     if chunk_frames == codes.shape[-1]:
         codes = zero_past(codes, lengths)
-        wav = codec.apply(codes, keep, method="decode")
+        wav = codec.apply(codes, mask, method="decode")
     else:
 
         def step(caches, codes, span):
-            return codec.apply(codes, caches, span, keep, method="decode_step")
+            return codec.apply(codes, caches, span, mask, method="decode_step")
 
         shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
-        sizes, wav = (1, c.hop_length), jnp.zeros(shape, jnp.float32)
-        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, sizes, chunk_frames)
+        wav = jnp.zeros(shape, jnp.float32)
+        units = (1, c.hop_length)
+        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, units, chunk_frames)
     lengths = lengths * c.hop_length
     return Decoded(zero_past(wav, lengths), lengths)
 
 
 def _scan_chunks(
-    codec: Codec, side: str, step, x, lengths, out, sizes: tuple[int, int], chunk_frames: int
+    codec: Codec, side: str, step, x, lengths, out, units: tuple[int, int], chunk_frames: int
 ) -> jax.Array:
-    """Applies `step` to one chunk of x [B, *, S] after the other, and puts the answers into `out`.
+    """Applies `step` to the chunks of x [B, *, S] in order, and writes the results into `out`.
 
-    `sizes` are those of a frame in both. Chunks are read where they are in x and written where they
-    belong in `out`, so that nothing as long is copied. Of the first one so many frames count that
-    the others are whole; what it says of more is written again.
+    Chunks are slices of `x` and of `out`, so that no copy of either is made. The first chunk may be
+    partial, so that all later ones are full: only its first frames count, and the second chunk
+    overwrites the rest of its result.
+
+    Args:
+      codec: The codec.
+      side: "encoder" or "decoder".
+      step: (caches, chunk of x, span) -> (chunk of out, caches).
+      x: Input of all frames.
+      lengths: [B] valid entries of x along its last axis.
+      out: Array of zeros to write into.
+      units: Entries of one code frame along the last axis of x and of out.
+      chunk_frames: Code frames per chunk.
     """
-    batch, total = x.shape[0], out.shape[-1] // sizes[1]
-    num_chunks = -(-total // chunk_frames)
-    first = total - (num_chunks - 1) * chunk_frames
+    in_unit, out_unit = units
+    batch = x.shape[0]
+    num_frames = out.shape[-1] // out_unit
+    num_chunks = -(-num_frames // chunk_frames)
+    first_count = num_frames - (num_chunks - 1) * chunk_frames
 
-    def scanned(carry, index):
+    def scan_step(carry, index):
         caches, out = carry
-        start = jnp.maximum(0, first + (index - 1) * chunk_frames)
-        count = jnp.where(index == 0, first, chunk_frames)
-        chunk = _slice(x, start * sizes[0], chunk_frames * sizes[0])
-        chunk = zero_past(chunk, lengths - start * sizes[0])
-        span = Span(*(jnp.broadcast_to(n, (batch,)) for n in (start, count)))
-        answer, caches = step(caches, chunk, span)
-        out = jax.lax.dynamic_update_slice_in_dim(out, answer, start * sizes[1], axis=2)
+        start = jnp.maximum(0, first_count + (index - 1) * chunk_frames)
+        count = jnp.where(index == 0, first_count, chunk_frames)
+        chunk = _slice(x, start * in_unit, chunk_frames * in_unit)
+        chunk = zero_past(chunk, lengths - start * in_unit)
+        span = Span(jnp.broadcast_to(start, (batch,)), jnp.broadcast_to(count, (batch,)))
+        result, caches = step(caches, chunk, span)
+        out = jax.lax.dynamic_update_slice_in_dim(out, result, start * out_unit, axis=2)
         return (caches, out), None
 
     caches = empty_caches(codec.config, codec.compute, side, batch)
-    (_, out), _ = jax.lax.scan(scanned, (caches, out), jnp.arange(num_chunks))
+    (_, out), _ = jax.lax.scan(scan_step, (caches, out), jnp.arange(num_chunks))
     return out
 
 
 def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """x[..., start : start + size], with anything behind the end of x."""
-    beyond = jnp.maximum(0, start + size - x.shape[-1])  # so much earlier is read
-    return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -beyond, axis=-1)
+    """x[..., start : start + size]; entries beyond the end of x are arbitrary."""
+    # Near the end, dynamic_slice moves the start back by `excess`; the roll undoes this.
+    excess = jnp.maximum(0, start + size - x.shape[-1])
+    return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -excess, axis=-1)
 
 
 def zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Gives x [B, *, size], zero past the lengths [B], whatever is there."""
+    """Sets x [B, *, size] to zero past the lengths [B]; NaN there is replaced, too."""
     return jnp.where(valid_mask(x.shape[-1], lengths)[:, None], x, 0)
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
+    """Pads the last axis with zeros to a multiple of `multiple`."""
     size = x.shape[-1]
-    whole = -(-size // multiple) * multiple  # so that jax.export sees what divides it
-    return jnp.pad(x, ((0, 0), (0, 0), (0, whole - size)))
+    # Written as a product, so that jax.export knows that symbolic sizes are multiples.
+    padded_size = -(-size // multiple) * multiple
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padded_size - size)))
 
 
 def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
-    """Bool [B, size]: what lies before the lengths [B]."""
+    """Bool [B, size], true before the lengths [B]."""
     return jnp.arange(size) < lengths[:, None]
 
 
 def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
-    """Bool [B, q] for codes [B, q, T]: the first quantizers, how many may be traced."""
+    """Bool [B, q] for codes [B, q, T], true for the first `num_quantizers`, which may be traced."""
     return jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])

@@ -1,4 +1,4 @@
-"""Fresh parameters of a codec, from which a small one learns pitch within minutes."""
+"""Initial parameters of a codec, chosen so that a small codec learns pitch within minutes."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from flax import linen as nn
 from moss_tok.codec.config import CodecConfig, ModuleConfig, TransformerConfig
 from moss_tok.codec.model import CodecModel
 
-# Brings speech (RMS about 0.05) to the size of what the first blocks add to it.
+# Scales speech (RMS about 0.05) to the magnitude of the first blocks' outputs.
 _INPUT_GAIN = 2.0
 
 
 def init_params(codec: CodecConfig, key: jax.Array) -> Any:
-    """Fresh float32 parameters; see `_low_pass` and `_paired` for what they start as."""
+    """Initial float32 parameters; `_low_pass` and `_paired` describe their values."""
     return nn.meta.unbox(init_boxed(codec, key))
 
 
@@ -32,12 +32,12 @@ def init_boxed(codec: CodecConfig, key: jax.Array) -> Any:
 
 
 def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:
-    """Makes the projections of a side those of a linear codec that keeps low frequencies.
+    """Initializes the projections of a side as a linear codec that keeps low frequencies.
 
-    The first projection is the DCT of a patch, the others keep what comes first, and the decoder's
-    are their transposes: what the blocks then learn is added to a waveform that is right already.
-    From random projections a small model does not find even the principal components within
-    hours; its audio is noise of the right colour, without pitch (experiments/README.md).
+    The first projection is the DCT of a patch, the later ones keep the first dimensions, and those
+    of the decoder are the transposes. The blocks then learn to correct a waveform that is already
+    roughly right. From random projections a small model does not find even the principal components
+    within hours; its audio is noise of the right spectrum, without pitch (experiments/README.md).
     """
     stages = dict(stages)
     for i, module in enumerate(modules):
@@ -60,30 +60,32 @@ def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:
 
 
 def _dct(num_samples: int, num_coefficients: int) -> np.ndarray:
-    """Orthonormal DCT-II [samples, coefficients], cut or padded with zeros."""
+    """Orthonormal DCT-II [samples, coefficients], truncated or padded with zeros."""
     kernel = np.zeros((num_samples, num_coefficients))
-    kept = min(kernel.shape)
-    kernel[:, :kept] = scipy.fft.dct(np.eye(num_samples), norm="ortho")[:, :kept]
+    num_kept = min(kernel.shape)
+    kernel[:, :num_kept] = scipy.fft.dct(np.eye(num_samples), norm="ortho")[:, :num_kept]
     return kernel
 
 
 def _paired(quantizer: dict[str, Any]) -> dict[str, Any]:
-    """Makes every projection orthonormal and the one that undoes it its transpose.
+    """Makes every input projection orthonormal, and its output projection the transpose.
 
-    With unrelated projections a code's value does not resemble the residual it stands for, and the
-    losses grow instead of falling; so they do with large codebooks. The outer projections keep the
-    first of the latents' dimensions, see `_low_pass`; for the quantizers' see `_seen_first`.
+    With unrelated projections, the value of a code does not resemble the residual that it replaces,
+    and the losses grow instead of falling; large codebook entries have the same effect. The outer
+    projections keep the first dimensions of the latents, as in `_low_pass`; for those of the
+    quantizers see `_dimension_kernels`.
 
-    The last of a quantizer's dimensions starts as the constant 1 in residuals and codes. Codes are
-    chosen by angle, which says nothing of a residual's size: quiet frames would get codes of any
-    size. Among vectors that end in the same 1, the nearest in angle is the nearest in distance.
+    The last dimension of each quantizer starts as the constant 1 in both residuals and codes. Codes
+    are chosen by angle, which ignores the magnitude of the residual: quiet frames would get codes
+    of any magnitude. Among vectors that all end in 1, the nearest in angle is about the nearest in
+    distance.
     """
     quantizer = quantizer | {"codebooks": 0.1 * quantizer["codebooks"]}
     if "input_projection" in quantizer:
         kernel = jnp.eye(*quantizer["input_projection"]["direction"].shape)
         quantizer = _set_pair(quantizer, ("input_projection", "output_projection"), kernel)
     if "in_projections" in quantizer:
-        kernel = _seen_first(*quantizer["in_projections"]["direction"].shape)
+        kernel = _dimension_kernels(*quantizer["in_projections"]["direction"].shape)
         quantizer = _set_pair(quantizer, ("in_projections", "out_projections"), kernel)
         bias = quantizer["in_projections"]["bias"].at[..., -1].set(1)
         quantizer["in_projections"] = quantizer["in_projections"] | {"bias": bias}
@@ -91,27 +93,29 @@ def _paired(quantizer: dict[str, Any]) -> dict[str, Any]:
     return quantizer
 
 
-def _seen_first(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
-    """Kernels [Q, rvq_dim, codebook_dim] that pick dimensions; the last column is left zero.
+def _dimension_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:
+    """Kernels [Q, rvq_dim, codebook_dim] that select dimensions; the last column stays zero.
 
-    A quarter of the quantizers at a time share a block of dimensions, dealt out like cards: first
-    one block, then the next, and the same two again for what is left of them. With directions
-    drawn at random, each quantizer sees a random tenth of the residual's energy, and the last ones
-    hardly anything that the ones before had not seen.
+    The quantizers form four groups. Those of a group divide a block of dimensions among themselves
+    in turn: the first group takes the first block, the second group the next one, and the third and
+    fourth groups take the same two blocks again, to code what is left of them. With random
+    directions, each quantizer would get a random tenth of the residual's energy, and the last ones
+    would get hardly anything that earlier ones had not coded.
     """
-    seen = min(codebook_dim - 1, rvq_dim)
-    group = max(1, num_quantizers // 4)
-    stride = min(group, rvq_dim // max(1, seen))  # where they are few, blocks overlap
-    columns = np.arange(seen)
+    num_dims = min(codebook_dim - 1, rvq_dim)  # per quantizer
+    group_size = max(1, num_quantizers // 4)
+    stride = min(group_size, rvq_dim // max(1, num_dims))  # blocks overlap if dimensions are few
+    columns = np.arange(num_dims)
     kernel = np.zeros((num_quantizers, rvq_dim, codebook_dim), np.float32)
     for n in range(num_quantizers):
-        start = n // group % 2 * group * seen + n % group
+        block = n // group_size % 2
+        start = block * group_size * num_dims + n % group_size
         kernel[n, (start + columns * stride) % rvq_dim, columns] = 1
     return jnp.asarray(kernel)
 
 
 def _set_pair(quantizer: dict[str, Any], names: tuple[str, str], kernel: jax.Array) -> Any:
-    """Sets a projection to `kernel` and, where the shapes allow, the second to its transpose."""
+    """Sets the first projection to `kernel` and the second to its transpose, if the shapes fit."""
     quantizer = dict(quantizer)
     for name, value in zip(names, (kernel, kernel.swapaxes(-1, -2)), strict=True):
         if name in quantizer and quantizer[name]["direction"].shape == value.shape:
@@ -120,6 +124,6 @@ def _set_pair(quantizer: dict[str, Any], names: tuple[str, str], kernel: jax.Arr
 
 
 def _weight_norm(kernel: jax.Array, random: jax.Array) -> dict[str, jax.Array]:
-    """Directions and gains of a kernel; a column of zeros keeps its random direction."""
+    """Directions and gains of a kernel; zero columns take their directions from `random`."""
     gain = jnp.linalg.norm(kernel, axis=-2)
     return {"direction": jnp.where(gain[..., None, :] > 0, kernel, random), "gain": gain}

@@ -1,4 +1,4 @@
-"""Streams for programs that hold samples, not frames: classes that buffer, over the pure steps."""
+"""Streaming classes that take blocks of any length: they buffer input for the pure steps."""
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,9 +31,9 @@ CHUNK_FRAMES = (1, 2, 4, 8)
 
 
 class _Stream:
-    """What both classes share: buffers of each slot, cut into chunks of the sizes compiled.
+    """Shared by both classes: a buffer per slot, processed in chunks of the compiled sizes.
 
-    A chunk is run for all slots at once; each takes from its buffer what it has.
+    Each chunk runs all slots at once; each slot contributes as many frames as its buffer holds.
     """
 
     _side: str
@@ -46,39 +46,49 @@ class _Stream:
         chunk_frames: Sequence[int] = CHUNK_FRAMES,
         source: Iterable[np.ndarray] | None = None,
     ):
-        """Compiles.
+        """Creates a stream in each slot and compiles all chunk sizes.
 
         Args:
-          codec: A codec with this side.
-          num_quantizers: The first 1..Q codes of each frame; default: all.
-          num_slots: Streams side by side.
-          chunk_frames: How many frames may be computed at once; what comes is cut into these.
-          source: Blocks to iterate over.
+          codec: A codec with an encoder (`EncoderStream`) or a decoder (`DecoderStream`).
+          num_quantizers: Number of codes per frame, 1..Q, the most significant ones first;
+            default: Q.
+          num_slots: Number of independent streams, computed together.
+          chunk_frames: Numbers of frames that may be computed at once. Input is split into chunks
+            of these sizes; larger ones are faster.
+          source: Blocks for the only slot, to iterate over the results.
+
+        Raises:
+          ValueError: An argument is out of range, a source is given for several slots, the codec
+            was loaded without this side, or its parameters are spread over several processes.
         """
         check_count("num_slots", num_slots)
         if source is not None and not isinstance(source, Iterable):
             raise ValueError(f"source must be an iterable of blocks, got {source!r}")
         if source is not None and num_slots > 1:
-            raise ValueError(f"a source feeds one slot, there are {num_slots}: push to them")
-        sizes = _sizes(chunk_frames)
+            raise ValueError(f"source needs num_slots=1, got {num_slots}: use push for each slot")
+        sizes = _chunk_sizes(chunk_frames)
         self._num_quantizers = codec.config.check_num_quantizers(num_quantizers)
-        self._unit = codec.config.hop_length if self._side == "encoder" else 1  # of a frame
-        self._codec, self._config, self._sizes, self._source = codec, codec.config, sizes, source
+        # Input entries of one frame.
+        self._unit = codec.config.hop_length if self._side == "encoder" else 1
+        self._codec = codec
+        self._config = codec.config
+        self._sizes = sizes
+        self._source = source
         check_part(codec, self._side)
         if not getattr(jax.tree.leaves(codec.params)[0], "is_fully_addressable", True):
             raise ValueError(
-                f"{type(self).__name__} feeds the devices of one process, the parameters are on "
-                f"those of several: call {self._side[:-1]}_step with global arrays"
+                f"{type(self).__name__} needs parameters on the devices of one process, these are "
+                f"on several: call {self._side[:-1]}_step with global arrays"
             )
         self._state = init_stream(codec, self._side, num_slots)
-        self._buffers = [self._nothing()] * num_slots
+        self._buffers = [self._empty_input()] * num_slots
         self._finished = np.zeros(num_slots, bool)
         self._num_frames = np.zeros(num_slots, int)  # computed so far
         fastest = round(max(codec.config.stage_rates(self._side)) / codec.config.frame_rate)
-        self._most_frames = (2**31 - 1) // fastest - sizes[-1]  # see `StreamState`
+        self._max_frames = (2**31 - 1) // fastest - sizes[-1]  # see `StreamState`
         self._iterator: Iterator[np.ndarray] | None = None
-        for size in sizes:  # all slots idle: nothing but the compiling happens
-            chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._nothing().dtype)
+        for size in sizes:  # with all slots paused, this only compiles
+            chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._empty_input().dtype)
             self._step(chunk, np.zeros(num_slots, np.int32))
         self.reset()
 
@@ -94,64 +104,78 @@ class _Stream:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def push(self, block: Any, sample_rate: int | None = None) -> Any:
-        """Takes the next block, of any length, and returns what is complete.
+        """Takes the next block and returns the results of all frames that it completes.
 
         Args:
-          block: For the only slot; or a dict, slot -> block, for several at once.
-          sample_rate: Hz, if the caller knows it; nothing is resampled.
+          block: The next block, of any length; or, for several slots, a dict of blocks by slot.
+          sample_rate: Hz, to check the audio's rate against the codec's; nothing is resampled.
 
         Returns:
-          What came out, with 0 frames or more; or a dict, slot -> what came out.
+          The result, of 0 or more frames; or, for a dict of blocks, a dict of results by slot.
 
         Raises:
-          ValueError: A wrong block or rate, a slot that does not exist or is finished, or that has
-            come to the last frame that `StreamState` can count. No slot is changed.
+          ValueError: A block has the wrong shape, type or values, the rate is wrong, a slot does
+            not exist or is finished, or a stream would get longer than `StreamState` can count. No
+            slot is changed.
         """
         wanted = self._config.sample_rate
         fits = isinstance(sample_rate, numbers.Real) and sample_rate == wanted
         if sample_rate is not None and not fits:
             raise ValueError(f"sample_rate must be {wanted} for this codec, got {sample_rate!r}")
         several = isinstance(block, Mapping)
-        blocks = self._checked(block if several else {self._only_slot(): block})
+        blocks = self._check_blocks(block if several else {self._only_slot(): block})
         for slot, x in blocks.items():
             self._buffers[slot] = np.concatenate([self._buffers[slot], x], axis=-1)
         out = self._run(list(blocks))
         return out if several else out[0]
 
     def finish(self, slots: Iterable[int] | None = None) -> Any:
-        """Ends streams and returns what is left in their buffers, the last frame padded with zeros.
+        """Ends streams; a partly filled last frame is padded with zeros.
 
         Args:
-          slots: Which; default: the only one.
+          slots: The slots whose streams end; default: the only slot.
 
         Returns:
-          As `push`: an array without `slots`, else a dict.
+          The result of the samples still in the buffer; or, with `slots`, a dict of results by
+          slot.
+
+        Raises:
+          ValueError: A slot does not exist or is finished already, or `slots` is missing for a
+            stream with several slots.
         """
-        chosen = [self._only_slot()] if slots is None else self._check_slots(slots)
-        self._finished[chosen] = True
-        out = self._run(chosen)
-        return out[0] if slots is None else out
+        ended = [self._only_slot()] if slots is None else self._check_slots(slots)
+        self._finished[ended] = True
+        results = self._run(ended)
+        return results[0] if slots is None else results
 
     def reset(self, slots: Iterable[int] | None = None) -> None:
-        """Begins streams anew, finished or not, with empty buffers; default: all.
+        """Starts new streams, with empty buffers, whether the old ones are finished or not.
 
-        A `source` is begun anew too. After an interrupt within a step, reset all.
+        A `source` is iterated from its start again. If a step was interrupted, for example by
+        KeyboardInterrupt, its state is lost: reset all slots.
+
+        Args:
+          slots: The slots to reset; default: all.
+
+        Raises:
+          ValueError: A slot does not exist, or the stream is closed.
         """
-        chosen = range(len(self._buffers)) if slots is None else slots
-        chosen = self._check_slots(chosen, finished=True)
+        restarted = range(len(self._buffers)) if slots is None else slots
+        restarted = self._check_slots(restarted, may_be_finished=True)
         mask = np.zeros(len(self._buffers), bool)
-        mask[chosen] = True
-        if mask.all() and self._state.position.is_deleted():  # lost in a step
+        mask[restarted] = True
+        if mask.all() and self._state.position.is_deleted():  # by an interrupted step
             self._state = init_stream(self._codec, self._side, len(mask))
         self._state = reset_streams(self._state, mask)
-        self._finished[chosen], self._num_frames[chosen] = False, 0
-        if chosen:
+        self._finished[restarted] = False
+        self._num_frames[restarted] = 0
+        if restarted:
             self._iterator = None
-        for slot in chosen:
-            self._buffers[slot] = self._nothing()
+        for slot in restarted:
+            self._buffers[slot] = self._empty_input()
 
     def close(self) -> None:
-        """Frees the state; nothing can be pushed any more."""
+        """Frees the state; the stream cannot be used afterwards."""
         self._state = None
 
     def __enter__(self):
@@ -164,33 +188,30 @@ class _Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        """What the next blocks of `source` give; at its end, what is left.
+        """The next non-empty result from the blocks of `source`; at its end, that of `finish`.
 
-        A bad block is an error, as of `push`; what follows goes on with the next.
+        A bad block raises the error of `push`; the next call continues with the block after it.
         """
         if self._source is None:
-            raise ValueError("to iterate, give the stream a source of blocks")
+            raise ValueError("iteration needs a source: pass source=BLOCKS to the constructor")
         if self._iterator is None:
             self._iterator = iter(self._source)
         for block in self._iterator:
-            if (out := self.push(block)).shape[-1]:
-                return out
-        if not self._finished[0] and (out := self.finish()).shape[-1]:
-            return out
+            result = self.push(block)
+            if result.shape[-1]:
+                return result
+        if not self._finished[0]:
+            result = self.finish()
+            if result.shape[-1]:
+                return result
         raise StopIteration
 
     def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
-        """Computes all whole frames in the buffers, and of finished streams all that is left."""
-        parts = {slot: [self._no_output()] for slot in slots}
-        while most := max((self._ready(slot) for slot in slots), default=0):
-            size = next((n for n in self._sizes if n >= most), self._sizes[-1])
-            chunk = np.zeros((len(self._buffers), *self._chunk_shape(size)), self._nothing().dtype)
-            lengths = np.zeros(len(self._buffers), np.int32)
-            for slot in slots:
-                taken = self._buffers[slot][..., : min(self._ready(slot), size) * self._unit]
-                lengths[slot] = taken.shape[-1]
-                chunk[slot, ..., : lengths[slot]] = taken
-                self._buffers[slot] = self._buffers[slot][..., lengths[slot] :]
+        """Computes the frames that are ready in the buffers of `slots`; the results by slot."""
+        parts = {slot: [self._empty_output()] for slot in slots}
+        while max_ready := max((self._num_ready(slot) for slot in slots), default=0):
+            size = next((n for n in self._sizes if n >= max_ready), self._sizes[-1])
+            chunk, lengths = self._take_chunk(slots, size)
             out = self._step(chunk, lengths)
             for slot in slots:
                 num_frames = -(-int(lengths[slot]) // self._unit)
@@ -198,49 +219,71 @@ class _Stream:
                 parts[slot].append(out[slot, ..., : num_frames * out.shape[-1] // size])
         return {slot: np.concatenate(xs, axis=-1) for slot, xs in parts.items()}
 
-    def _ready(self, slot: int) -> int:
-        """Frames that can be computed."""
+    def _take_chunk(self, slots: list[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Moves up to `size` ready frames of each slot from its buffer to a chunk; its lengths."""
+        num_slots = len(self._buffers)
+        chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._empty_input().dtype)
+        lengths = np.zeros(num_slots, np.int32)
+        for slot in slots:
+            buffer = self._buffers[slot]
+            taken = buffer[..., : min(self._num_ready(slot), size) * self._unit]
+            lengths[slot] = taken.shape[-1]
+            chunk[slot, ..., : lengths[slot]] = taken
+            self._buffers[slot] = buffer[..., lengths[slot] :]
+        return chunk, lengths
+
+    def _num_ready(self, slot: int) -> int:
+        """Frames that can be computed: complete ones, and a partial last one once finished."""
         size = self._buffers[slot].shape[-1]
         return -(-size // self._unit) if self._finished[slot] else size // self._unit
 
     def _only_slot(self) -> int:
         if len(self._buffers) > 1:
-            raise ValueError(f"this stream has {len(self._buffers)} slots: say which, by a dict")
+            raise ValueError(
+                f"this stream has {len(self._buffers)} slots: push a dict of blocks by slot, and "
+                "give finish a list of slots"
+            )
         return self._check_slots([0])[0]
 
-    def _check_slots(self, slots: Iterable[int], finished: bool = False) -> list[int]:
+    def _check_slots(self, slots: Iterable[int], may_be_finished: bool = False) -> list[int]:
+        """Returns `slots` as a list without repetitions; ValueError if one cannot be used."""
         if self._state is None:
             raise ValueError("the stream is closed")
         try:
-            slots, most = list(slots), len(self._buffers) - 1
+            slots = list(slots)
         except TypeError as error:
             raise ValueError(f"slots must be a list of integers, got {slots!r}") from error
+        last = len(self._buffers) - 1
         for slot in slots:
-            if not is_whole(slot) or not 0 <= slot <= most:
-                raise ValueError(f"slot must be 0..{most}, got {slot!r}")
-            if self._finished[slot] and not finished:
-                raise ValueError(f"the stream of slot {slot} is finished: reset it to begin anew")
+            if not is_whole(slot) or not 0 <= slot <= last:
+                raise ValueError(f"slot must be 0..{last}, got {slot!r}")
+            if self._finished[slot] and not may_be_finished:
+                raise ValueError(
+                    f"the stream of slot {slot} is finished: reset the slot to start a new one"
+                )
         return list(dict.fromkeys(slots))
 
-    def _checked(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
+    def _check_blocks(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
+        """Returns the blocks as arrays; ValueError names the slot of a bad one."""
         self._check_slots(blocks)
-        found = {}
+        arrays = {}
         for slot, block in blocks.items():
             try:
-                found[slot] = self._check(np.asarray(block))
-            except (ValueError, TypeError, RuntimeError) as error:  # of what is no array
+                array = self._check(np.asarray(block))
+            except (ValueError, TypeError, RuntimeError) as error:  # np.asarray raises all of them
                 raise ValueError(f"slot {slot}: {error}") from error
-            size = self._buffers[slot].shape[-1] + found[slot].shape[-1]
-            if self._num_frames[slot] + size // self._unit >= self._most_frames:
+            size = self._buffers[slot].shape[-1] + array.shape[-1]
+            if self._num_frames[slot] + size // self._unit >= self._max_frames:
                 raise ValueError(
-                    f"a stream has at most {self._most_frames} frames, that of slot {slot} would "
-                    "have more: reset it to begin anew"
+                    f"a stream has at most {self._max_frames} frames, slot {slot} would have more: "
+                    "reset the slot to start a new stream"
                 )
-        return found
+            arrays[slot] = array
+        return arrays
 
 
-def _sizes(chunk_frames: Sequence[int]) -> list[int]:
-    """The sizes of chunks, smallest first."""
+def _chunk_sizes(chunk_frames: Sequence[int]) -> list[int]:
+    """The distinct chunk sizes in frames, smallest first."""
     sizes = list(chunk_frames) if isinstance(chunk_frames, Iterable) else []
     if not sizes or not all(is_whole(n) and n >= 1 for n in sizes):
         raise ValueError(f"chunk_frames must be positive integers, got {chunk_frames!r}")
@@ -248,15 +291,17 @@ def _sizes(chunk_frames: Sequence[int]) -> list[int]:
 
 
 class EncoderStream(_Stream):
-    """Audio in blocks of any length to codes.
+    """Encodes audio that arrives in blocks of any length.
 
-        with EncoderStream(codec) as stream:
-            for block in microphone:  # [C, S], any S
-                send(stream.push(block))  # [Q, T], T = 0, 1, ... frames
+        with moss_tok.EncoderStream(codec) as stream:
+            for block in microphone:  # [C, S] in [-1, 1], any S
+                send(stream.push(block))  # codes [Q, T] int32 of the T >= 0 completed frames
             send(stream.finish())
 
-    With a `source` of blocks it is an iterator over codes. Chunks of all sizes are compiled at the
-    start. The codes are those of `encode` of the whole.
+    The codes equal those of `encode` for the whole recording. With a `source` of blocks, the stream
+    is an iterator over codes. With several slots, `push` takes a dict of blocks by slot, and slots
+    start (`reset`), pause and end (`finish`) independently. All chunk sizes are compiled when the
+    stream is created, none later.
     """
 
     _side = "encoder"
@@ -270,10 +315,10 @@ class EncoderStream(_Stream):
     def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
         return self._config.num_channels, num_frames * self._unit
 
-    def _nothing(self) -> np.ndarray:
+    def _empty_input(self) -> np.ndarray:
         return np.zeros((self._config.num_channels, 0), np.float32)
 
-    def _no_output(self) -> np.ndarray:
+    def _empty_output(self) -> np.ndarray:
         return np.zeros((self._num_quantizers, 0), np.int32)
 
     def _check(self, wav: np.ndarray) -> np.ndarray:
@@ -288,9 +333,15 @@ class EncoderStream(_Stream):
 
 
 class DecoderStream(_Stream):
-    """Codes in blocks of any length to audio: `push` of [q, T] gives [C, T * hop_length].
+    """Decodes codes that arrive in blocks of any number of frames.
 
-    Otherwise like `EncoderStream`.
+        with moss_tok.DecoderStream(codec) as stream:
+            for block in receiver:  # codes [num_quantizers, T], any T
+                play(stream.push(block))  # wav [C, T * hop_length] float32
+            play(stream.finish())
+
+    The audio equals that of `decode` for the whole recording. Iteration, slots and compilation are
+    as in `EncoderStream`.
     """
 
     _side = "decoder"
@@ -302,15 +353,15 @@ class DecoderStream(_Stream):
     def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
         return self._num_quantizers, num_frames
 
-    def _nothing(self) -> np.ndarray:
+    def _empty_input(self) -> np.ndarray:
         return np.zeros((self._num_quantizers, 0), np.int32)
 
-    def _no_output(self) -> np.ndarray:
+    def _empty_output(self) -> np.ndarray:
         return np.zeros((self._config.num_channels, 0), np.float32)
 
     def _check(self, codes: np.ndarray) -> np.ndarray:
         check_shape("codes", codes, (self._num_quantizers, "T"), may_be_empty=True)
-        if codes.size:  # empty lists are of floats
+        if codes.size:  # an empty list becomes a float array
             check_integers("codes", codes)
         check_code_range("codes", codes, self._config.quantizer.codebook_size)
         return codes.astype(np.int32)

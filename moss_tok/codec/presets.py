@@ -1,4 +1,4 @@
-"""Codecs by name: the published shapes, and a small one to try things with."""
+"""Codec configs by name: the published architectures, and a small one for experiments."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ def _stack(
     layout: str,
     layer_scale: float = 0.01,
 ) -> tuple[ModuleConfig, ...]:
-    """An encoder: a patch before each stage, and after the last one where a patch is left.
+    """An encoder: a patch module before each stage; remaining patch sizes follow the last stage.
 
     Rows are (input_dim, output_dim, model_dim, num_heads, num_layers, mlp_dim, context_seconds).
     """
@@ -30,7 +30,7 @@ def _stack(
     for patch_size, row in zip(patches, rows, strict=False):
         modules.append(PatchConfig(patch_size))
         stage = TransformerConfig(*row, layer_scale=layer_scale)
-        # The v1 classes have a projection only where it changes the width; later ones always.
+        # The v1 classes have a projection only if it changes the width; later classes always.
         if layout == "v1":
             stage = dataclasses.replace(
                 stage,
@@ -43,20 +43,19 @@ def _stack(
 
 
 def mirror(modules: tuple[ModuleConfig, ...]) -> tuple[ModuleConfig, ...]:
-    """The decoder that undoes an encoder module by module."""
-
-    def turn(module: ModuleConfig) -> ModuleConfig:
-        if isinstance(module, PatchConfig):
-            return module
-        return dataclasses.replace(
-            module,
-            input_dim=module.output_dim,
-            output_dim=module.input_dim,
-            input_projection=module.output_projection,
-            output_projection=module.input_projection,
-        )
-
-    return tuple(turn(m) for m in reversed(modules))
+    """The decoder of an encoder: its modules in reverse order, with inputs and outputs swapped."""
+    mirrored: list[ModuleConfig] = []
+    for module in reversed(modules):
+        if isinstance(module, TransformerConfig):
+            module = dataclasses.replace(
+                module,
+                input_dim=module.output_dim,
+                output_dim=module.input_dim,
+                input_projection=module.output_projection,
+                output_projection=module.input_projection,
+            )
+        mirrored.append(module)
+    return tuple(mirrored)
 
 
 def _v1() -> CodecConfig:
@@ -98,7 +97,7 @@ def _nano() -> CodecConfig:
 
 
 def _tiny() -> CodecConfig:
-    # 50 Hz: at 12.5 Hz a model this small has no room for phases, and so none for pitch.
+    # 50 Hz, because at 12.5 Hz a model this small cannot represent phase, and therefore pitch.
     rows = [
         (240, 160, 128, 2, 2, 384, 1.0),
         (320, 256, 192, 3, 2, 512, 1.0),
@@ -113,16 +112,24 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str) -> CodecConfig:
-    """The codec called `name`: "v1", "v2" and "nano" as published, "tiny" to try things with."""
+    """Returns the config of a codec by name.
+
+    Args:
+      name: "v1" (24 kHz mono), "v2" or "nano" (48 kHz stereo) as published, or "tiny" (24 kHz mono,
+        small enough to train on a CPU).
+
+    Raises:
+      ValueError: There is no preset of that name.
+    """
     check_choice("preset", name, PRESETS)
     return _PRESETS[name]()
 
 
 def load_codec_config(model: str) -> CodecConfig:
-    """The codec of `TrainConfig.model`: a preset or a config.json of ours.
+    """Returns the codec config of `--model`: a preset, or the path of a config.json of moss_tok.
 
     Raises:
-      ValueError: Neither.
+      ValueError: `model` is neither, or the file is broken.
     """
     if model in PRESETS:
         return preset(model)
@@ -135,8 +142,8 @@ def load_codec_config(model: str) -> CodecConfig:
 
 
 def describe(config: Any) -> str:
-    """A codec's preset, or the stages of its encoder, and its rates."""
-    if not isinstance(config, CodecConfig):  # JAX makes pytrees with anything in their place
+    """One line on a codec: its preset, or else its encoder's stages, and its rates."""
+    if not isinstance(config, CodecConfig):  # JAX builds pytrees with placeholders
         return type(config).__name__
     quantizer = config.quantizer
     levels = summary.count(quantizer.num_quantizers, "quantizer")
@@ -151,10 +158,10 @@ def describe(config: Any) -> str:
 
 
 def _preset_name(config: CodecConfig) -> str:
-    """The preset that `config` equals, or ""."""
+    """The preset that `config` equals; "" if none. Fields for conversion only are ignored."""
     for name in PRESETS:
-        wanted = preset(name)
-        if dataclasses.replace(config, layout=wanted.layout, official_json="") == wanted:
+        candidate = preset(name)
+        if dataclasses.replace(config, layout=candidate.layout, official_json="") == candidate:
             return name
     return ""
 

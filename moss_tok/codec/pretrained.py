@@ -1,4 +1,4 @@
-"""Codecs from disk and back."""
+"""Loads codecs from checkpoints, workdirs and the official layout, and saves them."""
 
 import contextlib
 import ctypes
@@ -27,22 +27,26 @@ COMPONENTS = ("all", "encoder", "decoder", "quantizer")
 def load(
     path: str | storage.Path, component: str = "all", compute: ComputeConfig | None = None
 ) -> Codec:
-    """Loads a codec.
+    """Loads a codec from disk, from a bucket or from the Hugging Face Hub.
+
+        codec = moss_tok.load("runs/quickstart")
+        codes, lengths = moss_tok.encode(codec, wav)  # wav [B, C, S]
 
     Args:
-      path: A checkpoint, a training workdir (its newest step), either also in a bucket (gs://), a
-        directory in the official Hugging Face layout, or, if huggingface_hub is installed, a Hub
-        id ("OpenMOSS-Team/MOSS-Audio-Tokenizer").
-      component: "encoder" or "decoder" read only that side, and the quantizer, into memory;
-        "quantizer" that alone.
-      compute: How it will be computed. The default, float32 at the highest matmul precision, is
-        what makes codes repeatable.
+      path: One of: a checkpoint; a training workdir, of which the newest step is loaded (both may
+        be in a bucket, gs://...); a directory in the official Hugging Face layout; or, if
+        huggingface_hub is installed, a Hub id such as "OpenMOSS-Team/MOSS-Audio-Tokenizer".
+      component: "all"; "encoder" or "decoder", to read only that side and the quantizer into
+        memory; or "quantizer", to read that alone.
+      compute: Types, precision and attention of the computation. The default, float32 at the
+        highest matmul precision, makes codes reproducible.
 
     Returns:
       `Codec` with float32 parameters on the default device.
 
     Raises:
-      ValueError: No such checkpoint, or a broken one.
+      ValueError: There is no checkpoint at `path`, it is incomplete, damaged or not supported, or
+        component is unknown.
     """
     check_choice("component", component, COMPONENTS)
     compute = compute or ComputeConfig()
@@ -56,19 +60,19 @@ def load(
         if component != "all":
             shapes = {name: shapes[name] for name in (component, "quantizer")}
         params = checkpoint.read_tree(folder / "params", shapes)
-    jax.block_until_ready(params)  # copied, and what they were copied from is free
+    jax.block_until_ready(params)  # then the copies made while reading are free
     _return_memory()
     return Codec(params, config, compute)
 
 
 def _return_memory() -> None:
-    """Gives the system back what reading took: glibc would keep a tenth of a gigabyte of v1's."""
+    """Returns freed memory to the system; after reading v1, glibc would keep 0.1 GB of it."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def load_config(path: str | storage.Path) -> CodecConfig:
-    """The config of what `load(path)` would load. Raises as `load`."""
+    """The config of the codec that `load(path)` loads. Raises the same errors."""
     folder = checkpoint.find_checkpoint(path)
     if tensors.is_official(folder):
         return huggingface.read_folder_config(folder)
@@ -77,34 +81,36 @@ def load_config(path: str | storage.Path) -> CodecConfig:
 
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(config: CodecConfig) -> Any:
-    """`param_shapes` in boxes that carry logical axis names."""
+    """`param_shapes` in Flax boxes that carry logical axis names."""
     wav = jnp.zeros((1, config.num_channels, config.hop_length))
     return jax.eval_shape(CodecModel(config).init, jax.random.key(0), wav)["params"]
 
 
 def param_shapes(config: CodecConfig) -> dict[str, Any]:
-    """ShapeDtypeStructs of all parameters of a codec."""
+    """ShapeDtypeStructs of all parameters of a codec, as a tree."""
     return nn.meta.unbox(boxed_shapes(config))
 
 
 def fingerprint(codec: Codec) -> str:
-    """A short hash of a codec's config and parameters: equal codes come from equal ones."""
+    """A short hash of a codec's config and parameters; codecs with equal ones give equal codes."""
     config = dataclasses.replace(codec.config, official_json="")
     digest = hashlib.sha256(config.to_json().encode())
-    leaves = jax.tree_util.tree_leaves_with_path(codec.params)
-    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(codec.params):
+        leaves[jax.tree_util.keystr(path)] = leaf
+    for name in sorted(leaves):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaves[name]).data)
     return digest.hexdigest()[:16]
 
 
 def to_device(params: dict[str, Any]) -> dict[str, Any]:
-    """Replaces the numpy arrays of a tree by jax arrays, one by one: in place, to save memory."""
+    """Replaces the numpy arrays of a tree by jax arrays one by one, in place to save memory."""
     for name, value in params.items():
         params[name] = to_device(value) if isinstance(value, dict) else jnp.asarray(value)
     return params
 
 
 def save(path: str | Path, config: CodecConfig, params: Any) -> None:
-    """Writes a codec as a checkpoint; see `checkpoint.save`."""
+    """Writes a codec as a new checkpoint directory; see `checkpoint.save`."""
     checkpoint.save(path, {"config.json": config.to_json()}, {"params": params})

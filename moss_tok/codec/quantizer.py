@@ -1,7 +1,8 @@
-"""Residual LFQ: each quantizer codes what the ones before it left over.
+"""Residual LFQ: each quantizer codes the residual that the quantizers before it leave.
 
-Every quantizer projects the residual to a few dimensions, takes the codebook row nearest in angle
-(both sides L2-normalised, first row on ties), and projects the raw row back. Everything is float32.
+Each quantizer projects the residual to a few dimensions, takes the codebook row nearest in angle
+(both are L2-normalized; the first row wins ties), and projects the unnormalized row back.
+Everything is float32.
 """
 
 from typing import NamedTuple
@@ -17,14 +18,14 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Quantized(NamedTuple):
-    """What the quantizer makes of latents.
+    """Result of the quantizer.
 
     Attributes:
-      latents: Quantized latents [B, T, D] float32, straight-through.
+      latents: Quantized latents [B, T, D] float32, with straight-through gradients.
       codes: [B, Q, T] int32.
-      commitment_loss: Pulls projected residuals to their codes; [Q, B, T], mean over dimensions.
-      codebook_loss: Pulls codes to the projected residuals; [Q, B, T].
-      projected: What the codes stand for, [Q, B, T, codebook_dim].
+      commitment_loss: [Q, B, T], mean over dimensions; pulls projected residuals to codebook rows.
+      codebook_loss: [Q, B, T], mean over dimensions; pulls codebook rows to projected residuals.
+      projected: Projected residuals that the codes replace, [Q, B, T, codebook_dim].
     """
 
     latents: jax.Array
@@ -38,9 +39,9 @@ class Quantized(NamedTuple):
 
 
 class WeightNormProjection(nn.Module):
-    """Weight-normalised linear map with bias: kernel = gain * direction / |direction|.
+    """Weight-normalized linear map with bias: kernel = gain * direction / |direction|.
 
-    `quantizers` > 0 stacks that many maps along a leading axis of each parameter.
+    With `quantizers` > 0, each parameter has a leading axis for that many maps.
     """
 
     in_features: int
@@ -52,8 +53,9 @@ class WeightNormProjection(nn.Module):
         """Declares the parameters."""
         lead = (self.quantizers,) if self.quantizers else ()
         names = ("quantizers",) if self.quantizers else ()
-        size_in, size_out = self.in_features, self.out_features
-        bound = size_in**-0.5
+        output_shape = lead + (self.out_features,)
+        direction_shape = lead + (self.in_features, self.out_features)
+        bound = self.in_features**-0.5
 
         def direction(key, shape, dtype):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -65,13 +67,12 @@ class WeightNormProjection(nn.Module):
         def box(init, *axes):
             return nn.with_logical_partitioning(init, names + axes)
 
-        f32 = jnp.float32
-        self.direction = self.param(
-            "direction", box(direction, *self.axes), lead + (size_in, size_out), f32
-        )
-        self.gain = self.param("gain", box(gain, self.axes[1]), lead + (size_out,), f32)
-        zeros = nn.initializers.zeros
-        self.bias = self.param("bias", box(zeros, self.axes[1]), lead + (size_out,), f32)
+        out_axis = self.axes[1]
+        direction_init = box(direction, *self.axes)
+        bias_init = box(nn.initializers.zeros, out_axis)
+        self.direction = self.param("direction", direction_init, direction_shape, jnp.float32)
+        self.gain = self.param("gain", box(gain, out_axis), output_shape, jnp.float32)
+        self.bias = self.param("bias", bias_init, output_shape, jnp.float32)
 
     def weights(self) -> tuple[jax.Array, jax.Array]:
         """Kernel [(Q,) in, out] and bias [(Q,) out]."""
@@ -128,13 +129,14 @@ class ResidualQuantizer(nn.Module):
             levels["out_kernel"], levels["out_bias"] = self.out_projections.weights()
         return jax.tree.map(lambda x: x[:num_quantizers], levels)
 
-    def __call__(self, latents: jax.Array, num_quantizers: int, keep: jax.Array | None = None):
-        """Quantizes latents [B, T, D] with the first `num_quantizers` (a static int) quantizers.
+    def __call__(self, latents: jax.Array, num_quantizers: int, mask: jax.Array | None = None):
+        """Quantizes latents with the first `num_quantizers` quantizers.
 
         Args:
           latents: [B, T, D].
-          num_quantizers: How many levels are computed.
-          keep: For training, bool [B, Q]: the levels that add to the quantized latents.
+          num_quantizers: Number of levels, a static int.
+          mask: For training, bool [B, num_quantizers], the levels that add to the quantized
+            latents; default: all.
 
         Returns:
           `Quantized`.
@@ -142,7 +144,7 @@ class ResidualQuantizer(nn.Module):
         x = latents.astype(jnp.float32)
         if self.config.input_dim != self.config.rvq_dim:
             x = self.input_projection(x)  # [B, T, R]
-        used = jnp.ones((num_quantizers, x.shape[0]), bool) if keep is None else keep.T
+        used = jnp.ones((num_quantizers, x.shape[0]), bool) if mask is None else mask.T
         levels = self._levels(num_quantizers)
 
         def step(residual, level):
@@ -160,16 +162,17 @@ class ResidualQuantizer(nn.Module):
         _, (codes, values, *rest) = jax.lax.scan(step, x, (levels, used))
         return Quantized(self._output(values.sum(0)), jnp.moveaxis(codes, 0, 1), *rest)
 
-    def decode(self, codes: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """Codes [B, q, T] of the first q quantizers to quantized latents [B, T, D].
+    def decode(self, codes: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Maps codes [B, q, T] of the first q quantizers to quantized latents [B, T, D].
 
-        Codes out of range are clamped. `keep`, bool [B, q], leaves quantizers out, so that one
-        program decodes every prefix.
+        Codes out of range are clamped. `mask`, bool [B, q], selects the quantizers that count, so
+        that one program decodes every prefix.
         """
         batch, num_quantizers, num_frames = codes.shape
-        keep = jnp.ones((batch, num_quantizers), bool) if keep is None else keep
-        most = min(self.config.codebook_size - 1, jnp.iinfo(codes.dtype).max)
-        codes = jnp.clip(codes, 0, most).astype(jnp.int32)  # negative ones would count from the end
+        mask = jnp.ones((batch, num_quantizers), bool) if mask is None else mask
+        largest_code = min(self.config.codebook_size - 1, jnp.iinfo(codes.dtype).max)
+        # Negative codes would index the codebook from its end.
+        codes = jnp.clip(codes, 0, largest_code).astype(jnp.int32)
 
         def step(total, level):
             weights, codes, used = level
@@ -177,7 +180,7 @@ class ResidualQuantizer(nn.Module):
             return total + value * used[:, None, None], None
 
         total = jnp.zeros((batch, num_frames, self.config.rvq_dim), jnp.float32)
-        levels = (self._levels(num_quantizers), jnp.moveaxis(codes, 1, 0), keep.T)
+        levels = (self._levels(num_quantizers), jnp.moveaxis(codes, 1, 0), mask.T)
         total, _ = jax.lax.scan(step, total, levels)
         return self._output(total)
 
@@ -190,5 +193,6 @@ class ResidualQuantizer(nn.Module):
 def _project(x: jax.Array, weights: dict[str, jax.Array], side: str) -> jax.Array:
     if f"{side}_kernel" not in weights:
         return x
-    kernel, bias = weights[f"{side}_kernel"], weights[f"{side}_bias"]
+    kernel = weights[f"{side}_kernel"]
+    bias = weights[f"{side}_bias"]
     return jnp.einsum("bti,io->bto", x, kernel, precision=_HIGHEST) + bias

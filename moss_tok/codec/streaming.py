@@ -1,7 +1,8 @@
-"""Streams: encode and decode as audio comes, with the answers of `encode` and `decode`.
+"""Streaming: encode and decode chunk by chunk, with the same results as `encode` and `decode`.
 
-Pure functions over a `StreamState`, a pytree of fixed shapes, for a batch of streams (slots), each
-at a place of its own. Algorithmic latency is one code frame. `live.py` has classes that buffer.
+These are pure functions over a `StreamState`, a pytree of fixed shapes. The state holds a batch of
+streams (slots), each at its own position. Algorithmic latency is one code frame. The classes in
+`live.py` add buffering, so that blocks may have any length.
 """
 
 import functools
@@ -26,12 +27,12 @@ from moss_tok.nn.cache import Span
 
 @flax.struct.dataclass
 class StreamState:
-    """Where streams are.
+    """State of a batch of streams; see `init_encoder_stream` and `init_decoder_stream`.
 
     Attributes:
-      position: [B] int32, code frames that each stream has had. The fastest stage counts its own
-        frames in 31 bits: 62 days at 400 Hz.
-      caches: Keys and values of the last window - 1 frames, by stage.
+      position: [B] int32, code frames that each stream has processed. Each stage counts its own
+        frames in 31 bits, which limits a stream to 62 days if the fastest stage has 400 Hz.
+      caches: Keys and values of the last window - 1 frames of each stage, by name of the stage.
     """
 
     position: jax.Array
@@ -43,12 +44,34 @@ class StreamState:
 
 
 def init_encoder_stream(codec: Codec, batch_size: int) -> StreamState:
-    """State of `batch_size` streams of audio that have not begun; on the mesh of the parameters."""
+    """Creates the initial state for `encode_step`.
+
+    Args:
+      codec: A codec with an encoder.
+      batch_size: Number of streams, B.
+
+    Returns:
+      The state, on the devices (or the mesh) of the parameters.
+
+    Raises:
+      ValueError: batch_size is not a positive integer, or the codec was loaded without its encoder.
+    """
     return init_stream(codec, "encoder", batch_size)
 
 
 def init_decoder_stream(codec: Codec, batch_size: int) -> StreamState:
-    """State of `batch_size` streams of codes that have not begun; on the mesh of the parameters."""
+    """Creates the initial state for `decode_step`.
+
+    Args:
+      codec: A codec with a decoder.
+      batch_size: Number of streams, B.
+
+    Returns:
+      The state, on the devices (or the mesh) of the parameters.
+
+    Raises:
+      ValueError: batch_size is not a positive integer, or the codec was loaded without its decoder.
+    """
     return init_stream(codec, "decoder", batch_size)
 
 
@@ -61,23 +84,30 @@ def encode_step(
 ) -> tuple[StreamState, jax.Array]:
     """Encodes the next chunk of each stream.
 
-    Compiled once per T and num_quantizers. A stream's codes depend on its own samples alone.
+        state = moss_tok.init_encoder_stream(codec, batch_size=1)
+        for wav in chunks:  # [1, C, T * hop_length]
+            state, codes = moss_tok.encode_step(codec, state, wav)
+
+    It compiles once per T and num_quantizers. The codes of a stream depend only on its own samples.
 
     Args:
       codec: A codec with an encoder.
-      state: Donated: use the returned one from now on.
-      wav: [B, C, T * hop_length] in [-1, 1], T = 1, 2, ... frames.
-      lengths: [B] integers, samples of each stream in this chunk; the rest is not looked at. 0: the
-        stream idles, its state stays. No multiple of hop_length: the stream's last frame, padded
-        with zeros; it must be reset before it goes on. Default: all.
-      num_quantizers: The first 1..Q codes of each frame; default: all. Static under `jax.jit`.
+      state: State before the chunk. It is donated, so use only the returned state afterwards.
+      wav: [B, C, T * hop_length] floating point in [-1, 1], T >= 1 frames.
+      lengths: [B] integers, valid samples of each stream in this chunk; the rest has no effect.
+        With 0 a stream pauses and its state is unchanged. A length that is not a multiple of
+        hop_length ends the stream: its last frame is padded with zeros, and it must be reset before
+        it gets more audio. Default: all samples.
+      num_quantizers: Number of codes per frame, 1..Q, the most significant ones first; default: Q.
+        Static under `jax.jit`.
 
     Returns:
       The next state, and codes [B, num_quantizers, T] int32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes, types or values (see `moss_tok`), num_quantizers out of range, a
-        codec without encoder, or a state of its decoder.
+      ValueError: An argument has the wrong shape, type or values (see `moss_tok`), num_quantizers
+        is out of range, the codec was loaded without its encoder, or the state is not from
+        `init_encoder_stream` of this codec or was used before.
     """
     c = codec.config
     num_quantizers = c.check_num_quantizers(num_quantizers)
@@ -86,7 +116,7 @@ def encode_step(
     wav, lengths = check_wav(wav, shape, lengths)
     if wav.shape[-1] % c.hop_length:
         raise ValueError(
-            f"a chunk must have whole frames of {c.hop_length} samples, got {wav.shape[-1]}"
+            f"a chunk must have whole frames of {c.hop_length} samples, got {wav.shape[-1]} samples"
         )
     return _encode_step(codec, state, wav, lengths, num_quantizers)
 
@@ -94,20 +124,28 @@ def encode_step(
 def decode_step(
     codec: Codec, state: StreamState, codes: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[StreamState, jax.Array]:
-    """Decodes the next chunk of each stream; compiled once per shape of `codes`.
+    """Decodes the next chunk of each stream.
+
+        state = moss_tok.init_decoder_stream(codec, batch_size=1)
+        for codes in chunks:  # [1, q, T]
+            state, wav = moss_tok.decode_step(codec, state, codes)
+
+    It compiles once per shape of `codes`.
 
     Args:
       codec: A codec with a decoder.
-      state: Donated: use the returned one from now on.
-      codes: [B, q, T] integers in [0, codebook_size), T = 1, 2, ... frames.
-      lengths: [B] integers, frames of each stream in this chunk; 0: it idles. Default: all T.
+      state: State before the chunk. It is donated, so use only the returned state afterwards.
+      codes: [B, q, T] integers in [0, codebook_size), of the first q quantizers, T >= 1 frames.
+      lengths: [B] integers, valid frames of each stream in this chunk. With 0 a stream pauses and
+        its state is unchanged. Default: all T.
 
     Returns:
       The next state, and wav [B, C, T * hop_length] float32, zero past the lengths.
 
     Raises:
-      ValueError: Wrong shapes, types or values (see `moss_tok`), a codec without decoder, or a
-        state of its encoder.
+      ValueError: An argument has the wrong shape, type or values (see `moss_tok`), the codec was
+        loaded without its decoder, or the state is not from `init_decoder_stream` of this codec or
+        was used before.
     """
     _check_state(codec, "decoder", state)
     shape = (state.position.shape[0], "Q", "T")
@@ -117,19 +155,20 @@ def decode_step(
 
 
 def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
-    """Begins anew the streams where `slots`, bool [B], is true; the others go on.
+    """Resets some streams to their start, so that their slots can take new streams.
 
-    What they have heard is overwritten, so that not even NaN is left of it.
+    Everything cached of the old streams is overwritten, even NaN. The other streams continue.
 
     Args:
-      state: Donated: use the returned one from now on.
-      slots: bool [B].
+      state: State of an encoder or decoder. It is donated, so use only the returned state
+        afterwards.
+      slots: Bool [B], true for the streams to reset.
 
     Returns:
       The next state.
 
     Raises:
-      ValueError: `slots` of another shape or type, or no state.
+      ValueError: `slots` has another shape or type, or `state` is not a state or was used before.
     """
     _check_usable(state)
     slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)
@@ -151,7 +190,7 @@ def _reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
 
 
 def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:
-    """State of streams of one side, "encoder" or "decoder"; on the mesh of the parameters."""
+    """Initial state of streams of one side, "encoder" or "decoder", placed like the parameters."""
     check_part(codec, side)
     check_count("batch_size", batch_size)
 
@@ -159,7 +198,8 @@ def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:
         caches = empty_caches(codec.config, codec.compute, side, batch_size)
         return StreamState(jnp.zeros(batch_size, jnp.int32), caches)
 
-    # Where the parameters are, and committed to it as they are, or the second step compiles again.
+    # The state must be on the devices of the parameters, and committed to them if the parameters
+    # are; otherwise the second step compiles again.
     weight = jax.tree.leaves(codec.params)[0]
     is_traced = isinstance(weight, jax.core.Tracer)
     if is_traced or not getattr(weight, "committed", False):
@@ -170,18 +210,22 @@ def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:
         if isinstance(placed, jax.sharding.NamedSharding):
             names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
             placed = sharding.fitting(placed.mesh, names, x.shape)
-        # Not by `out_shardings`: jit keeps their spelling, and takes the steps' for another place.
+        # `out_shardings` would not do: jit keeps their spelling, and takes the equal shardings that
+        # the steps return for different ones.
         return jax.lax.with_sharding_constraint(x, placed)
 
     return jax.jit(lambda: jax.tree.map(place, init()))()
 
 
 def _check_state(codec: Codec, side: str, state: StreamState) -> None:
-    """Raises ValueError unless the state is one of that side: the other's may fit it, silently."""
+    """Raises ValueError unless the state is of this side.
+
+    The state of the other side may have the same shapes, and would give wrong results silently.
+    """
     check_part(codec, side)
     _check_usable(state)
-    wanted = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
-    if wanted != _shapes(state.caches):
+    expected = _cache_shapes(codec.config, codec.compute, side, state.position.shape[0])
+    if expected != _shapes(state.caches):
         raise ValueError(f"state must be one of init_{side}_stream of this codec")
 
 
@@ -195,18 +239,22 @@ def _shapes(caches: Caches) -> Any:
 
 
 def _check_usable(state: StreamState) -> None:
-    """Raises ValueError where it is no state, or has been given to a step before."""
-    arrays = jax.tree.leaves(state, is_leaf=lambda x: x is None)
-    if not isinstance(state, StreamState) or not all(hasattr(x, "shape") for x in arrays):
+    """Raises ValueError unless `state` is a state whose arrays no step has consumed."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: x is None)
+    if not isinstance(state, StreamState) or not all(hasattr(x, "shape") for x in leaves):
+        types = sorted({type(x).__name__ for x in leaves})
         raise ValueError(
             "state must be one of init_encoder_stream or init_decoder_stream, "
-            f"got {type(state).__name__} of {sorted({type(x).__name__ for x in arrays})}"
+            f"got {type(state).__name__} of {types}"
         )
-    x = state.position
-    if len(x.shape) != 1:
-        raise ValueError(f"a state's position must have the shape [B], got {list(x.shape)}")
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
-        raise ValueError("this state has been used: a step donates it, go on with what it returned")
+    position = state.position
+    if len(position.shape) != 1:
+        raise ValueError(f"a state's position must have the shape [B], got {list(position.shape)}")
+    is_concrete = isinstance(position, jax.Array) and not isinstance(position, jax.core.Tracer)
+    if is_concrete and position.is_deleted():
+        raise ValueError(
+            "this state has been used: a step donates its state, use the one that it returned"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="num_quantizers", donate_argnames="state")

@@ -1,4 +1,4 @@
-"""A causal Transformer stage of a codec: projections around pre-norm blocks under one scan."""
+"""A causal Transformer stage of a codec: pre-norm blocks under one scan, between projections."""
 
 import functools
 
@@ -15,7 +15,7 @@ from moss_tok.nn.layers import Projection, gelu, parameter, scan_layers
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over a causal window, with rotary positions."""
+    """Multi-head attention over a causal window, with rotary position embedding."""
 
     config: TransformerConfig
     compute: ComputeConfig
@@ -30,36 +30,50 @@ class SelfAttention(nn.Module):
         span: Span | None,
         scale: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D], rope table -> [B, T, D]; of streams also the keys and values of the chunk.
+        """Attends over the frames of `x` and, with a cache, over the frames before them.
 
-        `scale` [D] of `parameter`, for the last weights.
+        Args:
+          x: [B, T, D].
+          table: Rotary phases of the frames, see `rope.rope_table`.
+          past: For a chunk of streams, one layer of the cache.
+          span: For a chunk of streams, its frames.
+          scale: [D], multiplied into the output weights.
+
+        Returns:
+          [B, T, D]; and for a chunk of streams its keys and values for the cache, else None.
         """
-        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
+        c = self.config
+        dtype = self.compute.dtype
+        precision = self.compute.precision
         d, n, h = c.model_dim, c.num_heads, c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
-        # Three products, not one: TPUs would write its result again, part by part.
+        # Three products instead of one, whose result TPUs would copy part by part.
         q, k, v = (jnp.einsum("btd,dnh->bnth", x, qkv[:, i], precision=precision) for i in range(3))
-        q, k = rope.apply_rope(q, table), rope.apply_rope(k, table)
+        q = rope.apply_rope(q, table)
+        k = rope.apply_rope(k, table)
         if past is None:
             x = attention.attend(q, k, v, self.window, self.compute.attention, precision)
+            fresh = None
         else:
             x = attention.attend_cached(q, k, v, past, span.start, precision)
-        fresh = None if past is None else past.fresh(span, k, v)
+            fresh = past.fresh(span, k, v)
         return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Feed-forward layer: linear, exact GELU, linear."""
 
     config: TransformerConfig
     compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `scale` [D] of `parameter`, for the last weights."""
-        c, dtype, precision = self.config, self.compute.dtype, self.compute.precision
+        """[B, T, D] -> [B, T, D]; `scale` [D] is multiplied into the output weights."""
+        c = self.config
+        dtype = self.compute.dtype
+        precision = self.compute.precision
         up = parameter(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
         down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype, scale)
         x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
@@ -68,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block; both branches are scaled by a LayerScale vector."""
+    """Pre-norm block; a LayerScale vector scales each of the two branches."""
 
     config: TransformerConfig
     compute: ComputeConfig
@@ -78,8 +92,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, past: Cache | None, table: jax.Array, span: Span | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] -> [B, T, D]; of streams also the keys and values of the chunk."""
-        args = (self.config, self.compute)
+        """[B, T, D] -> [B, T, D], and the keys and values of a chunk as in `SelfAttention`."""
         norm = functools.partial(
             nn.LayerNorm,
             epsilon=1e-5,
@@ -90,20 +103,20 @@ class Block(nn.Module):
         )
         x = sharding.split_items(x)
         y = norm(name="attention_norm")(x).astype(self.compute.dtype)
-        inner, outer = self._layer_scale("attention_scale")
-        attend = SelfAttention(*args, self.window, name="attention")
-        y, fresh = attend(y, table, past, span, inner)
-        x = x + y * outer
+        weight_scale, output_scale = self._layer_scale("attention_scale")
+        attend = SelfAttention(self.config, self.compute, self.window, name="attention")
+        y, fresh = attend(y, table, past, span, weight_scale)
+        x = x + y * output_scale
         y = norm(name="mlp_norm")(x).astype(self.compute.dtype)
-        inner, outer = self._layer_scale("mlp_scale")
-        y = FeedForward(*args, name="mlp")(y, inner)
-        return x + y * outer, fresh
+        weight_scale, output_scale = self._layer_scale("mlp_scale")
+        y = FeedForward(self.config, self.compute, name="mlp")(y, weight_scale)
+        return x + y * output_scale, fresh
 
     def _layer_scale(self, name: str) -> tuple[jax.Array | None, jax.Array | int]:
-        """What the branch's last weights are multiplied with, and what it is multiplied with.
+        """The scale of the branch's output weights, and the scale of its output.
 
-        Weights that are cast anyway take the scale along: then its gradient is one of weights, and
-        nothing of the branch is kept for it, which is less memory traffic.
+        LayerScale is folded into the output weights if these are cast anyway. Its gradient then
+        comes from that of the weights, so no activations are kept for it: less memory traffic.
         """
         init = nn.initializers.constant(self.config.layer_scale)
         init = nn.with_logical_partitioning(init, ("norm",))
@@ -112,22 +125,23 @@ class Block(nn.Module):
 
 
 class LongChunkBlock(Block):
-    """A block that puts its layer of the cache, which is carried along, in place.
+    """A block that updates its layer of the cache in place; the scan carries the cache.
 
-    So there is one cache, not two. Short chunks, which change little of it, are faster without.
+    This avoids a second copy of the cache. Short chunks, which change little of the cache, are
+    faster with `Block`.
     """
 
     def __call__(
         self, carry: tuple[jax.Array, Cache], index: jax.Array, table: jax.Array, span: Span
     ) -> tuple[tuple[jax.Array, Cache], None]:
-        """[B, T, D] and the cache of all layers, of which this is `index` -> the next ones."""
+        """Updates the carry: [B, T, D], and the cache of all layers; this is layer `index`."""
         x, cache = carry
         x, fresh = super().__call__(x, cache.layer(index), table, span)
         return (x, cache.replace_layer(index, fresh)), None
 
 
 class Stage(nn.Module):
-    """Input projection, `num_layers` blocks, output projection."""
+    """Optional input projection, `num_layers` blocks, optional output projection."""
 
     config: TransformerConfig
     compute: ComputeConfig
@@ -137,9 +151,10 @@ class Stage(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, input_dim] -> [B, T, output_dim], in float32 if it has an output projection.
+        """[B, T, input_dim] -> [B, T, output_dim], and the next cache (None without a cache).
 
-        With a cache, the frames of `span`, which go into it.
+        The result is float32 if the stage has an output projection. With a cache, `x` is a chunk of
+        streams with the frames of `span`.
         """
         c = self.config
         x = x.astype(self.compute.dtype)
@@ -150,17 +165,19 @@ class Stage(nn.Module):
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
         table = rope.rope_table(positions, c.head_dim, c.max_period)
-        of_block = (c, self.compute, self.window)
+        block_args = (c, self.compute, self.window)
         if cache is not None and x.shape[1] > cache.num_frames:
-            layers = scan_layers(LongChunkBlock, c.num_layers)(*of_block, name="layers")
+            layers = scan_layers(LongChunkBlock, c.num_layers)(*block_args, name="layers")
             (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
         else:
-            # The cache is read layer by layer and written once, so that it need not be copied.
+            # The cache is read layer by layer and written once, so no copy of it is needed.
             layers = scan_layers(Block, c.num_layers, self.compute.remat)
-            x, fresh = layers(*of_block, name="layers")(x, cache, table, span)
-            cache = None if cache is None else cache.write(span, fresh)
+            x, fresh = layers(*block_args, name="layers")(x, cache, table, span)
+            if cache is not None:
+                cache = cache.write(span, fresh)
         if c.output_projection:
             axes = ("embed", "width")
-            args = (c.output_dim, axes, self.compute, jnp.float32)  # audio has more than 8 bits
+            # In float32, because bfloat16 has 8 bits of precision and audio needs more.
+            args = (c.output_dim, axes, self.compute, jnp.float32)
             x = Projection(*args, name="output_projection")(x)
         return x, cache

@@ -1,4 +1,4 @@
-"""What a language model is: the shape of Qwen2.5, as a frozen config, and presets."""
+"""The architecture of a language model, that of Qwen2.5, as a frozen config; and presets."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from moss_tok.nn.blocks import BlockConfig
 
 INPUTS = ("codes", "latents")
 
-# model_dim, num_layers, num_heads, num_kv_heads, mlp_dim. The last is Qwen2.5-0.5B.
+# model_dim, num_layers, num_heads, num_kv_heads, mlp_dim. The last row is Qwen2.5-0.5B.
 _SHAPES = {
     "tiny": (192, 4, 3, 1, 512),
     "small": (512, 8, 8, 2, 1536),
@@ -21,22 +21,22 @@ _LARGEST = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder-only Transformer, and the audio that goes into it.
+    """The architecture of a decoder-only Transformer, and the audio that it takes.
 
     Attributes:
-      latents_dim: Width of the codec's frames.
+      latents_dim: Width of the codec's latents.
       vocab_size: Text tokens, V.
       end_id: Token before and after each text.
       model_dim: Width, D.
       num_layers: Blocks, L.
       num_heads: Query heads, N.
-      num_kv_heads: Heads of keys and values, which groups of query heads share.
+      num_kv_heads: Key and value heads; each is shared by a group of query heads.
       mlp_dim: Width of the feed-forward layer, F.
       head_dim: Width of a head, H.
       rope_theta: Longest RoPE period, in positions over 2 pi.
-      norm_epsilon: Of the RMS norms.
-      audio: "codes": it hears quantized latents, which follow from codes; "latents": those before
-        the quantizer.
+      norm_epsilon: Epsilon of the RMS norms.
+      audio: Input, "codes" for quantized latents, which can be computed from codes; "latents" for
+        those before the quantizer.
     """
 
     latents_dim: int
@@ -54,11 +54,13 @@ class LanguageConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
+            if field.type is not int:
+                continue
             value = getattr(self, field.name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if field.name == "end_id" else 1
-            if field.type is int and not (whole and least <= value <= _LARGEST):
-                raise ValueError(f"{field.name} must be {least}..{_LARGEST}, got {value!r}")
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            smallest = 0 if field.name == "end_id" else 1
+            if not (is_integer and smallest <= value <= _LARGEST):
+                raise ValueError(f"{field.name} must be {smallest}..{_LARGEST}, got {value!r}")
         for name in ("rope_theta", "norm_epsilon"):
             if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -74,7 +76,7 @@ class LanguageConfig:
 
     @property
     def block(self) -> BlockConfig:
-        """The shape of its blocks."""
+        """The architecture of its blocks."""
         return BlockConfig(
             self.model_dim,
             self.num_heads,
@@ -90,10 +92,11 @@ class LanguageConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "LanguageConfig":
-        """Reads what `to_json` of this or an earlier version wrote: missing keys take defaults.
+        """Reads the JSON text of `to_json`, also of earlier versions: missing keys take defaults.
 
         Raises:
-          ValueError: No JSON, or a key or value that is not known.
+          ValueError: The text is not JSON, has an unknown key, lacks a key without default, or has
+            an invalid value.
         """
         return from_fields(cls, parse_json_object(text), "language model")
 
@@ -101,7 +104,18 @@ class LanguageConfig:
 def preset(
     name: str, latents_dim: int, vocab_size: int, end_id: int, audio: str = "codes"
 ) -> LanguageConfig:
-    """The model called `name` over frames of `latents_dim` and `vocab_size` tokens."""
+    """Returns the config of a model by name.
+
+    Args:
+      name: One of PRESETS.
+      latents_dim: Width of the codec's latents.
+      vocab_size: Text tokens, V.
+      end_id: Token before and after each text.
+      audio: "codes" or "latents", see `LanguageConfig`.
+
+    Raises:
+      ValueError: There is no preset of that name.
+    """
     check_choice("language_model", name, PRESETS)
     dim, layers, heads, kv_heads, mlp = _SHAPES[name]
     return LanguageConfig(

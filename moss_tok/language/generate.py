@@ -1,4 +1,4 @@
-"""Text from audio: generation with a cache of keys and values, jitted and batched."""
+"""Generates text from audio, in jitted batches with a key-value cache."""
 
 import dataclasses
 import functools
@@ -29,18 +29,21 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
 
-_BATCH = 16  # recordings that are transcribed at once
+_BATCH_SIZE = 16  # recordings that are transcribed at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are sampled.
 
     Attributes:
-      temperature: 0: always the likeliest.
-      top_k: Only among so many of the likeliest; 0: all.
-      top_p: Only among the likeliest that make up this probability, of those that top_k leaves.
-      max_tokens: A text ends here at the latest.
+      temperature: Sampling temperature; 0 always takes the most likely token.
+      top_k: Sample among this many most likely tokens; 0: among all.
+      top_p: Of those, sample among the most likely ones that together reach this probability.
+      max_tokens: Largest number of tokens in a text.
+
+    Raises:
+      ValueError: A value is out of range.
     """
 
     temperature: float = 0.0
@@ -61,13 +64,15 @@ class Sampling:
 
 @flax.struct.dataclass
 class Language:
-    """A semantic head ready to use: a pytree whose configs are static.
+    """A language model with its parameters, as `moss_tok.language.load` returns it.
+
+    It is a pytree with static configs, so it can be an argument of functions under `jax.jit`.
 
     Attributes:
-      params: Of `SemanticHead`, float32.
-      config: What it is.
-      tokenizer: For its texts.
-      compute: How it is computed.
+      params: Parameters of `SemanticHead`, float32.
+      config: Architecture of the model.
+      tokenizer: Tokenizer of its texts.
+      compute: How the model is computed: types, precision, attention.
     """
 
     params: Any
@@ -82,12 +87,12 @@ class Language:
             parts = [
                 f"{layers} of {self.config.model_dim}",
                 f"vocabulary of {self.config.vocab_size}",
-                f"hears {self.config.audio}",
+                f"input: {self.config.audio}",
             ]
         return f"Language({', '.join(parts)}, {summary.count_parameters(self.params)})"
 
     def apply(self, *args: Any, method: str | None = None) -> Any:
-        """Calls a method of the head with `params`."""
+        """Calls the method `method` of `SemanticHead` with `params`."""
         head = SemanticHead(self.config, self.compute)
         return head.apply({"params": self.params}, *args, method=method)
 
@@ -102,36 +107,41 @@ def transcribe(
     seed: int = 0,
     num_quantizers: int | None = None,
 ) -> list[str]:
-    """Texts of audio that is given as codes.
+    """Transcribes a batch of audio that is given as codes.
+
+        codec = moss_tok.load(path, component="quantizer")
+        language = moss_tok.language.load(path)
+        texts = moss_tok.language.transcribe(codec, language, codes)
 
     Args:
-      codec: The codec the codes are of; its quantizer is enough.
-      language: Trained on that codec's codes.
+      codec: The codec that made the codes; it needs its quantizer only.
+      language: A language model trained on codes of that codec.
       codes: [B, q, T] integers in [0, codebook_size), of the first q quantizers.
-      lengths: [B] valid frames; default: all T.
+      lengths: [B] integers, valid frames of each item; default: all T.
       task: One of TASKS.
-      sampling: How tokens are chosen.
-      seed: For it, where the temperature is above 0.
-      num_quantizers: Only the first of the q are heard, by the same program; default: all.
+      sampling: How tokens are sampled.
+      seed: Random seed for a temperature above 0.
+      num_quantizers: Use only the first 1..q quantizers, with the same compiled program; default:
+        all q.
 
     Returns:
       B texts.
 
     Raises:
-      ValueError: An unknown task, wrong shapes, types or values (see `moss_tok`), or a language
-        model that was trained on unquantized latents.
+      ValueError: The task is unknown, an argument has the wrong shape, type or values (see
+        `moss_tok`), or the language model takes latents before the quantizer.
     """
     if language.config.audio != "codes":
-        raise ValueError("this language model hears latents, not codes: give it audio")
-    size = codec.config.quantizer.codebook_size
-    codes, lengths = check_codes(codes, ("B", "Q", "T"), size, lengths)
-    most = codec.config.check_num_quantizers(codes.shape[1])
-    if num_quantizers is not None and not 1 <= num_quantizers <= most:
-        raise ValueError(f"num_quantizers must be 1..{most}, got {num_quantizers}")
+        raise ValueError("this language model takes latents, not codes: use transcribe_wavs")
+    codebook_size = codec.config.quantizer.codebook_size
+    codes, lengths = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
+    limit = codec.config.check_num_quantizers(codes.shape[1])
+    if num_quantizers is not None and not 1 <= num_quantizers <= limit:
+        raise ValueError(f"num_quantizers must be 1..{limit}, got {num_quantizers}")
     padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
     codes = np.pad(np.asarray(codes), ((0, 0), (0, 0), (0, padding)))
-    latents = _quantized(codec, codes, num_quantizers or most)
-    return _write(language, latents, lengths, task, sampling, seed)
+    latents = _quantized_latents(codec, codes, num_quantizers or limit)
+    return _generate_texts(language, latents, lengths, task, sampling, seed)
 
 
 def transcribe_codes(
@@ -141,14 +151,27 @@ def transcribe_codes(
     num_quantizers: int | None = None,
     **options: Any,
 ) -> list[str]:
-    """`transcribe` of recordings [q, T], in batches of about the same length."""
+    """Transcribes recordings that are given as codes, in batches of similar length.
 
-    def read(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
-        options_ = options | {"num_quantizers": num_quantizers}
-        return transcribe(codec, language, batch, lengths, **options_)
+    Args:
+      codec: The codec that made the codes; it needs its quantizer only.
+      language: A language model trained on codes of that codec.
+      codes: Codes [q, T] of each recording.
+      num_quantizers: Use only the first 1..q quantizers; default: all q.
+      **options: task, sampling and seed of `transcribe`.
+
+    Returns:
+      A text per recording.
+
+    Raises:
+      ValueError: As `transcribe`.
+    """
+
+    def transcribe_batch(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
+        return transcribe(codec, language, batch, lengths, num_quantizers=num_quantizers, **options)
 
     codes = check_recordings("codes", codes, ("Q", "T"))
-    return _in_batches(codes, 1, read)
+    return _in_batches(codes, 1, transcribe_batch)
 
 
 def transcribe_wavs(
@@ -160,63 +183,84 @@ def transcribe_wavs(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[str]:
-    """Texts of recordings [C, S], in batches of about the same length.
+    """Transcribes recordings of audio, in batches of similar length.
 
     Args:
-      codec: With its encoder.
-      language: What listens.
-      wavs: At the codec's rate, with its channels.
-      num_quantizers: Only the first of them are heard; default: all.
+      codec: A codec with its encoder.
+      language: A language model trained with that codec.
+      wavs: Audio [C, S] of each recording at `codec.config.sample_rate`, in [-1, 1].
+      num_quantizers: Use only the codes of the first 1..Q quantizers; default: all.
       task: One of TASKS.
-      sampling: How tokens are chosen.
-      seed: For it.
+      sampling: How tokens are sampled.
+      seed: Random seed for a temperature above 0.
+
+    Returns:
+      A text per recording.
+
+    Raises:
+      ValueError: The task is unknown, or a recording has the wrong shape, type or values (see
+        `moss_tok`).
     """
 
-    def read(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
-        heard = hear(codec, language, batch, lengths, num_quantizers)
-        return _write(language, *heard, task, sampling, seed)
+    def transcribe_batch(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
+        latents, num_frames = input_latents(codec, language, batch, lengths, num_quantizers)
+        return _generate_texts(language, latents, num_frames, task, sampling, seed)
 
     wavs = check_recordings("wav", wavs, (codec.config.num_channels, "S"))
-    return _in_batches(wavs, codec.config.hop_length, read)
+    return _in_batches(wavs, codec.config.hop_length, transcribe_batch)
 
 
 def _in_batches(
-    recordings: Sequence[np.ndarray], unit: int, read: Callable[[np.ndarray, np.ndarray], list[str]]
+    recordings: Sequence[np.ndarray],
+    unit: int,
+    transcribe_batch: Callable[[np.ndarray, np.ndarray], list[str]],
 ) -> list[str]:
-    """Calls `read` (batch [B, *, size], lengths [B]) for recordings [*, S], `unit` of S a frame."""
+    """Transcribes recordings in batches of few shapes.
+
+    Args:
+      recordings: Arrays [*, S].
+      unit: Entries of S in one frame.
+      transcribe_batch: (batch [B, *, size], lengths [B]) -> B texts.
+
+    Returns:
+      A text per recording, in their order.
+    """
     texts = [""] * len(recordings)
     sizes = [bucket_frames(-(-x.shape[-1] // unit)) * unit for x in recordings]
     for size in sorted(set(sizes)):
         members = [i for i, s in enumerate(sizes) if s == size]
-        most = _BATCH if len(members) > 1 else 1  # two shapes for each size
-        for start in range(0, len(members), _BATCH):
-            rows = members[start : start + _BATCH]
-            padded = rows + rows[:1] * (most - len(rows))
-            lengths = np.array([recordings[i].shape[-1] for i in padded], np.int32)
-            batch = stack([recordings[i] for i in padded], size)
-            for i, text in zip(rows, read(batch, lengths), strict=False):
+        # Only two batch sizes, so that each size compiles at most twice.
+        batch_size = _BATCH_SIZE if len(members) > 1 else 1
+        for start in range(0, len(members), _BATCH_SIZE):
+            rows = members[start : start + _BATCH_SIZE]
+            padded_rows = rows + rows[:1] * (batch_size - len(rows))
+            batch = [recordings[i] for i in padded_rows]
+            lengths = np.array([x.shape[-1] for x in batch], np.int32)
+            batch_texts = transcribe_batch(stack(batch, size), lengths)
+            for i, text in zip(rows, batch_texts, strict=False):
                 texts[i] = text
     return texts
 
 
-def hear(
+def input_latents(
     codec: Codec,
     language: Language,
     wav: np.ndarray,
     lengths: np.ndarray,
     num_quantizers: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the language model hears of audio [B, C, S], [B]: frames [B, T, D] and their number."""
-    most = codec.config.check_num_quantizers(num_quantizers)
+    """The language model's input for audio [B, C, S]: latents [B, T, D], and valid frames [B]."""
+    num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     if language.config.audio == "codes":
-        codes, frames = encode(codec, wav, lengths)  # all: one program for every number
-        return _quantized(codec, codes, most), frames
+        # All quantizers are computed, so that one program serves every num_quantizers.
+        codes, num_frames = encode(codec, wav, lengths)
+        return _quantized_latents(codec, codes, num_quantizers), num_frames
     check_part(codec, "encoder")
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
     return _latents(codec, wav, lengths), codec.config.num_frames(lengths)
 
 
-def _write(
+def _generate_texts(
     language: Language,
     latents: jax.Array,
     lengths: jax.Array,
@@ -224,7 +268,7 @@ def _write(
     sampling: Sampling,
     seed: int,
 ) -> list[str]:
-    """Texts of frames [B, T, D] as `hear` gives them."""
+    """Texts for the results of `input_latents`."""
     check_choice("task", task, TASKS)
     tasks = jnp.full(len(latents), TASKS.index(task))
     tokens, sizes = generate(language, latents, lengths, tasks, jax.random.key(seed), sampling)
@@ -238,9 +282,9 @@ def _latents(codec: Codec, wav: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _quantized(codec: Codec, codes: jax.Array, num_quantizers: int) -> jax.Array:
-    keep = prefix_mask(codes, num_quantizers)
-    return codec.apply(codes, keep, method="dequantize")
+def _quantized_latents(codec: Codec, codes: jax.Array, num_quantizers: int) -> jax.Array:
+    mask = prefix_mask(codes, num_quantizers)
+    return codec.apply(codes, mask, method="dequantize")
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
@@ -252,29 +296,32 @@ def generate(
     key: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens that follow audio.
+    """Generates the text tokens that follow audio.
 
     Args:
-      language: The head.
-      latents: [B, T, D]; what lies past the lengths changes nothing.
+      language: The language model.
+      latents: [B, T, D]; entries past the lengths have no effect.
       lengths: [B] valid frames.
       tasks: [B] indices into TASKS.
-      key: For temperatures above 0.
-      sampling: How tokens are chosen.
+      key: Random key for a temperature above 0.
+      sampling: How tokens are sampled.
 
     Returns:
-      [B, max_tokens] int32, zero past the lengths, and the lengths [B]; the end is not counted.
+      Tokens [B, max_tokens] int32, zero past their lengths, and the lengths [B], which do not count
+      the end token.
     """
-    batch, most, end = len(latents), sampling.max_tokens, language.config.end_id
+    batch = len(latents)
+    max_tokens = sampling.max_tokens
+    end = language.config.end_id
     latents = jnp.where(valid_mask(latents.shape[1], lengths)[..., None], latents, 0)
     prompt = language.apply(latents, tasks, method="prompt")
-    cache = empty_cache(language.config, language.compute, batch, prompt.shape[1] + most)
+    cache = empty_cache(language.config, language.compute, batch, prompt.shape[1] + max_tokens)
     span = Span(jnp.zeros(batch, jnp.int32), 1 + lengths)
     _, cache = language.apply(prompt, cache, span, method="extend")
 
-    def unfinished(carry):
+    def is_unfinished(carry):
         number, _, done, _, _ = carry
-        return (number < most) & ~done.all()
+        return (number < max_tokens) & ~done.all()
 
     def step(carry):
         number, last, done, cache, tokens = carry
@@ -285,24 +332,25 @@ def generate(
         tokens = tokens.at[:, number].set(jnp.where(done, -1, chosen))
         return number + 1, chosen, done, cache, tokens
 
-    start = (0, jnp.full(batch, end), jnp.zeros(batch, bool), cache)
-    *_, tokens = jax.lax.while_loop(
-        unfinished, step, (*start, jnp.full((batch, most), -1, jnp.int32))
-    )
+    last = jnp.full(batch, end)
+    done = jnp.zeros(batch, bool)
+    tokens = jnp.full((batch, max_tokens), -1, jnp.int32)
+    *_, tokens = jax.lax.while_loop(is_unfinished, step, (0, last, done, cache, tokens))
     sizes = (tokens >= 0).sum(-1)
     return jnp.maximum(tokens, 0), sizes
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token [B] for each row of logits [B, V]."""
+    """Samples a token [B] for each row of logits [B, V]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
     logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
     if sampling.top_k:
-        most = min(sampling.top_k, logits.shape[-1])
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < most, logits, -jnp.inf)
-    share = jax.nn.softmax(logits, axis=-1)
-    kept = jnp.cumsum(share, axis=-1) - share < sampling.top_p  # the likeliest always
-    place = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        top_k = min(sampling.top_k, logits.shape[-1])  # it may exceed int32
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < top_k, logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    # Compares the probability before each token, so the most likely one always passes.
+    mask = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+    rank = jax.random.categorical(key, jnp.where(mask, logits, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

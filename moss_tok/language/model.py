@@ -1,7 +1,8 @@
-"""A causal Transformer of the Qwen2.5 shape, and the head that makes it read audio.
+"""A causal Transformer with the architecture of Qwen2.5, and the head that gives it audio to read.
 
-Blocks are pre-norm: RMS norm, attention with grouped queries, biases on q, k and v, and rotary
-positions on the halves of each head; RMS norm, SwiGLU. The embedding of tokens is also the output.
+Each pre-norm block has an RMS norm, grouped-query attention with biases on q, k and v and rotary
+positions on the halves of each head, another RMS norm, and SwiGLU. The output projection is tied to
+the token embedding.
 
 Source: arXiv 2412.15115, and Qwen2ForCausalLM of Hugging Face Transformers for the details.
 """
@@ -20,7 +21,7 @@ from moss_tok.nn.layers import parameter, rms_norm
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks under one scan, norm; the embedding once more as output."""
+    """Embedding, blocks under one scan, norm, and a tied output projection."""
 
     config: LanguageConfig
     compute: ComputeConfig = ComputeConfig()
@@ -34,13 +35,22 @@ class LanguageModel(nn.Module):
         self.norm = rms_norm(c.norm_epsilon)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Tokens [B, U] -> [B, U, D]."""
+        """Tokens [B, U] -> embeddings [B, U, D]."""
         return self.embedding[tokens].astype(self.compute.dtype)
 
     def __call__(
         self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Embeddings [B, T, D] -> [B, T, D] before `logits`; with a cache, what follows on it."""
+        """Maps embeddings [B, T, D] to hidden states [B, T, D], the input of `logits`.
+
+        Args:
+          x: Embeddings.
+          cache: Keys and values of the positions before; None: the sequences start with `x`.
+          span: With a cache, the positions of `x`.
+
+        Returns:
+          Hidden states, and the next cache (None without a cache).
+        """
         positions = jnp.arange(x.shape[1])
         if span is not None:
             positions = span.start[:, None, None] + positions  # [B, 1, T]
@@ -51,7 +61,7 @@ class LanguageModel(nn.Module):
         return self.norm(x).astype(x.dtype), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, V]."""
+        """Hidden states [B, T, D] -> logits [B, T, V] float32."""
         embedding = self.embedding.astype(self.compute.dtype)
         return jnp.einsum(
             "btd,vd->btv", x, embedding, precision=self.compute.precision,
@@ -60,12 +70,12 @@ class LanguageModel(nn.Module):
 
 
 def empty_cache(config: LanguageConfig, compute: ComputeConfig, batch: int, size: int) -> Cache:
-    """A cache of `size` positions for `batch` texts that have not begun."""
+    """A cache of `size` positions at the start of `batch` sequences."""
     return blocks.empty_cache(config.block, config.num_layers, compute, batch, size)
 
 
 class SemanticHead(nn.Module):
-    """The language model reads [task][audio frames][end][text] and predicts [text][end]."""
+    """A language model with audio input: [task][audio][end][text] predicts [text][end]."""
 
     config: LanguageConfig
     compute: ComputeConfig = ComputeConfig()
@@ -76,7 +86,8 @@ class SemanticHead(nn.Module):
         self.model = LanguageModel(c, self.compute)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("width", "embed"))
         self.tasks = self.param("tasks", init, (len(TASKS), c.model_dim), jnp.float32)
-        shape, axes = (c.latents_dim, c.model_dim), ("width", "embed")
+        shape = (c.latents_dim, c.model_dim)
+        axes = ("width", "embed")
         self.projection = parameter(self, "projection", shape, axes, 1, self.compute.dtype)
         self.bias = parameter(self, "bias", shape[1:], axes[1:], 0, self.compute.dtype)
 
@@ -88,49 +99,53 @@ class SemanticHead(nn.Module):
         text: jax.Array,
         text_length: jax.Array,
     ) -> jax.Array:
-        """Mean cross-entropy, in nats, of the text and its end given the audio before it.
+        """Mean cross-entropy, in nats per token, of each text and its end token given the audio.
 
         Args:
-          latents: [B, T, D of the codec].
-          num_frames: [B], how many of them are audio.
+          latents: [B, T, latents_dim].
+          num_frames: [B] valid frames.
           task: [B] indices into TASKS.
           text: [B, U] tokens.
-          text_length: [B], how many of them are text.
+          text_length: [B] valid tokens.
 
         Returns:
-          [B] float32; it does not depend on what lies past the lengths.
+          [B] float32; entries past the lengths have no effect.
         """
         end = jnp.full((len(text), 1), self.config.end_id)
         tokens = jnp.concatenate([end, text], axis=1)  # [B, U + 1]
         x = jnp.concatenate([self.prompt(latents, task), self.model.embed(tokens)], axis=1)
-        size, place = x.shape[1], jnp.arange(x.shape[1])
-        # Text follows its own audio, not the batch's longest: padding goes to the end.
+        size = x.shape[1]
+        position = jnp.arange(size)
+        # Text directly follows the audio of its own item; the audio's padding moves to the end.
         padding = latents.shape[1] - num_frames[:, None]
-        shifted = jnp.minimum(place + padding, size - 1)
-        order = jnp.where(place <= num_frames[:, None], place, shifted)
+        shifted = jnp.minimum(position + padding, size - 1)
+        order = jnp.where(position <= num_frames[:, None], position, shifted)
         hidden, _ = self.model(jnp.take_along_axis(x, order[..., None], axis=1))
         number = jnp.arange(tokens.shape[1])
-        last = 1 + num_frames[:, None] + number  # where each token stands
-        logits = self.model.logits(jnp.take_along_axis(hidden, last[..., None], axis=1))
-        # The end has the place after the last token.
+        token_position = 1 + num_frames[:, None] + number
+        hidden = jnp.take_along_axis(hidden, token_position[..., None], axis=1)
+        logits = self.model.logits(hidden)
+        # The target after the last text token is the end token.
         targets = jnp.concatenate([text, end], axis=1)
         targets = jnp.where(number == text_length[:, None], self.config.end_id, targets)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        counted = number <= text_length[:, None]
-        return jnp.where(counted, entropy, 0).sum(-1) / (1 + text_length)
+        mask = number <= text_length[:, None]
+        return jnp.where(mask, entropy, 0).sum(-1) / (1 + text_length)
 
     def prompt(self, latents: jax.Array, task: jax.Array) -> jax.Array:
-        """[B, T, D of the codec], [B] -> [B, 1 + T, D]: the task and the audio."""
-        dtype, precision = self.compute.dtype, self.compute.precision
-        audio = jnp.einsum("bti,id->btd", latents.astype(dtype), self.projection,
-                           precision=precision) + self.bias  # fmt: skip
+        """Embeds a task and audio: latents [B, T, latents_dim], task [B] -> [B, 1 + T, D]."""
+        dtype = self.compute.dtype
+        precision = self.compute.precision
+        latents = latents.astype(dtype)
+        audio = jnp.einsum("bti,id->btd", latents, self.projection, precision=precision)
+        audio = audio + self.bias
         return jnp.concatenate([self.tasks[task][:, None].astype(dtype), audio], axis=1)
 
     def extend(self, x: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
-        """Embeddings [B, T, D] after what the cache holds -> hidden [B, T, D], the next cache."""
+        """Continues cached sequences: embeddings [B, T, D] -> hidden [B, T, D] and next cache."""
         return self.model(x, cache, span)
 
     def next_logits(self, tokens: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
-        """Tokens [B] after what the cache holds -> logits [B, V] of the next, the next cache."""
+        """Continues cached sequences: tokens [B] -> logits of the next [B, V] and next cache."""
         x, cache = self.model(self.model.embed(tokens[:, None]), cache, span)
         return self.model.logits(x)[:, 0], cache

@@ -1,7 +1,7 @@
-"""Language models from disk, beside the codec that they listen to.
+"""Loads language models, which are stored in the checkpoint of the codec that they use.
 
-A checkpoint with one has `language.json`, `language/` (Orbax) and, unless its tokens are bytes,
-`tokenizer.json`, besides what the codec needs.
+Besides the files of the codec, such a checkpoint has `language.json`, `language/` (Orbax) and,
+unless the tokens are bytes, `tokenizer.json`.
 """
 
 import functools
@@ -26,26 +26,36 @@ _TOKENIZER = "tokenizer.json"
 
 
 def load(path: str | storage.Path, compute: ComputeConfig | None = None) -> Language:
-    """Loads the language model of a checkpoint or workdir.
+    """Loads the language model of a checkpoint or training workdir.
+
+    `moss_tok.load` loads the codec of the same checkpoint.
 
     Args:
-      path: As for `moss_tok.load`; the codec is loaded by that.
-      compute: How it will be computed; default: float32 at the highest matmul precision.
+      path: A checkpoint or a training workdir, see `moss_tok.load`.
+      compute: Types, precision and attention of the computation; default: float32 at the highest
+        matmul precision.
+
+    Returns:
+      `Language` with float32 parameters on the default device.
 
     Raises:
-      ValueError: No such checkpoint, one without a language model, or a broken one.
+      ValueError: There is no checkpoint at `path`, it has no language model, or it is damaged.
     """
     folder = checkpoint.find_checkpoint(path)
-    found = load_config(folder)
-    if found is None:
+    config_and_tokenizer = load_config(folder)
+    if config_and_tokenizer is None:
         raise ValueError(f"{path}: has no language model; train one with --language_model")
-    config, tokenizer = found
+    config, tokenizer = config_and_tokenizer
     params = checkpoint.read_tree(folder / TREE, nn.meta.unbox(boxed_shapes(config)))
     return Language(params, config, tokenizer, compute or ComputeConfig())
 
 
 def load_config(folder: storage.Path) -> tuple[LanguageConfig, Tokenizer] | None:
-    """What language model a checkpoint has; None if none. Raises ValueError where it is broken."""
+    """Reads the config and the tokenizer of a checkpoint's language model; None if it has none.
+
+    Raises:
+      ValueError: The config is broken, or the tokenizer is missing or does not fit it.
+    """
     path = folder / _CONFIG
     if not path.is_file():
         return None
@@ -53,37 +63,43 @@ def load_config(folder: storage.Path) -> tuple[LanguageConfig, Tokenizer] | None
         config = LanguageConfig.from_json(path.read_text())
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    given = folder / _TOKENIZER
-    words = text.load(given if given.is_file() else "bytes")
-    if words.end_id != config.end_id or words.vocab_size > config.vocab_size:
-        raise ValueError(f"{given}: missing, or not the tokenizer that {path.name} is for")
-    return config, words
+    tokenizer_path = folder / _TOKENIZER
+    tokenizer = text.load(tokenizer_path if tokenizer_path.is_file() else "bytes")
+    if tokenizer.end_id != config.end_id or tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path}: missing, or not the tokenizer that {path.name} was made with"
+        )
+    return config, tokenizer
 
 
 def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The text files of a checkpoint that `load_config` reads."""
-    found = {_CONFIG: config.to_json()}
-    return found | {_TOKENIZER: tokenizer.json} if tokenizer.json else found
+    """The contents, by name, of the text files of a checkpoint that `load_config` reads."""
+    texts = {_CONFIG: config.to_json()}
+    if tokenizer.json:
+        texts[_TOKENIZER] = tokenizer.json
+    return texts
 
 
 def find(
     model: str, tokenizer: str, latents_dim: int, audio: str
 ) -> tuple[LanguageConfig, Tokenizer]:
-    """The language model of a run, and its tokenizer.
+    """Returns the config and the tokenizer of a new language model.
 
     Args:
       model: A preset, or a directory with Qwen2.5 weights.
-      tokenizer: A tokenizer.json or its folder, "bytes"; "": the directory's, or bytes.
-      latents_dim: Width of the codec's frames.
-      audio: "codes" or "latents".
+      tokenizer: A tokenizer.json, a folder with one, or "bytes"; "": that of the directory `model`,
+        or bytes for a preset.
+      latents_dim: Width of the codec's latents.
+      audio: "codes" or "latents", see `LanguageConfig`.
 
     Raises:
-      ValueError: No such model, or a tokenizer that does not fit.
+      ValueError: There is no such model, or the tokenizer does not fit it.
     """
     folder = storage.to_path(model)
     if model in configs.PRESETS:
         words = text.load(tokenizer)
-        return configs.preset(model, latents_dim, words.vocab_size, words.end_id, audio), words
+        config = configs.preset(model, latents_dim, words.vocab_size, words.end_id, audio)
+        return config, words
     if not qwen.is_qwen(folder):
         raise ValueError(
             f"language_model must be one of {', '.join(configs.PRESETS)} or a directory with "
@@ -93,18 +109,19 @@ def find(
     config = qwen.read_config(folder, latents_dim, words.end_id, audio)
     if words.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {words.vocab_size} tokens, {model} takes {config.vocab_size}"
+            f"the tokenizer has {words.vocab_size} tokens, the limit of {model} is "
+            f"{config.vocab_size}"
         )
     return config, words
 
 
 def init(config: LanguageConfig, key: jax.Array) -> Any:
-    """Fresh parameters of a semantic head."""
+    """Initial parameters of a semantic head."""
     return nn.meta.unbox(init_boxed(config, key))
 
 
 def start(model: str, config: LanguageConfig) -> Any | None:
-    """Parameters of the weights that `model` (see `find`) names; None for presets."""
+    """Initial parameters with the pretrained weights of `model` (see `find`); None for presets."""
     if model in configs.PRESETS:
         return None
     params = init(config, jax.random.key(0))
@@ -113,11 +130,13 @@ def start(model: str, config: LanguageConfig) -> Any | None:
 
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(config: LanguageConfig) -> Any:
-    """ShapeDtypeStructs of the parameters, in boxes that carry logical axis names."""
+    """ShapeDtypeStructs of the parameters, in Flax boxes that carry logical axis names."""
     return jax.eval_shape(functools.partial(init_boxed, config), jax.random.key(0))
 
 
 def init_boxed(config: LanguageConfig, key: jax.Array) -> Any:
-    """`init` in boxes that carry logical axis names."""
-    latents, one = jnp.zeros((1, 1, config.latents_dim)), jnp.ones(1, jnp.int32)
-    return SemanticHead(config).init(key, latents, one, 0 * one, one[None], one)["params"]
+    """`init` in Flax boxes that carry logical axis names."""
+    latents = jnp.zeros((1, 1, config.latents_dim))
+    ones = jnp.ones(1, jnp.int32)
+    task = jnp.zeros(1, jnp.int32)
+    return SemanticHead(config).init(key, latents, ones, task, ones[None], ones)["params"]

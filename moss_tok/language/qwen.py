@@ -1,6 +1,6 @@
-"""Qwen2.5 weights from a local directory in the Hugging Face layout.
+"""Reads Qwen2.5 weights from a local directory in the Hugging Face layout.
 
-Source: Qwen2ForCausalLM of Hugging Face Transformers; names and shapes of its tensors.
+Source: names and shapes of the tensors of Qwen2ForCausalLM of Hugging Face Transformers.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moss_tok.json_files import read_json_object
 from moss_tok.language.config import LanguageConfig
 from moss_tok.tensors import Tensor
 
-_OUTPUT = "lm_head.weight"  # some files repeat the tied embedding
+_OUTPUT = "lm_head.weight"  # some files store the tied embedding a second time
 
 
 def is_qwen(path: Path) -> bool:
@@ -24,12 +24,19 @@ def is_qwen(path: Path) -> bool:
 
 
 def read_config(path: Path, latents_dim: int, end_id: int, audio: str) -> LanguageConfig:
-    """The model of a directory's config.json, over frames of `latents_dim`.
+    """Reads a directory's config.json.
+
+    Args:
+      path: The directory.
+      latents_dim: Width of the codec's latents.
+      end_id: Token before and after each text.
+      audio: "codes" or "latents", see `LanguageConfig`.
 
     Raises:
-      ValueError: Another kind of model, or a variant whose maths differ.
+      ValueError: It is another kind of model, or a variant that computes something else.
     """
-    name, fields = path / "config.json", read_json_object(path / "config.json")
+    name = path / "config.json"
+    fields = read_json_object(name)
     rope = fields.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {}
     required = {
@@ -40,9 +47,9 @@ def read_config(path: Path, latents_dim: int, end_id: int, audio: str) -> Langua
         "rope_scaling": (None, fields.get("rope_scaling")),
         "rope_type": ("default", rope.get("rope_type", "default")),
     }
-    for key, (want, got) in required.items():
-        if got != want:
-            raise ValueError(f"{name}: {key} must be {want!r}, got {got!r}")
+    for key, (accepted, value) in required.items():
+        if value != accepted:
+            raise ValueError(f"{name}: {key} must be {accepted!r}, got {value!r}")
     try:
         heads = fields["num_attention_heads"]
         return LanguageConfig(
@@ -66,10 +73,10 @@ def read_config(path: Path, latents_dim: int, end_id: int, audio: str) -> Langua
 
 
 def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
-    """Parameters of `LanguageModel` as float32 numpy arrays.
+    """Reads the parameters of `LanguageModel` as float32 numpy arrays.
 
     Raises:
-      ValueError: Tensors that are missing, unknown, misshapen or corrupt, all of them named.
+      ValueError: Tensors are missing, unknown, misshapen or corrupt; all of them are named.
     """
     files = tensors.tensor_files(path)
     table = list(_table(config))
@@ -78,7 +85,7 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
     params = tensors.read_tensors(path, files, table, {t.name for t in table})
     output = params.pop(_OUTPUT, params["embedding"])
     if not np.array_equal(output, params["embedding"]):
-        raise ValueError(f"{path}: {_OUTPUT} is not the embedding, to which it must be tied")
+        raise ValueError(f"{path}: {_OUTPUT} is not the embedding; it must be tied to it")
     return params
 
 
@@ -94,17 +101,18 @@ def _table(c: LanguageConfig) -> Iterator[Tensor]:
     yield row("model.embed_tokens.weight", (c.vocab_size, d), ("embedding",))
     yield row("model.norm.weight", (d,), ("norm", "scale"))
     for layer in range(c.num_layers):
-        block, path = f"model.layers.{layer}.", ("layers",)
+        block = f"model.layers.{layer}."
         for name, ours in (("input", "attention_norm"), ("post_attention", "mlp_norm")):
-            yield row(f"{block}{name}_layernorm.weight", (d,), (*path, ours, "scale"), layer)
+            yield row(f"{block}{name}_layernorm.weight", (d,), ("layers", ours, "scale"), layer)
+        attention = ("layers", "attention")
         for name, count in (("q", n), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
-            where, attention = f"{block}self_attn.{name}_proj", (*path, "attention")
-            yield row(f"{where}.weight", (count * h, d), (*attention, name), layer, heads)
-            yield row(f"{where}.bias", (count * h,), (*attention, f"{name}_bias"), layer,
+            prefix = f"{block}self_attn.{name}_proj"
+            yield row(f"{prefix}.weight", (count * h, d), (*attention, name), layer, heads)
+            yield row(f"{prefix}.bias", (count * h,), (*attention, f"{name}_bias"), layer,
                       lambda x: x.reshape(-1, h))  # fmt: skip
-        yield row(f"{block}self_attn.o_proj.weight", (d, n * h), (*path, "attention", "out"), layer,
+        yield row(f"{block}self_attn.o_proj.weight", (d, n * h), (*attention, "out"), layer,
                   lambda x: x.T.reshape(n, h, d))  # fmt: skip
-        for name, shape in (("gate", (c.mlp_dim, d)), ("up", (c.mlp_dim, d)),
-                            ("down", (d, c.mlp_dim))):  # fmt: skip
-            where = f"{block}mlp.{name}_proj.weight"
-            yield row(where, shape, (*path, "mlp", name), layer, np.transpose)
+        shapes = {"gate": (c.mlp_dim, d), "up": (c.mlp_dim, d), "down": (d, c.mlp_dim)}
+        for name, shape in shapes.items():
+            weight = f"{block}mlp.{name}_proj.weight"
+            yield row(weight, shape, ("layers", "mlp", name), layer, np.transpose)

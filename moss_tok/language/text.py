@@ -1,20 +1,20 @@
-"""Text to tokens and back: UTF-8 bytes, or any Hugging Face tokenizer.json."""
+"""Tokenizers: UTF-8 bytes, or any Hugging Face tokenizer.json."""
 
 from typing import Protocol
 
 from moss_tok import storage
 
-# What families of models call the token that ends a text.
+# Names of the token that ends a text, in several families of models.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back.
+    """Converts text to tokens and back.
 
     Attributes:
       vocab_size: Number of tokens, V.
       end_id: The token that ends a text; `encode` never returns it.
-      json: Text of the tokenizer.json that it comes from; "" for bytes.
+      json: Content of its tokenizer.json; "" for bytes.
     """
 
     vocab_size: int
@@ -29,24 +29,30 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A token per byte of UTF-8, and one that ends a text."""
+    """One token per byte of UTF-8, and a token that ends a text."""
 
-    vocab_size, end_id, json = 257, 256, ""
+    vocab_size = 257
+    end_id = 256
+    json = ""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
         return list(text.encode())
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of tokens; invalid UTF-8 becomes U+FFFD."""
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
 
 class FileTokenizer:
-    """What a tokenizer.json describes; where it has no token that ends a text, one is added."""
+    """The tokenizer of a tokenizer.json; if it has no token that ends a text, one is added."""
 
     def __init__(self, text: str, name: str):
-        """Raises ValueError where `text`, of the file `name`, is no tokenizer."""
+        """Parses `text`, the content of the file `name`.
+
+        Raises:
+          ValueError: The text is not a tokenizer.json, or the package tokenizers is not installed.
+        """
         try:
             import tokenizers
         except ImportError as error:
@@ -55,16 +61,21 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exceptions
             reason = storage.pointer_hint(name) or error
-            raise ValueError(f"{name}: no tokenizer.json ({reason})") from error
-        self._tokenizer.no_padding()  # what the file may ask for
+            raise ValueError(f"{name}: not a tokenizer.json ({reason})") from error
+        self._tokenizer.no_padding()  # the file may turn padding and truncation on
         self._tokenizer.no_truncation()
-        ends = (self._tokenizer.token_to_id(token) for token in _END_TOKENS)
         self._size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
-        self.end_id = next((end for end in ends if end is not None), self._size)
-        self.vocab_size, self.json = max(self._size, 1 + self.end_id), text
+        self.end_id = self._size
+        for token in _END_TOKENS:
+            end_id = self._tokenizer.token_to_id(token)
+            if end_id is not None:
+                self.end_id = end_id
+                break
+        self.vocab_size = max(self._size, 1 + self.end_id)
+        self.json = text
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without special ones."""
+        """Tokens of a text, without special tokens."""
         try:
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exceptions
@@ -72,15 +83,18 @@ class FileTokenizer:
         return [t for t in tokens if t != self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, without special ones."""
+        """Text of tokens, without special tokens."""
         return self._tokenizer.decode([t for t in tokens if t < self._size])
 
 
 def load(path: str | storage.Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json or a folder with one; "" or "bytes": bytes.
+    """Loads a tokenizer.
+
+    Args:
+      path: A tokenizer.json or a folder with one; "bytes" or "" for bytes.
 
     Raises:
-      ValueError: No such file, or no tokenizer.
+      ValueError: There is no such file, or it is not a tokenizer.
     """
     if str(path) in ("", "bytes"):
         return ByteTokenizer()
@@ -91,4 +105,4 @@ def load(path: str | storage.Path) -> Tokenizer:
     try:
         return FileTokenizer(file.read_text(), str(file))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no tokenizer.json ({error})") from error
+        raise ValueError(f"{file}: not a tokenizer.json ({error})") from error

@@ -1,1 +1,1 @@
-"""Layers that the codec and the language models share."""
+"""Neural network layers that the codec and the language models share."""

@@ -1,4 +1,4 @@
-"""Causal sliding-window attention: dense, blocked, by kernels of accelerators, and over caches.
+"""Causal sliding-window attention: dense, blocked, with accelerator kernels, and over caches.
 
 Shapes: q, k, v are [B, N, T, H]; see the legend in `moss_tok/__init__.py`.
 """
@@ -13,11 +13,10 @@ import numpy as np
 from moss_tok.nn import kernels
 from moss_tok.nn.cache import Cache
 
-# Below this many keys per query the whole score matrix is cheaper than a loop over blocks.
+# Up to this many frames, the full score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
 
-
-_BLOCK_FRAMES = (64, 256)
+_BLOCK_FRAMES = (64, 256)  # smallest and largest block of queries
 
 
 def attend(
@@ -28,27 +27,27 @@ def attend(
     implementation: str = "auto",
     precision: str | None = None,
 ) -> jax.Array:
-    """Attention in which frame t sees frames max(0, t - window + 1) .. t.
+    """Attention in which frame t attends to frames max(0, t - window + 1) .. t.
 
     Args:
       q: Queries [B, N, T, H].
       k: Keys [B, N, T, H].
       v: Values [B, N, T, H].
-      window: Number of keys a query sees, its own included.
-      implementation: "dense" builds [T, T] scores; "blocked" walks over blocks of queries and
-        needs memory linear in T, backward too; "splash" is a TPU kernel that skips what the
-        window hides (on CPUs it is interpreted, which is slow); "cudnn" is that of NVIDIA GPUs, in
-        bfloat16 or float16; "auto": see `choose`.
+      window: Number of keys a query attends to, its own included.
+      implementation: "dense" computes [T, T] scores; "blocked" loops over blocks of queries and
+        needs memory linear in T, also in the backward pass; "splash" is a TPU kernel that skips
+        blocks outside the window (on CPUs it is interpreted, which is slow); "cudnn" is a kernel
+        for NVIDIA GPUs, in bfloat16 or float16; "auto" chooses one, see `choose`.
       precision: Matmul precision.
 
     Returns:
       [B, N, T, H] in q's dtype.
 
     Raises:
-      ValueError: "cudnn" without such a GPU, type or head size.
+      ValueError: "cudnn" does not support the GPU, the dtype or the head size.
     """
     num_frames = q.shape[2]
-    if isinstance(num_frames, int):  # else of an export, of any size
+    if isinstance(num_frames, int):  # symbolic in an export
         window = min(window, num_frames)
     if implementation == "auto":
         implementation = choose(num_frames, q.shape[-1], q.dtype)
@@ -65,13 +64,15 @@ def attend(
 
 
 def choose(num_frames: int, head_dim: int, dtype: Any) -> str:
-    """The implementation of "auto": the accelerator's kernel, elsewhere dense for short sequences.
+    """The implementation that "auto" uses.
 
-    The devices are those of the mesh that is set (`jax.set_mesh`), else jax's default ones.
+    It is the kernel of the accelerator if there is one, else "dense" for up to 1024 frames and
+    "blocked" for more. The devices are those of the current mesh (`jax.set_mesh`), or without a
+    mesh the default devices of jax.
     """
-    if kernels.on("tpu"):
+    if kernels.devices_are("tpu"):
         return "splash"
-    if not kernels.cudnn_lacks(head_dim, dtype):
+    if not kernels.missing_for_cudnn(head_dim, dtype):
         return "cudnn"
     return "dense" if num_frames <= _DENSE_FRAMES else "blocked"
 
@@ -101,36 +102,41 @@ def attend_cached(
     start: jax.Array,
     precision: str | None = None,
 ) -> jax.Array:
-    """`attend` for a chunk of streams: to the frames before it, and to its own.
+    """`attend` for a chunk of streams: over the cached frames before the chunk, and its own.
 
     Args:
       q: Queries [B, N, T, H] of the frames start .. start + T - 1.
       k: Their keys [B, N, T, H].
       v: Their values [B, N, T, H].
-      past: Keys and values before them: one layer of a cache, [B, N, window - 1, H].
+      past: Keys and values of the frames before: one layer of a cache, [B, N, window - 1, H].
       start: [B] frames of each stream before this chunk.
       precision: Matmul precision.
 
     Returns:
       [B, N, T, H] in q's dtype.
     """
-    num_frames, size, past = q.shape[2], past.keys.shape[2], (past.keys, past.values)
+    num_frames = q.shape[2]
+    size = past.num_frames
     start = start[:, None, None, None]  # [B, 1, 1, 1]
     if num_frames > _block_frames(size + 1):
         order = (start[..., 0] + jnp.arange(size)) % max(size, 1)  # oldest first
-        past = tuple(jnp.take_along_axis(x, order[..., None], axis=2) for x in past)
-        return _blocked(q, k, v, size + 1, precision, past, start)
+        order = order[..., None]  # [B, 1, R, 1]
+        past_keys = jnp.take_along_axis(past.keys, order, axis=2)
+        past_values = jnp.take_along_axis(past.values, order, axis=2)
+        return _blocked(q, k, v, size + 1, precision, (past_keys, past_values), start)
     t = jnp.arange(num_frames)[:, None]
-    ring, own = jnp.arange(size), jnp.arange(num_frames)
-    age = (start - 1 - ring) % max(size, 1)  # of each place, 0: the frame before the chunk
-    seen = (age < start) & (age + t + 1 <= size)  # [B, 1, T, R]
-    seen_own = jnp.broadcast_to((own <= t) & (own >= t - size), (*seen.shape[:-1], num_frames))
-    parts = [(past[0], past[1], seen), (k, v, seen_own)]
-    scores = [_scores(q, keys, mask, precision) for keys, _, mask in parts]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
-    weights = jnp.split(weights, [size], axis=-1)
-    outputs = [_mix(w, values, precision) for w, (_, values, _) in zip(weights, parts, strict=True)]
-    return outputs[0] + outputs[1]
+    slot = jnp.arange(size)
+    age = (start - 1 - slot) % max(size, 1)  # of the frame in each slot; 0: just before the chunk
+    past_mask = (age < start) & (age + t + 1 <= size)  # [B, 1, T, R]
+    own = jnp.arange(num_frames)
+    own_mask = (own <= t) & (own >= t - size)
+    own_mask = jnp.broadcast_to(own_mask, (*past_mask.shape[:-1], num_frames))
+    past_scores = _scores(q, past.keys, past_mask, precision)
+    own_scores = _scores(q, k, own_mask, precision)
+    scores = jnp.concatenate([past_scores, own_scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    past_weights, own_weights = jnp.split(weights, [size], axis=-1)
+    return _mix(past_weights, past.values, precision) + _mix(own_weights, v, precision)
 
 
 def _block_frames(window: int) -> int:
@@ -140,7 +146,8 @@ def _block_frames(window: int) -> int:
 def _blocked(q, k, v, window, precision, past=None, start=0):
     """Scans over blocks of queries; the carry holds the last window - 1 keys and values.
 
-    `past` are those before the first query, of which the last `start` exist.
+    `past` holds the keys and values before the first query, oldest first; the last `start` of them
+    exist.
     """
     batch, heads, num_frames, dim = q.shape
     size = _block_frames(window)
@@ -158,14 +165,16 @@ def _blocked(q, k, v, window, precision, past=None, start=0):
     @jax.checkpoint
     def step(past, block):
         index, q, k, v = block
-        k, v = (jnp.concatenate([p, x], axis=2) for p, x in zip(past, (k, v), strict=True))
+        k = jnp.concatenate([past[0], k], axis=2)
+        v = jnp.concatenate([past[1], v], axis=2)
         exists = j + index * size >= history - start
         out = _masked_attention(q, k, v, in_window & exists, precision)
         return (k[:, :, size:], v[:, :, size:]), out
 
     if past is None:
-        past = (jnp.zeros((batch, heads, history, dim), x.dtype) for x in (k, v))
+        shape = (batch, heads, history, dim)
+        past = (jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype))
     blocks = (jnp.arange(num_blocks), split(q), split(k), split(v))
-    _, out = jax.lax.scan(step, tuple(past), blocks)
+    _, out = jax.lax.scan(step, past, blocks)
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, num_blocks * size, dim)
     return out[:, :, :num_frames]

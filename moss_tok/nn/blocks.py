@@ -1,8 +1,8 @@
 """Blocks of decoder-only language models: RMS norms, grouped queries, SwiGLU.
 
-Source: Qwen2.5 (arXiv 2412.15115) has biases on q, k and v; Qwen3 (arXiv 2505.09388) norms the
-heads of q and k instead. Details as Qwen2ForCausalLM and Qwen3ForCausalLM of Hugging Face
-Transformers have them.
+Source: Qwen2.5 (arXiv 2412.15115) has biases on q, k and v; Qwen3 (arXiv 2505.09388) normalizes the
+heads of q and k instead. Details follow Qwen2ForCausalLM and Qwen3ForCausalLM of Hugging Face
+Transformers.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from moss_tok.nn.layers import parameter, rms_norm, scan_layers
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """The shape of a block.
+    """The architecture of a block.
 
     Attributes:
       model_dim: Width, D.
       num_heads: Query heads, N.
-      num_kv_heads: Heads of keys and values, which groups of query heads share.
+      num_kv_heads: Key and value heads; each is shared by a group of query heads.
       head_dim: Width of a head, H.
       mlp_dim: Width of the feed-forward layer, F.
-      norm_epsilon: Of the RMS norms.
+      norm_epsilon: Epsilon of the RMS norms.
       qkv_bias: Whether q, k and v have biases, as in Qwen2.5.
       head_norm: Whether each head of q and k has an RMS norm, as in Qwen3.
     """
@@ -44,7 +44,7 @@ class BlockConfig:
 
 
 class GroupedAttention(nn.Module):
-    """Causal attention whose query heads share keys and values in groups."""
+    """Causal attention in which groups of query heads share keys and values."""
 
     config: BlockConfig
     compute: ComputeConfig
@@ -53,9 +53,16 @@ class GroupedAttention(nn.Module):
     def __call__(
         self, x: jax.Array, table: jax.Array | None, past: Cache | None, span: Span | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values.
+        """Attends over the frames of `x` and, with a cache, over the positions before them.
 
-        `table` is of `rope.rope_table`; None: without positions.
+        Args:
+          x: [B, T, D].
+          table: Rotary phases, see `rope.rope_table`; None: no position embedding.
+          past: For a chunk of sequences, one layer of the cache.
+          span: For a chunk of sequences, its positions.
+
+        Returns:
+          [B, T, D]; and for a chunk its keys and values for the cache, else None.
         """
         c = self.config
         precision = self.compute.precision
@@ -70,17 +77,19 @@ class GroupedAttention(nn.Module):
             k = rope.apply_rope(k, table)
         group = c.num_heads // c.num_kv_heads
 
-        def shared(x):
+        def repeat_heads(x):
             return jnp.repeat(x, group, axis=1)  # [B, N, T, H]
 
+        keys = repeat_heads(k)
+        values = repeat_heads(v)
         if past is None:
             window = x.shape[1]
             implementation = self.compute.attention
-            y = attention.attend(q, shared(k), shared(v), window, implementation, precision)
+            y = attention.attend(q, keys, values, window, implementation, precision)
             fresh = None
         else:
-            before = jax.tree.map(shared, past)
-            y = attention.attend_cached(q, shared(k), shared(v), before, span.start, precision)
+            cache = jax.tree.map(repeat_heads, past)
+            y = attention.attend_cached(q, keys, values, cache, span.start, precision)
             fresh = past.fresh(span, k, v)
         shape = (c.num_heads, c.head_dim, c.model_dim)
         axes = ("heads", "head_dim", "embed")
@@ -119,8 +128,8 @@ class SwiGLU(nn.Module):
         up = parameter(self, "up", shape, axes, 1, dtype)
         down = parameter(self, "down", (self.mlp_dim, self.output_dim), axes[::-1], 1, dtype)
         gated = jnp.einsum("btd,df->btf", x, gate, precision=precision)
-        raised = jnp.einsum("btd,df->btf", x, up, precision=precision)
-        return jnp.einsum("btf,fd->btd", nn.silu(gated) * raised, down, precision=precision)
+        widened = jnp.einsum("btd,df->btf", x, up, precision=precision)
+        return jnp.einsum("btf,fd->btd", nn.silu(gated) * widened, down, precision=precision)
 
 
 class Block(nn.Module):
@@ -133,7 +142,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, past: Cache | None, table: jax.Array | None, span: Span | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] -> [B, T, D]; with a past also the chunk's keys and values."""
+        """[B, T, D] -> [B, T, D], and the keys and values of a chunk, see `GroupedAttention`."""
         c = self.config
         x = sharding.split_items(x)
         y = rms_norm(c.norm_epsilon, "attention_norm")(x).astype(x.dtype)
@@ -144,13 +153,15 @@ class Block(nn.Module):
 
 
 def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -> nn.Module:
-    """Blocks under one scan: (x, cache, rope table, span) -> (x, keys and values of the chunk)."""
+    """Blocks under one scan: (x, cache, RoPE table, span) -> (x, keys and values of the chunk)."""
     return scan_layers(Block, num_layers, compute.remat)(config, compute)
 
 
 def empty_cache(
     config: BlockConfig, num_layers: int, compute: ComputeConfig, batch: int, size: int
 ) -> Cache:
-    """A cache of `size` positions for `batch` sequences that have not begun."""
+    """A cache of `size` positions at the start of `batch` sequences."""
     shape = (num_layers, batch, config.num_kv_heads, size, config.head_dim)
-    return Cache(*(jnp.zeros(shape, compute.dtype) for _ in range(2)))
+    keys = jnp.zeros(shape, compute.dtype)
+    values = jnp.zeros(shape, compute.dtype)
+    return Cache(keys, values)

@@ -1,4 +1,4 @@
-"""Keys and values of streams: which frames a chunk holds, and rings of the last frames."""
+"""Caches of the keys and values of streams, as ring buffers, and the frames that a chunk holds."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,12 @@ from moss_tok import summary
 
 
 class Span(NamedTuple):
-    """Which frames of each stream a chunk holds: the first is `start` [B], `count` [B] are real."""
+    """The frames of each stream in a chunk.
+
+    Attributes:
+      start: [B] integers, index of the chunk's first frame in each stream.
+      count: [B] integers, valid frames of each stream; the rest of the chunk is padding.
+    """
 
     start: jax.Array
     count: jax.Array
@@ -20,7 +25,7 @@ class Span(NamedTuple):
 class Cache:
     """Keys and values of the last R = window - 1 frames of streams, for all layers of a stage.
 
-    Both are [L, B, N, R, H], rings: frame t lies at t mod R.
+    Both are ring buffers [L, B, N, R, H]: frame t is in slot t mod R.
     """
 
     keys: jax.Array
@@ -31,45 +36,63 @@ class Cache:
 
     @property
     def num_frames(self) -> int:
-        """R."""
+        """R, the frames that the cache holds per stream."""
         return self.keys.shape[-2]
 
     def layer(self, index: jax.Array) -> "Cache":
-        """One layer: [B, N, R, H]."""
+        """The layer at `index`: [B, N, R, H]."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
 
     def replace_layer(self, index: jax.Array, layer: "Cache") -> "Cache":
-        """With another layer [B, N, R, H] at `index`."""
+        """A cache with the layer at `index` replaced by `layer` [B, N, R, H]."""
         put = jax.lax.dynamic_update_index_in_dim
         return jax.tree.map(lambda x, new: put(x, new, index, 0), self, layer)
 
     def fresh(self, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
-        """What is kept of a chunk's k, v [B, N, T, H] for `write`; this is one layer.
+        """The keys and values of a chunk that must go into this layer of a cache.
 
-        The chunk itself, or, if it has more than R frames, the layer as it is next.
+        Args:
+          span: The chunk's frames.
+          k: Keys of the chunk [B, N, T, H].
+          v: Values of the chunk [B, N, T, H].
+
+        Returns:
+          The chunk's keys and values, for `write`; or, if the chunk has more than R frames, the
+          complete next state of this layer, for `replace_layer`.
         """
-        num_frames, size = k.shape[2], self.num_frames
+        num_frames = k.shape[2]
+        size = self.num_frames
         if num_frames <= size:
             return Cache(k, v)
-        first = span.count[:, None] - size  # of the last R frames, in the chunk
-        i = first + (jnp.arange(size) - span.start[:, None] - first) % max(size, 1)
-        i = i[:, None, :, None]  # [B, 1, R, 1]: what comes to each place, below 0: nothing
+        first = span.count[:, None] - size  # index in the chunk of the first of the last R frames
+        source = first + (jnp.arange(size) - span.start[:, None] - first) % max(size, 1)
+        # Index in the chunk of the frame for each slot; below 0 the slot keeps its frame.
+        source = source[:, None, :, None]  # [B, 1, R, 1]
 
         def put(ring, new):
-            new = jnp.take_along_axis(new, jnp.maximum(i, 0), axis=2)
-            return jnp.where(i >= 0, new.astype(ring.dtype), ring)
+            new = jnp.take_along_axis(new, jnp.maximum(source, 0), axis=2)
+            return jnp.where(source >= 0, new.astype(ring.dtype), ring)
 
         return Cache(put(self.keys, k), put(self.values, v))
 
     def write(self, span: Span, fresh: "Cache") -> "Cache":
-        """Puts in what `fresh` kept of a chunk of at most R frames, of all layers."""
-        batch, size, num_frames = self.keys.shape[1], self.num_frames, fresh.num_frames
-        i = jnp.arange(num_frames)
-        place = (span.start[:, None] + i) % size  # [B, T]
-        place = jnp.where(i < span.count[:, None], place, size)  # nowhere
+        """Writes the results of `fresh`, stacked over all layers, for a chunk of at most R frames.
+
+        Args:
+          span: The chunk's frames.
+          fresh: Keys and values of the chunk [L, B, N, T, H].
+
+        Returns:
+          The next cache.
+        """
+        batch = self.keys.shape[1]
+        size = self.num_frames
+        i = jnp.arange(fresh.num_frames)
+        slot = (span.start[:, None] + i) % size  # [B, T]
+        slot = jnp.where(i < span.count[:, None], slot, size)  # padding: out of bounds, dropped
 
         def put(ring, new):
-            rows = ring.at[:, jnp.arange(batch)[:, None], :, place]
+            rows = ring.at[:, jnp.arange(batch)[:, None], :, slot]
             return rows.set(jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype), mode="drop")
 
         return Cache(put(self.keys, fresh.keys), put(self.values, fresh.values))

@@ -11,14 +11,18 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a codec is computed; it changes speed and rounding, never the model.
+    """How a model is computed. These settings affect speed, memory and rounding only.
 
     Attributes:
-      dtype: "float32" or "bfloat16" for the Transformers; parameters, norms, softmax, RoPE and
-        the quantizer stay in float32.
+      dtype: Type of the activations and weights of the Transformers, "float32" or "bfloat16".
+        Parameters, norms, softmax, RoPE and the quantizer are always float32.
       precision: Matmul precision of jax.lax: "default", "high" or "highest".
       attention: "auto", "dense", "blocked", "splash" or "cudnn", see `attention.attend`.
-      remat: What the backward pass recomputes per block: "none", "dots" (all but matmuls), "full".
+      remat: What the backward pass recomputes in each block: "none", "dots" (everything except
+        matmuls) or "full".
+
+    Raises:
+      ValueError: A value is not one of these.
     """
 
     dtype: str = "float32"
@@ -33,7 +37,7 @@ class ComputeConfig:
         check_choice("remat", self.remat, REMAT)
 
 
-# Of bulk work, where speed may be worth some codes.
+# Choices for bulk work, where a faster computation may be worth a few different codes.
 PRECISIONS = {
     "highest": ComputeConfig(),
     "high": ComputeConfig(precision="high"),

@@ -12,56 +12,55 @@ from jax.sharding import PartitionSpec
 
 from moss_tok import sharding
 
-_RESIDUALS = "attention"  # what the splash kernel keeps for its backward pass
-_LANES = 128  # the splash kernel's blocks are multiples of this,
-_LARGEST_BLOCK = 8  # at most so many
-_CUDNN_CAPABILITY = 8.0  # of GPUs from Ampere on
-_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive
+_RESIDUALS = "attention"  # name of the residuals of the splash kernel's backward pass
+_LANES = 128  # block sizes of the splash kernel are multiples of this
+_MAX_BLOCK_LANES = 8  # largest block size, in multiples of _LANES
+_CUDNN_CAPABILITY = 8.0  # compute capability of Ampere GPUs
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of jax's primitive
 
 
 def saveable(primitive: Any, *shapes: Any, **params: Any) -> bool:
-    """Policy of `jax.checkpoint`: what the kernels keep for their backward passes."""
+    """Policy for `jax.checkpoint` that saves the residuals of the kernels' backward passes."""
     named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
     return primitive.name == _CUDNN_FORWARD or named(primitive, *shapes, **params)
 
 
-def on(kind: str) -> bool:
-    """Whether the devices' kind begins so: "tpu" or "nvidia"."""
+def devices_are(kind: str) -> bool:
+    """Whether the name of the device kind starts with `kind`, "tpu" or "nvidia"."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    found = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return found.lower().startswith(kind)
+    if device is None:
+        device = jax.devices()[0]
+    return device.device_kind.lower().startswith(kind)
 
 
-def cudnn_lacks(head_dim: int, dtype: Any) -> str:
-    """What the cuDNN kernel would need and has not; nothing: it can be used."""
-    if not on("nvidia"):
+def missing_for_cudnn(head_dim: int, dtype: Any) -> str:
+    """What the cuDNN kernel needs and does not have here; "" if it can be used."""
+    if not devices_are("nvidia"):
         return "an NVIDIA GPU"
     if float(jax.devices()[0].compute_capability) < _CUDNN_CAPABILITY:
         return f"compute capability {_CUDNN_CAPABILITY}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"bfloat16 or float16, not {jnp.dtype(dtype)}"
     if head_dim % 8 or head_dim > 128:
-        return f"a multiple of 8 up to 128 as head size, not {head_dim}"
+        return f"a head size that is a multiple of 8 up to 128, not {head_dim}"
     return ""
 
 
 def per_device(kernel, q, k, v):
-    """A kernel of the accelerator's, on each device of the mesh for its items and heads."""
+    """Runs a kernel on each device of the mesh, for the device's items and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v)
-    batch, heads = (
-        sharding.dividing_axes(mesh, "batch", q.shape[0]),
-        sharding.dividing_axes(mesh, "heads", q.shape[1]),
-    )
-    spec = PartitionSpec(batch, heads)
-    # Without the check of varying axes: kernels do not tell theirs.
+    batch_axes = sharding.dividing_axes(mesh, "batch", q.shape[0])
+    head_axes = sharding.dividing_axes(mesh, "heads", q.shape[1])
+    spec = PartitionSpec(batch_axes, head_axes)
+    # check_vma is off because kernels do not declare their varying axes.
     kernel = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return kernel(q, k, v)
 
 
 def splash(q, k, v, *, window, precision):
-    """TPU kernel that skips what the window hides; see `attention.attend`."""
+    """TPU kernel that skips blocks outside the window; see `attention.attend`."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, for TPUs only
 
     heads, num_frames, dim = q.shape[1:]
@@ -69,44 +68,49 @@ def splash(q, k, v, *, window, precision):
     padding = -num_frames % block
     size = num_frames + padding
     mask = splash_attention.LocalMask((size, size), (window - 1, 0), offset=0)
-    layout = splash_attention.QKVLayout.SEQ_MINOR  # 64 lanes of a head would be padded to 128
+    # In the default layout, the 64 lanes of a head would be padded to 128.
+    layout = splash_attention.QKVLayout.SEQ_MINOR
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = {f"block_{name}": block for name in names}
+    layouts = {f"{name}_layout": layout for name in "qkv"}
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention.BlockSizes(
-            **{f"block_{n}": block for n in names}, **{f"{n}_layout": layout for n in "qkv"}
-        ),
+        block_sizes=splash_attention.BlockSizes(**blocks, **layouts),
         residual_checkpoint_name=_RESIDUALS,
-        interpret=not on("tpu"),
+        interpret=not devices_are("tpu"),
     )
-    precision = "highest" if precision == "high" else precision or "default"  # Pallas has no high
+    precision = precision or "default"
+    if precision == "high":  # Pallas does not support it
+        precision = "highest"
     with jax.default_matmul_precision(precision):
-        out = jax.vmap(kernel)(*(pad_frames(x, padding) for x in (q * dim**-0.5, k, v)))
+        out = jax.vmap(kernel)(
+            pad_frames(q * dim**-0.5, padding), pad_frames(k, padding), pad_frames(v, padding)
+        )
     return out[:, :, :num_frames]
 
 
 def cudnn(q, k, v, *, window, precision):
-    """Kernel of NVIDIA GPUs, in 16 bits; see `attention.attend`."""
-    del precision  # products of 16 bits, sums of 32
-    if lacks := cudnn_lacks(q.shape[-1], q.dtype):
-        raise ValueError(f"attention=cudnn needs {lacks}; attention=auto takes what there is")
+    """Kernel for NVIDIA GPUs in bfloat16 or float16; see `attention.attend`."""
+    del precision  # always 16-bit products, 32-bit sums
+    if missing := missing_for_cudnn(q.shape[-1], q.dtype):
+        raise ValueError(f"attention=cudnn needs {missing}; attention=auto uses what is available")
     num_frames = q.shape[2]
-    seen = (window - 1, 0) if window < num_frames else None
-    # Its backward pass wants an even number.
+    local_window = (window - 1, 0) if window < num_frames else None
+    # The backward pass needs an even number of frames.
     q, k, v = (pad_frames(x, num_frames % 2).swapaxes(1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=seen, implementation="cudnn"
+        q, k, v, is_causal=True, local_window_size=local_window, implementation="cudnn"
     )
     return out[:, :num_frames].swapaxes(1, 2)
 
 
 def pad_frames(x, number):
-    """Zeros behind the frames of [B, N, T, H], where no query of ours looks."""
+    """Appends `number` zero frames to [B, N, T, H]; causal queries do not attend to them."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, number), (0, 0)))
 
 
 def splash_block(num_frames: int, window: int) -> int:
-    """Frames in a block of the splash kernel: few large blocks, with little padding."""
-    largest = int(np.clip(-(-window // _LANES), 2, _LARGEST_BLOCK)) * _LANES
+    """Frames per block of the splash kernel: few large blocks, with little padding."""
+    largest = int(np.clip(-(-window // _LANES), 2, _MAX_BLOCK_LANES)) * _LANES
     num_blocks = -(-num_frames // largest)
     return -(-num_frames // (num_blocks * _LANES)) * _LANES

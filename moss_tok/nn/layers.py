@@ -23,7 +23,7 @@ _REMAT_POLICIES = {
 
 @flax.struct.dataclass
 class Matrix(nn.LogicallyPartitioned):
-    """The box of a parameter that is a matrix: weight decay is for these alone."""
+    """The box of a parameter that is a matrix; only these get weight decay."""
 
 
 def _boxed_matrix(init: Any, axes: tuple[str, ...]) -> Any:
@@ -43,17 +43,17 @@ def parameter(
     scale: jax.Array | None = None,
     num_stacked: int = 0,
 ) -> jax.Array:
-    """A float32 weight [num_in input axes, output axes], in the compute dtype; a bias starts at 0.
+    """Declares a float32 parameter and returns it in the compute dtype.
 
     Args:
-      module: Whose parameter it is.
-      name: What it is called.
-      shape: Its axes.
-      axes: Their logical names.
-      num_in: How many of them are inputs; 0: it is a bias.
-      dtype: What it is computed in.
-      scale: float32, of the last output axis: what it is multiplied with before.
-      num_stacked: How many axes before the inputs count matrices, each with a scale of its own.
+      module: The module that owns the parameter.
+      name: Its name.
+      shape: Its shape, input axes first.
+      axes: Logical names of its axes.
+      num_in: Number of input axes; 0 for a bias, which is initialized to zero.
+      dtype: Type of the result.
+      scale: float32 factor along the last output axis, applied before the cast.
+      num_stacked: Number of axes before the inputs that count matrices, each initialized alone.
     """
     if num_in:
         inputs = tuple(range(num_stacked, num_stacked + num_in))
@@ -66,13 +66,16 @@ def parameter(
     else:
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
     value = module.param(name, init, shape, jnp.float32)
-    return (value if scale is None else value * scale).astype(dtype)
+    if scale is not None:
+        value = value * scale
+    return value.astype(dtype)
 
 
 def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") -> type[nn.Module]:
-    """`num_layers` of `block` under one scan, over their parameters and the second argument.
+    """Stacks `num_layers` copies of `block` under one scan, so that compile time is constant.
 
-    So compile time does not grow with the depth.
+    The scan runs over the blocks' parameters and their second argument. `remat` is as in
+    `ComputeConfig`.
     """
     if remat != "none":
         block = nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
@@ -87,7 +90,7 @@ def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") ->
 
 
 def rms_norm(epsilon: float, name: str | None = None) -> nn.RMSNorm:
-    """RMS norm over the last axis; its result is float32."""
+    """RMS norm over the last axis, with a float32 result."""
     ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     return nn.RMSNorm(epsilon, jnp.float32, scale_init=ones, use_fast_variance=False, name=name)
 
@@ -98,7 +101,7 @@ class Projection(nn.Module):
     features: int
     axes: tuple[str, str]
     compute: ComputeConfig
-    out_dtype: Any = None  # default: the compute dtype
+    out_dtype: Any = None  # None: the compute dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,11 +115,12 @@ class Projection(nn.Module):
         )  # fmt: skip
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # keeps x alone for the backward pass
+@functools.partial(jax.checkpoint, prevent_cse=False)  # only x is saved for the backward pass
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, in float32; result in x's dtype.
+    """Exact GELU, computed in float32; the result has x's dtype.
 
-    jax.nn's, by erfc, takes a quarter longer on a CPU, and sqrt(1/2) as 0.707 in bfloat16.
+    `jax.nn.gelu` uses erfc, takes a quarter longer on a CPU, and in bfloat16 rounds sqrt(1/2) to
+    0.707.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * np.sqrt(0.5)))).astype(x.dtype)

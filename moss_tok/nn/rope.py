@@ -6,11 +6,12 @@ import numpy as np
 
 
 def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Array:
-    """Sines and cosines of the rotary phases.
+    """Cosines and sines of the rotary phases.
 
-    The phase is (position * frequency) modulo one turn, computed in fixed point: the frequency, in
-    turns per frame, is a 64-bit fraction in two uint32 words, so the product wraps exactly and a
-    stream of days is as precise as its first second. Float32 phases err by 0.2 rad after a day.
+    The phase is (position * frequency) modulo one turn, computed in fixed point. The frequency, in
+    turns per frame, is a 64-bit fraction in two uint32 words. The product wraps around exactly, so
+    phases after days of a stream are as precise as at its start. Float32 phases would be wrong by
+    0.2 rad after a day.
 
     Args:
       positions: [..., T] integers >= 0.
@@ -26,24 +27,27 @@ def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Ar
     high = jnp.asarray(np.array([w >> 32 for w in words], np.uint32))
     low = np.array([w & 0xFFFFFFFF for w in words], np.uint32)
     p = positions.astype(jnp.uint32)[..., None]
-    # Wraps modulo 2^32, that is modulo one turn. int32 centres the phase on zero.
+    # Wraps around modulo 2^32, which is one turn. The cast to int32 centers the phase on zero.
     phase = (p * high + _multiply_high(p, low)).astype(jnp.int32)
     radians = phase.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
     return jnp.stack([jnp.cos(radians), jnp.sin(radians)])
 
 
 def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
-    """Upper 32 bits of the 64-bit product of uint32 values, by halves of 16 bits."""
-    a_high, a_low = a >> 16, a & 0xFFFF
-    b_high, b_low = jnp.asarray(b >> 16), jnp.asarray(b & 0xFFFF)
+    """Upper 32 bits of the 64-bit product of uint32 values, computed from 16-bit halves."""
+    a_high = a >> 16
+    a_low = a & 0xFFFF
+    b_high = jnp.asarray(b >> 16)
+    b_low = jnp.asarray(b & 0xFFFF)
     middle = a_high * b_low + (a_low * b_low >> 16)
     carry = a_low * b_high + (middle & 0xFFFF)
     return a_high * b_high + (middle >> 16) + (carry >> 16)
 
 
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotates the halves of each head of `x` [B, N, T, H] in float32; result in x's dtype."""
+    """Rotates the halves of each head of `x` [B, N, T, H] in float32; the result has x's dtype."""
     cos, sin = table
     a, b = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
-    rotated = [half.astype(x.dtype) for half in (a * cos - b * sin, a * sin + b * cos)]
-    return jnp.concatenate(rotated, axis=-1)
+    rotated_a = (a * cos - b * sin).astype(x.dtype)
+    rotated_b = (a * sin + b * cos).astype(x.dtype)
+    return jnp.concatenate([rotated_a, rotated_b], axis=-1)
