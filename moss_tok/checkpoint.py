@@ -1,8 +1,8 @@
-"""Checkpoints as folders: finding, reading and writing them.
+"""Finds, reads and writes checkpoints, which are directories.
 
-A checkpoint is a directory with `config.json` and `params/` (Orbax); a training step adds `state/`.
-It is written under a temporary name and renamed when it is complete. `files.json` lists every file
-and its size, so that a damaged copy is noticed before it is read.
+A checkpoint has `config.json` and `params/` (Orbax); a checkpoint of a training step also has
+`state/`. It is written under a temporary name and renamed when it is complete. `files.json` lists
+every file and its size, so that a damaged copy is detected before it is read.
 """
 
 import asyncio
@@ -31,7 +31,15 @@ _COMMIT_MARKER = "commit_success.txt"
 
 
 def find_checkpoint(path: str | storage.Path) -> storage.Path:
-    """The directory that holds the weights `path` stands for; ValueError if there is none."""
+    """Returns the directory with the weights that `path` names.
+
+    Args:
+      path: A checkpoint, a training workdir (its newest complete step), a directory in the official
+        layout, a cache folder of the Hugging Face Hub, or a Hub id, which is downloaded.
+
+    Raises:
+      ValueError: There is no checkpoint at `path`.
+    """
     folder = storage.to_path(path)
     if not folder.exists():
         folder = _download(str(path))
@@ -45,20 +53,20 @@ def find_checkpoint(path: str | storage.Path) -> storage.Path:
     if not (folder / "config.json").exists():
         folder = _snapshot(folder) or folder
     if not (folder / "config.json").exists():
-        raise ValueError(f"{path}: no config.json, so it is no checkpoint")
+        raise ValueError(f"{path}: not a checkpoint, it has no config.json")
     official = tensors.is_official(folder)
     if official and storage.is_remote(folder):
-        raise ValueError(f"{folder}: an official directory has to be on this machine")
+        raise ValueError(f"{folder}: a directory in the official layout must be on this machine")
     for name in (tensors.WEIGHTS_NAME, tensors.INDEX_NAME):
         if not official and os.path.islink(folder / name):
-            raise ValueError(f"{folder / name}: a link to a file that is not there")
+            raise ValueError(f"{folder / name}: a link to a missing file")
     if not (official or (folder / "params").is_dir()):
         raise ValueError(f"{path}: neither params/ nor {tensors.WEIGHTS_NAME} beside config.json")
     return folder
 
 
 def _snapshot(folder: storage.Path) -> storage.Path | None:
-    """The main version in a cache folder of the Hugging Face Hub, models--ORGANIZATION--NAME."""
+    """The main revision in a Hugging Face cache folder, models--ORGANIZATION--NAME; or None."""
     reference = folder / "refs" / "main"
     if not reference.is_file():
         return None
@@ -82,17 +90,17 @@ def _download(name: str) -> Path:
 
 
 def step_name(step: int) -> str:
-    """Name of the folder of a saved training step."""
+    """Name of the folder of a training step's checkpoint."""
     return f"{step:08d}"
 
 
 def saved_steps(workdir: storage.Path) -> list[int]:
-    """Complete training steps saved in `workdir`, ascending."""
+    """Training steps with a complete checkpoint in `workdir`, in ascending order."""
     return sorted(int(p.name) for p in step_folders(workdir) if is_complete(p))
 
 
 def step_folders(workdir: storage.Path) -> list[storage.Path]:
-    """Folders of training steps in `workdir`, complete or not."""
+    """Folders of the checkpoints in `workdir`, complete or not."""
     folder = workdir / STEPS_FOLDER
     if not folder.is_dir():
         return []
@@ -100,17 +108,20 @@ def step_folders(workdir: storage.Path) -> list[storage.Path]:
 
 
 def is_complete(step_folder: storage.Path) -> bool:
-    """In buckets, where nothing can be renamed at once, Orbax writes a marker last."""
+    """Whether a checkpoint was written to its end."""
+    # Buckets have no atomic rename; there, Orbax writes a marker last.
     return not storage.is_remote(step_folder) or (step_folder / _COMMIT_MARKER).exists()
 
 
 def read_tree(folder: storage.Path, shapes: Any) -> Any:
-    """Reads the arrays of `shapes`, a tree of ShapeDtypeStructs, and nothing else.
+    """Reads the arrays that `shapes` lists.
 
-    Where a struct has a sharding, the array comes with it.
+    Args:
+      folder: The folder of the tree in a checkpoint, "params" for example.
+      shapes: Tree of ShapeDtypeStructs. The sharding of a struct, if any, is that of its array.
 
     Raises:
-      ValueError: Something is missing, misshapen or corrupt.
+      ValueError: An array is missing, misshapen or corrupt, or the checkpoint is incomplete.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -125,12 +136,11 @@ def read_tree(folder: storage.Path, shapes: Any) -> Any:
     handler = ocp.PyTreeCheckpointHandler()
     path = storage.absolute(folder)
     try:
-        found = handler.metadata(path).tree
-        _check_shapes(folder, shapes, found)
+        _check_shapes(folder, shapes, handler.metadata(path).tree)
         return handler.restore(path, args=restore)
     except _BadParametersError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise anything on damaged files
+    except Exception as error:  # Orbax and TensorStore raise any type on damaged files
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{folder}: broken checkpoint: {reason[:200]}") from error
 
@@ -140,14 +150,15 @@ class _BadParametersError(ValueError):
 
 
 def _check_files(folder: storage.Path) -> None:
-    """Raises ValueError if a file under `folder`, or a text beside it, is missing or cut.
+    """Raises ValueError if a file under `folder`, or a file beside it, is missing or truncated.
 
-    See `_FILES_NAME`.
+    The files and their sizes are listed in files.json.
     """
     listing = folder.parent / _FILES_NAME
-    if not listing.exists():  # Orbax would print pages before it says what it lacks
+    if not listing.exists():  # Orbax would print pages before it names the missing file
         raise ValueError(
-            f"{folder.parent}: broken checkpoint: {_FILES_NAME} is missing, was it copied halfway?"
+            f"{folder.parent}: broken checkpoint: {_FILES_NAME} is missing, was the copy "
+            "interrupted?"
         )
     for name, size_bytes in read_json_object(listing).items():
         file = folder.parent / name
@@ -155,43 +166,46 @@ def _check_files(folder: storage.Path) -> None:
             continue
         if not file.is_file():
             raise ValueError(f"{folder.parent}: broken checkpoint: {name} is missing")
-        found = storage.size_bytes(file)
-        if found != size_bytes:
-            reason = storage.pointer_hint(file) or f"it has {found} bytes, not {size_bytes}"
+        actual_bytes = storage.size_bytes(file)
+        if actual_bytes != size_bytes:
+            reason = storage.pointer_hint(file) or f"it has {actual_bytes} bytes, not {size_bytes}"
             raise ValueError(f"{folder.parent}: broken checkpoint: {name}: {reason}")
 
 
-def _check_shapes(folder: storage.Path, wanted: Any, found: Any) -> None:
-    def flat(tree):
+def _check_shapes(folder: storage.Path, expected: Any, metadata: Any) -> None:
+    """Raises an error that names all arrays of `expected` that are missing or misshapen."""
+
+    def flatten(tree):
         return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
-    found = flat(found)
+    stored = flatten(metadata)
     problems = []
-    for name, want in flat(wanted).items():
-        if name not in found:
+    for name, array in flatten(expected).items():
+        if name not in stored:
             problems.append(f"missing {name}")
-        elif tuple(found[name].shape) != want.shape:
-            problems.append(f"{name} has shape {found[name].shape}, not {want.shape}")
+        elif tuple(stored[name].shape) != array.shape:
+            problems.append(f"{name} has shape {stored[name].shape}, not {array.shape}")
     if problems:
         listing = "; ".join(problems)
         raise _BadParametersError(f"{folder}: {len(problems)} bad parameters: {listing}")
 
 
 class CheckpointHandler(ocp.AsyncCheckpointHandler):
-    """Writes `config.json` and a folder per tree; Orbax renames the whole when it is complete."""
+    """Writes text files and a folder per tree; Orbax renames the checkpoint when it is complete."""
 
     def __init__(self):
-        # One gigabyte in flight: Orbax's default holds a second copy of all arrays.
+        # Limits buffers to one gigabyte; Orbax's default holds a second copy of all arrays.
         self._trees = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
         self._names: tuple[str, ...] = ()
         self._texts: tuple[str, ...] = ()
 
     async def async_save(self, directory: epath.Path, args: "CheckpointArgs"):
-        """Starts writing; the futures end when the arrays are on disk."""
+        """Starts writing; the returned futures complete when the arrays are on disk."""
         if sharding.is_main_process():
             for name, text in args.files.items():
                 (directory / name).write_text(text)
-        self._names, self._texts = tuple(args.trees), tuple(args.files)
+        self._names = tuple(args.trees)
+        self._texts = tuple(args.files)
         futures = []
         for name, tree in args.trees.items():
             (directory / name).mkdir(exist_ok=True)
@@ -200,7 +214,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         return futures
 
     def save(self, directory: epath.Path, args: "CheckpointArgs") -> None:
-        """Writes and waits."""
+        """Writes a checkpoint and waits until it is on disk."""
 
         async def run():
             for future in await self.async_save(directory, args):
@@ -213,11 +227,13 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError
 
     def finalize(self, directory: epath.Path) -> None:
-        """Merges what the processes wrote, and lists it."""
+        """Merges the files of all processes, and writes `files.json`."""
         for name in self._names:
             self._trees.finalize(directory / name)
         if sharding.is_main_process():
-            files = [p for name in self._names for p in storage.files_under(directory / name)]
+            files = []
+            for name in self._names:
+                files += storage.files_under(directory / name)
             files += [directory / name for name in self._texts]
             sizes = {str(p.relative_to(directory)): storage.size_bytes(p) for p in files}
             (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
@@ -230,11 +246,11 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(CheckpointHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class CheckpointArgs(ocp.args.CheckpointArgs):
-    """What a checkpoint is made of.
+    """The contents of a checkpoint.
 
     Attributes:
-      files: Text files by name: "config.json", ...
-      trees: Arrays by folder: "params", "state", ...
+      files: Contents of the text files by name: "config.json", ...
+      trees: Trees of arrays by folder: "params", "state", ...
     """
 
     files: dict[str, str]
@@ -242,8 +258,8 @@ class CheckpointArgs(ocp.args.CheckpointArgs):
 
 
 def check_destination(path: Path) -> None:
-    """Raises ValueError unless `path` can become a new directory."""
-    os.fspath(path).encode()  # TensorStore takes UTF-8 only
+    """Raises ValueError unless a new directory can be created at `path`."""
+    os.fspath(path).encode()  # raises for names that are not UTF-8, which TensorStore cannot write
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already")
     if not path.absolute().parent.is_dir():
@@ -252,7 +268,7 @@ def check_destination(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when all went well, and else is removed."""
+    """A temporary directory that is renamed to `path` on success and removed on failure."""
     check_destination(path)
     temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=".incomplete-"))
     try:
@@ -265,26 +281,32 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def check_space(folder: storage.Path, trees: Any, note: str = "") -> None:
-    """Raises ValueError where a folder has no room for `trees`: before writing half, not after."""
+    """Raises ValueError before anything is written if a folder has no room for `trees`.
+
+    Args:
+      folder: The folder of the checkpoint; buckets have no limit.
+      trees: Trees of arrays.
+      note: Appended to the message.
+    """
     if storage.is_remote(folder):
         return
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 1e6
-    free = shutil.disk_usage(folder).free / 1e6
-    if free < 1.1 * needed:
-        sizes = f"{needed:.1f} MB, {free:.1f} MB are free"
+    needed_mb = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 1e6
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    if free_mb < 1.1 * needed_mb:
+        sizes = f"{needed_mb:.1f} MB, {free_mb:.1f} MB are free"
         raise ValueError(f"{folder}: a checkpoint needs {sizes}{note}")
 
 
 def save(path: str | Path, files: dict[str, str], trees: dict[str, Any]) -> None:
-    """Writes a checkpoint; it appears under `path` only when it is complete.
+    """Writes a checkpoint; it appears at `path` only when it is complete.
 
     Args:
       path: New directory.
-      files: Its text files by name, "config.json" among them.
-      trees: Its trees of jax arrays by folder; Orbax would copy numpy arrays first.
+      files: Contents of its text files by name, "config.json" among them.
+      trees: Its trees of jax arrays by folder; numpy arrays would be copied by Orbax first.
 
     Raises:
-      ValueError: `path` exists, or its folder does not or has no room.
+      ValueError: `path` exists, its parent folder does not, or there is no room.
     """
     path = storage.to_local_path(path).absolute()
     check_destination(path)
@@ -293,6 +315,6 @@ def save(path: str | Path, files: dict[str, str], trees: dict[str, Any]) -> None
         with ocp.Checkpointer(CheckpointHandler()) as checkpointer:
             checkpointer.save(path, args=CheckpointArgs(files, trees))
     except BaseException:
-        for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
         raise

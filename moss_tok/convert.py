@@ -1,4 +1,4 @@
-"""Converts a codec between the official Hugging Face layout and ours, in either direction."""
+"""Converts a codec between the official Hugging Face layout and that of moss_tok."""
 
 from pathlib import Path
 
@@ -14,22 +14,24 @@ _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def convert(source: str | Path, destination: str | Path, dtype: str = "float32") -> str:
-    """Converts `source` into a new directory `destination`, which appears only when complete.
+    """Converts a codec to the other layout; `destination` appears only when it is complete.
 
     Args:
-      source: An official directory (or Hub id) becomes a checkpoint of ours; a checkpoint or
-        training workdir of ours becomes an official directory.
-      destination: Must not exist; its folder must.
-      dtype: Of the stored weights, "float32" (bit-exact both ways) or "bfloat16".
+      source: An official directory or Hub id, which becomes a moss_tok checkpoint; or a moss_tok
+        checkpoint or training workdir, which becomes an official directory.
+      destination: New directory, in an existing folder.
+      dtype: Type of the stored weights, "float32" (bit-exact in both directions) or "bfloat16".
 
     Returns:
-      What was written: "checkpoint" or "official".
+      The layout that was written: "checkpoint" or "official".
 
     Raises:
-      ValueError: Broken source, or a destination that exists.
+      ValueError: `source` is missing or broken, `destination` exists or its folder does not, or
+        dtype is unknown.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
-    folder, destination = checkpoint.find_checkpoint(source), storage.to_local_path(destination)
+    folder = checkpoint.find_checkpoint(source)
+    destination = storage.to_local_path(destination)
     checkpoint.check_destination(destination)
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)

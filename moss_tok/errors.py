@@ -1,22 +1,20 @@
-"""Checks of values that users give, and the one line that an error is worth to them."""
+"""Checks of values that users give, and one-line messages for their errors."""
 
 import dataclasses
 import math
 import numbers
 from typing import Any
 
-# No real model or run needs more; beyond, arithmetic on sizes overflows somewhere.
+# No real model or run needs larger values, with which arithmetic on sizes could overflow.
 _LARGEST = {int: 2**31 - 1, float: 1e12}
-
-
 _LARGEST_COUNT = 4096  # of layers, heads, quantizers, channels
 _LARGEST_WIDTH = 2**20
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number; true and false are none."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    """Whether a value is a finite real number; booleans do not count."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
@@ -26,12 +24,16 @@ def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raises ValueError unless each plain field has its type and a number is finite and sane."""
+    """Raises ValueError unless all int, float, bool and str fields of a dataclass have their types.
+
+    Numbers must also be finite and at most `_LARGEST` in magnitude.
+    """
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), field.type
+        value = getattr(config, field.name)
+        kind = field.type
         if kind in _LARGEST:
-            whole = isinstance(value, int) or kind is float
-            if not (is_number(value) and whole):
+            has_type = kind is float or isinstance(value, int)
+            if not (is_number(value) and has_type):
                 name = {int: "an integer", float: "a finite number"}[kind]
                 raise ValueError(f"{field.name} must be {name}, got {value!r}")
             if abs(value) > _LARGEST[kind]:
@@ -41,29 +43,29 @@ def check_types(config: Any) -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError unless the fields `names` are positive and all have their types."""
+    """Raises ValueError unless the fields `names` are positive and all fields have their types."""
     for name in names:
         value = getattr(config, name)
         if not (is_number(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if isinstance(value, int):
-            most = _LARGEST_COUNT if name.startswith("num_") else _LARGEST_WIDTH
-            if value > most:
-                raise ValueError(f"{name} must be at most {most}, got {value}")
+            limit = _LARGEST_COUNT if name.startswith("num_") else _LARGEST_WIDTH
+            if value > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {value}")
     check_types(config)
 
 
 def user_error(error: Exception, less: str) -> str:
-    """The line that an error is worth to a user; empty for a mistake of ours.
+    """The one-line message for an error that the user can fix; "" for a bug in moss_tok.
 
     Args:
-      error: Any.
-      less: What takes less of a device's memory.
+      error: Any exception.
+      less: Advice on how to use less memory of a device, for out-of-memory errors.
     """
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or str(error)).partition(".")[0]
         line = f"{name} is not installed: pip install 'moss_tok[train]'"
-    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # jax's
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from jax
         line = f"{str(error).splitlines()[0]}; {less}"
     else:
         line = str(error) if isinstance(error, (ValueError, OSError)) else ""

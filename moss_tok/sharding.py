@@ -1,8 +1,8 @@
-"""The mesh, and the one table that maps logical axis names of parameters onto it.
+"""The device mesh, the table that maps logical axes of parameters onto it, and processes.
 
 The mesh has the axes ("data", "fsdp", "tensor"). Batches are split over data and fsdp, parameters
-over fsdp and tensor. Every logical name used in the model must be in RULES: Flax silently
-replicates an axis whose name has no rule (tests/sharding_test.py checks).
+over fsdp and tensor. Every logical name used in the model must be in RULES, because Flax silently
+replicates an axis whose name has no rule (tests/sharding_test.py checks this).
 """
 
 import importlib.util
@@ -22,7 +22,8 @@ from moss_tok.mesh import MESH_AXES, parse_mesh
 
 RULES = (
     ("batch", ("data", "fsdp")),
-    # Before "embed": at width 1280 the parts of fsdp:16 would be padded, and summed as a whole.
+    # Before "embed", so that fsdp splits head_dim if it can: at width 1280, the shards of fsdp:16
+    # would be padded, and gradients summed unsharded.
     ("head_dim", "fsdp"),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
@@ -41,19 +42,20 @@ RULES = (
     ("conv_out", "fsdp"),
 )
 
-# Parameters below this number of elements may be replicated.
+# Parameters with fewer elements may be replicated.
 LARGE = 2**20
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `text`, see `mesh.parse_mesh`.
+    """Creates the mesh of `text`.
 
-    Its axes are Auto: `jax.make_mesh` defaults to Explicit, where Linen's constraints turn into
-    assertions.
+    Its axes have type Auto. `jax.make_mesh` defaults to Explicit, with which Linen's constraints
+    become assertions.
 
     Args:
-      text: Sizes of the axes; without a -1 it may be a part of the devices, in one process.
-      devices: Default: all, of all processes.
+      text: Sizes of the axes, see `mesh.parse_mesh`. Without a -1, a single process may use only
+        some of its devices.
+      devices: Default: all devices of all processes.
 
     Raises:
       ValueError: The sizes do not fit the number of devices.
@@ -63,10 +65,11 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
     count = math.prod(shape)
-    partial = jax.process_count() == 1 and -1 not in sizes.values()
-    if not 0 < count <= len(devices) or (count != len(devices) and not partial):
-        rest = "a multiple of " if -1 in sizes.values() else ""
-        raise ValueError(f"mesh {text!r} needs {rest}{fixed} devices, there are {len(devices)}")
+    has_rest = -1 in sizes.values()
+    may_be_partial = jax.process_count() == 1 and not has_rest
+    if not 0 < count <= len(devices) or (count != len(devices) and not may_be_partial):
+        multiple = "a multiple of " if has_rest else ""
+        raise ValueError(f"mesh {text!r} needs {multiple}{fixed} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
@@ -75,33 +78,35 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The first axis split over data and fsdp."""
+    """Sharding of a batch: the first axis is split over data and fsdp."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
 
 
 def split_items(x: jax.Array) -> jax.Array:
-    """[B, ...] as it is; on a mesh, its items go where the batch's are.
+    """Constrains activations [B, ...] on a mesh to be split over items, like the batch.
 
-    Without being told, XLA also splits the width of activations, as that of parameters is.
+    Without this constraint, XLA also splits the width of activations, like that of parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    told = any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-    batch = None if mesh.empty or told else dividing_axes(mesh, "batch", x.shape[0])
-    if batch is None:
+    is_auto = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    if mesh.empty or not is_auto:
+        return x
+    batch_axes = dividing_axes(mesh, "batch", x.shape[0])
+    if batch_axes is None:
         return x
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *others))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes, *others))
 
 
 def dividing_axes(
     mesh: jax.sharding.AbstractMesh, logical_name: str, size: int
 ) -> tuple[str, ...] | None:
-    """The mesh axes of a logical axis by RULES, if they divide `size`; else None: not split."""
+    """The mesh axes over which RULES splits a logical axis; None if they do not divide `size`."""
     axes = dict(RULES)[logical_name] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     present = tuple(axis for axis in axes if axis in mesh.shape)
@@ -114,21 +119,24 @@ def check_batch_size(mesh: jax.sharding.Mesh, batch_size: int) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ValueError(
-            f"batch_size {batch_size} must be a multiple of {parts}, the mesh's data x fsdp"
+            f"batch_size {batch_size} must be a multiple of {parts}, data x fsdp of the mesh"
         )
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, and so has to feed.
+    """The rows of a global batch that are on devices of this process, which must provide them.
 
-    In rising order, but with gaps: a mesh follows the torus of a TPU slice, not its hosts.
+    They are sorted, but may have gaps: a mesh follows the torus of a TPU slice, not its hosts.
     """
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in slices for row in range(batch_size)[rows]})
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    local = set()
+    for (rows,) in indices.values():
+        local.update(range(batch_size)[rows])
+    return sorted(local)
 
 
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, batch: Any) -> Any:
-    """Arrays of all processes from the `local_rows` that each of them holds."""
+    """Global arrays of `batch_size` rows, from the `local_rows` of each process in `batch`."""
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
@@ -139,7 +147,7 @@ def global_batch(mesh: jax.sharding.Mesh, batch_size: int, batch: Any) -> Any:
 
 
 def whole(tree: Any, shardings: Any) -> Any:
-    """Puts arrays that every process has whole onto a mesh."""
+    """Puts a tree of arrays, of which every process has a full copy, onto a mesh."""
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)
@@ -149,31 +157,33 @@ def whole(tree: Any, shardings: Any) -> Any:
 
 
 def on_one_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arrays on a mesh, whole on the first device of each process."""
+    """Gathers a tree of arrays from a mesh, whole, onto the first device of each process."""
     if mesh.size == 1:
         return tree
-    tree = jax.jit(_same, out_shardings=replicated(mesh))(tree)
+    tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def _same(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
     return tree
 
 
 def connect(coordinator_address: str, num_processes: int, process_id: int) -> None:
-    """Makes this one of several processes that train together, before jax is used.
+    """Connects the processes that train together; call it before jax is used.
 
-    On TPU slices (also those of GKE) and under Slurm the environment says which; elsewhere the
-    arguments do. Slurm's processes get one GPU each, those of the arguments all of their host.
+    On TPU slices (also in GKE) and under Slurm, jax reads the settings from the environment;
+    elsewhere the arguments give them. A Slurm process gets one GPU, a process configured by the
+    arguments gets all devices of its host.
 
     Args:
-      coordinator_address: HOST:PORT of process 0; empty: as the environment says, else a process
-        on its own.
-      num_processes: How many there are.
-      process_id: Which one this is, 0..num_processes - 1.
+      coordinator_address: HOST:PORT of process 0. If empty, the environment decides; without a
+        cluster there, this process trains alone.
+      num_processes: Number of processes.
+      process_id: Index of this process, 0..num_processes - 1.
 
     Raises:
-      ValueError: A number out of range, a wrong address or none, or others that do not answer.
+      ValueError: An index is out of range, the address is missing or malformed, or the other
+        processes do not answer.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must be 0..{num_processes - 1}, got {process_id}")
@@ -198,68 +208,73 @@ def connect(coordinator_address: str, num_processes: int, process_id: int) -> No
 
 
 def _in_cluster() -> bool:
-    """Whether jax finds out by itself who the others are: Slurm steps, GKE, Cloud TPU VMs."""
+    """Whether jax detects the other processes itself: in Slurm steps, GKE and Cloud TPU VMs."""
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return True
-    if os.environ.get("JAX_PLATFORMS") == "cpu":  # not on the VM's chips, so not with its peers
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # a process that does not use the VM's TPUs
         return False
     if "TPU_WORKER_HOSTNAMES" in os.environ:
         return True
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         return False
-    # jax looks for TPUs on the PCI bus; in /dev/vfio may be a GPU that is passed through.
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
-    return bool(chips) and any(path.read_text().strip() == "0x1ae0" for path in vendors)  # Google
+    if not chips:
+        return False
+    # /dev/vfio may also have a passed-through GPU, so look on the PCI bus for TPUs, as jax does.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(path.read_text().strip() == "0x1ae0" for path in vendors)  # Google's id
 
 
 def is_main_process() -> bool:
-    """Whether this process writes logs and listings."""
+    """Whether this is process 0, which writes logs and file lists."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes; `name` differs from barrier to barrier."""
+    """Waits for all processes; each barrier needs a different `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def all_agree(yes: bool) -> bool:
-    """Whether `yes` holds in all processes."""
+def all_agree(value: bool) -> bool:
+    """Whether `value` is true in all processes."""
     if jax.process_count() == 1:
-        return yes
-    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-# Parameters are gathered while something else is computed, not before it; and in one piece: from
-# a pure fsdp mesh XLA would else make products of narrow slices, with three times the traffic.
+# Gather parameters during other computation instead of before it, and gather them in one piece: on
+# a pure fsdp mesh, XLA would otherwise multiply narrow slices, with three times the traffic.
 _TPU_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     "xla_enable_async_all_gather": True,
-    "xla_tpu_prefer_async_allgather_to_allreduce": True,  # else by sums of zeros over fsdp alone
+    # On a pure fsdp mesh, XLA would otherwise gather by an all-reduce with zeros.
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
-    # Sums of gradients: by the SparseCores of v5p and v6e...
+    # Let the SparseCores of v5p and v6e sum gradients.
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
 }
-_WITHOUT_SPARSE_CORES = {  # ... and else beside what is computed; so are parameters gathered.
+# Without SparseCores, sum gradients during other computation, as parameters are gathered.
+_WITHOUT_SPARSE_CORES = {
     "xla_enable_async_reduce_scatter_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # norms, too
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # also during norms
 }
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
-    """What `jax.jit` should tell the compiler about programs on this mesh."""
+    """Compiler options of `jax.jit` for programs on this mesh."""
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return {}
-    without = device.device_kind in ("TPU v4", "TPU v5 lite")
-    return _TPU_OPTIONS | (_WITHOUT_SPARSE_CORES if without else {})
+    if device.device_kind in ("TPU v4", "TPU v5 lite"):
+        return _TPU_OPTIONS | _WITHOUT_SPARSE_CORES
+    return _TPU_OPTIONS
 
 
 def fitting(
@@ -267,7 +282,7 @@ def fitting(
 ) -> NamedSharding:
     """Sharding of an array whose axes have logical names.
 
-    What does not divide stays whole, and gives its part of the mesh to the next axis in RULES.
+    An axis that its mesh axes do not divide stays whole; the next axis in RULES may then use them.
     """
 
     def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
@@ -276,20 +291,20 @@ def fitting(
 
     while True:
         axes = nn.logical_to_mesh_axes(names, RULES)
-        fit = [divides(size, a) for size, a in zip(shape, axes, strict=True)]
-        if all(fit):
+        divided_names = []
+        for name, size, mesh_axes in zip(names, shape, axes, strict=True):
+            divided_names.append(name if divides(size, mesh_axes) else None)
+        if divided_names == list(names):
             return NamedSharding(mesh, axes)
-        names = [name if f else None for name, f in zip(names, fit, strict=True)]
+        names = divided_names
 
 
 def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-    """NamedShardings for a tree of parameters whose leaves carry logical names (boxed).
-
-    They are `fitting`.
+    """Shardings, by `fitting`, of a tree of parameters in boxes that carry logical axis names.
 
     Raises:
-      ValueError: A large parameter would be whole on all devices along fsdp (on a mesh without
-        fsdp: along tensor).
+      ValueError: A large parameter would be replicated along fsdp, or on a mesh without fsdp along
+        tensor.
     """
     needed = next((axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1), None)
 
@@ -300,7 +315,7 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
                 f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated along "
-                f"{needed}, its axes are {box.names}; choose fsdp and tensor that divide them"
+                f"{needed}; choose sizes of fsdp and tensor that divide its axes {box.names}"
             )
         return placed
 

@@ -1,4 +1,4 @@
-"""Names of files and folders, on this machine or in a bucket of Google Cloud Storage (gs://)."""
+"""Paths of files and folders, on this machine or in a bucket of Google Cloud Storage (gs://)."""
 
 import contextlib
 import fnmatch
@@ -19,22 +19,22 @@ from etils import epath
 Path = pathlib.Path | epath.Path
 
 _PREFIX = "gs://"
-_LOST_AND_FOUND = "lost+found"  # of ext4, for root alone
+_LOST_AND_FOUND = "lost+found"  # folder of ext4 that only root can read
 _POINTER = b"version https://git-lfs"
-_ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")  # gs:/x is a slip, not a folder gs:
+_ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")  # gs:/x is a typo, not a folder "gs:"
 
 
 def to_path(name: str | Path) -> Path:
-    """A path to use like a `pathlib.Path`, whichever of the two it is.
+    """Returns a path that can be used like a `pathlib.Path`, local or in a bucket.
 
     Raises:
-      ValueError: Another kind of address, or a bucket that cannot be reached.
+      ValueError: `name` is another kind of address, or its bucket cannot be reached.
     """
     name = os.fspath(name)
     if not _ADDRESS.search(name):
         return pathlib.Path(name)
     if not name.startswith(_PREFIX):
-        raise ValueError(f"{name}: must be a path, or an address that begins with {_PREFIX}")
+        raise ValueError(f"{name}: must be a path, or an address that starts with {_PREFIX}")
     bucket = without_prefix(name).partition("/")[0]
     reason = _unreachable(bucket)
     if reason:
@@ -45,39 +45,39 @@ def to_path(name: str | Path) -> Path:
 def to_local_path(name: str | Path) -> pathlib.Path:
     """The path of a file or folder on this machine; ValueError for an address."""
     if _ADDRESS.search(os.fspath(name)):
-        raise ValueError(f"{name}: has to be on this machine")
+        raise ValueError(f"{name}: must be on this machine")
     return pathlib.Path(name)
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether it is in a bucket."""
+    """Whether a path is in a bucket."""
     return os.fspath(path).startswith(_PREFIX)
 
 
 def without_prefix(path: str | Path) -> str:
-    """Bucket and name of an address."""
+    """The address without "gs://": the bucket and the name in it."""
     return os.fspath(path).removeprefix(_PREFIX)
 
 
 @functools.cache
 def _unreachable(bucket: str) -> str:
-    """Why a bucket cannot be used; empty if it can."""
+    """The reason why a bucket cannot be used; "" if it can."""
     if importlib.util.find_spec("gcsfs") is None:
         return "needs gcsfs, pip install 'moss_tok[gcs]'"
     import fsspec
 
-    # What was listed once is not true for long: other processes write there too.
+    # Cached listings would become wrong, because other processes write there too.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     try:
         exists = epath.Path(f"{_PREFIX}{bucket}").exists()
-    except Exception as error:  # of gcsfs, google.auth or aiohttp
+    except Exception as error:  # from gcsfs, google.auth or aiohttp
         return f"cannot be reached ({_line(error)})"
-    return "" if exists else f"there is no bucket {bucket!r}, or no permission to list it"
+    return "" if exists else f"bucket {bucket!r} does not exist, or may not be listed"
 
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Errors of a bucket, which share no base class, become a ValueError that names `path`."""
+    """Converts errors of a bucket, which share no base class, to a ValueError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -101,7 +101,7 @@ def join(folder: Path, name: str) -> Path:
 
 
 def find(pattern: str) -> list[Path]:
-    """What a glob pattern names, sorted."""
+    """Paths that match a glob pattern, sorted."""
     if not is_remote(pattern):
         return sorted(_find_local(pattern))
     return sorted(to_path(f"{_PREFIX}{name}") for name in _buckets().glob(pattern))
@@ -111,37 +111,38 @@ def _find_local(pattern: str) -> list[pathlib.Path]:
     parts = pathlib.Path(pattern).parts
     if "**" not in parts:
         return list(map(pathlib.Path, glob.glob(pattern)))
-    # Not by `glob`, which would follow links that go in circles.
+    # `glob` would follow circular links for "**", so `files_under` lists the folders instead.
     number = parts.index("**")
-    found = []
-    for top in glob.glob(os.path.join(*parts[:number])) if number else [os.curdir]:
+    tops = glob.glob(os.path.join(*parts[:number])) if number else [os.curdir]
+    paths = []
+    for top in tops:
         for path in files_under(pathlib.Path(top)):
             if _matches(path.relative_to(top).parts, parts[number:]):
-                found.append(path)
-    return found
+                paths.append(path)
+    return paths
 
 
-def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
-    """Whether the parts of a path match those of a pattern; "**" are any folders."""
-    if not wanted:
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern; "**" matches any number of folders."""
+    if not pattern:
         return not parts
-    if wanted[0] == "**" and _matches(parts, wanted[1:]):
+    if pattern[0] == "**" and _matches(parts, pattern[1:]):
         return True
-    if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
         return False
-    if wanted[0] == "**":
-        return _matches(parts[1:], wanted)
-    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+    if pattern[0] == "**":
+        return _matches(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def files_under(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it, sorted.
+    """All files in a folder and its subfolders, sorted.
 
-    Links are followed, but into no folder twice: they may go in circles. Links to nothing are
-    listed, too, so that whoever reads them says what is missing.
+    Links are followed, but no folder is entered twice, because links may be circular. Links to
+    missing files are listed, too, so that reading them raises an error that names the file.
 
     Raises:
-      OSError: A folder that cannot be read.
+      OSError: A folder cannot be read.
     """
     if not is_remote(folder):
         return _local_files_under(pathlib.Path(folder))
@@ -150,27 +151,30 @@ def files_under(folder: Path) -> list[Path]:
 
 
 def _local_files_under(top: pathlib.Path) -> list[pathlib.Path]:
-    found = []
-    seen = set()
+    files = []
+    visited = set()  # device and inode of folders
     tops = [str(top)]
     while tops:
-        links = []  # to folders: later, so that a folder is listed under its own name
+        # Links to folders are followed last, so that files are listed under the folder's own path.
+        links = []
         for start in tops:
             for folder, folders, names in os.walk(start, onerror=_raise):
                 stat = os.stat(folder)
-                if (stat.st_dev, stat.st_ino) in seen:
+                if (stat.st_dev, stat.st_ino) in visited:
                     folders.clear()
                     continue
-                seen.add((stat.st_dev, stat.st_ino))
+                visited.add((stat.st_dev, stat.st_ino))
                 for name in names:
                     path = os.path.join(folder, name)
                     if os.path.isfile(path) or os.path.islink(path):
-                        found.append(pathlib.Path(path))
+                        files.append(pathlib.Path(path))
                 folders[:] = [name for name in folders if name != _LOST_AND_FOUND]
-                paths = [os.path.join(folder, name) for name in folders]
-                links += [path for path in paths if os.path.islink(path)]
+                for name in folders:
+                    path = os.path.join(folder, name)
+                    if os.path.islink(path):
+                        links.append(path)
         tops = sorted(links)
-    return sorted(found)
+    return sorted(files)
 
 
 def _raise(error: OSError) -> None:
@@ -189,21 +193,21 @@ def size_bytes(path: Path) -> int:
 
 
 def name_bytes(name: str | Path) -> bytes:
-    """The bytes of a file's name, in any locale.
+    """The bytes of a file's name, independent of the locale.
 
     Raises:
-      UnicodeEncodeError: No file can be called so.
+      UnicodeEncodeError: No file can have this name.
     """
     return os.fspath(name).encode("utf-8", "surrogateescape")
 
 
 def printable(name: str | Path) -> str:
-    """A file's name as UTF-8: bytes of it that are none become escapes."""
+    """A file's name as valid text: bytes that are not UTF-8 become escapes."""
     return name_bytes(name).decode("utf-8", "backslashreplace")
 
 
 def pointer_hint(path: str | pathlib.Path) -> str:
-    """What to do about a file of this machine that git-lfs has not fetched; "" for other files."""
+    """A hint for a local file that git-lfs has not fetched yet; "" for other files."""
     try:
         with open(path, "rb") as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
@@ -213,20 +217,20 @@ def pointer_hint(path: str | pathlib.Path) -> str:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Raises OSError, which names the folder, unless files can be written there."""
+    """Raises an OSError that names the folder unless files can be written there."""
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def set_mode(path: str | pathlib.Path) -> None:
-    """Gives a file that was made for the owner alone the mode of other new files."""
+    """Gives a file that only its owner can read the default mode of new files."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and all in it, as far as that is possible."""
+    """Removes a folder and its contents; what cannot be removed is left without an error."""
     try:
         epath.Path(path).rmtree(missing_ok=True)
     except OSError:
@@ -234,21 +238,22 @@ def remove_folder(path: Path) -> None:
 
 
 class Mirror:
-    """A folder that programs write in which know no buckets, and its copy in one.
+    """A local folder whose files are copied to a bucket, for libraries that only write locally.
 
     Attributes:
-      local: Where to write. A folder of this machine is its own mirror.
+      local: The folder to write to; `folder` itself if that is on this machine.
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._sent = folder, {}
+        self._folder = folder
+        self._sent = {}
         self.local = pathlib.Path(folder)
         if is_remote(folder):
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="moss_tok-"))
             weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
 
     def fetch(self, *names: str) -> None:
-        """Copies files from the bucket, as far as they exist."""
+        """Copies those of the files that exist from the bucket."""
         if not is_remote(self._folder):
             return
         for name in names:
@@ -257,11 +262,12 @@ class Mirror:
                     (self.local / name).write_bytes((self._folder / name).read_bytes())
 
     def send(self) -> None:
-        """Copies to the bucket what has changed."""
+        """Copies files that changed since the last call to the bucket."""
         if not is_remote(self._folder):
             return
         for path in files_under(self.local):
-            name, stat = path.relative_to(self.local), path.stat()
+            name = path.relative_to(self.local)
+            stat = path.stat()
             state = (stat.st_mtime_ns, stat.st_size)
             if self._sent.get(name) != state:
                 with named_errors(self._folder / name):

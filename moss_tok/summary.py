@@ -1,7 +1,6 @@
-"""One line on big objects, for `repr`: what is in them is counted, not printed.
+"""One-line descriptions of large objects for `repr`, with sizes instead of values.
 
-The leaves may be anything that JAX puts into a pytree: arrays, tracers, shapes, or placeholders
-without a shape.
+The leaves of a pytree may be arrays, tracers, shapes, or placeholders without a shape.
 """
 
 import math
@@ -19,35 +18,35 @@ def describe_array(array: Any) -> str:
 
 
 def describe_arrays(name: str, **arrays: Any) -> str:
-    """What holds `arrays`: "Encoded(codes: int32 [2, 8, 16], lengths: int32 [2])"."""
+    """Name, types and shapes: "Encoded(codes: int32 [2, 8, 16], lengths: int32 [2])"."""
     parts = [f"{field}: {describe_array(array)}" for field, array in arrays.items()]
     return f"{name}({', '.join(parts)})"
 
 
-def describe_values(array: Any, most: int = 8) -> str:
-    """The values of an array of at most so many, where they are known; else type and shape."""
+def describe_values(array: Any, max_size: int = 8) -> str:
+    """The values of a concrete array of at most `max_size` entries; else its type and shape."""
     is_known = isinstance(array, np.ndarray)
     if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
         is_known = array.is_fully_addressable and not array.is_deleted()
-    if not is_known or array.size > most:
+    if not is_known or array.size > max_size:
         return describe_array(array)
     return str(np.asarray(array).tolist())
 
 
 def count_parameters(tree: Any) -> str:
-    """The numbers in a tree of arrays: "1,774,566,400 parameters"."""
+    """Total number of entries in a tree of arrays: "1,774,566,400 parameters"."""
     total = sum(math.prod(leaf.shape) for leaf in _arrays(tree))
     return f"{total:,} parameters"
 
 
 def megabytes(tree: Any) -> str:
-    """Memory of a tree of arrays: "12.3 MB"."""
+    """Total memory of a tree of arrays: "12.3 MB"."""
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
     return f"{num_bytes / 1e6:.1f} MB"
 
 
 def count(number: int, noun: str) -> str:
-    """A number and what it counts: 1 channel, 2 channels."""
+    """A number with its noun: "1 channel", "2 channels"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -1,4 +1,4 @@
-"""Tensors of other projects: safetensors files, and tables that say which parameter each one is."""
+"""Reads and writes safetensors files of other projects, with a table that maps their tensors."""
 
 import dataclasses
 import math
@@ -17,21 +17,21 @@ from moss_tok.json_files import read_json_object
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
-_GROUP_SIZE = 64
+_GROUP_SIZE = 64  # tensors per opening of a file
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One official tensor and the parameter it is.
+    """A row of the table: an official tensor, and the parameter that holds it.
 
     Attributes:
       name: Official name.
       shape: Official shape.
-      path: Where the parameter is in our tree.
-      row: Row of a parameter stacked over layers or quantizers; None for the whole one.
-      to_ours: Official array -> our layout.
-      to_official: The inverse.
+      path: Path of the parameter in our tree.
+      row: Row of a parameter that is stacked over layers or quantizers; None for the whole one.
+      to_ours: Converts the official array to our layout.
+      to_official: The inverse of `to_ours`.
     """
 
     name: str
@@ -43,27 +43,37 @@ class Tensor:
 
 
 def is_official(path: Path) -> bool:
-    """Whether `path` holds official weights: one safetensors file or an index of several."""
+    """Whether a directory has official weights: one safetensors file, or an index of several."""
     return (path / WEIGHTS_NAME).exists() or (path / INDEX_NAME).exists()
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it."""
-    if (path / INDEX_NAME).exists():
-        index = read_json_object(path / INDEX_NAME)
-        weight_map = index.get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name for name in names):
-            raise ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
-        files = {name: path / Path(file).name for name, file in weight_map.items()}
-        for file in sorted(set(files.values())):
-            found = set(_names(file))
-            if gone := sorted(n for n, f in files.items() if f == file and n not in found):
-                raise ValueError(f"{file}: lacks {len(gone)} tensors of the index: {gone[0]} ...")
-            if more := sorted(n for n in found if files.get(n) != file):
-                raise ValueError(f"{file}: {more[0]} is not in the index, or of another file")
-        return files
-    return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
+    """The file of each tensor in an official directory, by the tensor's name.
+
+    Raises:
+      ValueError: A file is missing or corrupt, or the index does not match the files.
+    """
+    if not (path / INDEX_NAME).exists():
+        return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
+    index = read_json_object(path / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    file_names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name for name in file_names):
+        raise ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
+    files = {name: path / Path(file).name for name, file in weight_map.items()}
+    for file in sorted(set(files.values())):
+        _check_index(files, file)
+    return files
+
+
+def _check_index(files: dict[str, Path], file: Path) -> None:
+    """Raises ValueError unless a file has exactly the tensors that the index `files` gives it."""
+    stored = set(_names(file))
+    indexed = {name for name, indexed_file in files.items() if indexed_file == file}
+    if missing := sorted(indexed - stored):
+        raise ValueError(f"{file}: lacks {len(missing)} tensors of the index: {missing[0]} ...")
+    if extra := sorted(stored - indexed):
+        raise ValueError(f"{file}: {extra[0]} is not in the index, or belongs to another file")
 
 
 def _names(file: Path) -> list[str]:
@@ -78,7 +88,7 @@ def _open(file: Path):
         reason = storage.pointer_hint(file) or f"corrupt safetensors file: {error}"
         raise ValueError(f"{file}: {reason}") from error
     except FileNotFoundError as error:
-        reason = "a link to a file that is not there" if file.is_symlink() else "no such file"
+        reason = "a link to a missing file" if file.is_symlink() else "no such file"
         raise ValueError(f"{file}: {reason}") from error
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
@@ -87,16 +97,16 @@ def _open(file: Path):
 def read_tensors(
     path: Path, files: dict[str, Path], table: Iterable[Tensor], wanted: set[str]
 ) -> dict[str, Any]:
-    """Reads those tensors of a table that are `wanted`, into a tree of float32 numpy arrays.
+    """Reads some tensors of a table into a tree of float32 numpy arrays.
 
     Args:
-      path: What messages name.
-      files: Tensor name -> file, all that there are.
-      table: All that there should be.
-      wanted: Names.
+      path: The directory, for error messages.
+      files: Files of all stored tensors, by name.
+      table: All tensors that must be stored; all are checked.
+      wanted: Names of the tensors to read.
 
     Raises:
-      ValueError: As `read_official`.
+      ValueError: Tensors are missing, unknown, misshapen or of another type; all of them are named.
     """
     table = {t.name: t for t in table}
     problems = [f"missing {name}" for name in table.keys() - files.keys()]
@@ -106,8 +116,10 @@ def read_tensors(
     for file, names in _batches([n for n in table if n in files], files):
         with _open(file) as tensors:
             for name in names:
-                tensor, found = table[name], tensors.get_slice(name)
-                shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                tensor = table[name]
+                stored = tensors.get_slice(name)
+                shape = tuple(stored.get_shape())
+                dtype = stored.get_dtype()
                 if dtype not in _DTYPES:
                     problems.append(f"{name} has type {dtype}, not one of {', '.join(_DTYPES)}")
                 elif shape != tensor.shape:
@@ -121,18 +133,19 @@ def read_tensors(
 
 
 def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Groups of tensors of one file.
+    """Groups of tensor names, each of one file.
 
-    An open file stays mapped as far as it was read. It is opened again for each group, so that
-    the peak of memory holds the weights once.
+    The parts of a file that were read stay mapped in memory until it is closed. Opening it again
+    for each group keeps the peak of memory at one copy of the weights.
     """
     for file in sorted({files[name] for name in names}):
-        here = [name for name in names if files[name] == file]
-        for start in range(0, len(here), _GROUP_SIZE):
-            yield file, here[start : start + _GROUP_SIZE]
+        file_names = [name for name in names if files[name] == file]
+        for start in range(0, len(file_names), _GROUP_SIZE):
+            yield file, file_names[start : start + _GROUP_SIZE]
 
 
 def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
+    """Number of rows of each stacked parameter, by its path."""
     rows: dict[tuple[str, ...], int] = {}
     for tensor in table:
         if tensor.row is not None:
@@ -141,6 +154,7 @@ def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
 
 
 def _put(params, tensor: Tensor, array: np.ndarray, stacked) -> None:
+    """Stores the array of a tensor in the tree `params`."""
     *parents, leaf = tensor.path
     for name in parents:
         params = params.setdefault(name, {})
@@ -155,17 +169,18 @@ def _put(params, tensor: Tensor, array: np.ndarray, stacked) -> None:
 def write_tensors(
     path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file; OSError where that fails."""
+    """Writes a safetensors file. Raises OSError if that fails."""
     try:
         safetensors.numpy.save_file(arrays, path, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
-    storage.set_mode(path)  # safetensors writes for the owner alone
+    storage.set_mode(path)  # safetensors makes files that only their owner can read
 
 
 def split(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:
-    """Groups of tensors, each of at most MAX_SHARD_BYTES at `itemsize` bytes a number."""
-    shards, size = [[]], 0
+    """Splits a table into shards of at most MAX_SHARD_BYTES, at `itemsize` bytes per number."""
+    shards = [[]]
+    size = 0
     for tensor in table:
         size_bytes = math.prod(tensor.shape) * itemsize
         if shards[-1] and size + size_bytes > MAX_SHARD_BYTES:

@@ -508,7 +508,7 @@ def test_what_is_not_here(folder, capsys):
     """Addresses, which a path would change; and packages of an extra."""
     for command in ("encode", "decode", "reconstruct"):
         assert main([command, "gs://b/in.wav", "out.wav", "--checkpoint", CODEC]) == 2
-        assert capsys.readouterr().err == "error: gs://b/in.wav: has to be on this machine\n"
+        assert capsys.readouterr().err == "error: gs://b/in.wav: must be on this machine\n"
     argv = ["tokenize", ".", "--checkpoint", CODEC, "--output", "codes"]
     code = "import sys; sys.modules['grain'] = None; from moss_tok.cli import main; "
     code += f"sys.exit(main.main({argv!r}))"

@@ -157,9 +157,9 @@ def test_shards_in_a_bucket(bucket, clips, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("s3://bucket/data", "must be a path, or an address that begins with gs://"),
-        ("gs:/bucket/data", "must be a path, or an address that begins with gs://"),
-        pytest.param("gs://gone/data", "there is no bucket 'gone'", marks=needs_emulator),
+        ("s3://bucket/data", "must be a path, or an address that starts with gs://"),
+        ("gs:/bucket/data", "must be a path, or an address that starts with gs://"),
+        pytest.param("gs://gone/data", "bucket 'gone' does not exist", marks=needs_emulator),
     ],
 )
 def test_addresses_that_lead_nowhere(name, message, request):
