@@ -90,15 +90,21 @@ def export(
         shapes = [param_shapes, *shapes]
         arguments = ["params", *arguments]
     exported = jax_export.export(jax.jit(call), platforms=PLATFORMS)(*shapes)
+    signature = _signature(codec, function, arguments, exported)
+    return bytes(exported.serialize()), params, signature
+
+
+def _signature(
+    codec: Codec, function: str, arguments: list[Any], exported: jax_export.Exported
+) -> dict[str, Any]:
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    signature = {
+    return {
         "function": function,
         "platforms": PLATFORMS,
         "arguments": arguments,
         "results": jax.tree.map(_describe, results),
         "config": json.loads(codec.config.to_json()),
     }
-    return bytes(exported.serialize()), params, signature
 
 
 def write(

@@ -118,16 +118,18 @@ class _Stream:
             not exist or is finished, or a stream would get longer than `StreamState` can count. No
             slot is changed.
         """
-        wanted = self._config.sample_rate
-        fits = isinstance(sample_rate, numbers.Real) and sample_rate == wanted
-        if sample_rate is not None and not fits:
-            raise ValueError(f"sample_rate must be {wanted} for this codec, got {sample_rate!r}")
-        several = isinstance(block, Mapping)
-        blocks = self._check_blocks(block if several else {self._only_slot(): block})
-        for slot, x in blocks.items():
-            self._buffers[slot] = np.concatenate([self._buffers[slot], x], axis=-1)
-        out = self._run(list(blocks))
-        return out if several else out[0]
+        codec_rate = self._config.sample_rate
+        is_codec_rate = isinstance(sample_rate, numbers.Real) and sample_rate == codec_rate
+        if sample_rate is not None and not is_codec_rate:
+            raise ValueError(
+                f"sample_rate must be {codec_rate} for this codec, got {sample_rate!r}"
+            )
+        is_dict = isinstance(block, Mapping)
+        blocks = self._check_blocks(block if is_dict else {self._only_slot(): block})
+        for slot, array in blocks.items():
+            self._buffers[slot] = np.concatenate([self._buffers[slot], array], axis=-1)
+        results = self._run(list(blocks))
+        return results if is_dict else results[0]
 
     def finish(self, slots: Iterable[int] | None = None) -> Any:
         """Ends streams; a partly filled last frame is padded with zeros.
