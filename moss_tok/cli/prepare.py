@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of processes (default: all cores)",
     )
+    _add_beam(parser)
+
+
+def _add_beam(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runner",
         default="",
