@@ -337,7 +337,10 @@ def test_nothing_is_written_where_a_setting_is_wrong(config, changes, message):
         (["--augment_loudness_db=-10:-20"], "augment_loudness_db must be LOW:HIGH"),
         (["--augment_noise_db=20"], "augment_noise_db must be LOW:HIGH"),
         (["--mel_windows=100"], "mel_windows must be one or more multiples of 32"),
-        (["--discriminator_windows=100"], "discriminator_windows must be multiples of 64"),
+        (
+            ["--stage=adversarial", "--discriminator_windows=100"],
+            "discriminator_windows must be multiples of 64",
+        ),
         (["--workdir=/proc/nothing"], "/proc/nothing"),
         (["extra"], "unexpected argument 'extra'"),
     ],
