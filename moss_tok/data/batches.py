@@ -1,8 +1,8 @@
-"""Many recordings through an encoder, on all devices of this process.
+"""Encodes many recordings on all devices of this process.
 
-Short ones go in batches of about one length. Long ones go side by side, each in a slot of a stream,
-chunk by chunk, and the next takes the slot of one that has ended: so nothing is padded to the
-length of another, and memory does not grow with the length.
+Short recordings are batched with others of about the same length. Long recordings are encoded
+chunk by chunk as streams, several side by side; when one ends, the next takes its slot. So no long
+recording is padded to the length of another, and memory does not grow with the length.
 """
 
 import collections
@@ -23,26 +23,26 @@ from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
 
 _LARGEST_BATCH = 64  # recordings per device
-SLOT_SECONDS = 10.0  # of a long recording at once: of its last chunk half is padding, in the mean
+SLOT_SECONDS = 10.0  # chunk of a long recording; on average half of its last chunk is padding
 
-# Recording -> its codes [Q, T] int16, and samples per channel.
+# By recording: its codes [Q, T] int16, and its samples per channel.
 Found = dict[str, tuple[np.ndarray, int]]
 # A recording in blocks [C, S].
 Blocks = Callable[[], Iterable[np.ndarray]]
-# What is done with the codes of a batch, [Q, T] int16 of each row.
+# Receives the codes of a batch, [Q, T] int16 per row.
 Take = Callable[[Sequence[np.ndarray]], None]
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What this process did.
+    """The work of this process.
 
     Attributes:
-      audio_seconds: Encoded.
-      padded_seconds: The same with padding, and slots that were idle.
-      device_seconds: Time in which the devices had something to do.
-      seconds: Time in all.
-      shapes: How many batches of which (rows, frames).
+      audio_seconds: Audio encoded.
+      padded_seconds: Audio encoded, with padding and idle slots.
+      device_seconds: Time during which the devices were busy.
+      seconds: Total time.
+      shapes: Number of batches by shape (rows, frames).
     """
 
     audio_seconds: float = 0.0
@@ -53,10 +53,10 @@ class Statistics:
 
 
 class BatchEncoder:
-    """Collects recordings until they fill a batch; one is computed while the next is read."""
+    """Collects recordings into batches; one batch is encoded while the next is read."""
 
     def __init__(self, codec: Codec, num_quantizers: int, batch_seconds: float):
-        """Copies the codec to the devices; a batch has that much audio for each of them."""
+        """Copies the codec to the devices; a device gets `batch_seconds` of audio per batch."""
         self._mesh = sharding.make_mesh("data:-1", jax.local_devices())
         self._rows = sharding.batch_sharding(self._mesh)
         params = jax.device_put(codec.params, sharding.replicated(self._mesh))
@@ -64,7 +64,9 @@ class BatchEncoder:
         self._num_quantizers, self._seconds = num_quantizers, batch_seconds
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
         self._running: tuple[float, np.ndarray, Any, Future, Take] | None = None
-        self._watch = ThreadPoolExecutor(1)  # sees when a batch is done, not when it is asked for
+        self._watch = ThreadPoolExecutor(
+            1
+        )  # notes when a batch is done, not when its result is used
         self.statistics = Statistics()
 
     @property
@@ -73,17 +75,16 @@ class BatchEncoder:
         return self._seconds * self._mesh.size
 
     def add(self, key: str, wav: np.ndarray, found: Found) -> None:
-        """Puts a recording [C, S] into a batch; a full one is computed. See `flush`."""
+        """Adds a recording [C, S] to a batch, which is encoded once it is full. See `flush`."""
         size = inference.bucket_frames(self._config.num_frames(wav.shape[1]))
         self._buckets[size].append((key, wav))
         if len(self._buckets[size]) == self._batch_size(size):
             self._launch(size, self._buckets.pop(size), found)
 
     def flush(self, found: Found) -> None:
-        """Computes what is left, in few shapes: a quarter of a batch, a sixteenth, ...
+        """Encodes the remaining recordings in few shapes: a quarter of a batch, a sixteenth, ...
 
-        What would leave devices without work goes on with the next longer ones, where that is less
-        of a waste.
+        Leftovers join the next longer bucket when padding costs less than idle devices.
         """
         left, least, sizes = [], self._mesh.size, sorted(self._buckets)
         for size, longer in zip(sizes, [*sizes[1:], None], strict=False):
@@ -127,17 +128,17 @@ class BatchEncoder:
         found: Found,
         progress: Callable[[float], Any] = lambda seconds: None,
     ) -> dict[str, Exception]:
-        """Encodes recordings of any length, each as a stream.
+        """Encodes recordings of any length as streams.
 
         Args:
-          recordings: Names, and what opens them; longest first leaves the fewest slots idle at the
-            end.
-          pool: Reads, a chunk ahead.
-          found: Takes the codes.
-          progress: Called with seconds of audio that are read.
+          recordings: Names, and functions that read the blocks. Longest first leaves the fewest
+            slots idle at the end.
+          pool: Threads that read one chunk ahead.
+          found: Receives the codes.
+          progress: Called with the seconds of audio that were read.
 
         Returns:
-          Those that could not be read, and why: ValueError or OSError.
+          The recordings that could not be read, with their ValueError or OSError.
         """
         if not recordings:
             return {}
@@ -174,9 +175,9 @@ class BatchEncoder:
         return failed
 
     def _num_slots(self, num_recordings: int) -> int:
-        """For each device a power of 2: few where there are few recordings, of which one ends last.
+        """Slots of all devices: a power of two per device, and at least eight recordings per slot.
 
-        Eight for each slot keep the share of time low in which others have none.
+        With fewer recordings per slot, most slots would be idle while the last one ends.
         """
         most = min(num_recordings / 8 / self._mesh.size, self._seconds / SLOT_SECONDS)
         return self._mesh.size * 2 ** max(0, math.floor(math.log2(most)))
@@ -184,7 +185,7 @@ class BatchEncoder:
     def _compute(
         self, function: Callable[..., jax.Array], wav: np.ndarray, lengths: np.ndarray, take: Take
     ) -> None:
-        """Starts a batch when the one before is done, whose codes are taken."""
+        """Waits for the batch before, takes its codes, and starts this one."""
         placed = jax.device_put((wav, lengths), self._rows)
         self._collect()
         began = time.perf_counter()
@@ -196,7 +197,7 @@ class BatchEncoder:
         self.statistics.shapes[lengths.size, wav.shape[2] // self._config.hop_length] += 1
 
     def _collect(self) -> None:
-        """Waits for the batch that is computed, if any."""
+        """Waits for the batch that is running, if any, and takes its codes."""
         if self._running is None:
             return
         began, lengths, out, ended, take = self._running
@@ -214,7 +215,7 @@ def _batch(wavs: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarra
 
 
 class _Chunk(NamedTuple):
-    """A part of a recording, and whether it is the first; without a key: nothing is left."""
+    """A part of a recording, and whether it is the first. Without a key the slot is idle."""
 
     key: str | None
     wav: np.ndarray
@@ -236,6 +237,6 @@ def _chunks_of_slot(
 
 
 def _time_of(out: jax.Array) -> float:
-    """When an array has been computed."""
+    """The time at which an array has been computed."""
     jax.block_until_ready(out)
     return time.perf_counter()

@@ -1,8 +1,9 @@
 """The training pipeline: batch number i is a pure function of the seed and i.
 
-So the data position is one integer, the number of batches consumed, and a resumed run sees what an
-undisturbed one would have, under any number of threads, workers or processes. Nothing after the
-shuffle filters: what cannot be read or is silent is replaced by draws that follow from its index.
+So the data position is one integer, the number of batches consumed, and a resumed run sees the same
+batches as an undisturbed one, with any number of threads, workers or processes. Nothing after the
+shuffle filters: an item that is silent or cannot be read is replaced by draws that depend on its
+index alone.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ class SegmentShape:
 
 
 class Segment(grain.transforms.RandomMap):
-    """Turns an index into a random segment of that item, reading only what it needs."""
+    """Turns an index into a random segment of that item, and reads no more than the segment."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Segment(grain.transforms.RandomMap):
         rate = self._shape.sample_rate
         if self._config.augment_speed:
             speed = 1 + rng.uniform(-self._config.augment_speed, self._config.augment_speed)
-            rate = round(rate / speed)  # as which it is read, not as which it is taken
+            rate = round(rate / speed)  # the rate that it is read at; it is treated as the old one
         seconds = self._shape.num_samples / rate
         start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
         wav = files.read_segment(recording.audio, start, seconds, rate)
@@ -188,7 +189,7 @@ class _Rows:
 
 
 def _end_with_parent() -> None:
-    """In a worker process, ends it when its parent is gone, however that ended."""
+    """Ends a worker process when its parent is gone, however that ended."""
     parent = multiprocessing.parent_process()
     if parent is None or getattr(_end_with_parent, "watching", False):
         return
@@ -202,7 +203,7 @@ def _end_with_parent() -> None:
 
 
 def _outlive_sigterm() -> None:
-    """In a worker process: where its whole group gets SIGTERM, the parent still needs batches."""
+    """Keeps a worker process alive for a while after SIGTERM: the parent still needs batches."""
 
     def linger(*_: object) -> None:
         timer = threading.Timer(_LINGER_SECONDS, os._exit, (1,))

@@ -1,8 +1,8 @@
 """Prepares audio for training: a folder or manifest into balanced ArrayRecord shards.
 
-Which recording goes into which shard follows from the list of recordings alone, and a shard appears
-when it is complete. So an interrupted preparation goes on where it stopped, and any number of
-processes or machines (`run_beam`) can share the work.
+The list of recordings alone decides which shard a recording goes into, and a shard appears only
+when it is complete. So an interrupted preparation can be resumed, and any number of processes or
+machines (`run_beam`) can share the work.
 """
 
 import collections
@@ -81,7 +81,7 @@ class Record:
 
 
 def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
-    """The records of one recording; the function that every way of running calls.
+    """The records of one recording, whichever way the preparation is run.
 
     A FLAC file that needs no change keeps its bytes.
 
@@ -90,7 +90,9 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     """
     audio: Path | files.AudioBytes = item.path
     is_flac = item.path.suffix.lower() == ".flac"
-    if is_flac:  # once: what is checked is what is stored, whatever becomes of the file meanwhile
+    if (
+        is_flac
+    ):  # read once: the bytes checked are the bytes stored
         with storage.named_errors(item.path):
             audio = files.AudioBytes(item.path.read_bytes(), str(item.path))
     wav, rate = files.read_native(audio)
@@ -119,7 +121,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
 
 
 def record_name(item: AudioItem) -> str:
-    """The id of a recording's record, or what those of its parts begin with."""
+    """The id of a recording's record; ids of parts begin with it."""
     return str(item.metadata.get("id", storage.printable(item.path.stem)))
 
 
@@ -140,8 +142,8 @@ def _flac(wav: np.ndarray, rate: int, deep: bool) -> bytes:
 def plan(items: list[AudioItem], settings: Settings) -> list[Shard]:
     """Spreads the recordings of each split over shards of about the same length.
 
-    In an order drawn by hash, so that a shard is a random sample, each goes into the shard that has
-    least so far.
+    The recordings are ordered by a hash of their names, so that a shard is a random sample; each
+    goes into the shard that is shortest so far.
     """
     shards = []
     for split in sorted({item.split for item in items}):
@@ -216,7 +218,7 @@ def _reason(error: Exception, item: AudioItem) -> str:
 
 
 def begin(source: str | Path, destination: str | Path, settings: Settings) -> list[Shard]:
-    """Plans the work and creates the folder, or goes on with one of the same plan.
+    """Plans the work and creates the folder, or resumes a folder with the same plan.
 
     Raises:
       ValueError: No such source, or a destination that holds something else.

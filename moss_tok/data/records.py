@@ -72,7 +72,7 @@ class Shards:
         return len(self._source)
 
     def name(self, index: int) -> str:
-        """What errors call a record."""
+        """The name of a record in errors."""
         where = self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
         return f"{where}[{index}]"
 

@@ -23,8 +23,8 @@ class Recording:
       audio: File name or bytes.
       domain: As in `AudioItem`.
       duration_seconds: Length.
-      text: What is said in it, or what it sounds like; empty where unknown.
-      task: What the text is, one of TASKS.
+      text: Its transcript or caption; empty where unknown.
+      task: The kind of text, one of TASKS.
     """
 
     audio: storage.Path | files.AudioBytes
@@ -54,12 +54,12 @@ class FileSource:
         return [text for item in items if (text := manifest.read_text(item.metadata)[0])]
 
     def name(self, index: int) -> str:
-        """What the log calls a segment's file."""
+        """The name of a segment's file in the log."""
         return item_name(self._items[self._owners[index]])
 
 
 class RecordSource:
-    """Random access to the records of shards, all alike: their lengths are in the shards only."""
+    """Random access to the records of shards; each counts once, as their lengths are unknown."""
 
     def __init__(self, paths: Sequence[storage.Path]):
         self._shards = records.Shards(paths)
@@ -71,7 +71,7 @@ class RecordSource:
         return _recording(*self._shards.read(index))
 
     def name(self, index: int) -> str:
-        """What the log calls a record."""
+        """The name of a record in the log."""
         return self._shards.name(index)
 
 

@@ -1,10 +1,10 @@
-"""Whole data sets to shards of codes: planned, batched by length, resumed shard by shard.
+"""Encodes whole data sets into shards of codes, batched by length and resumable shard by shard.
 
-The recordings are sorted by length and cut into shards; what a shard holds depends on the data set
-and the settings alone, so a run that was killed goes on with the shards that are missing, and
-several machines can share them. OUTPUT holds
+The recordings are sorted by length and cut into shards. The contents of a shard depend on the data
+set and the settings alone, so a run that was killed resumes with the missing shards, and several
+machines can share them. OUTPUT holds
 
-  plan.json                 what is done, with what: another codec or data set does not go on
+  plan.json                 codec, data set and settings; a run with others is refused
   codes-00000-of-00010.*    .array_record (see `moss_tok.data.codes`) or .jsonl (as the fine-tuning
                             of MOSS-TTS reads it: "audio_codes" are lists [T, Q])
   failures.jsonl            recordings that could not be read, and why
@@ -42,7 +42,7 @@ _PART = ".json"  # suffix of a shard's part
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is written, and how much at once.
+    """The format of the output, and the sizes of shards and batches.
 
     Attributes:
       num_quantizers: Codes per frame.
@@ -130,13 +130,13 @@ def _id(item: AudioItem, root: str) -> str:
 
 
 def _place(item: AudioItem, root: str) -> str:
-    """Where an item is, seen from the folder of the data set."""
+    """The path of an item relative to the folder of the data set."""
     name = sources.item_name(item)
     return storage.printable(name.removeprefix(f"{root.rstrip('/')}/"))
 
 
 def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> Plan:
-    """Cuts a data set into shards, and writes or checks plan.json.
+    """Cuts a data set into shards, and writes plan.json or compares it.
 
     Raises:
       ValueError: `folder` holds codes of something else, or an item has a name or metadata that
@@ -188,11 +188,11 @@ def run(
     num_shards: int = 1,
     progress: Callable[[float], Any] = lambda seconds: None,
 ) -> Statistics:
-    """Writes the shards that are missing, of every `num_shards`-th from `shard_index` on.
+    """Writes the missing ones of every `num_shards`-th shard from `shard_index` on.
 
     Args:
       codec: With an encoder.
-      plan: What is to be done.
+      plan: The work.
       shard_index: 0..num_shards - 1.
       num_shards: Into how many parts the work is split.
       progress: Called with seconds of audio that are done.
@@ -215,7 +215,7 @@ def run(
 
 
 def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Failed) -> None:
-    """Writes the codes of a shard, then what finish() has to know of it."""
+    """Writes the codes of a shard, then its part, which `finish` reads."""
     rows = [(key, item, *found[key]) for key, item in items if key in found]
     failures = [
         {"id": key, "path": sources.item_name(item), "reason": str(failed[key])}
@@ -240,14 +240,14 @@ def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
 
 
 class _Reader:
-    """Reads the recordings of a shard for an encoder, ahead of it."""
+    """Reads the recordings of a shard ahead of the encoder."""
 
     def __init__(self, codec: Codec, pool: ThreadPoolExecutor, progress: Callable[[float], Any]):
         self._shape = codec.config.sample_rate, codec.config.num_channels
         self._pool, self._progress = pool, progress
 
     def encode(self, encoder: BatchEncoder, items: Items) -> tuple[Found, Failed]:
-        """The codes of all, but of those that could not be read."""
+        """The codes of the recordings that can be read, and the errors of the others."""
         found: Found = {}
         failed: Failed = {}
         long = []
@@ -269,7 +269,7 @@ class _Reader:
     def _read_ahead(
         self, seconds: float, items: Items
     ) -> Iterator[tuple[str, AudioItem, Future | None]]:
-        """Recordings, read so many seconds ahead; None for long ones."""
+        """Recordings, read up to `seconds` of audio ahead; None for the audio of long ones."""
         waiting: collections.deque[tuple[str, AudioItem, Future | None]] = collections.deque()
         ahead = 0.0
         for key, item in items:
@@ -353,10 +353,10 @@ def finish(plan: Plan) -> dict[str, Any] | None:
 
 
 def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
-    """`finish`, once the other processes of this run are done, too.
+    """Calls `finish` once the other processes of this run are done, too.
 
-    jax.distributed gives the others five minutes from the end of the first, and ends all if one has
-    died.
+    jax.distributed gives the others five minutes after the first one ends, and ends all of them if
+    one has died.
     """
     while (summary := finish(plan)) is None:
         time.sleep(poll_seconds)
@@ -366,9 +366,9 @@ def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
 def verify(
     codec: Codec, plan: Plan, number: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, int, int]]:
-    """Encodes random items again, each alone: (id, codes that differ, codes in all).
+    """Encodes random items again, each alone: yields (id, differing codes, total codes).
 
-    `share` is (i, n): the i-th of n parts of them.
+    `share` is (i, n): this process verifies the i-th of n parts of them.
     """
     owners = {key: item for _, items in plan.shards for key, item in items}
     found, c = codes.read_codes(plan.folder), codec.config
