@@ -64,9 +64,8 @@ class BatchEncoder:
         self._num_quantizers, self._seconds = num_quantizers, batch_seconds
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
         self._running: tuple[float, np.ndarray, Any, Future, Take] | None = None
-        self._watch = ThreadPoolExecutor(
-            1
-        )  # notes when a batch is done, not when its result is used
+        # Notes when a batch is done, not when its result is used.
+        self._watch = ThreadPoolExecutor(1)
         self.statistics = Statistics()
 
     @property

@@ -90,9 +90,7 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     """
     audio: Path | files.AudioBytes = item.path
     is_flac = item.path.suffix.lower() == ".flac"
-    if (
-        is_flac
-    ):  # read once: the bytes checked are the bytes stored
+    if is_flac:  # read once: the bytes checked are the bytes stored
         with storage.named_errors(item.path):
             audio = files.AudioBytes(item.path.read_bytes(), str(item.path))
     wav, rate = files.read_native(audio)
