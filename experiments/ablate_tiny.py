@@ -67,7 +67,7 @@ def undo(names: list[str]) -> None:
 
         codec_init._paired = without_sizes
     if "dealt" in names:
-        codec_init._seen_first = random_kernels
+        codec_init._dimension_kernels = random_kernels
 
 
 def random_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> jax.Array:

@@ -53,7 +53,7 @@ def find_checkpoint(path: str | storage.Path) -> storage.Path:
     if not (folder / "config.json").exists():
         folder = _snapshot(folder) or folder
     if not (folder / "config.json").exists():
-        raise ValueError(f"{path}: not a checkpoint, it has no config.json")
+        raise ValueError(f"{path}: no config.json, so it is not a checkpoint")
     official = tensors.is_official(folder)
     if official and storage.is_remote(folder):
         raise ValueError(f"{folder}: a directory in the official layout must be on this machine")

@@ -267,7 +267,7 @@ def test_fresh_quantizer_knows_sizes():
 )
 def test_fresh_quantizers_share_out_the_dimensions(sizes):
     """Each sees different ones; those of a group see no dimension twice where there are enough."""
-    kernels = np.asarray(codec_init._seen_first(*sizes))
+    kernels = np.asarray(codec_init._dimension_kernels(*sizes))
     num_quantizers, rvq_dim, codebook_dim = sizes
     seen = min(codebook_dim - 1, rvq_dim)
     assert (kernels.sum((1, 2)) == seen).all() and kernels.sum(2).max() <= 1
