@@ -17,6 +17,7 @@ from helpers import (
     ADVERSARIAL,
     CODEC,
     GOLDEN,
+    PRETRAIN,
     ROOT,
     init_state,
     leaves_equal,
@@ -264,8 +265,10 @@ def test_too_many_bad_files_stop_the_run(config, clips, tmp_path, capsys):
     folder = shutil.copytree(clips, tmp_path / "bad")
     for name in ("0.flac", "3.flac"):
         (folder / name).write_bytes(b"fLaC" + b"\0" * 300)
-    config = config | dict(train_data=str(folder / "manifest.jsonl"), num_steps=100, log_every=5,
-        num_eval_clips=0, stage="pretrain",)  # fmt: skip
+    first_stage = {k: v for k, v in config.items() if k in PRETRAIN or k in ("model", "workdir")}
+    config = first_stage | dict(
+        train_data=str(folder / "manifest.jsonl"), num_steps=100, log_every=5, num_eval_clips=0
+    )
     with pytest.raises(ValueError, match="reads failed, more than max_failed_share 0.1"):
         train(config)
     printed = capsys.readouterr().out
@@ -296,7 +299,7 @@ def test_numbers_that_stay_infinite_stop_the_run(ended, monkeypatch):
     ("changes", "message"),
     [
         ({"learning_rate": 1e-5}, "holds another run: learning_rate was 0.003, now 1e-05"),
-        ({"seed": 5, "stage": "pretrain"}, "stage was 'adversarial', now 'pretrain'; seed was 0"),
+        ({"seed": 5, "beta1": 0.5}, "seed was 0, now 5; beta1 was 0.8, now 0.5"),
     ],
 )
 def test_a_workdir_of_another_run_is_refused(ended, changes, message):

@@ -494,7 +494,7 @@ def test_errors_of_the_steps(v1_tiny):
         (lambda: moss_tok.encode_step(v1_tiny, scalar, wav), r"the shape \[B\], got \[\]"),
         (
             lambda: moss_tok.EncoderStream(elsewhere),
-            "EncoderStream feeds .* one process, .* encode_step",
+            "EncoderStream needs .* one process, .* encode_step",
         ),
         (lambda: moss_tok.encode_step(v1_tiny, state.replace(caches=None), wav), "got StreamState"),
         (lambda: moss_tok.decode_step(v1_tiny, state.caches, codes), "state must be .* got dict"),

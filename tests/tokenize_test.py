@@ -21,7 +21,7 @@ import moss_tok
 from moss_tok import sharding
 from moss_tok.cli.main import main
 from moss_tok.codec import inference, pretrained
-from moss_tok.data import batches, read_codes, records, tokenize
+from moss_tok.data import batches, jobs, read_codes, records, tokenize
 
 SIZES = (900, 4000, 4100, 4200, 8000, 15, 7000, 30000, 4300, 1)
 
@@ -169,10 +169,10 @@ def test_processes_of_jax_distributed_share_the_work(root, whole, tmp_path):
 
 def test_a_plan_that_is_being_written(tmp_path):
     (tmp_path / ".incomplete-1").touch()
-    tokenize.check_folder(tmp_path)
+    jobs.check_folder(tmp_path, "plan.json")
     (tmp_path / "other").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        tokenize.check_folder(tmp_path)
+        jobs.check_folder(tmp_path, "plan.json")
 
 
 def test_on_all_devices(root, tmp_path, whole, monkeypatch):
@@ -263,10 +263,10 @@ def test_another_codec_or_setting_does_not_go_on(root, whole, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     for options, name in [
-        (["--num-quantizers", "2"], "num_quantizers: 4, now 2"),
-        (["--precision", "bfloat16"], "dtype: float32, now bfloat16"),
+        (["--num-quantizers", "2"], "num_quantizers was 4, now 2"),
+        (["--precision", "bfloat16"], "dtype was float32, now bfloat16"),
         (["--checkpoint", str(GOLDEN / "v1_tiny")], "codec: "),
-        (["--format", "jsonl"], "format: arrayrecord, now jsonl"),
+        (["--format", "jsonl"], "format was arrayrecord, now jsonl"),
     ]:
         capsys.readouterr()
         assert run(root, "in", copy, *options) == 2
@@ -282,7 +282,7 @@ def test_other_texts_do_not_go_on(root, tmp_path, capsys):
     assert run(root, source.name, tmp_path / "out") == 0
     source.write_text(text.replace("text 4", "text five"))
     assert run(root, source.name, tmp_path / "out") == 2
-    assert "data: " in capsys.readouterr().err
+    assert "data was " in capsys.readouterr().err
 
 
 def test_what_a_shard_cannot_hold(root, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_discriminators_hear_quiet_and_loud_audio_alike():
 
     def judgement(batch):
         name, wav = "window_512", 0.5 * batch["wav"]
-        return recipe.objective.judge(name, params[name], batch, wav)[0][-1]
+        return recipe.objective.features(name, params[name], batch, wav)[0][-1]
 
     np.testing.assert_allclose(judgement(loud), judgement(quiet), rtol=1e-3, atol=1e-5)
 
@@ -299,7 +299,7 @@ def test_bfloat16_discriminators_judge_like_float32_ones():
         waves = (batch["wav"], random_batch(1)["wav"])
         found = []
         for name in params:
-            real, fake = objective.judge(name, params[name], batch, *waves)
+            real, fake = objective.features(name, params[name], batch, *waves)
             found.append(
                 (
                     losses.discriminator_loss(real, fake),

@@ -57,7 +57,7 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other: str) -> Non
                 changes.append(f"{key} was {before.get(key)}, now {value}")
         if changes:
             raise ValueError(f"{folder} holds {other}: {'; '.join(changes)}")
-    (folder / _PARTS).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         files.write_text(path, json.dumps(plan, indent=2) + "\n")
 
@@ -90,6 +90,7 @@ def new_file(path: Path) -> Iterator[Path]:
     name = f"{files.INCOMPLETE}{path.name}@{socket.gethostname()}@{os.getpid()}"
     temporary = path.with_name(name)
     try:
+        path.parent.mkdir(exist_ok=True)
         yield temporary
         temporary.rename(path)
     except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full

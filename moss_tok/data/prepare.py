@@ -180,6 +180,7 @@ def write_shard(
     listing = jobs.part_path(folder, shard.name, _PART)
     with jobs.new_file(folder / shard.name) as temporary:
         rows = _write_records(temporary, shard, settings, progress)
+        listing.parent.mkdir(exist_ok=True)
         files.write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
         if not any("record" in row for row in rows):
             temporary.write_bytes(b"")  # an ArrayRecord file without records cannot be opened
