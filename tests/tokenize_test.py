@@ -265,7 +265,7 @@ def test_another_codec_or_setting_does_not_go_on(root, whole, tmp_path, capsys):
     for options, name in [
         (["--num-quantizers", "2"], "num_quantizers was 4, now 2"),
         (["--precision", "bfloat16"], "dtype was float32, now bfloat16"),
-        (["--checkpoint", str(GOLDEN / "v1_tiny")], "codec: "),
+        (["--checkpoint", str(GOLDEN / "v1_tiny")], "codec was "),
         (["--format", "jsonl"], "format was arrayrecord, now jsonl"),
     ]:
         capsys.readouterr()
