@@ -227,17 +227,17 @@ def cut_largest(folder):
 BAD_CHECKPOINTS = [
     (lambda: None, "bad: no such checkpoint directory"),
     (lambda: Path("bad").touch(), "bad: not a checkpoint directory"),
-    (lambda: Path("bad").mkdir(), "bad: not a checkpoint, it has no config.json"),
+    (lambda: Path("bad").mkdir(), "bad: no config.json, so it is not a checkpoint"),
     (
         lambda: edit(lambda: remove("bad/config.json")),
-        "bad: not a checkpoint, it has no config.json",
+        "bad: no config.json, so it is not a checkpoint",
     ),
     (lambda: edit(lambda: Path("bad/config.json").write_text("{")), "broken JSON"),
     (lambda: edit(lambda: Path("bad/config.json").write_bytes(b"\xff\xfe")), "config.json"),
     (lambda: edit(lambda: Path("bad/model.safetensors").write_text("x")), "corrupt safetensors"),
     (
         lambda: edit(lambda: remove("bad/config.json"), "ours"),
-        "bad: not a checkpoint, it has no config.json",
+        "bad: no config.json, so it is not a checkpoint",
     ),
     (lambda: edit(lambda: Path("bad/config.json").write_text("[]"), "ours"), "bad/config.json"),
     (lambda: edit(lambda: Path("bad/config.json").write_bytes(b"\xff"), "ours"), "config.json"),
