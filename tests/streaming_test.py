@@ -94,12 +94,12 @@ def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
 
 def test_long_audio_is_cut_by_itself(v1_tiny, monkeypatch):
     wav = np.zeros((1, 1, 40 * 1920), np.float32)
-    assert inference._chunk_frames(v1_tiny, 40, None) == 40
+    assert inference._frames_per_chunk(v1_tiny, 40, None) == 40
     for second in (1, np.int64(1), np.float32(1)):
-        assert inference._chunk_frames(v1_tiny, 40, second) == 10
+        assert inference._frames_per_chunk(v1_tiny, 40, second) == 10
     monkeypatch.setattr(inference, "WHOLE_SECONDS", 2.0)
     monkeypatch.setattr(inference, "CHUNK_SECONDS", 1.0)
-    assert inference._chunk_frames(v1_tiny, 40, None) == 10  # equal parts, no longer than asked for
+    assert inference._frames_per_chunk(v1_tiny, 40, None) == 10  # equal parts
     assert moss_tok.encode(v1_tiny, wav).codes.shape == (1, 8, 40)
     for value in (-1, np.nan, "5"):
         with pytest.raises(ValueError, match="chunk_seconds must be a number of at least 0"):

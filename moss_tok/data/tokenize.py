@@ -257,7 +257,7 @@ class _Reader:
             except (ValueError, OSError) as error:
                 failed[key] = error
             else:
-                if wav is None or wav.shape[1] > inference.WHOLE_SECONDS * self._shape[0]:
+                if wav is None or inference.is_long(wav.shape[1] / self._shape[0]):
                     long.append((key, functools.partial(self._blocks, item)))
                     continue
                 encoder.add(key, wav, found)
@@ -273,7 +273,7 @@ class _Reader:
         waiting: collections.deque[tuple[str, AudioItem, Future | None]] = collections.deque()
         ahead = 0.0
         for key, item in items:
-            is_long = item.duration_seconds > inference.WHOLE_SECONDS
+            is_long = inference.is_long(item.duration_seconds)
             waiting.append(
                 (key, item, None if is_long else self._pool.submit(_read, item, *self._shape))
             )
