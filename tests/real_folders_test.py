@@ -103,7 +103,7 @@ def test_manifests_of_any_editor(recordings, data, is_a_data_set):
         output_names = datasets.read_dataset(path).output_names()
         assert output_names == ["000000_one.flac", "000001_one.flac", "000002_c.flac"]
     else:
-        with pytest.raises(ValueError, match=r"m.jsonl, line \d: a blank line"):
+        with pytest.raises(ValueError, match=r"m.jsonl:\d: a blank line"):
             datasets.read_dataset(path)
 
 
@@ -141,7 +141,7 @@ def test_manifests_that_name_no_file(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"path": "\\ud800.wav"}\n')
     with pytest.raises(ValueError, match="m.jsonl:1: path must be a file's name, got"):
         manifest.find_items(tmp_path / "m.jsonl")
-    with pytest.raises(ValueError, match="line 1: no such file"):
+    with pytest.raises(ValueError, match="m.jsonl:1: no such file"):
         datasets.read_dataset(tmp_path / "m.jsonl")
 
 

@@ -129,3 +129,10 @@ def test_items_of_a_folder_of_codes(tmp_path):
     source = codes.read_codes(tmp_path)
     assert repr(source) == f"CodeSource({str(tmp_path)!r}, 2 items)"
     assert repr(source[0]) == "Item('a', codes: int16 [2, 1], 9 samples, metadata: ['text'])"
+
+
+def test_a_broken_line_of_codes_names_its_file_and_line(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format": "jsonl"}')
+    (tmp_path / "codes-00000-of-00001.jsonl").write_text('{"id": "a"}\n{"id": "b", "audio_')
+    with pytest.raises(ValueError, match="codes-00000-of-00001.jsonl:2: must be a JSON object, go"):
+        codes.read_codes(tmp_path)[1]

@@ -1,6 +1,7 @@
 """Data sets as lists of audio files: a folder, or a manifest with one JSON object per line."""
 
 import dataclasses
+import json
 import re
 import sys
 import zlib
@@ -12,16 +13,16 @@ import tqdm
 from moss_tok import storage
 from moss_tok.audio import files, folders
 from moss_tok.errors import is_number
-from moss_tok.json_files import parse_json_object
+from moss_tok.json_files import read_json_lines, shorten
 
 TASKS = ("transcribe", "transcribe_speakers", "caption")
 DOMAINS = ("speech", "music", "sound", "other")
+EXAMPLE = '{"path": "a.wav"}'  # a line of a manifest, for error messages
 
 T = TypeVar("T")
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
-_MOST_SHOWN = 60  # characters of a bad line, in its message
 _TEST_SHARE = 20  # one file in 20 is held out where nothing says which
 
 
@@ -79,76 +80,40 @@ def list_files(
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 
-def read_lines(path: storage.Path) -> list[str]:
-    """The lines of a JSONL file, blank ones included, as any editor or spreadsheet writes them.
-
-    They may end in CR LF, the file may begin with a byte-order mark.
-
-    Raises:
-      ValueError: It is no UTF-8 text.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
-    lines = re.split("\r\n|\n|\r", text)
-    return lines if lines[-1] else lines[:-1]
-
-
 def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(read_lines(manifest), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_line(line)
-        except ValueError as error:
-            raise ValueError(f"{manifest}:{number}: {error}") from error
+    for place, row in read_json_lines(manifest, EXAMPLE):
         if not isinstance(row.get("path"), str):
-            raise ValueError(f'{manifest}:{number}: must have a "path", got {_shortened(line)}')
-        _check_row(row, f"{manifest}:{number}")
+            raise ValueError(f'{place}: must have a "path", got {shorten(json.dumps(row))}')
+        _check_row(row, place)
         rows.append(row)
     return rows
 
 
-def parse_line(line: str) -> dict[str, Any]:
-    """The object in a line; ValueError shows a line that holds none, as those of a CSV."""
-    try:
-        return parse_json_object(line)
-    except ValueError as error:
-        raise ValueError(
-            f'must be a JSON object like {{"path": "a.wav"}}, got {_shortened(line)} ({error})'
-        ) from error
-
-
-def _shortened(line: str) -> str:
-    return repr(line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "...")
-
-
-def _check_row(row: dict, where: str) -> None:
+def _check_row(row: dict, place: str) -> None:
     try:
         storage.name_bytes(row["path"])
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: path must be a file's name, got {row['path']!r}") from error
+        raise ValueError(f"{place}: path must be a file's name, got {row['path']!r}") from error
     for key in ("split", "domain"):
         value = row.get(key)
         if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
-            raise ValueError(f"{where}: {key} must be a short word, got {value!r}")
+            raise ValueError(f"{place}: {key} must be a short word, got {value!r}")
     for key in ("transcript", "caption"):
         if not isinstance(row.get(key), str | None):
-            raise ValueError(f"{where}: {key} must be a text, got {row[key]!r}")
+            raise ValueError(f"{place}: {key} must be a text, got {row[key]!r}")
         if _HALF_PAIR.search(row.get(key) or ""):
-            raise ValueError(f"{where}: {key} has half a surrogate pair")
+            raise ValueError(f"{place}: {key} has half a surrogate pair")
     if row.get("task") not in (None, *TASKS):
-        raise ValueError(f"{where}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
+        raise ValueError(f"{place}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
     duration, record = row.get("duration_s"), row.get("record")
     if duration is not None and not (is_number(duration) and 0 < duration < 1e6):
-        raise ValueError(f"{where}: duration_s must be a positive number, got {duration!r}")
+        raise ValueError(f"{place}: duration_s must be a positive number, got {duration!r}")
     if record is not None:
         if isinstance(record, bool) or not isinstance(record, int) or record < 0:
-            raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
+            raise ValueError(f"{place}: record must be an integer of at least 0, got {record!r}")
         if duration is None:
-            raise ValueError(f"{where}: a record needs duration_s")
+            raise ValueError(f"{place}: a record needs duration_s")
 
 
 def read_text(metadata: dict[str, Any]) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from moss_tok import storage
 from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
+from moss_tok.json_files import read_json_lines
 
 _PLAN = "prepare.json"
 _PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
@@ -248,7 +249,7 @@ def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
     rows, rejected = [], []
     for shard in shards:
         listing = jobs.part_path(destination, shard.name, _PART)
-        for row in map(json.loads, listing.read_text().splitlines()):
+        for _, row in read_json_lines(listing):
             (rejected if "rejected" in row else rows).append(row)
     hours: dict[str, float] = collections.defaultdict(float)
     for row in rows:

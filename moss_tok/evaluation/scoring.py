@@ -11,7 +11,7 @@ from typing import Any
 from moss_tok.audio import files
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.datasets import Dataset
-from moss_tok.json_files import read_json_lines
+from moss_tok.json_files import read_log
 
 # File -> metric -> value, and "_errors": metric -> why it is not defined.
 Scores = dict[str, dict[str, Any]]
@@ -63,7 +63,7 @@ def score(
 def read_scores(path: Path) -> Scores:
     """Reads a scores.jsonl, in which a file may have several lines; {} if there is none."""
     scores: Scores = {}
-    for row in read_json_lines(path):
+    for row in read_log(path):
         if not {"name", "_errors"} <= row.keys():
             continue
         known = scores.setdefault(row.pop("name"), {})
