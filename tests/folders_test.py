@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from streams_test import RATE, encoded, sound
+from audio_helpers import RATE, encoded, sound
 
 from moss_tok import storage
 from moss_tok.audio import files, folders, kinds, manifest, notes

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 FLOORS = [
     ["errors", "json_files", "settings", "mesh", "summary", "storage", "sharding", "tensors",
      "checkpoint"],
-    ["nn.compute", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers", "nn.blocks"],
+    ["nn.compute", "nn.products", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers",
+     "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
      "audio.containers", "audio.kinds", "audio.libsndfile", "audio.ffmpeg", "audio.opening",
      "audio.writing", "audio.files", "audio.folders", "audio.manifest", "audio.spectral"],

@@ -279,6 +279,7 @@ def run_local(
     folder: Path, shards: list[Shard], settings: Settings, num_workers: int
 ) -> Iterator[None]:
     """Writes the shards in `num_workers` processes; yields once per recording."""
+    notes.share_with_workers()
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
     seen = 0
@@ -294,8 +295,7 @@ def run_local(
                 break
             results[-1].wait(0.1)
         for result in results:
-            for note in result.get():
-                notes.say_once(note)
+            result.get()
 
 
 def _start_worker(done: Any) -> None:
@@ -303,15 +303,13 @@ def _start_worker(done: Any) -> None:
     _DONE = done
 
 
-def _work(folder: Path, shard: Shard, settings: Settings) -> list[str]:
-    """Writes a shard; returns what was noted so far, for the main process to say."""
+def _work(folder: Path, shard: Shard, settings: Settings) -> None:
 
     def progress():
         with _DONE.get_lock():
             _DONE.value += 1
 
     write_shard(folder, shard, settings, progress)
-    return notes.taken()
 
 
 def run_beam(

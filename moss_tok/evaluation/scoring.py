@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moss_tok.audio import files
+from moss_tok.audio import files, notes
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.datasets import Dataset
 from moss_tok.json_files import read_log
@@ -48,6 +48,7 @@ def score(
         return {name: scores.get(name, {"_errors": {}}) for name in dataset.output_names()}
     # Rewritten, since an interrupted run may have left an incomplete last line.
     files.write_text(path, "".join(_to_line(name, row) for name, row in scores.items()))
+    notes.share_with_workers()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool, path.open("a") as file:
         work = pool.map(functools.partial(_score, folder), missing, missing.values())

@@ -16,6 +16,7 @@ from moss_tok.nn import attention, rope
 from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import parameter, rms_norm, scan_layers
+from moss_tok.nn.products import einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class GroupedAttention(nn.Module):
         shape = (c.num_heads, c.head_dim, c.model_dim)
         axes = ("heads", "head_dim", "embed")
         out = parameter(self, "out", shape, axes, 2, self.compute.dtype)
-        return jnp.einsum("bnth,nhd->btd", y, out, precision=precision), fresh
+        return einsum("bnth,nhd->btd", y, out, precision), fresh
 
     def _project(self, name: str, x: jax.Array, num_heads: int) -> jax.Array:
         """[B, T, D] -> [B, num_heads, T, H]."""
@@ -103,7 +104,7 @@ class GroupedAttention(nn.Module):
         axes = ("embed", "heads", "head_dim")
         shape = (c.model_dim, num_heads, c.head_dim)
         kernel = parameter(self, name, shape, axes, 1, dtype)
-        y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=self.compute.precision)
+        y = einsum("btd,dnh->bnth", x, kernel, self.compute.precision)
         if not c.qkv_bias:
             return y
         bias = parameter(self, f"{name}_bias", shape[1:], axes[1:], 0, dtype)
@@ -127,9 +128,9 @@ class SwiGLU(nn.Module):
         gate = parameter(self, "gate", shape, axes, 1, dtype)
         up = parameter(self, "up", shape, axes, 1, dtype)
         down = parameter(self, "down", (self.mlp_dim, self.output_dim), axes[::-1], 1, dtype)
-        gated = jnp.einsum("btd,df->btf", x, gate, precision=precision)
-        widened = jnp.einsum("btd,df->btf", x, up, precision=precision)
-        return jnp.einsum("btf,fd->btd", nn.silu(gated) * widened, down, precision=precision)
+        gated = einsum("btd,df->btf", x, gate, precision)
+        widened = einsum("btd,df->btf", x, up, precision)
+        return einsum("btf,fd->btd", nn.silu(gated) * widened, down, precision)
 
 
 class Block(nn.Module):
@@ -154,7 +155,7 @@ class Block(nn.Module):
 
 def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -> nn.Module:
     """Blocks under one scan: (x, cache, RoPE table, span) -> (x, keys and values of the chunk)."""
-    return scan_layers(Block, num_layers, compute.remat)(config, compute)
+    return scan_layers(Block, num_layers, compute.remat, compute.unroll_layers)(config, compute)
 
 
 def empty_cache(
