@@ -23,9 +23,9 @@ _COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 
 # Orbax's CheckpointManager and Composite are not used. Composite puts everything, config.json too,
 # into a folder per item, so a step would no longer be a checkpoint for `moss_tok.load`, and older
-# workdirs could not be resumed. Its files.json could not be written before the atomic rename either,
-# so truncated copies would not be noticed. CheckpointManager takes the newest step alone; here, a
-# broken one is set aside and all processes go back to the same earlier one.
+# workdirs could not be resumed; nor could files.json, by which truncated copies are noticed, be
+# written before the atomic rename. CheckpointManager takes the newest step alone; here, a broken
+# one is set aside and all processes go back to the same earlier one.
 class Checkpoints:
     """The saved steps of a run, WORKDIR/checkpoints/STEP; a context manager.
 
