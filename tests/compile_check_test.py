@@ -337,15 +337,18 @@ def check(*flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v3:2x2"], "topology must be one of v4, v5e, v5p, v6e"),
         (["--precision=low"], "precision must be one of highest, high, bfloat16, got 'low'"),
-        (["--functions=train"], "functions must be one of train_step, encode, decode"),
         (["--batch_size=x"], "batch_size"),
     ],
 )
 def test_bad_flags(flags, message):
     done = check(*flags)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_chips_that_are_not_known():
+    with pytest.raises(ValueError, match="topology must be one of v4, v5e, v5p, v6e"):
+        compile_check.get_mesh("v3:2x2", "data:-1")
 
 
 def test_costs_of_an_attention_kernel():
