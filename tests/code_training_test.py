@@ -23,20 +23,13 @@ from moss_tok.data import code_batches
 from moss_tok.data.code_batches import CodeShape
 from moss_tok.data.codes import CodeSource
 from moss_tok.data.config import CodeDataConfig
-from moss_tok.language import config as language_config
 from moss_tok.language import pretrained as language_models
 from moss_tok.language import text
 from moss_tok.objectives.config import configure
 
+pytestmark = pytest.mark.usefixtures("small_language_model")
 SECONDS = [0.1 + 0.05 * n for n in range(20)]
 SHAPE = CodeShape(4, 400, 500.0, text.ByteTokenizer(), 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_language_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(language_config._SHAPES, "tiny", (16, 1, 2, 1, 24))
-        yield
 
 
 @pytest.fixture(scope="module")

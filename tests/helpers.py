@@ -69,6 +69,8 @@ ADVERSARIAL = PRETRAIN | {
     "discriminator_periods": "3",  # compiling all of them takes minutes
     "discriminator_windows": "512",
 }
+# Its spectra discriminators have 26 convolutions, which take most of the time to compile.
+SECOND_STAGE = ADVERSARIAL | {"discriminator_windows": ""}
 LANGUAGE = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24, head_dim=8)
 SEMANTIC = PRETRAIN | {"language_model": "tiny", "max_text_tokens": 4}
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    ADVERSARIAL,
     PRETRAIN,
+    SECOND_STAGE,
     as_flags,
     finish,
     free_port,
@@ -84,7 +84,7 @@ def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(
         optimizer, "adamw", lambda config, peak, decayed: optax.sgd(2e-5, momentum=0.8)
     )
-    config = small_run(ADVERSARIAL, clips, tmp_path, num_eval_clips=0)
+    config = small_run(SECOND_STAGE, clips, tmp_path, num_eval_clips=0)
     train(config | dict(num_steps=5))
     parts = config | dict(workdir=str(tmp_path / "parts"))
     train(parts | dict(num_steps=1))

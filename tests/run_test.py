@@ -20,6 +20,7 @@ from helpers import (
     GOLDEN,
     PRETRAIN,
     ROOT,
+    SECOND_STAGE,
     init_state,
     leaves_equal,
     make_clips,
@@ -51,8 +52,8 @@ def finished(clips, tmp_path_factory):
     """A run of 4 steps of the second stage with an evaluation every 2, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     config = small_run(
-        ADVERSARIAL, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2, num_eval_clips=2,
-        profile_steps="3:3",
+        SECOND_STAGE, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2,
+        num_eval_clips=2, profile_steps="3:3",
     )  # fmt: skip
     assert train(config)
     return config
@@ -258,7 +259,7 @@ def test_the_second_stage_starts_from_the_first(ended_second_stage, tmp_path, ca
     )  # fmt: skip
     train(still)
     assert "starting from the generator and discriminators of" in capsys.readouterr().out
-    fresh_discriminators = init_state(make_recipe(ADVERSARIAL)).extra["discriminators"]
+    fresh_discriminators = init_state(make_recipe(SECOND_STAGE)).extra["discriminators"]
     shapes = jax.eval_shape(lambda: fresh_discriminators)
     for load in (
         lambda c: moss_tok.load(c["workdir"]).params,
@@ -280,7 +281,7 @@ def test_starts_from_an_official_directory(golden_dir, second_stage):
     start_from = str(golden_dir / "v1_tiny")
     config = second_stage | dict(
         model="", init_from=start_from, trainable="decoder", segment_seconds=0.6, num_steps=2,
-        num_eval_clips=0, discriminator_windows="",
+        num_eval_clips=0,
     )  # fmt: skip
     train(config)
     before, after = moss_tok.load(start_from), moss_tok.load(config["workdir"])
