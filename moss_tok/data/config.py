@@ -96,7 +96,7 @@ class AudioDataConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeDataConfig:
+class CodeDataConfig(DataConfig):
     """Codes that `moss-tok tokenize` wrote; batches are packed by length."""
 
 
