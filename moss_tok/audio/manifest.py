@@ -1,4 +1,4 @@
-"""Data sets as lists of audio files: a folder, or a manifest with one JSON object per line."""
+"""Lists the audio files of a data set: a folder, or a manifest with a JSON object per line."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
-_TEST_SHARE = 20  # one file in 20 is held out where nothing says which
+_TEST_SHARE = 20  # without splits in the manifest, one file in 20 is held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class AudioItem:
     Attributes:
       path: An audio file, or an ArrayRecord shard.
       split: "train", "test" or any other name.
-      domain: "speech", "music", "sound" or any other name; "audio" where unknown.
+      domain: "speech", "music", "sound" or any other name; "audio" if unknown.
       duration_seconds: Length.
       record: Its number in the shard; None for an audio file.
-      metadata: What else its line of the manifest says (`transcript`, `speaker`, ...).
+      metadata: Other fields of its manifest line (`transcript`, `speaker`, ...).
     """
 
     path: storage.Path
@@ -52,11 +52,11 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
     `domain`, `duration_s`, `transcript`, `caption`, `task` (see `read_text`), and `record` for a
-    record of a shard. Where no split is given, a fixed twentieth of the files, chosen by a hash of
-    their names, is "test" and the rest "train".
+    record of a shard. If no split is given, a fixed twentieth of the files, chosen by a hash of
+    their names, is "test" and the rest is "train".
 
     Raises:
-      ValueError: No such source, a broken line, or no audio in it.
+      ValueError: The source does not exist, has a broken line, or has no audio.
     """
     source = storage.to_path(source)
     if source.is_dir():
@@ -72,9 +72,9 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
 def list_files(
     root: storage.Path, paths: Sequence[storage.Path], pattern: str = ""
 ) -> list[AudioItem]:
-    """Those of `paths`, under `root`, that are audio; `pattern` named them, if `root` did not.
+    """The audio files among `paths` under `root`; a note lists the others, see `folders.select`.
 
-    What is left out is said, see `folders.select`. ValueError where nothing is left.
+    `pattern` is the glob pattern that selected the paths, if any. ValueError if there are none.
     """
     paths = folders.select(root, paths, files.readable_suffixes(), pattern, "audio files")
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
@@ -117,9 +117,9 @@ def _check_row(row: dict, place: str) -> None:
 
 
 def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
-    """The text of a recording, "" where it has none, and what it is, one of TASKS.
+    """The text of a recording ("" if it has none), and its task, one of TASKS.
 
-    Without `task` a `transcript` is one to transcribe; without that a `caption` is taken.
+    Without a `task`, the text is the `transcript`, or else the `caption`.
     """
     task = metadata.get("task")
     if task not in TASKS:
@@ -129,7 +129,7 @@ def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
 
 
 def _held_out(paths: list[str]) -> set[str]:
-    """A fixed twentieth of `paths`, at least one where there are two."""
+    """A fixed twentieth of `paths`, at least one if there are two or more."""
     ranked = sorted(paths, key=lambda p: zlib.crc32(storage.name_bytes(p)))
     return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
 
@@ -140,9 +140,9 @@ def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
 
 
 def show_reading(rows: Sequence[T]) -> Iterator[T]:
-    """Passes on what stands for a file each, and shows how far it is: lengths take a while to read.
+    """Yields `rows`, each of which stands for a file, and shows progress if it takes over 2 s.
 
-    On a terminal a bar, in a log a line every ten seconds; nothing where it is done in two.
+    It shows a bar on a terminal, and prints a line every ten seconds otherwise.
     """
     every = 0.1 if sys.stderr.isatty() else 10
     options = {"unit": "file", "leave": False, "delay": 2, "mininterval": every}
@@ -159,7 +159,7 @@ def _item(root: storage.Path, row: dict, held_out: set[str]) -> AudioItem:
 
 
 def _seconds(path: storage.Path, duration: float | None) -> float:
-    """What the manifest says; else what the file says, 0 if it cannot be read."""
+    """The length from the manifest, else from the file; 0 if it cannot be read."""
     if duration is not None:
         return float(duration)
     try:
