@@ -244,15 +244,16 @@ def test_cached_attention_against_brute_force(rng, start, num_frames, window):
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "data:2,fsdp:2,tensor:2"])
-def test_on_a_mesh(v1_tiny, rng, mesh):
+def test_on_a_mesh(micro, rng, mesh):
     """The state is split like its streams and heads, and stays so: nothing compiles again."""
     mesh = sharding.make_mesh(mesh)
-    boxed = pretrained.boxed_shapes(v1_tiny.config)
-    params = sharding.whole(v1_tiny.params, sharding.param_shardings(boxed, mesh))
-    codec = moss_tok.Codec(params, v1_tiny.config)
-    wav = 0.1 * rng.standard_normal((8, 1, 20 * 1920), np.float32)
-    expected = moss_tok.encode(v1_tiny, wav)
-    wav_hat = moss_tok.decode(v1_tiny, expected.codes).wav
+    hop = micro.config.hop_length
+    boxed = pretrained.boxed_shapes(micro.config)
+    params = sharding.whole(micro.params, sharding.param_shardings(boxed, mesh))
+    codec = moss_tok.Codec(params, micro.config)
+    wav = 0.1 * rng.standard_normal((8, 1, 20 * hop), np.float32)
+    expected = moss_tok.encode(micro, wav)
+    wav_hat = moss_tok.decode(micro, expected.codes).wav
     states = [streaming.init_encoder_stream(codec, 8), streaming.init_decoder_stream(codec, 8)]
     keys = states[0].caches["stage_1"].keys
     heads = "tensor" if mesh.shape["tensor"] > 1 else None
@@ -262,11 +263,11 @@ def test_on_a_mesh(v1_tiny, rng, mesh):
     steps = (streaming._encode_step, streaming._decode_step, streaming._reset_streams)
     counts = []
     for start in range(0, 20, 5):
-        chunk = sharding.global_batch(mesh, 8, wav[..., start * 1920 : (start + 5) * 1920])
+        chunk = sharding.global_batch(mesh, 8, wav[..., start * hop : (start + 5) * hop])
         states[0], codes = streaming.encode_step(codec, states[0], chunk)
         np.testing.assert_array_equal(codes, expected.codes[..., start : start + 5])
         states[1], found = streaming.decode_step(codec, states[1], codes)
-        assert_near(found, wav_hat[..., start * 1920 : (start + 5) * 1920])
+        assert_near(found, wav_hat[..., start * hop : (start + 5) * hop])
         states = [streaming.reset_streams(state, np.zeros(8, bool)) for state in states]
         counts.append([step._cache_size() for step in steps])
     assert counts[1:] == counts[:1] * 3
