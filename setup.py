@@ -9,6 +9,7 @@ CODEC = [
     "etils[epath]",
     "flax>=0.12",
     "jax>=0.10,!=0.11.*",  # 0.11 can hang in FFTs on CPUs
+    "lazy_loader>=0.4",
     "librosa>=0.10",
     "ml_dtypes",
     "numpy>=1.26",
@@ -47,7 +48,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
-    package_data={"moss_tok.evaluation": ["page.html"]},
+    package_data={"": ["*.pyi"], "moss_tok": ["py.typed"], "moss_tok.evaluation": ["page.html"]},
     install_requires=CODEC,
     extras_require={
         "train": TRAIN,

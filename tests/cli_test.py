@@ -341,6 +341,7 @@ def test_a_training_workdir_is_a_checkpoint(folder, micro):
 def test_long_files_go_in_blocks(folder, monkeypatch, capsys):
     """With the codes of the whole; the last block is cut."""
     assert main(["reconstruct", "in.wav", "at_once.wav", "--checkpoint", CODEC]) == 0
+    monkeypatch.setattr(inference, "WHOLE_SECONDS", 0.4)
     monkeypatch.setattr(inference, "CHUNK_SECONDS", 0.4)
     assert main(["reconstruct", "in.wav", "blocks.wav", "--checkpoint", CODEC]) == 0
     said = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]

@@ -294,12 +294,12 @@ def test_prepare_writes_what_training_reads(clips, tmp_path, capsys):
 def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
     settings = prepare.Settings(num_shards=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        shards = prepare.begin(clips / "manifest.jsonl", folder, settings)
-        assert len(shards) == 4
+    plans = [prepare.make_plan(clips / "manifest.jsonl", path, settings) for path in (whole, parts)]
+    shards = plans[0].shards
+    assert len(shards) == 4 and plans[1].shards == shards
     for shard in shards:
-        prepare.write_shard(whole, shard, settings)
-    prepare.write_shard(parts, shards[0], settings)
+        prepare.write_shard(plans[0], shard)
+    prepare.write_shard(plans[1], shards[0])
     before = (parts / shards[0].name).stat().st_mtime_ns
     real, calls = prepare.prepare_file, []
 
@@ -312,12 +312,12 @@ def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare_file", broken)
     with pytest.raises(KeyboardInterrupt):
         for shard in shards:
-            prepare.write_shard(parts, shard, settings)
+            prepare.write_shard(plans[1], shard)
     monkeypatch.undo()
     assert not [p for p in parts.iterdir() if p.name.startswith(".incomplete")]
     assert run_prepare(clips / "manifest.jsonl", parts, "--num-shards", 2) == 0
     assert (parts / shards[0].name).stat().st_mtime_ns == before
-    prepare.finish(whole, shards)
+    prepare.finish(plans[0])
     for shard in shards:
         a, b = (records.Shards([folder / shard.name]) for folder in (whole, parts))
         assert [a.read(i) for i in range(len(a))] == [
@@ -363,7 +363,7 @@ def test_shards_are_balanced():
         manifest.AudioItem(Path(f"{i}.wav"), "train", "sound", float(s))
         for i, s in enumerate(generator.uniform(1, 20, 1000))
     ]
-    shards = prepare.plan(items, prepare.Settings(shard_hours=0.5))
+    shards = prepare.make_shards(items, prepare.Settings(shard_hours=0.5))
     hours = [sum(i.duration_seconds for i in s.items) / 3600 for s in shards]
     assert len(shards) == 6 and np.ptp(hours) < 0.01
     assert sum(len(s.items) for s in shards) == 1000

@@ -1,6 +1,7 @@
 """A file imports only from lower floors or from earlier rooms of its own package."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ FLOORS = [
      "training.state", "training.step", "training.checkpoints", "training.writer",
      "training.interrupts", "training.start", "training.progress", "training.loop"],
     ["objectives.config", "objectives.flags", "objectives.losses", "objectives.discriminators",
-     "objectives.code_use", "objectives.text", "objectives.audio", "objectives.codec",
+     "objectives.code_use", "objectives.text", "objectives.audio", "objectives.base",
+     "objectives.codec",
      "objectives.adversarial", "objectives.recognition", "objectives.code_data",
      "objectives.code_recognition", "objectives.flops"],
     ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
@@ -95,3 +97,22 @@ def test_the_training_core_names_no_domain():
         domains = {n for n in imported(path) if n.startswith(("moss_tok.codec", "moss_tok.language",
                                                               "moss_tok.objectives"))}  # fmt: skip
         assert not domains, f"{path.name} imports {domains}"
+
+
+@pytest.mark.parametrize("package", ["moss_tok", "moss_tok.language", "moss_tok.data"])
+def test_stub_and_package_have_the_same_names(package):
+    """Type checkers and tab completion see the names that can be imported."""
+    module = importlib.import_module(package)
+    stub = Path(module.__file__).with_suffix(".pyi")
+    names = set()
+    for node in ast.parse(stub.read_text()).body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        source = importlib.import_module(f"{package}.{node.module}")
+        for alias in node.names:
+            assert alias.asname == alias.name  # otherwise type checkers take it as private
+            assert getattr(module, alias.name) is getattr(source, alias.name)
+            names.add(alias.name)
+    assert names == set(module.__all__) == set(dir(module))
+    with pytest.raises(AttributeError, match="encod$"):
+        module.encod  # noqa: B018

@@ -39,13 +39,6 @@ def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chunk_frames(config: Any) -> int:
-    """Code frames per chunk when a long recording is processed in chunks."""
-    from moss_tok.codec import inference
-
-    return max(1, round(inference.CHUNK_SECONDS * config.frame_rate))
-
-
 def check_not_overwritten(source: str, output: str) -> None:
     """Raises ValueError if the output file is the input file."""
     if Path(source).resolve() == Path(output).resolve():

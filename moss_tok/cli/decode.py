@@ -51,11 +51,11 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     rows = file.codes[:num_quantizers]
     num_quantizers, num_frames = rows.shape
     seconds = file.num_samples / config.sample_rate
-    if seconds <= inference.CHUNK_SECONDS:
+    if not inference.is_long(seconds):
         wav = inference.decode_one(codec, rows)[:, : file.num_samples]
         files.write(output, wav, config.sample_rate)
     else:
-        frames = arguments.chunk_frames(config)
+        frames = inference.chunk_frames(config)
         blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
         with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
             parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)

@@ -51,7 +51,7 @@ def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
 
     config = codec.config
     seconds = files.duration_seconds(source)
-    if seconds <= inference.CHUNK_SECONDS:
+    if not inference.is_long(seconds):
         wav = files.read(source, config.sample_rate, config.num_channels)
         num_samples = wav.shape[1]
         array = inference.encode_one(codec, wav, num_quantizers)
@@ -85,7 +85,7 @@ def _encode_in_chunks(
             num_samples += block.shape[1]
             yield block
 
-    frames = arguments.chunk_frames(config)
+    frames = inference.chunk_frames(config)
     with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
         parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
         array = np.concatenate([part.astype(np.int16) for part in parts], axis=1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok import sharding
+from moss_tok.errors import check_positive
 from moss_tok.nn import attention, rope
 from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
@@ -21,7 +22,7 @@ from moss_tok.nn.products import einsum
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """The architecture of a block.
+    """The architecture of a block; ValueError if its values do not fit together.
 
     Attributes:
       model_dim: Width, D.
@@ -42,6 +43,17 @@ class BlockConfig:
     norm_epsilon: float = 1e-6
     qkv_bias: bool = True
     head_norm: bool = False
+
+    def __post_init__(self):
+        check_positive(
+            self, "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm_epsilon"
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
 
 
 class GroupedAttention(nn.Module):

@@ -21,6 +21,11 @@ _STATE = "state"
 _COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 
 
+# Orbax's CheckpointManager and Composite are not used. Composite puts everything, config.json too,
+# into a folder per item, so a step would no longer be a checkpoint for `moss_tok.load`, and older
+# workdirs could not be resumed; nor could files.json, by which truncated copies are noticed, be
+# written before the atomic rename. CheckpointManager takes the newest step alone; here, a broken
+# one is set aside and all processes go back to the same earlier one.
 class Checkpoints:
     """The saved steps of a run, WORKDIR/checkpoints/STEP; a context manager.
 

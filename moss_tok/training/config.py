@@ -116,8 +116,8 @@ class OptimizerConfig:
     )
     ema_decay: float = setting(
         0.999,
-        "decay rate of the exponential moving average of the weights, which is what is evaluated "
-        "and exported; 0: no average",
+        "decay rate of the exponential moving average of the weights, which is evaluated and "
+        "exported instead of the weights; 0: no average",
         at_least=0,
         below=1,
     )
