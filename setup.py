@@ -47,7 +47,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
-    package_data={"moss_tok.evaluation": ["page.html"]},
+    package_data={
+        "moss_tok.assets": ["codec/*", "starter/*"],
+        "moss_tok.evaluation": ["page.html"],
+    },
     install_requires=CODEC,
     extras_require={
         "train": TRAIN,

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import leaves_equal, micro_config
+from helpers import leaves_equal
 
 import moss_tok
 from moss_tok import tensors as tensor_files
-from moss_tok.codec import huggingface, huggingface_config
+from moss_tok.codec import huggingface
 from moss_tok.convert import convert
 
 
@@ -218,18 +218,21 @@ def test_a_codec_of_our_own_exports(micro, tmp_path):
     )
 
 
-def test_contexts_that_differ_need_the_v2_layout(micro, tmp_path):
+def test_contexts_that_differ_are_exported_in_the_v2_layout(micro, tmp_path):
     import dataclasses
+
+    from moss_tok.codec import pretrained
 
     first = micro.config.encoder[1]
     encoder = list(micro.config.encoder)
     encoder[1] = dataclasses.replace(first, context_seconds=0.02)
     v1 = dataclasses.replace(micro.config, encoder=tuple(encoder))
-    with pytest.raises(ValueError, match="one context for all stages"):
-        huggingface_config.write_config(v1, "float32")
-    fields = json.loads(huggingface_config.write_config(micro_config(layout="v2"), "float32"))
-    again = huggingface_config.read_config(json.dumps(fields))
-    assert again.windows("encoder") == micro.config.windows("encoder")
+    pretrained.save(tmp_path / "ours", v1, micro.params)
+    convert(tmp_path / "ours", tmp_path / "official")
+    again = moss_tok.load(tmp_path / "official")
+    assert again.config.layout == "v2"
+    assert again.config.windows("encoder") == v1.windows("encoder")
+    assert leaves_equal(again.params, micro.params)
 
 
 def test_bfloat16(golden_dir, v1_tiny, tmp_path):
@@ -239,8 +242,8 @@ def test_bfloat16(golden_dir, v1_tiny, tmp_path):
     convert(tmp_path / "ours", tmp_path / "official", "bfloat16")
     assert leaves_equal(moss_tok.load(tmp_path / "official").params, codec.params)
     assert not leaves_equal(codec.params, v1_tiny.params)
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16"):
-        convert(golden_dir / "v1_tiny", tmp_path / "new", "float16")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16"):
+        convert(golden_dir / "v1_tiny", tmp_path / "new", "int8")
 
 
 def test_large_exports_are_sharded(v1_tiny, tmp_path, monkeypatch):

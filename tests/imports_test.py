@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["errors", "json_files", "settings", "mesh", "summary", "storage", "sharding", "tensors",
-     "checkpoint"],
+    ["assets", "errors", "json_files", "settings", "mesh", "summary", "storage", "sharding",
+     "tensors", "checkpoint"],
     ["nn.compute", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers", "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
      "audio.containers", "audio.kinds", "audio.libsndfile", "audio.ffmpeg", "audio.opening",
@@ -28,8 +28,9 @@ FLOORS = [
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.baselines",
      "evaluation.datasets", "evaluation.reconstruction", "evaluation.scoring",
      "evaluation.results", "evaluation.transcription", "evaluation.pages"],
-    ["training.config", "training.objective", "training.optimizer", "training.microbatches",
-     "training.state", "training.step", "training.checkpoints", "training.writer",
+    ["training.config", "training.provenance", "training.objective", "training.optimizer",
+     "training.microbatches", "training.state", "training.step", "training.checkpoints",
+     "training.writer",
      "training.interrupts", "training.start", "training.progress", "training.loop"],
     ["objectives.config", "objectives.flags", "objectives.losses", "objectives.discriminators",
      "objectives.code_use", "objectives.text", "objectives.audio", "objectives.codec",

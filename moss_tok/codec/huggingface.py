@@ -18,7 +18,11 @@ import numpy as np
 
 from moss_tok import tensors
 from moss_tok.codec.config import CodecConfig, QuantizerConfig, TransformerConfig
-from moss_tok.codec.huggingface_config import read_config, write_config
+from moss_tok.codec.huggingface_config import (
+    read_config,
+    with_expressible_layout,
+    write_config,
+)
 from moss_tok.tensors import Tensor
 
 _BLOCK_NAMES = {
@@ -173,8 +177,10 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
       path: An empty folder.
       config: The codec.
       params: All its parameters, arrays of any float type.
-      dtype: Type of the written tensors, "float32" or "bfloat16".
+      dtype: Type of the written tensors, "float32", "float16" or "bfloat16".
     """
+    if not config.official_json:
+        config = with_expressible_layout(config)
     (path / "config.json").write_text(write_config(config, dtype))
     shards = tensors.split(tensor_table(config), np.dtype(dtype).itemsize)
     weight_map = {}

@@ -211,6 +211,14 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
     return _build(QuantizerConfig, "quantizer_kwargs.", **{name: kwargs[name] for name in names})
 
 
+def with_expressible_layout(config: CodecConfig) -> CodecConfig:
+    """The codec with layout "v2" if "v1", which has one context for all stages, cannot express it.
+
+    The layout affects the names of tensors and the keys of config.json only, not the computation.
+    """
+    return dataclasses.replace(config, layout="v2") if len(_contexts(config)) > 1 else config
+
+
 def write_config(config: CodecConfig, dtype: str) -> str:
     """Returns the text of an official config.json for a codec.
 
@@ -219,11 +227,8 @@ def write_config(config: CodecConfig, dtype: str) -> str:
     `AutoModel.from_pretrained(path, trust_remote_code=True)` finds the classes online.
 
     Args:
-      config: The codec.
-      dtype: Type of the tensors beside it, "float32" or "bfloat16".
-
-    Raises:
-      ValueError: Layout v1 cannot express this codec, whose stages have several contexts.
+      config: The codec; its layout must be able to express it.
+      dtype: Type of the tensors beside it, "float32", "float16" or "bfloat16".
     """
     fields = parse_json_object(config.official_json) if config.official_json else _fields(config)
     auto_map = fields.get("auto_map") or {}
@@ -239,25 +244,24 @@ def write_config(config: CodecConfig, dtype: str) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _fields(config: CodecConfig) -> dict[str, Any]:
-    quantizer = dataclasses.asdict(config.quantizer) | {"quantizer_type": "rlfq"}
+def _contexts(config: CodecConfig) -> set[float]:
+    """The attention contexts of all stages, in seconds."""
     contexts = set()
     for module in (*config.encoder, *config.decoder):
         if isinstance(module, TransformerConfig):
             contexts.add(module.context_seconds)
-    if config.layout == "v1" and len(contexts) > 1:
-        seconds = ", ".join(f"{context:g}" for context in sorted(contexts))
-        raise ValueError(
-            f"the official v1 layout has one context for all stages, this codec has {seconds} s; "
-            "train it with layout v2"
-        )
+    return contexts
+
+
+def _fields(config: CodecConfig) -> dict[str, Any]:
+    quantizer = dataclasses.asdict(config.quantizer) | {"quantizer_type": "rlfq"}
     fields = {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
         "sampling_rate": config.sample_rate,
         "sample_rate": config.sample_rate,
         "downsample_rate": config.hop_length,
-        "causal_transformer_context_duration": max(contexts, default=10.0),
+        "causal_transformer_context_duration": max(_contexts(config), default=10.0),
         "code_dim": config.quantizer.output_dim,
         "encoder_kwargs": [_module_fields(m, config.layout) for m in config.encoder],
         "decoder_kwargs": [_module_fields(m, config.layout) for m in config.decoder],

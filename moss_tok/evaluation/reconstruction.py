@@ -197,7 +197,7 @@ def _reconstruct_batch(
         wavs.append(_read_reference(work.audio, config.sample_rate, config.num_channels))
     arrays = encode_batch(codec, wavs)
     for wav, array, work in zip(wavs, arrays, works, strict=True):
-        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], config)
+        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], codec)
     for n in sorted({n for work in works for n in work.missing}):
         rated = _rated_folder(folder, n, dataset)
         decoded = decode_batch(codec, arrays, n)
@@ -207,19 +207,19 @@ def _reconstruct_batch(
                 _write_pair(rated, work.name, wav, wav_hat, config.sample_rate)
 
 
-def read_codes(folder: Path, dataset: Dataset, name: str, config: CodecConfig) -> np.ndarray:
+def read_codes(folder: Path, dataset: Dataset, name: str, codec: Codec) -> np.ndarray:
     """Reads the codes [Q, T] of a file from OUTPUT/MODEL/codes/DATASET.
 
     Args:
       folder: OUTPUT/MODEL.
       dataset: The data set.
       name: Name of the FLAC file.
-      config: The codec's config.
+      codec: The codec that made them.
 
     Raises:
       ValueError: The file of codes is missing or broken.
     """
-    return codes.read(_code_file(folder, dataset, name), config).codes
+    return codes.read(_code_file(folder, dataset, name), codec).codes
 
 
 def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:
