@@ -44,6 +44,9 @@ _SIZES = {
     "dim_feedforward": "mlp_dim",
 }
 _OPTIONAL = {"layer_scale": "layer_scale", "max_period": "max_period"}
+# Our own key: tensors that are identity matrices, because the classes of layout v2 have projections
+# in every stage and this codec has not.
+IDENTITIES = "identity_projections"
 _QUANTIZER_TYPES = ("rlfq", "random_prefix_rlfq")
 _TOP_KEYS = {
     "sampling_rate", "downsample_rate", "causal_transformer_context_duration", "encoder_kwargs",
@@ -52,7 +55,7 @@ _TOP_KEYS = {
     # Keys that do not affect the model:
     "reversed_decoder_kwargs", "code_dim", "version", "sample_rate", "dtype", "torch_dtype",
     "architectures", "auto_map", "model_type", "transformers_version", "attention_implementation",
-    "compute_dtype", "codec_weight_dtype", "_name_or_path", "return_dict",
+    "compute_dtype", "codec_weight_dtype", "_name_or_path", "return_dict", IDENTITIES,
 }  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
     interleaved = fields.get("enable_channel_interleave")
     if channels != 1 and interleaved is not True:
         _raise_unsupported("", "enable_channel_interleave", interleaved, [True])
-    names = None if tensor_names is None else set(tensor_names)
+    names = None if tensor_names is None else set(tensor_names) - set(fields.get(IDENTITIES, []))
     layout = _layout_of_fields(fields) if names is None else _layout_of_tensors(names)
     encoder = _read_modules(fields, "encoder", layout, names, channels)
     decoder = _read_modules(fields, "decoder", layout, names, channels)
@@ -240,8 +243,23 @@ def write_config(config: CodecConfig, dtype: str) -> str:
         name = auto_map.get(key, name)
         auto_map[key] = name if "--" in name else f"{repository}--{name}"
     fields["auto_map"] = auto_map
+    if sizes := identity_sizes(config):
+        fields[IDENTITIES] = list(sizes)
     fields["dtype"] = dtype
     return json.dumps(fields, indent=2) + "\n"
+
+
+def identity_sizes(config: CodecConfig) -> dict[str, int]:
+    """Names and sizes of the projections that layout v2 has in every stage and this codec lacks."""
+    sizes = {}
+    for side in ("encoder", "decoder"):
+        for i, module in enumerate(getattr(config, side)):
+            if config.layout == "v2" and isinstance(module, TransformerConfig):
+                if not module.input_projection:
+                    sizes[f"{side}.{i}.input_proj.weight"] = module.model_dim
+                if not module.output_projection:
+                    sizes[f"{side}.{i}.output_proj.weight"] = module.model_dim
+    return sizes
 
 
 def _contexts(config: CodecConfig) -> set[float]:
