@@ -1,6 +1,8 @@
 """Converts a codec between the official Hugging Face layout and that of moss_tok."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -10,7 +12,7 @@ from moss_tok import checkpoint, storage, tensors
 from moss_tok.codec import huggingface, pretrained
 from moss_tok.errors import check_choice
 
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def convert(source: str | Path, destination: str | Path, dtype: str = "float32") -> str:
@@ -20,26 +22,43 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       source: An official directory or Hub id, which becomes a moss_tok checkpoint; or a moss_tok
         checkpoint or training workdir, which becomes an official directory.
       destination: New directory, in an existing folder.
-      dtype: Type of the stored weights, "float32" (bit-exact in both directions) or "bfloat16".
+      dtype: Type of the stored weights, "float32" (bit-exact in both directions), "float16" or
+        "bfloat16".
 
     Returns:
       The layout that was written: "checkpoint" or "official".
 
     Raises:
-      ValueError: `source` is missing or broken, `destination` exists or its folder does not, or
-        dtype is unknown.
+      ValueError: `source` is missing or broken, `destination` exists or its folder does not, dtype
+        is unknown, or a weight does not fit into it.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     folder = checkpoint.find_checkpoint(source)
     destination = storage.to_local_path(destination)
     checkpoint.check_destination(destination)
+    training = checkpoint.read_training(folder)
+    files = {checkpoint.TRAINING_NAME: json.dumps(training, indent=2) + "\n"} if training else {}
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
+        _check_range(params, dtype)
         if dtype != "float32":
             params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
-        pretrained.save(destination, config, pretrained.to_device(params))
+        pretrained.save(destination, config, pretrained.to_device(params), files)
         return "checkpoint"
     codec = pretrained.load(folder)
+    _check_range(codec.params, dtype)
     with checkpoint.new_directory(destination) as temporary:
         huggingface.write_official(temporary, codec.config, codec.params, dtype)
+        for name, text in files.items():
+            (temporary / name).write_text(text)
     return "official"
+
+
+def _check_range(params: Any, dtype: str) -> None:
+    """Raises ValueError if a weight is too large for the type."""
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(params))
+    limit = float(ml_dtypes.finfo(_DTYPES[dtype]).max)
+    if largest > limit:
+        raise ValueError(
+            f"{dtype} holds numbers up to {limit:g}, the largest weight is {largest:g}"
+        )

@@ -1,4 +1,4 @@
-"""Prints the modules, parameters, rates, bitrates and windows of a checkpoint or preset."""
+"""Prints the modules, parameters, rates and bitrates of a codec, and what it was trained on."""
 
 import argparse
 import math
@@ -11,8 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
         "checkpoint",
+        nargs="?",
         metavar="C",
-        help="checkpoint, training workdir, official directory, Hugging Face Hub id or preset name",
+        help="checkpoint, training workdir, official directory, Hugging Face Hub id or preset name "
+        "(default: the small codec that comes with moss_tok)",
     )
 
 
@@ -20,13 +22,20 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from pathlib import Path
 
+    from moss_tok import assets, checkpoint
     from moss_tok.codec import presets, pretrained
 
     if args.checkpoint in presets.PRESETS and not Path(args.checkpoint).exists():
         config = presets.preset(args.checkpoint)
+        training = {}
     else:
-        config = pretrained.load_config(args.checkpoint)
-    print("\n".join(describe(config, pretrained.param_shapes(config))))
+        folder = checkpoint.find_checkpoint(args.checkpoint)
+        config = pretrained.load_config(folder)
+        training = checkpoint.read_training(folder)
+    lines = describe(config, pretrained.param_shapes(config)) + describe_training(training)
+    if args.checkpoint is None:
+        lines.append(f"{'note':<13} {assets.NOTE}")
+    print("\n".join(lines))
 
 
 def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
@@ -71,6 +80,39 @@ def _describe_module(module: Any, window: int | None, rate: float) -> str:
         f"{module.num_layers} layers, {module.num_heads} heads, mlp {module.mlp_dim}, "
         f"{rate:g} Hz, window {window} frames ({window / rate:g} s)"
     )
+
+
+def describe_training(training: dict[str, Any]) -> list[str]:
+    """Lines about what produced a checkpoint: the fields of training.json, all optional."""
+    if not training:
+        return []
+    lines = [f"trained       {training.get('steps')} steps, seed {training.get('seed')}"]
+    if machine := training.get("machine"):
+        lines.append(
+            f"  machine     {machine['num_devices']} x {machine['device']}, "
+            f"{machine['num_cores']} cores, {machine['processor']}"
+        )
+    for source in training.get("train_data", []):
+        lines.append(f"  data        {_describe_source(source)}")
+        for licence, minutes in source.get("licences", {}).items():
+            lines.append(f"              {minutes:g} minutes: {licence}")
+    for name, value in training.get("flags", {}).items():
+        lines.append(f"  --{name}={value}")
+    if start := training.get("init_from"):
+        lines.append(f"started from  {start['name']}")
+        lines += describe_training({key: value for key, value in start.items() if key != "name"})
+    return lines
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    parts = [source["name"]]
+    if "weight" in source:
+        parts.append(f"weight {source['weight']:g}")
+    if "minutes" in source:
+        parts.append(f"{source['recordings']} recordings, {source['minutes']:g} minutes")
+    if "sha256" in source:
+        parts.append(f"sha256 {source['sha256']}")
+    return ", ".join(parts)
 
 
 def _count(shapes: Any) -> int:

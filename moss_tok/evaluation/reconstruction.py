@@ -209,7 +209,7 @@ def _reconstruct_batch(codec: Codec, batch: _Batch, folder: Path, dataset: Datas
     empty = [np.zeros((config.num_channels, 0), np.float32)] * (batch.rows - len(wavs))
     arrays = encode_batch(codec, [*wavs, *empty], num_frames=batch.num_frames)
     for wav, array, work in zip(wavs, arrays, batch.works, strict=False):
-        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], config)
+        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], codec)
     for n in sorted({n for work in batch.works for n in work.missing}):
         rated = _rated_folder(folder, n, dataset)
         decoded = decode_batch(codec, arrays, n, batch.num_frames)
@@ -219,19 +219,19 @@ def _reconstruct_batch(codec: Codec, batch: _Batch, folder: Path, dataset: Datas
                 _write_pair(rated, work.name, wav, wav_hat, config.sample_rate)
 
 
-def read_codes(folder: Path, dataset: Dataset, name: str, config: CodecConfig) -> np.ndarray:
+def read_codes(folder: Path, dataset: Dataset, name: str, codec: Codec) -> np.ndarray:
     """Reads the codes [Q, T] of a file from OUTPUT/MODEL/codes/DATASET.
 
     Args:
       folder: OUTPUT/MODEL.
       dataset: The data set.
       name: Name of the FLAC file.
-      config: The codec's config.
+      codec: The codec that made them.
 
     Raises:
       ValueError: The file of codes is missing or broken.
     """
-    return codes.read(_code_file(folder, dataset, name), config).codes
+    return codes.read(_code_file(folder, dataset, name), codec).codes
 
 
 def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:
