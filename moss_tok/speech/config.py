@@ -5,6 +5,7 @@ Source: arXiv 2602.10934, its section on CAT-TTS; MossTTSLocal of OpenMOSS/MOSS-
 
 import dataclasses
 import json
+from typing import Any
 
 from moss_tok.errors import check_choice, check_types
 from moss_tok.json_files import from_fields, parse_json_object
@@ -65,6 +66,9 @@ class StackConfig:
         )
 
 
+LAYOUTS = ("plain", "chat")
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
     """A speech model.
@@ -80,6 +84,13 @@ class SpeechConfig:
       end_id: Token of the text channel that ends speech.
       rope_theta: Longest RoPE period of the temporal blocks, in positions over 2 pi; the depth
         blocks have no positions.
+      start_id: Token of the text channel just before the first frame.
+      user_slot_id: Token of the text channel where a frame of a reference stands.
+      layout: Layout of its sequences, see `speech.layout`: "plain", or "chat", that of the official
+        models.
+      max_positions: Longest sequence that it was trained on.
+      frame_rate: Frames per second of its codes, Hz.
+      codec: Fingerprint of the codec of its codes; "": unknown.
     """
 
     vocab_size: int
@@ -91,13 +102,21 @@ class SpeechConfig:
     slot_id: int
     end_id: int
     rope_theta: float = 1e6
+    start_id: int = 0
+    user_slot_id: int = 0
+    layout: str = "plain"
+    max_positions: int = 32768
+    frame_rate: float = 12.5
+    codec: str = ""
 
     def __post_init__(self):
         check_types(self)
-        for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta"):
+        check_choice("layout", self.layout, LAYOUTS)
+        for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta",
+                     "max_positions", "frame_rate"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("slot_id", "end_id"):
+        for name in ("slot_id", "end_id", "start_id", "user_slot_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
                     f"{name} must be 0..{self.vocab_size - 1}, got {getattr(self, name)}"
@@ -143,8 +162,12 @@ def preset(
     num_quantizers: int,
     slot_id: int,
     end_id: int,
+    **fields: Any,
 ) -> SpeechConfig:
-    """The model called `name`; "1.7b" has the published widths (MossTTSLocal)."""
+    """The model called `name`; "1.7b" has the published widths (MossTTSLocal).
+
+    `fields` are other fields of `SpeechConfig`.
+    """
     check_choice("speech_model", name, PRESETS)
     temporal, depth, adapter_dim = _SHAPES[name]
     return SpeechConfig(
@@ -156,4 +179,5 @@ def preset(
         adapter_dim,
         slot_id,
         end_id,
+        **fields,
     )
