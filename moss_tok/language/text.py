@@ -112,8 +112,10 @@ def missing_characters(tokenizer: Tokenizer, text: str) -> str:
     unknown = getattr(tokenizer, "unknown_id", None)
     missing = ""
     for character in dict.fromkeys(text):
-        tokens = [] if character.isspace() else tokenizer.encode(character)
-        if not character.isspace() and (not tokens or unknown in tokens):
+        if character.isspace():
+            continue
+        tokens = tokenizer.encode(character)
+        if not tokens or unknown in tokens:
             missing += character
     return missing
 

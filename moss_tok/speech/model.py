@@ -47,7 +47,7 @@ class ChannelAdapters(nn.Module):
         axes = ("quantizers", "embed", "codebook")
         self.code_heads = parameter(self, "code_heads", shape, axes, 1, dtype, num_stacked=1)
 
-    def states(self, x: jax.Array, channel: int | slice) -> jax.Array:
+    def states(self, x: jax.Array, channel: slice | jax.Array) -> jax.Array:
         """Depth states [..., C, D] of the channels -> [..., C, D] before their heads."""
         precision = self.compute.precision
         gate, up, down = self.gate[channel], self.up[channel], self.down[channel]
@@ -59,14 +59,14 @@ class ChannelAdapters(nn.Module):
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
         return (y * self.scale[channel]).astype(self.compute.dtype)
 
-    def text_logits(self, x: jax.Array) -> jax.Array:
-        """States [..., D] of the text channel -> float32 [..., V]."""
+    def text_logits(self, x: jax.Array, tokens: jax.Array | slice = slice(None)) -> jax.Array:
+        """States [..., D] of the text channel -> float32 [..., V], or of some tokens only."""
         return jnp.einsum(
-            "...d,dv->...v", x, self.text_head, precision=self.compute.precision,
+            "...d,dv->...v", x, self.text_head[:, tokens], precision=self.compute.precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def code_logits(self, x: jax.Array, quantizers: slice) -> jax.Array:
+    def code_logits(self, x: jax.Array, quantizers: slice | jax.Array) -> jax.Array:
         """States [..., Q, D] of quantizers -> float32 [..., Q, K + 1]."""
         return jnp.einsum(
             "...qd,qdk->...qk", x, self.code_heads[quantizers],
