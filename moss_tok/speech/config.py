@@ -147,9 +147,10 @@ class SpeechConfig:
 
 
 # model_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim of both stacks; adapter_dim.
+# The heads of both stacks are equal, because the official class has one setting for both.
 _SHAPES = {
-    "tiny": ((192, 6, 3, 1, 64, 512), (128, 2, 2, 1, 64, 384), 192),
-    "small": ((512, 12, 8, 2, 64, 1536), (384, 3, 6, 2, 64, 1152), 512),
+    "tiny": ((192, 6, 3, 1, 64, 512), (128, 2, 3, 1, 64, 384), 192),
+    "small": ((512, 12, 8, 2, 64, 1536), (384, 3, 8, 2, 64, 1152), 512),
     "1.7b": ((2048, 28, 16, 8, 128, 6144), (1536, 4, 16, 8, 128, 8960), 2048),
 }
 PRESETS = tuple(_SHAPES)
