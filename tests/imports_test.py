@@ -23,7 +23,8 @@ FLOORS = [
      "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["convert", "language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained", "speech.config", "speech.model",
-     "speech.layout", "speech.sampling", "speech.steps", "speech.generate", "speech.pretrained"],
+     "speech.layout", "speech.sampling", "speech.steps", "speech.generate", "speech.pretrained",
+     "speech.speaking"],
     ["data.config", "data.jobs", "data.records", "data.sources", "data.pipeline", "data.prepare",
      "data.synthetic", "data.codes", "data.code_batches", "data.speech_batches", "data.batches",
      "data.tokenize"],
@@ -40,7 +41,7 @@ FLOORS = [
      "objectives.flops"],
     ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
      "cli.info", "cli.prepare", "cli.stream",
-     "cli.export", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
+     "cli.export", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.speak", "cli.report",
      "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]

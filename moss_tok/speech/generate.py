@@ -111,6 +111,11 @@ def _blocks(
             yield np.asarray(codes)[0, :number, : int(counts[0])]
 
 
+def check_request(speech: Speech, request: Request) -> None:
+    """Raises ValueError unless `generate` could say it."""
+    _Prompt.of(speech, request)
+
+
 def check_num_quantizers(config: SpeechConfig, num_quantizers: int | None) -> int:
     """The number of quantizers to sample; ValueError if it is out of range."""
     if num_quantizers is None:
