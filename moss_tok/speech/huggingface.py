@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from moss_tok import tensors
-from moss_tok.json_files import read_json_object
 from moss_tok.language.qwen import block_rows, mlp_rows
 from moss_tok.speech.config import SpeechConfig
-from moss_tok.speech.huggingface_config import is_speech, read_config, write_config
+from moss_tok.speech.huggingface_config import read_config, write_config
 from moss_tok.tensors import Tensor
 
 UNUSED = "unused_embedding"  # in the tree of parameters, that of the inner language model
@@ -67,11 +66,6 @@ def _channel_rows(c: SpeechConfig) -> Iterator[Tensor]:
         head = f"lm_heads.{level + 1}.weight"
         path = ("out", "code_heads")
         yield Tensor(head, shape, path, level, np.transpose, np.transpose)
-
-
-def is_official(path: Path) -> bool:
-    """Whether a folder is an official directory of a speech model, supported or not."""
-    return tensors.is_official(path) and is_speech(read_json_object(path / "config.json"))
 
 
 def read_folder_config(path: Path) -> SpeechConfig:

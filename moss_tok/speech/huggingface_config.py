@@ -1,7 +1,7 @@
 """Reads and writes the config.json of the official speech models (MossTTSLocal 1.0).
 
-Source: configuration_moss_tts.py in moss_tts_local/ of OpenMOSS/MOSS-TTS. Its name and model_type are
-those of the delay pattern, which is another architecture: only local_num_layers tells them apart.
+Source: configuration_moss_tts.py in moss_tts_local/ of OpenMOSS/MOSS-TTS. Its model_type is that of
+the delay pattern, which is another architecture: only local_num_layers tells them apart.
 """
 
 import json
@@ -15,7 +15,6 @@ _CLASSES = {
     "AutoConfig": "configuration_moss_tts.MossTTSDelayConfig",
     "AutoModel": "modeling_moss_tts.MossTTSDelayModel",
 }
-_FRAME_RATE = 12.5  # Hz, of the published codec
 _MODEL_TYPE = "moss_tts_delay"
 _OTHERS = {
     "moss_tts_local": "MossTTSLocal 1.5",
@@ -55,6 +54,9 @@ _FIXED = {
     "use_sliding_window": False,
     "rope_scaling": None,
 }
+# What the official config.json has no key for, and the values of the published model. Where ours
+# has other values, they are under the key "moss_tok".
+_OURS = {"layout": "chat", "frame_rate": 12.5, "codec": ""}
 # Tokens of the tokenizer of Qwen that the model itself does not need.
 _CHAT_IDS = {
     "pad_token_id": 151643,
@@ -82,6 +84,9 @@ def read_config(text: str) -> SpeechConfig:
     language = _get(fields, "language_config")
     if not isinstance(language, dict):
         raise ValueError("config.json: language_config must be an object")
+    ours = fields.get("moss_tok", {})
+    if not isinstance(ours, dict) or ours.keys() - _OURS.keys():
+        raise ValueError(f"config.json: moss_tok must be an object of {', '.join(_OURS)}")
     rope = language.get("rope_parameters") or {}
     _check_values(fields, language, rope)
     try:
@@ -93,10 +98,9 @@ def read_config(text: str) -> SpeechConfig:
             temporal=StackConfig(**temporal),
             depth=StackConfig(**depth),
             rope_theta=float(_get(rope if "rope_theta" in rope else language, "rope_theta")),
-            layout="chat",
             max_positions=language.get("max_position_embeddings", 32768),
-            frame_rate=_FRAME_RATE,
             official_json=text,
+            **(_OURS | ours),
             **{ours: _get(fields, key) for key, ours in _SIZES.items()},
         )
     except (TypeError, ValueError) as error:
@@ -161,6 +165,9 @@ def write_config(config: SpeechConfig, dtype: str) -> str:
         name = auto_map.get(key, name)
         auto_map[key] = name if "--" in name else f"{_REPOSITORY}--{name}"
     fields["auto_map"] = auto_map
+    ours = {key: getattr(config, key) for key in _OURS}
+    if ours != _OURS:
+        fields["moss_tok"] = ours
     fields["dtype"] = dtype
     return json.dumps(fields, indent=2) + "\n"
 
