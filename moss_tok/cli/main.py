@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "export a function as a StableHLO artifact that runs without moss_tok",
     "tokenize": "encode a data set to shards of codes",
     "transcribe": "transcribe audio or codes, with a checkpoint that has a language model",
+    "speak": "speak a text, or a file of texts, with a checkpoint of a speech model",
     "prepare": "prepare a folder or manifest for training, as ArrayRecord shards",
     "info": "print modules, parameters, rates and bitrates of a checkpoint or preset",
 }

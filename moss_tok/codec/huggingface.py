@@ -9,7 +9,6 @@ makes them equal.
 Source: modeling_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,20 +184,5 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
     if not config.official_json:
         config = with_expressible_layout(config)
     (path / "config.json").write_text(write_config(config, dtype))
-    shards = tensors.split(tensor_table(config), np.dtype(dtype).itemsize)
-    weight_map = {}
-    total_bytes = 0
-    for i, shard in enumerate(shards):
-        name = tensors.WEIGHTS_NAME
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {t.name: tensors.official_array(params, t, dtype) for t in shard}
-        if i == 0:
-            for identity, size in identity_sizes(config).items():
-                arrays[identity] = np.eye(size, dtype=dtype)
-        tensors.write_tensors(path / name, arrays, {"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, name)
-        total_bytes += sum(array.nbytes for array in arrays.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (path / tensors.INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    identities = {name: np.eye(n, dtype=dtype) for name, n in identity_sizes(config).items()}
+    tensors.write_folder(path, tensor_table(config), params, dtype, identities)
