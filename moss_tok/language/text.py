@@ -1,5 +1,6 @@
 """Tokenizers: UTF-8 bytes, or any Hugging Face tokenizer.json."""
 
+import dataclasses
 import json
 from typing import Protocol
 
@@ -32,6 +33,7 @@ class Tokenizer(Protocol):
         """The token called `name`; None without one."""
 
 
+@dataclasses.dataclass(frozen=True)  # all are equal, so programs are compiled once
 class ByteTokenizer:
     """One token per byte of UTF-8, and a token that ends a text."""
 
