@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from helpers import CODEC, init_params, leaves_equal, plain_sgd, rows_without_timing, train
 
 from moss_tok import sharding
@@ -20,8 +21,9 @@ from moss_tok.objectives.speech import draw_dropout
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
 from moss_tok.speech.layout import Request
+from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.sampling import GREEDY
-from moss_tok.training import optimizer
+from moss_tok.training import optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
 from moss_tok.training.state import Recipe
@@ -223,6 +225,32 @@ def test_dropout_draws_prefixes():
     assert np.asarray(draw_dropout(1, 1.0, jax.random.key(0), positions)).all()
 
 
+def test_what_the_loss_counts(folder):
+    """Frames of references, text, padding and dropped quantizers weigh nothing; the end does."""
+    objective = objective_of(folder)
+    config = objective.config
+    params = jax.jit(lambda key: nn.meta.unbox(objective.init(key)))(jax.random.key(0))
+    batch = next(b for b in some_batches(folder, 9) if (b["first"] > 12).any())
+    in_use = np.arange(4) < np.array([4, 3, 2, 1])[:, None]
+    part = {name: batch[name] for name in ("text", "codes", "first", "length", "targets")}
+    sums = jax.jit(objective.cross_entropies)(params, part | {"in_use": in_use})
+    counts = np.asarray(objective.count_tokens(part | {"in_use": in_use}))
+    model = SpeechModel(config)
+    logits = jax.jit(model.apply)({"params": params}, batch["text"], batch["codes"], in_use)
+    of_text, of_codes = (jax.nn.log_softmax(x) for x in logits)
+    for row in range(4):
+        first, end = batch["first"][row], batch["length"][row] - 1
+        expected = np.zeros(3)
+        for place in range(first, end + 1):
+            expected[0] -= of_text[row, place - 1, batch["text"][row, place]]
+        for level, place in itertools.product(range(4 - row), range(first, end)):
+            code = batch["codes"][row, level, place]
+            expected[min(level, 1) + 1] -= of_codes[row, level, place - 1, code]
+        np.testing.assert_allclose(sums[row], expected, rtol=1e-4)
+        frames = end - first
+        assert counts[row].tolist() == [frames + 1, frames, frames * (3 - row)]
+
+
 def test_a_run_resumes_exactly(folder, tmp_path):
     """With references, dropout and a moving average."""
     changes = {"reference_share": 0.5, "sequence_dropout": 0.5}
@@ -269,8 +297,14 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
     flags = flags_of(
         folder, tmp_path / "run", train_data=str(folder / "three"), batch_size=3, num_steps=300,
         log_every=100, checkpoint_every=300, ema_decay=0.0, sequence_dropout=0.3, beta1=0.9,
+        eval_data=str(folder / "codes"), num_eval_clips=2,
     )  # fmt: skip
     assert train(flags)
+    (row,) = writer.read_rows(tmp_path / "run" / writer.EVALUATION)
+    scores = row["table"]["speech"]["all quantizers"]
+    assert scores["text_loss"] > 0 and scores["other_codes_loss"] > 2  # of random codes
+    samples = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.wav"))
+    assert samples[:2] == ["speech_1_recorded.wav", "speech_1_spoken.wav"]
     speech = pretrained.load(tmp_path / "run")
     spoken = generate.generate(speech, [Request(text) for text in TEXTS], GREEDY)
     for item, result in zip(make_items(3), spoken, strict=True):
