@@ -82,7 +82,7 @@ def _download(name: str) -> Path:
         hint = "to fetch it from the Hugging Face Hub, pip install huggingface_hub"
         raise ValueError(f"{name}: no such checkpoint directory ({hint})") from error
     try:
-        files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        files = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the Hub's errors share no base class
         reason = str(error).strip().split("\n")[0]

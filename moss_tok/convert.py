@@ -1,4 +1,4 @@
-"""Converts a codec between the official Hugging Face layout and that of moss_tok."""
+"""Converts a codec or a speech model between the official layout and that of moss_tok."""
 
 from pathlib import Path
 
@@ -9,12 +9,16 @@ import numpy as np
 from moss_tok import checkpoint, storage, tensors
 from moss_tok.codec import huggingface, pretrained
 from moss_tok.errors import check_choice
+from moss_tok.speech import huggingface as speech_huggingface
+from moss_tok.speech import pretrained as speech_pretrained
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def convert(source: str | Path, destination: str | Path, dtype: str = "float32") -> str:
-    """Converts a codec to the other layout; `destination` appears only when it is complete.
+    """Converts a codec or a speech model to the other layout.
+
+    `destination` appears only when it is complete.
 
     Args:
       source: An official directory or Hub id, which becomes a moss_tok checkpoint; or a moss_tok
@@ -26,13 +30,15 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       The layout that was written: "checkpoint" or "official".
 
     Raises:
-      ValueError: `source` is missing or broken, `destination` exists or its folder does not, or
-        dtype is unknown.
+      ValueError: `source` is missing, broken or not supported, `destination` exists or its folder
+        does not, or dtype is unknown.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     folder = checkpoint.find_checkpoint(source)
     destination = storage.to_local_path(destination)
     checkpoint.check_destination(destination)
+    if speech_pretrained.is_speech(folder):
+        return _convert_speech(folder, destination, dtype)
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         if dtype != "float32":
@@ -42,4 +48,23 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     codec = pretrained.load(folder)
     with checkpoint.new_directory(destination) as temporary:
         huggingface.write_official(temporary, codec.config, codec.params, dtype)
+    return "official"
+
+
+def _convert_speech(folder: storage.Path, destination: Path, dtype: str) -> str:
+    config = speech_pretrained.read_config(folder)
+    params = speech_pretrained.read_params(folder, config, unused=True)
+    tokenizer = folder / speech_pretrained.TOKENIZER
+    tokenizer_json = tokenizer.read_text() if tokenizer.is_file() else ""
+    if tensors.is_official(folder):
+        unused = speech_huggingface.UNUSED
+        if np.array_equal(params[unused], params["text_embedding"]):
+            del params[unused]  # writing fills it in again
+        params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
+        speech_pretrained.save(destination, config, params, tokenizer_json)
+        return "checkpoint"
+    with checkpoint.new_directory(destination) as temporary:
+        speech_huggingface.write_official(temporary, config, params, dtype)
+        if tokenizer_json:
+            (temporary / speech_pretrained.TOKENIZER).write_text(tokenizer_json)
     return "official"

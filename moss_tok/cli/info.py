@@ -1,4 +1,4 @@
-"""Prints the modules, parameters, rates, bitrates and windows of a checkpoint or preset."""
+"""Prints the modules, parameters, rates and bitrates of a codec or a speech model."""
 
 import argparse
 import math
@@ -12,21 +12,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="C",
-        help="checkpoint, training workdir, official directory, Hugging Face Hub id or preset name",
+        help="checkpoint, training workdir, official directory, Hugging Face Hub id or the name of "
+        "a preset: v1, v2, nano, tiny, tts-1.7b",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    print("\n".join(_describe(args.checkpoint)))
+
+
+def _describe(name: str) -> list[str]:
+    """Lines that describe a checkpoint or preset."""
     from pathlib import Path
 
-    from moss_tok.codec import presets, pretrained
+    from flax.linen import meta
 
-    if args.checkpoint in presets.PRESETS and not Path(args.checkpoint).exists():
-        config = presets.preset(args.checkpoint)
-    else:
-        config = pretrained.load_config(args.checkpoint)
-    print("\n".join(describe(config, pretrained.param_shapes(config))))
+    from moss_tok import checkpoint
+    from moss_tok.codec import presets, pretrained
+    from moss_tok.speech import config as speech_configs
+    from moss_tok.speech import pretrained as speech_pretrained
+
+    def describe_speech_model(config: Any) -> list[str]:
+        return describe_speech(config, meta.unbox(speech_pretrained.boxed_shapes(config)))
+
+    if not Path(name).exists():
+        if name in presets.PRESETS:
+            config = presets.preset(name)
+            return describe(config, pretrained.param_shapes(config))
+        if name in speech_configs.PUBLISHED:
+            return describe_speech_model(speech_configs.published(name))
+    folder = checkpoint.find_checkpoint(name)
+    if speech_pretrained.is_speech(folder):
+        return describe_speech_model(speech_pretrained.read_config(folder))
+    config = pretrained.load_config(folder)
+    return describe(config, pretrained.param_shapes(config))
 
 
 def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
@@ -42,6 +62,32 @@ def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
     lines += _describe_quantizer(config.quantizer, shapes["quantizer"])
     lines += _describe_side(config, "decoder", shapes["decoder"])
     return lines
+
+
+def describe_speech(config: Any, shapes: dict[str, Any]) -> list[str]:
+    """Lines that describe a speech model whose parameters have `shapes`."""
+    bits = math.log2(config.codebook_size)
+    bitrate = config.frame_rate * config.num_quantizers * bits
+    in_adapters = _count(shapes["into_depth"]) + _count(shapes["out"])
+    return [
+        f"speech model  {config.layout} layout, {config.vocab_size} tokens, "
+        f"{config.max_positions} positions",
+        f"codes         {config.frame_rate:g} Hz, {config.num_quantizers} codebooks of "
+        f"{config.codebook_size} ({bits:g} bits), up to {bitrate:g} bit/s",
+        f"codec         {config.codec or 'not known'}",
+        f"parameters    {_count(shapes):,}",
+        _describe_stack("temporal", config.temporal, shapes),
+        _describe_stack("depth", config.depth, shapes),
+        f"adapters      {in_adapters:,} parameters with heads, mlp {config.adapter_dim}",
+    ]
+
+
+def _describe_stack(name: str, stack: Any, shapes: dict[str, Any]) -> str:
+    return (
+        f"{name:<13} {_count(shapes[name]):,} parameters, {stack.num_layers} layers of "
+        f"{stack.model_dim}, {stack.num_heads} heads of {stack.head_dim} "
+        f"({stack.num_kv_heads} of keys and values), mlp {stack.mlp_dim}"
+    )
 
 
 def _describe_side(config: Any, side: str, shapes: dict[str, Any]) -> list[str]:

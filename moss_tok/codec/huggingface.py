@@ -9,7 +9,6 @@ makes them equal.
 Source: modeling_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,17 +175,4 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
       dtype: Type of the written tensors, "float32" or "bfloat16".
     """
     (path / "config.json").write_text(write_config(config, dtype))
-    shards = tensors.split(tensor_table(config), np.dtype(dtype).itemsize)
-    weight_map = {}
-    total_bytes = 0
-    for i, shard in enumerate(shards):
-        name = tensors.WEIGHTS_NAME
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {t.name: tensors.official_array(params, t, dtype) for t in shard}
-        tensors.write_tensors(path / name, arrays, {"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, name)
-        total_bytes += sum(array.nbytes for array in arrays.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (path / tensors.INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    tensors.write_folder(path, tensor_table(config), params, dtype)

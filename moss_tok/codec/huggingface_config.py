@@ -68,6 +68,8 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
       ValueError: A key is missing or, inside a module, unknown; or a value is not supported.
     """
     fields = parse_json_object(text)
+    if str(fields.get("model_type")).startswith("moss_tts"):
+        raise ValueError("config.json: this is a speech model, not a codec")
     required = ("sampling_rate", "downsample_rate", "encoder_kwargs", "decoder_kwargs")
     for key in (*required, "quantizer_kwargs"):
         if key not in fields:

@@ -91,6 +91,7 @@ class SpeechConfig:
       max_positions: Longest sequence that it was trained on.
       frame_rate: Frames per second of its codes, Hz.
       codec: Fingerprint of the codec of its codes; "": unknown.
+      official_json: The official config.json it was read from, written again on conversion; or "".
     """
 
     vocab_size: int
@@ -108,6 +109,7 @@ class SpeechConfig:
     max_positions: int = 32768
     frame_rate: float = 12.5
     codec: str = ""
+    official_json: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self):
         check_types(self)
@@ -181,4 +183,28 @@ def preset(
         slot_id,
         end_id,
         **fields,
+    )
+
+
+PUBLISHED = ("tts-1.7b",)
+
+
+def published(name: str) -> SpeechConfig:
+    """The config of a published model: "tts-1.7b", MossTTSLocal 1.0 of OpenMOSS.
+
+    Raises:
+      ValueError: There is no published model of that name.
+    """
+    check_choice("speech model", name, PUBLISHED)
+    return preset(
+        "1.7b",
+        vocab_size=151936,
+        codebook_size=1024,
+        num_quantizers=32,
+        slot_id=151656,
+        end_id=151653,
+        start_id=151652,
+        user_slot_id=151654,
+        layout="chat",
+        max_positions=40960,  # of Qwen3-1.7B
     )
