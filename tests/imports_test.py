@@ -107,7 +107,9 @@ def test_the_training_core_names_no_domain():
         assert not domains, f"{path.name} imports {domains}"
 
 
-@pytest.mark.parametrize("package", ["moss_tok", "moss_tok.language", "moss_tok.data"])
+@pytest.mark.parametrize(
+    "package", ["moss_tok", "moss_tok.language", "moss_tok.data", "moss_tok.speech"]
+)
 def test_stub_and_package_have_the_same_names(package):
     """Type checkers and tab completion see the names that can be imported."""
     module = importlib.import_module(package)
