@@ -51,6 +51,7 @@ FLOORS = [
      "cli.export", "cli.speak", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
      "cli.main"],
 ]  # fmt: skip
+LAZY = ("language", "data", "speech")  # rooms whose public names are imported on use
 ORDER = [room for floor in FLOORS for room in floor]
 
 

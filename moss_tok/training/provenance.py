@@ -15,9 +15,8 @@ from typing import Any
 import jax
 
 from moss_tok import checkpoint, settings, storage
-from moss_tok.audio.manifest import read_lines
 from moss_tok.data import sources
-from moss_tok.json_files import parse_json_object
+from moss_tok.json_files import parse_json_object, read_lines
 from moss_tok.training.config import TrainConfig
 
 _OWN_ENTRIES = ("seed", "train_data", "init_from")  # described elsewhere than under "flags"
