@@ -42,7 +42,7 @@ FLOORS = [
      "objectives.flops"],
     ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
      "cli.info", "cli.prepare", "cli.stream",
-     "cli.export", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.speak", "cli.report",
+     "cli.export", "cli.speak", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
      "cli.main"],
 ]  # fmt: skip
 ORDER = [room for floor in FLOORS for room in floor]

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_checkpoint(parser)
     parser.add_argument(
         "--dataset",
-        required=True,
+        default=[],
         action="append",
         metavar="D.jsonl",
         help='recordings, one {"path": ...} per line; repeat the option for several data sets',
@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of the codec in the results (default: the checkpoint's folder name)",
     )
     parser.add_argument(
+        "--speak",
+        metavar="LIST",
+        help="instead of a data set: a file of texts as moss-tok speak takes it, which the speech "
+        "model of --checkpoint speaks; the output has ID.wav files and a meta.lst, which the "
+        "scripts of Seed-TTS-eval read",
+    )
+    parser.add_argument("--codec", metavar="C", help="with --speak: the codec of the speech model")
+    parser.add_argument(
         "--num-workers",
         type=int,
         default=os.cpu_count(),
@@ -65,6 +73,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if bool(args.speak) == bool(args.dataset):
+        raise ValueError("give either --dataset, to score reconstructions, or --speak")
+    if args.speak:
+        _speak(args)
+    else:
+        _reconstruct(args)
+
+
+def _speak(args: argparse.Namespace) -> None:
+    """Speaks the texts of a list, as `moss-tok speak` does."""
+    from moss_tok.cli import speak
+
+    given = [args.speak, args.output, f"--checkpoint={args.checkpoint}"]
+    if args.codec:
+        given.append(f"--codec={args.codec}")
+    if args.num_quantizers:
+        given.append(f"--num-quantizers={args.num_quantizers}")
+    if Path(args.speak).suffix.lower() not in speak.LISTS or not Path(args.speak).is_file():
+        raise ValueError(f"{args.speak}: no such file of texts ({', '.join(speak.LISTS)})")
+    parser = argparse.ArgumentParser()
+    speak.add_arguments(parser)
+    speak.run(parser.parse_args(given))
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    """Scores the codec on data sets."""
     import moss_tok
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, datasets, pages, reconstruction, results, sweep

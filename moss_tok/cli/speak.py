@@ -10,7 +10,7 @@ from moss_tok.cli import arguments
 
 EXAMPLE = 'moss-tok speak "four seven two" speech.wav --checkpoint runs/tts'
 
-_LISTS = (".txt", ".jsonl", ".lst")
+LISTS = (".txt", ".jsonl", ".lst")
 _PCM = {"s16": ("<i2", 32768), "f32": ("<f4", 1)}  # type, full scale
 _STDOUT = "-"
 _AT_ONCE = 64  # texts between two lots of files
@@ -95,7 +95,7 @@ class _Row:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    is_list = Path(args.text).suffix.lower() in _LISTS and Path(args.text).is_file()
+    is_list = Path(args.text).suffix.lower() in LISTS and Path(args.text).is_file()
     sampling = _sampling(args)
     rows = [_Row("", args.text, args.prompt or "", args.prompt_text)]
     if is_list:
@@ -286,9 +286,22 @@ def _speak_list(
                 if not result.ended:
                     cut.append(row.name)
                 count()
+    _write_listing(folder, rows)
     print(f"{folder}: {len(rows)} files")
     if cut:
         print(f"cut at the longest length for their texts: {', '.join(cut)}", file=sys.stderr)
+
+
+def _write_listing(folder: Path, rows: list[_Row]) -> None:
+    """Writes meta.lst, with which the scripts of Seed-TTS-eval find what each file says."""
+    from moss_tok.audio import files
+
+    lines = []
+    for row in rows:
+        prompt = str(Path(row.prompt).absolute()) if row.prompt else ""
+        fields = (row.name, row.prompt_text, prompt, row.text)
+        lines.append("|".join(" ".join(field.split()) for field in fields) + "\n")
+    files.write_text(folder / "meta.lst", "".join(lines))
 
 
 def _stream(

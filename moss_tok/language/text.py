@@ -1,5 +1,7 @@
 """Tokenizers: UTF-8 bytes, or any Hugging Face tokenizer.json."""
 
+import dataclasses
+import functools
 import json
 from typing import Protocol
 
@@ -32,6 +34,7 @@ class Tokenizer(Protocol):
         """The token called `name`; None without one."""
 
 
+@dataclasses.dataclass(frozen=True)  # all are equal, so programs are compiled once
 class ByteTokenizer:
     """One token per byte of UTF-8, and a token that ends a text."""
 
@@ -98,11 +101,12 @@ class FileTokenizer:
         """The token called `name`; None without one."""
         return self._tokenizer.token_to_id(name)
 
-    @property
+    @functools.cached_property
     def unknown_id(self) -> int | None:
         """The token that stands for characters that the tokenizer lacks; None without one."""
-        name = json.loads(self.json)["model"].get("unk_token")
-        return None if name is None else self.token_id(name)
+        model = json.loads(self.json)["model"]
+        name = model.get("unk_token")  # Unigram models have unk_id
+        return model.get("unk_id") if name is None else self.token_id(name)
 
 
 def missing_characters(tokenizer: Tokenizer, text: str) -> str:
