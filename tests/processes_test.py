@@ -101,7 +101,7 @@ def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):
     like = states.state_shapes(recipe, sharding.make_mesh("data:1"))
     found = []
     for run in (config, parts):
-        saver = checkpoints.Checkpoints(Path(run["workdir"]), RunConfig(), recipe.objective)
+        saver = checkpoints.Checkpoints(Path(run["workdir"]), RunConfig(), recipe.objective, {})
         found.append(saver.restore_latest(like, print))
     for part in (lambda s: s.params, lambda s: s.extra["discriminators"]):
         trees = [part(state) for state in found]

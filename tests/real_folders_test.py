@@ -483,7 +483,7 @@ def test_pointers_of_git_lfs(micro, cached, tmp_path):
     for call, name in (
         (lambda: moss_tok.load(cached), "model.safetensors: "),
         (lambda: moss_tok.load(tmp_path / "ours"), "broken checkpoint: params/.*: "),
-        (lambda: codes.read(tmp_path / "a.npz", micro.config), r"a.npz: not a .npz .*\("),
+        (lambda: codes.read(tmp_path / "a.npz", micro), r"a.npz: not a .npz .*\("),
         (lambda: text.load(tmp_path), r"tokenizer.json: not a tokenizer.json \("),
         (lambda: records.shard(tmp_path / "a.array_record"), r"no ArrayRecord files \("),
     ):

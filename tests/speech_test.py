@@ -84,6 +84,15 @@ def test_dropped_quantizers_change_nothing_below_and_learn_nothing(params, posit
     assert not found["out"]["code_heads"][1:].any() and not found["out"]["gate"][2:].any()
 
 
+def test_the_code_for_none_is_zero_and_learns_nothing(params, positions):
+    """As the padding rows of the official embeddings."""
+    text, codes = positions
+    assert not params["code_embeddings"][:, -1].any()
+    gradient = jax.grad(lambda p: logits(p, text, codes.at[:, :, 2].set(7))[1].sum())(params)
+    assert not gradient["code_embeddings"][:, -1].any()
+    assert gradient["code_embeddings"][:2, :-1].any()
+
+
 def test_step_by_step_equals_all_at_once(params, positions):
     """Caches of both Transformers, position by position and channel by channel."""
     text, codes = positions

@@ -23,9 +23,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
         metavar="C",
-        help="checkpoint, training workdir, official directory or Hugging Face Hub id",
+        help="checkpoint, training workdir, official directory or Hugging Face Hub id (default: "
+        "the small codec that comes with moss_tok)",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok decode speech.npz speech.wav --checkpoint runs/quickstart"
+EXAMPLE = "moss-tok decode speech.npz speech.wav"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     from moss_tok.codec import codes, inference
 
     config = codec.config
-    file = codes.read(source, config)
+    file = codes.read(source, codec)
     available = file.codes.shape[0]
     if num_quantizers is not None and num_quantizers > available:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok encode speech.flac speech.npz --checkpoint runs/quickstart --num-quantizers 8"
+EXAMPLE = "moss-tok encode speech.flac speech.npz --num-quantizers 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
         array = inference.encode_one(codec, wav, num_quantizers)
     else:
         array, num_samples = _encode_in_chunks(codec, num_quantizers, source, seconds)
-    codes.write(output, array, num_samples, config)
+    codes.write(output, array, num_samples, codec)
     return (
         f"{output}: {num_quantizers} x {array.shape[1]} codes, "
         f"{num_samples / config.sample_rate:.2f} s at {config.bitrate(num_quantizers):.0f} bit/s"

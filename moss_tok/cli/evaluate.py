@@ -9,7 +9,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok evaluate --checkpoint runs/quickstart --dataset test.jsonl --output evaluation"
+EXAMPLE = "moss-tok evaluate --dataset test.jsonl --output evaluation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_checkpoint(parser)
     parser.add_argument(
         "--dataset",
-        required=True,
+        default=[],
         action="append",
         metavar="D.jsonl",
         help='recordings, one {"path": ...} per line; repeat the option for several data sets',
@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of the codec in the results (default: the checkpoint's folder name)",
     )
     parser.add_argument(
+        "--speak",
+        metavar="LIST",
+        help="instead of a data set: a file of texts as moss-tok speak takes it, which the speech "
+        "model of --checkpoint speaks; the output has ID.wav files and a meta.lst, which the "
+        "scripts of Seed-TTS-eval read",
+    )
+    parser.add_argument("--codec", metavar="C", help="with --speak: the codec of the speech model")
+    parser.add_argument(
         "--num-workers",
         type=int,
         default=os.cpu_count(),
@@ -65,7 +73,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if bool(args.speak) == bool(args.dataset):
+        raise ValueError("give either --dataset, to score reconstructions, or --speak")
+    if args.speak:
+        _speak(args)
+    else:
+        _reconstruct(args)
+
+
+def _speak(args: argparse.Namespace) -> None:
+    """Speaks the texts of a list, as `moss-tok speak` does."""
+    from moss_tok.cli import speak
+
+    given = [args.speak, args.output, f"--checkpoint={args.checkpoint}"]
+    if args.codec:
+        given.append(f"--codec={args.codec}")
+    if args.num_quantizers:
+        given.append(f"--num-quantizers={args.num_quantizers}")
+    if Path(args.speak).suffix.lower() not in speak.LISTS or not Path(args.speak).is_file():
+        raise ValueError(f"{args.speak}: no such file of texts ({', '.join(speak.LISTS)})")
+    parser = argparse.ArgumentParser()
+    speak.add_arguments(parser)
+    speak.run(parser.parse_args(given))
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    """Scores the codec on data sets."""
     import moss_tok
+    from moss_tok import assets
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, datasets, pages, reconstruction, results, sweep
 
@@ -79,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
     numbers = sweep.bitrates(config)
     if args.num_quantizers:
         numbers = reconstruction.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
-    name = baselines.check_name(args.name or Path(args.checkpoint).absolute().name)
+    folder = Path(args.checkpoint).absolute() if args.checkpoint else assets.codec_folder()
+    name = baselines.check_name(args.name or folder.name)
     others = _parse_baselines(args.baselines, name, data)
     output = Path(args.output)
     reconstruction.check_output(args.output)
@@ -134,7 +170,7 @@ def _evaluate_codec(
         problems.append(rate(dataset, folder / f"rvq{n}", round(codec.config.bitrate(n))))
     if language and transcription.has_words(dataset.texts):
         transcription.write_dataset(codec, language, dataset, numbers, folder)
-    results.write_entropy(folder, dataset, codec.config)
+    results.write_entropy(folder, dataset, codec)
     return problems
 
 
@@ -186,7 +222,9 @@ def _parse_baselines(text: str, name: str, data: Sequence[Any]) -> list[Any]:
     return others
 
 
-def _load_language(checkpoint: str, data: Sequence[Any], requested: Sequence[str]) -> Any | None:
+def _load_language(
+    checkpoint: str | None, data: Sequence[Any], requested: Sequence[str]
+) -> Any | None:
     """The checkpoint's language model if wer or cer can be computed; None otherwise.
 
     Raises:
@@ -208,5 +246,6 @@ def _load_language(checkpoint: str, data: Sequence[Any], requested: Sequence[str
         transcription.check_installed()
         return language_models.load(checkpoint)
     if text_requested:
-        raise ValueError(f"wer and cer need a language model, {checkpoint} has none")
+        name = checkpoint or "the codec that comes with moss_tok"
+        raise ValueError(f"wer and cer need a language model, {name} has none")
     return None

@@ -13,6 +13,8 @@ COMMANDS = {
     "encode": "encode audio to codes (.npz)",
     "decode": "decode codes (.npz) to audio",
     "reconstruct": "encode audio and decode it again",
+    "compare": "reconstruct a file at several bitrates, with distances and a picture",
+    "demo": "a page on this machine: reconstruct files or live from the microphone",
     "stream": "encode or decode in real time, from standard input to standard output",
     "convert": "convert official Hugging Face weights to a checkpoint, or back",
     "evaluate": "score reconstructions of data sets at several bitrates",
@@ -20,6 +22,7 @@ COMMANDS = {
     "export": "export a function as a StableHLO artifact that runs without moss_tok",
     "tokenize": "encode a data set to shards of codes",
     "transcribe": "transcribe audio or codes, with a checkpoint that has a language model",
+    "speak": "speak a text, or a file of texts, with a checkpoint of a speech model",
     "prepare": "prepare a folder or manifest for training, as ArrayRecord shards",
     "info": "print modules, parameters, rates and bitrates of a checkpoint or preset",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok reconstruct speech.flac again.wav --checkpoint runs/quickstart"
+EXAMPLE = "moss-tok reconstruct speech.flac again.wav"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = (
-    "moss-tok tokenize recordings --checkpoint runs/quickstart --output codes --num-quantizers 16"
-)
+EXAMPLE = "moss-tok tokenize recordings --output codes --num-quantizers 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -235,6 +235,8 @@ class CodecConfig:
           ValueError: The text is not JSON, or has an unknown key or an invalid value.
         """
         fields = parse_json_object(text)
+        if "temporal" in fields:
+            raise ValueError("this is a speech model, not a codec")
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f'not a moss_tok config: "format" must be "{FORMAT}"')
         for side in ("encoder", "decoder"):

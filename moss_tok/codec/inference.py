@@ -207,12 +207,19 @@ def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None)
 
 
 def encode_batch(
-    codec: Codec, wavs: Sequence[np.ndarray], num_quantizers: int | None = None
+    codec: Codec,
+    wavs: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    num_frames: int | None = None,
 ) -> list[np.ndarray]:
-    """Encodes recordings [C, S] of similar length -> [Q, T] each, padded to few shapes."""
+    """Encodes recordings [C, S] of similar length -> [Q, T] each.
+
+    They are padded to `num_frames`; default: the bucket of the longest, see `bucket_frames`.
+    """
     lengths = np.array([wav.shape[-1] for wav in wavs])
-    max_frames = codec.config.num_frames(int(lengths.max()))
-    size = bucket_frames(max_frames) * codec.config.hop_length
+    if num_frames is None:
+        num_frames = bucket_frames(codec.config.num_frames(int(lengths.max())))
+    size = num_frames * codec.config.hop_length
     encoded = encode(codec, stack(wavs, size), lengths, num_quantizers)
     rows = []
     for codes, length in zip(np.asarray(encoded.codes), lengths.tolist(), strict=True):
@@ -229,12 +236,18 @@ def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = Non
 
 
 def decode_batch(
-    codec: Codec, codes: Sequence[np.ndarray], num_quantizers: int | None = None
+    codec: Codec,
+    codes: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    num_frames: int | None = None,
 ) -> list[np.ndarray]:
-    """`decode_one` for recordings [q, T] of similar length -> [C, T * hop_length] each."""
+    """`decode_one` for recordings [q, T] of similar length -> [C, T * hop_length] each.
+
+    They are padded to `num_frames` as in `encode_batch`.
+    """
     lengths = np.array([x.shape[-1] for x in codes])
-    size = bucket_frames(int(lengths.max()))
-    decoded = _decode_prefix(codec, stack(codes, size), lengths, num_quantizers)
+    num_frames = num_frames or bucket_frames(int(lengths.max()))
+    decoded = _decode_prefix(codec, stack(codes, num_frames), lengths, num_quantizers)
     rows = []
     for wav, length in zip(np.asarray(decoded.wav), lengths.tolist(), strict=True):
         rows.append(wav[:, : length * codec.config.hop_length])

@@ -9,6 +9,7 @@ process knows the shape of a batch without reading the rows of others.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,7 +19,7 @@ from moss_tok.audio import manifest
 from moss_tok.audio.manifest import DOMAINS, TASKS
 from moss_tok.codec.inference import bucket_frames
 from moss_tok.data import sources
-from moss_tok.data.codes import CodeSource, Item
+from moss_tok.data.codes import CodeSource, Item, LineSource, open_source
 from moss_tok.data.config import CodeDataConfig
 from moss_tok.language.text import Tokenizer
 
@@ -26,6 +27,8 @@ _WINDOW_BATCHES = 32  # that are packed together
 _BUCKETS_PER_OCTAVE = 2  # lengths; a step is compiled for each
 
 Batch = dict[str, np.ndarray]
+Source = CodeSource | LineSource
+Member = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class CodeSet:
       num_texts: How many of the split have a text.
     """
 
-    source: CodeSource
+    source: Source
     indices: np.ndarray
     num_frames: np.ndarray
     num_texts: int
@@ -67,7 +70,7 @@ class CodeSet:
         return len(self.indices)
 
 
-def read_set(source: CodeSource, split: str, shape: CodeShape) -> CodeSet:
+def read_set(source: Source, split: str, shape: CodeShape) -> CodeSet:
     """Reads all recordings once to learn their lengths, splits and texts; shows progress."""
     indices = []
     num_frames = []
@@ -84,28 +87,30 @@ def read_set(source: CodeSource, split: str, shape: CodeShape) -> CodeSet:
     return CodeSet(source, np.array(indices, int), np.array(num_frames, int), num_texts)
 
 
-def find_sources(text: str) -> tuple[list[CodeSource], list[float | None]]:
-    """The folders of SOURCE[:WEIGHT],... and their weights; ValueError where one is no such."""
+def find_sources(text: str) -> tuple[list[Source], list[float | None]]:
+    """The sources of SOURCE[:WEIGHT],... and their weights; ValueError where one is no such."""
     names, weights = zip(*sources.parse(text), strict=True)
-    return [CodeSource(name) for name in names], list(weights)
+    return [open_source(name) for name in names], list(weights)
 
 
-class CodeBatches:
-    """The batches of a mixture, by number: a data source for grain."""
+class PackedBatches:
+    """The batches of a mixture, by number: a data source for grain.
+
+    A subclass says what one item of a batch is. A member of a batch is a tuple of integers: the
+    number of the set, the place in it, and what `draw` adds.
+    """
 
     def __init__(
         self,
-        sets: Sequence[CodeSet],
+        sets: Sequence[Any],
         weights: Sequence[float],
         batch_size: int,
-        shape: CodeShape,
         seed: int,
         rows: Sequence[int] | None = None,
     ):
         """Of these rows of each batch; default: all."""
         self._sets = tuple(sets)
         self._batch_size = batch_size
-        self._shape = shape
         self._seed = seed
         self._rows = range(batch_size) if rows is None else rows
         parts = []
@@ -118,40 +123,101 @@ class CodeBatches:
     def __len__(self) -> int:
         return len(self._order) // self._batch_size
 
-    def members(self, number: int) -> list[tuple[int, int]]:
-        """The recordings of a batch: (number of the set, place in it), shortest first."""
+    def draw(self, part: int, place: int, number: int) -> Member:
+        """The member for a recording; `number` counts all draws of the run."""
+        del number
+        return part, place
+
+    def size(self, member: Member) -> int:
+        """Its length, for the packing."""
+        raise NotImplementedError
+
+    def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
+        """The lengths of a batch's arrays."""
+        raise NotImplementedError
+
+    def read(self, member: Member) -> Any:
+        """What `arrays` makes arrays of; raises an error if it cannot be read."""
+        raise NotImplementedError
+
+    def arrays(self, item: Any | None, shape: tuple[int, ...]) -> Batch:
+        """The arrays of an item; None: one that could not be read."""
+        raise NotImplementedError
+
+    def members(self, number: int) -> list[Member]:
+        """The members of a batch, shortest first."""
         window, place = divmod(number, _WINDOW_BATCHES)
         return self._window(window)[place]
 
-    def _plan_window(self, window: int) -> list[list[tuple[int, int]]]:
+    def _plan_window(self, window: int) -> list[list[Member]]:
         size = _WINDOW_BATCHES * self._batch_size
-        drawn = [self._order[window * size + i] for i in range(size)]
-        drawn.sort(key=lambda pair: self._sets[pair[0]].num_frames[pair[1]])
+        numbers = range(window * size, (window + 1) * size)
+        drawn = [self.draw(*self._order[number], number) for number in numbers]
+        drawn.sort(key=self.size)
         batches = [drawn[i : i + self._batch_size] for i in range(0, size, self._batch_size)]
         order = np.random.default_rng((self._seed, window)).permutation(_WINDOW_BATCHES)
         return [batches[i] for i in order]
 
     def __getitem__(self, number: int) -> Batch:
         members = self.members(number)
-        longest = max(self._sets[part].num_frames[place] for part, place in members)
-        bucket = bucket_frames(int(longest), _BUCKETS_PER_OCTAVE)
-        num_frames = min(bucket, self._shape.max_frames)
-        items = [self._item(*members[row], num_frames) | {"position": np.int32(row)}
+        shape = self.shape(members)
+        items = [self._item(members[row], shape) | {"position": np.int32(row)}
                  for row in self._rows]  # fmt: skip
         return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
-    def _item(self, part: int, place: int, num_frames: int) -> Batch:
-        """A recording, or, where it cannot be read, one of no frames and without text."""
-        index = int(self._sets[part].indices[place])
+    def _item(self, member: Member, shape: tuple[int, ...]) -> Batch:
         failed = np.full((1, 2), -1, np.int64)
         item = None
         try:
-            item = self._sets[part].source[index]
+            item = self.read(member)
         except Exception:  # what ArrayRecord and msgpack raise on damaged files
-            failed[0] = part, index
-        return {"failed": failed} | self._arrays(item, num_frames)
+            part, place, *_ = member
+            failed[0] = part, int(self._sets[part].indices[place])
+        return {"failed": failed} | self.arrays(item, shape)
 
-    def _arrays(self, item: Item | None, num_frames: int) -> Batch:
+
+def bucket_size(members_size: int, most: int) -> int:
+    """A length for the arrays of a batch: one of few, because a step is compiled for each."""
+    return min(bucket_frames(members_size, _BUCKETS_PER_OCTAVE), most)
+
+
+class CodeBatches(PackedBatches):
+    """Batches of recordings, which are codes with a text.
+
+    A recording that cannot be read becomes one of no frames and without text.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[CodeSet],
+        weights: Sequence[float],
+        batch_size: int,
+        shape: CodeShape,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ):
+        """Of these rows of each batch; default: all."""
+        super().__init__(sets, weights, batch_size, seed, rows)
+        self._shape = shape
+
+    def size(self, member: Member) -> int:
+        """Frames."""
+        part, place = member
+        return int(self._sets[part].num_frames[place])
+
+    def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
+        """T."""
+        longest = max(map(self.size, members))
+        return (bucket_size(longest, self._shape.max_frames),)
+
+    def read(self, member: Member) -> Item:
+        """The recording."""
+        part, place = member
+        return self._sets[part].source[int(self._sets[part].indices[place])]
+
+    def arrays(self, item: Item | None, shape: tuple[int, ...]) -> Batch:
+        """See `batches`."""
+        (num_frames,) = shape
         shape = self._shape
         codes = np.zeros((shape.num_quantizers, num_frames), np.int32)
         tokens: list[int] = []
@@ -203,6 +269,10 @@ def batches(
       T is one of few sizes; "domain", "position", "failed", "text", "text_length", "task": as
       `pipeline.batches` has them}. It has `close()`.
     """
-    made = CodeBatches(sets, weights, config.batch_size, shape, seed, rows)
+    return iterate(CodeBatches(sets, weights, config.batch_size, shape, seed, rows), start)
+
+
+def iterate(made: PackedBatches, start: int) -> Iterator[Batch]:
+    """Endless batches from number `start` on; the iterator has `close()`."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(made)[start:].to_iter_dataset(options))

@@ -17,7 +17,7 @@ from grain.sources import ArrayRecordDataSource
 from moss_tok import storage, summary
 from moss_tok.data import records
 from moss_tok.data.config import PLAN
-from moss_tok.json_files import parse_json_line, read_json_object, read_lines
+from moss_tok.json_files import parse_json_line, parse_json_object, read_json_object, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,80 @@ class Writer:
             "metadata": item.metadata,
         }
         self._writer.write(msgpack.packb(fields))
+
+
+class LineSource:
+    """Random access to the lines of a file for fine-tuning MOSS-TTS: a data source for grain.
+
+    A line is an object with `audio_codes` (lists [T, Q]), `text`, and optionally `ref_audio_codes`,
+    `language`, `instruction`, ...
+
+    Attributes:
+      folder: The file.
+      settings: Empty: such a file does not say which codec made its codes.
+    """
+
+    def __init__(self, path: str | storage.Path):
+        """Finds the lines; a file in a bucket is copied first."""
+        self.folder = storage.to_path(path)
+        self.settings: dict[str, Any] = {}
+        (self._copy,) = records.local_copies([self.folder])
+        self._starts = []
+        position = 0
+        with self._copy.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    self._starts.append((position, len(line)))
+                position += len(line)
+
+    def __repr__(self) -> str:
+        return f"LineSource({str(self.folder)!r}, {summary.count(len(self), 'item')})"
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Item:
+        start, size = self._starts[index]
+        with self._copy.open("rb") as file:
+            file.seek(start)
+            line = file.read(size)
+        try:
+            fields = parse_json_object(line.decode())
+            codes = frame_major("audio_codes", fields.pop("audio_codes", None))
+            reference = fields.pop("ref_audio_codes", None)
+            if reference is not None:
+                fields[REFERENCE] = frame_major("ref_audio_codes", reference)
+            if not isinstance(fields.get("text"), str):
+                raise ValueError(f"text must be a string, got {fields.get('text')!r}")
+        except ValueError as error:
+            raise ValueError(f"{self.folder}, item {index + 1}: {error}") from error
+        fields["transcript"] = fields.pop("text")
+        return Item(str(fields.pop("id", index)), codes, 0, fields)
+
+
+REFERENCE = "reference"  # key of the metadata: codes [Q, T] of another recording of the speaker
+
+
+def frame_major(name: str, lists: Any) -> np.ndarray:
+    """Codes [Q, T] int16 from lists [T, Q]; ValueError calls bad ones `name`."""
+    try:
+        codes = np.array(lists)
+    except ValueError:  # rows of different lengths
+        codes = np.array(None)
+    if codes.ndim != 2 or codes.dtype.kind != "i" or not codes.size:
+        raise ValueError(f"{name} must be lists of integers [T, Q] of equal length")
+    if codes.min() < 0 or codes.max() >= 2**15:
+        raise ValueError(f"{name} must be codes of at least 0, got {codes.min()}..{codes.max()}")
+    return codes.T.astype(np.int16)
+
+
+def open_source(path: str | storage.Path) -> "CodeSource | LineSource":
+    """The items of a folder of shards, or of a file of JSON lines."""
+    path = storage.to_path(path)
+    return LineSource(path) if path.is_file() else CodeSource(path)
 
 
 class CodeSource:

@@ -14,8 +14,8 @@ class DataConfig:
     train_data: str = setting(
         "",
         "training data, SOURCE[:WEIGHT],...: folders, manifests or *.array_record shards of audio, "
-        "or folders of codes from moss-tok tokenize; without weights, sources count by their size; "
-        "empty: synthetic sounds",
+        "folders of codes from moss-tok tokenize, or JSON lines with audio_codes and text; without "
+        "weights, sources count by their size; empty: synthetic sounds",
     )
     eval_data: str = setting(
         "",
@@ -97,10 +97,12 @@ class AudioDataConfig(DataConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CodeDataConfig(DataConfig):
-    """Codes that `moss-tok tokenize` wrote; batches are packed by length."""
+    """Codes that `moss-tok tokenize` wrote, or JSON lines; batches are packed by length."""
 
 
 PLAN = "plan.json"  # identifies a folder of codes
+LINES_SUFFIX = ".jsonl"
+_HEAD_BYTES = 2**20  # of a file, in which the first line names its fields
 _WEIGHT = re.compile(r":[^:/]*$")
 
 
@@ -115,7 +117,7 @@ def data_settings(train_data: str) -> type:
     for part in train_data.split(","):
         name = part.strip()
         without_weight = _WEIGHT.sub("", name)
-        if _is_code_folder(name) or _is_code_folder(without_weight):
+        if _holds_codes(name) or _holds_codes(without_weight):
             codes.append(name)
         else:
             audio.append(name)
@@ -126,5 +128,12 @@ def data_settings(train_data: str) -> type:
     return CodeDataConfig if codes else AudioDataConfig
 
 
-def _is_code_folder(name: str) -> bool:
-    return bool(name) and (storage.to_path(name) / PLAN).is_file()
+def _holds_codes(name: str) -> bool:
+    """Whether it is a folder that `moss-tok tokenize` wrote, or JSON lines with audio_codes."""
+    if not name:
+        return False
+    path = storage.to_path(name)
+    if path.suffix != LINES_SUFFIX or not path.is_file():
+        return (path / PLAN).is_file()
+    with path.open("rb") as file:
+        return b'audio_codes"' in file.read(_HEAD_BYTES)

@@ -1,6 +1,7 @@
 """Reads Qwen2.5 weights from a local directory in the Hugging Face layout.
 
-Source: names and shapes of the tensors of Qwen2ForCausalLM of Hugging Face Transformers.
+Source: names and shapes of the tensors of Qwen2ForCausalLM and Qwen3Model of Hugging Face
+Transformers.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 from moss_tok import tensors
 from moss_tok.json_files import read_json_object
 from moss_tok.language.config import LanguageConfig
+from moss_tok.nn.blocks import BlockConfig
 from moss_tok.tensors import Tensor
 
 _OUTPUT = "lm_head.weight"  # some files store the tied embedding a second time
@@ -90,29 +92,72 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
 
 
 def _table(c: LanguageConfig) -> Iterator[Tensor]:
+    shape = (c.vocab_size, c.model_dim)
+    yield _same("model.embed_tokens.weight", shape, ("embedding",))
+    yield _same("model.norm.weight", (c.model_dim,), ("norm", "scale"))
+    yield from block_rows(c.block, c.num_layers, "model.layers.", ("layers",))
+
+
+def block_rows(
+    c: BlockConfig, num_layers: int, prefix: str, path: tuple[str, ...]
+) -> Iterator[Tensor]:
+    """Rows of the tensors of blocks, whose names begin with `prefix`, for both directions.
+
+    Args:
+      c: The blocks: of Qwen2.5, with biases, or of Qwen3, with norms of heads.
+      num_layers: How many there are.
+      prefix: What the names begin with, before the number of the block.
+      path: Path of the stacked blocks in our tree.
+    """
+    d = c.model_dim
+    for layer in range(num_layers):
+        block = f"{prefix}{layer}."
+        for name, ours in (("input", "attention_norm"), ("post_attention", "mlp_norm")):
+            yield _same(f"{block}{name}_layernorm.weight", (d,), (*path, ours, "scale"), layer)
+        yield from _attention_rows(c, f"{block}self_attn.", (*path, "attention"), layer)
+        yield from mlp_rows((d, c.mlp_dim, d), f"{block}mlp.", (*path, "mlp"), layer)
+
+
+def _attention_rows(c: BlockConfig, prefix: str, path, layer: int) -> Iterator[Tensor]:
     d, n, h = c.model_dim, c.num_heads, c.head_dim
 
-    def row(name, shape, path, layer=None, to_ours=lambda x: x):
-        return Tensor(name, shape, path, layer, to_ours, lambda x: x)
-
-    def heads(x: np.ndarray) -> np.ndarray:
+    def split_heads(x: np.ndarray) -> np.ndarray:
         return x.T.reshape(d, -1, h)
 
-    yield row("model.embed_tokens.weight", (c.vocab_size, d), ("embedding",))
-    yield row("model.norm.weight", (d,), ("norm", "scale"))
-    for layer in range(c.num_layers):
-        block = f"model.layers.{layer}."
-        for name, ours in (("input", "attention_norm"), ("post_attention", "mlp_norm")):
-            yield row(f"{block}{name}_layernorm.weight", (d,), ("layers", ours, "scale"), layer)
-        attention = ("layers", "attention")
-        for name, count in (("q", n), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
-            prefix = f"{block}self_attn.{name}_proj"
-            yield row(f"{prefix}.weight", (count * h, d), (*attention, name), layer, heads)
-            yield row(f"{prefix}.bias", (count * h,), (*attention, f"{name}_bias"), layer,
-                      lambda x: x.reshape(-1, h))  # fmt: skip
-        yield row(f"{block}self_attn.o_proj.weight", (d, n * h), (*attention, "out"), layer,
-                  lambda x: x.T.reshape(n, h, d))  # fmt: skip
-        shapes = {"gate": (c.mlp_dim, d), "up": (c.mlp_dim, d), "down": (d, c.mlp_dim)}
-        for name, shape in shapes.items():
-            weight = f"{block}mlp.{name}_proj.weight"
-            yield row(weight, shape, ("layers", "mlp", name), layer, np.transpose)
+    def join_heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(d, -1).T
+
+    for name, count in (("q", n), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+        weight = f"{prefix}{name}_proj.weight"
+        yield Tensor(weight, (count * h, d), (*path, name), layer, split_heads, join_heads)
+        if c.qkv_bias:
+            yield Tensor(
+                f"{prefix}{name}_proj.bias", (count * h,), (*path, f"{name}_bias"), layer,
+                lambda x: x.reshape(-1, h), np.ravel,
+            )  # fmt: skip
+    if c.head_norm:
+        for name in ("q_norm", "k_norm"):
+            yield _same(f"{prefix}{name}.weight", (h,), (*path, name, "scale"), layer)
+    yield Tensor(
+        f"{prefix}o_proj.weight", (d, n * h), (*path, "out"), layer,
+        lambda x: x.T.reshape(n, h, d), lambda x: x.reshape(n * h, d).T,
+    )  # fmt: skip
+
+
+def mlp_rows(
+    dims: tuple[int, int, int], prefix: str, path: tuple[str, ...], row: int | None = None
+) -> Iterator[Tensor]:
+    """Rows of a SwiGLU layer of widths `dims`: input, inner, output; for both directions."""
+    input_dim, inner_dim, output_dim = dims
+    shapes = {
+        "gate": (inner_dim, input_dim),
+        "up": (inner_dim, input_dim),
+        "down": (output_dim, inner_dim),
+    }
+    for name, shape in shapes.items():
+        weight = f"{prefix}{name}_proj.weight"
+        yield Tensor(weight, shape, (*path, name), row, np.transpose, np.transpose)
+
+
+def _same(name, shape, path, row=None) -> Tensor:
+    return Tensor(name, shape, path, row, lambda x: x, lambda x: x)

@@ -1,5 +1,8 @@
 """Tokenizers: UTF-8 bytes, or any Hugging Face tokenizer.json."""
 
+import dataclasses
+import functools
+import json
 from typing import Protocol
 
 from moss_tok import storage
@@ -27,7 +30,11 @@ class Tokenizer(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens."""
 
+    def token_id(self, name: str) -> int | None:
+        """The token called `name`; None without one."""
 
+
+@dataclasses.dataclass(frozen=True)  # all are equal, so programs are compiled once
 class ByteTokenizer:
     """One token per byte of UTF-8, and a token that ends a text."""
 
@@ -42,6 +49,10 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; invalid UTF-8 becomes U+FFFD."""
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        """None: bytes have no names."""
+        del name
 
 
 class FileTokenizer:
@@ -85,6 +96,32 @@ class FileTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without special tokens."""
         return self._tokenizer.decode([t for t in tokens if t < self._size])
+
+    def token_id(self, name: str) -> int | None:
+        """The token called `name`; None without one."""
+        return self._tokenizer.token_to_id(name)
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The token that stands for characters that the tokenizer lacks; None without one."""
+        model = json.loads(self.json)["model"]
+        name = model.get("unk_token")  # Unigram models have unk_id
+        return model.get("unk_id") if name is None else self.token_id(name)
+
+
+def missing_characters(tokenizer: Tokenizer, text: str) -> str:
+    """The characters of a text that the tokenizer lacks, each once; white space never counts."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return ""
+    unknown = getattr(tokenizer, "unknown_id", None)
+    missing = ""
+    for character in dict.fromkeys(text):
+        if character.isspace():
+            continue
+        tokens = tokenizer.encode(character)
+        if not tokens or unknown in tokens:
+            missing += character
+    return missing
 
 
 def load(path: str | storage.Path) -> Tokenizer:

@@ -22,6 +22,16 @@ _MODEL_HELP = (
 )
 
 
+_TOKENIZER_HELP = (
+    "tokenizer of the texts: a tokenizer.json or its folder, or bytes; empty: that of the "
+    "language_model directory or of init_from, else bytes"
+)
+_MAX_TEXT_HELP = (
+    "maximum length of a text in tokens; audio with a longer text is trained on without it, and "
+    "left out by the objective speech"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
     """The language model that reads encoded audio and predicts its text."""
@@ -31,21 +41,13 @@ class TextSettings:
         "language model that reads the codes and predicts the text: tiny, small, 0.5b or a "
         "directory with Qwen2.5 weights; empty: none",
     )
-    tokenizer: str = setting(
-        "",
-        "tokenizer of the texts: a tokenizer.json or its folder, or bytes; empty: that of the "
-        "language_model directory, else bytes",
-    )
+    tokenizer: str = setting("", _TOKENIZER_HELP)
     language_input: str = setting(
         "codes",
         "input of the language model: codes (quantized latents) or latents (before quantization)",
         choices=("codes", "latents"),
     )
-    max_text_tokens: int = count(
-        128,
-        "maximum length of a text in tokens; audio with a longer text is trained on without it",
-        at_least=1,
-    )
+    max_text_tokens: int = count(128, _MAX_TEXT_HELP, at_least=1)
     language_mask: float = setting(
         0.0,
         "maximum share of frames, in two random spans, that is hidden from the language model; "
@@ -206,12 +208,51 @@ class RecognitionSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpeechSettings:
+    """Speech synthesis: a model that predicts the codes of a frozen codec from text."""
+
+    codec: str = setting(
+        "", "codec of the codes: a checkpoint, a workdir, an official directory or a Hub id"
+    )
+    speech_model: str = setting(
+        "", "speech model to train: tiny, small or 1.7b; empty: that of init_from, else tiny"
+    )
+    tokenizer: str = setting("", _TOKENIZER_HELP)
+    max_text_tokens: int = count(128, _MAX_TEXT_HELP, at_least=1)
+    speech_quantizers: int = count(
+        0, "number of quantizers that the speech model predicts; 0: all of the codec"
+    )
+    sequence_dropout: float = setting(
+        0.5,
+        "share of sequences of which only the first K quantizers are read and predicted, K uniform "
+        "below all; 0: always all",
+        at_least=0,
+        at_most=1,
+    )
+    reference_share: float = setting(
+        0.0,
+        "share of sequences that begin with a reference, another recording of the same speaker "
+        "(metadata: speaker); 0: none",
+        at_least=0,
+        at_most=1,
+    )
+    text_weight: float = weight(1.0, "loss weight of the text channel, which ends speech")
+    first_code_weight: float = weight(1.0, "loss weight of the first quantizer's codes")
+    other_codes_weight: float = weight(1.0, "loss weight of each other quantizer's codes")
+
+    def __post_init__(self):
+        settings.check(self)
+        if not self.text_weight + self.first_code_weight + self.other_codes_weight:
+            raise ValueError("text_weight, first_code_weight and other_codes_weight are all 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class SelectionConfig:
     """The objective of a run, and the part of the model that it trains."""
 
     objective: str = setting(
         "",
-        "training objective: codec, adversarial or recognition; empty: chosen by stage and "
+        "training objective: codec, adversarial, recognition or speech; empty: chosen by stage and "
         "trainable",
     )
     stage: str = setting(
@@ -265,6 +306,7 @@ OBJECTIVES = {
         (AudioDataConfig, CodeDataConfig),
         "moss_tok.objectives.code_recognition:build",
     ),
+    "speech": Entry(SpeechSettings, (CodeDataConfig,), "moss_tok.objectives.speech:build"),
 }
 _COMMON = (SelectionConfig, RunConfig, OptimizerConfig, DevicesConfig)
 
@@ -290,9 +332,10 @@ def configure(**flags: Any) -> TrainConfig:
     chosen = OBJECTIVES[selection.name].settings
     data = data_settings(flags.get("train_data", ""))
     if data not in OBJECTIVES[selection.name].data:
-        raise ValueError(
-            f"the objective {selection.name} trains on audio, but train_data holds codes"
-        )
+        wanted = "audio, but train_data holds codes"
+        if data is AudioDataConfig:
+            wanted = "codes (of moss-tok tokenize, or JSON lines), but train_data holds none"
+        raise ValueError(f"the objective {selection.name} trains on {wanted}")
     _check_names(flags, selection.name, data)
     config = TrainConfig(
         selection=selection,
@@ -318,6 +361,10 @@ def _check_names(flags: dict[str, Any], objective: str, data: type) -> None:
 
 def _check_trainable(config: TrainConfig) -> None:
     trainable = config.selection.trainable
+    if config.selection.name == "speech":
+        if trainable != "all" or config.selection.stage != "pretrain":
+            raise ValueError("objective=speech needs trainable=all and stage=pretrain")
+        return
     if trainable != "all" and not config.run.init_from:
         raise ValueError(f"trainable={trainable} needs init_from, the codec to start from")
     if config.selection.name == "recognition":

@@ -5,6 +5,7 @@ Source: arXiv 2602.10934, its section on CAT-TTS; MossTTSLocal of OpenMOSS/MOSS-
 
 import dataclasses
 import json
+from typing import Any
 
 from moss_tok.errors import check_choice, check_positive, check_types
 from moss_tok.json_files import from_fields, parse_json_object
@@ -56,6 +57,9 @@ class StackConfig:
         )
 
 
+LAYOUTS = ("plain", "chat")
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeechConfig:
     """A speech model.
@@ -71,6 +75,14 @@ class SpeechConfig:
       end_id: Token of the text channel that ends speech.
       rope_theta: Longest RoPE period of the temporal blocks, in positions over 2 pi; the depth
         blocks have no positions.
+      start_id: Token of the text channel just before the first frame.
+      user_slot_id: Token of the text channel where a frame of a reference stands.
+      layout: Layout of its sequences, see `speech.layout`: "plain", or "chat", that of the official
+        models.
+      max_positions: Longest sequence that it was trained on.
+      frame_rate: Frames per second of its codes, Hz.
+      codec: Fingerprint of the codec of its codes; "": unknown.
+      official_json: The official config.json it was read from, written again on conversion; or "".
     """
 
     vocab_size: int
@@ -82,13 +94,22 @@ class SpeechConfig:
     slot_id: int
     end_id: int
     rope_theta: float = 1e6
+    start_id: int = 0
+    user_slot_id: int = 0
+    layout: str = "plain"
+    max_positions: int = 32768
+    frame_rate: float = 12.5
+    codec: str = ""
+    official_json: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self):
         check_types(self)
-        for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta"):
+        check_choice("layout", self.layout, LAYOUTS)
+        for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta",
+                     "max_positions", "frame_rate"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("slot_id", "end_id"):
+        for name in ("slot_id", "end_id", "start_id", "user_slot_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
                     f"{name} must be 0..{self.vocab_size - 1}, got {getattr(self, name)}"
@@ -119,9 +140,10 @@ class SpeechConfig:
 
 
 # model_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim of both stacks; adapter_dim.
+# The heads of both stacks are equal, because the official class has one setting for both.
 _SHAPES = {
-    "tiny": ((192, 6, 3, 1, 64, 512), (128, 2, 2, 1, 64, 384), 192),
-    "small": ((512, 12, 8, 2, 64, 1536), (384, 3, 6, 2, 64, 1152), 512),
+    "tiny": ((192, 6, 3, 1, 64, 512), (128, 2, 3, 1, 64, 384), 192),
+    "small": ((512, 12, 8, 2, 64, 1536), (384, 3, 8, 2, 64, 1152), 512),
     "1.7b": ((2048, 28, 16, 8, 128, 6144), (1536, 4, 16, 8, 128, 8960), 2048),
 }
 PRESETS = tuple(_SHAPES)
@@ -134,8 +156,12 @@ def preset(
     num_quantizers: int,
     slot_id: int,
     end_id: int,
+    **fields: Any,
 ) -> SpeechConfig:
-    """The model called `name`; "1.7b" has the published widths (MossTTSLocal)."""
+    """The model called `name`; "1.7b" has the published widths (MossTTSLocal).
+
+    `fields` are other fields of `SpeechConfig`.
+    """
     check_choice("speech_model", name, PRESETS)
     temporal, depth, adapter_dim = _SHAPES[name]
     return SpeechConfig(
@@ -147,4 +173,29 @@ def preset(
         adapter_dim,
         slot_id,
         end_id,
+        **fields,
+    )
+
+
+PUBLISHED = ("tts-1.7b",)
+
+
+def published(name: str) -> SpeechConfig:
+    """The config of a published model: "tts-1.7b", MossTTSLocal 1.0 of OpenMOSS.
+
+    Raises:
+      ValueError: There is no published model of that name.
+    """
+    check_choice("speech model", name, PUBLISHED)
+    return preset(
+        "1.7b",
+        vocab_size=151936,
+        codebook_size=1024,
+        num_quantizers=32,
+        slot_id=151656,
+        end_id=151653,
+        start_id=151652,
+        user_slot_id=151654,
+        layout="chat",
+        max_positions=40960,  # of Qwen3-1.7B
     )

@@ -8,6 +8,8 @@ each from the temporal state and the channels before it.
 Source: MossTTSDelayModel in moss_tts_local/ of OpenMOSS/MOSS-TTS.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +19,13 @@ from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import parameter, rms_norm
 from moss_tok.speech.config import SpeechConfig
+
+_HEAD_EPSILON = 1e-6  # of the norms before the heads; the official class has it fixed
+
+
+def _code_embeddings(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Initial embeddings of codes [Q, K + 1, D]; the row of the code that stands for none is 0."""
+    return nn.initializers.normal(0.02)(key, shape, dtype).at[:, -1].set(0)
 
 
 class ChannelAdapters(nn.Module):
@@ -47,7 +56,7 @@ class ChannelAdapters(nn.Module):
         axes = ("quantizers", "embed", "codebook")
         self.code_heads = parameter(self, "code_heads", shape, axes, 1, dtype, num_stacked=1)
 
-    def states(self, x: jax.Array, channel: int | slice) -> jax.Array:
+    def states(self, x: jax.Array, channel: slice | jax.Array) -> jax.Array:
         """Depth states [..., C, D] of the channels -> [..., C, D] before their heads."""
         precision = self.compute.precision
         gate, up, down = self.gate[channel], self.up[channel], self.down[channel]
@@ -55,18 +64,17 @@ class ChannelAdapters(nn.Module):
         raised = jnp.einsum("...cd,cdf->...cf", x, up, precision=precision)
         y = jnp.einsum("...cf,cfd->...cd", nn.silu(gated) * raised, down, precision=precision)
         y = y.astype(jnp.float32)
-        epsilon = self.config.temporal.norm_epsilon
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _HEAD_EPSILON)
         return (y * self.scale[channel]).astype(self.compute.dtype)
 
-    def text_logits(self, x: jax.Array) -> jax.Array:
-        """States [..., D] of the text channel -> float32 [..., V]."""
+    def text_logits(self, x: jax.Array, tokens: jax.Array | slice = slice(None)) -> jax.Array:
+        """States [..., D] of the text channel -> float32 [..., V], or of some tokens only."""
         return jnp.einsum(
-            "...d,dv->...v", x, self.text_head, precision=self.compute.precision,
+            "...d,dv->...v", x, self.text_head[:, tokens], precision=self.compute.precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def code_logits(self, x: jax.Array, quantizers: slice) -> jax.Array:
+    def code_logits(self, x: jax.Array, quantizers: slice | jax.Array) -> jax.Array:
         """States [..., Q, D] of quantizers -> float32 [..., Q, K + 1]."""
         return jnp.einsum(
             "...qd,qdk->...qk", x, self.code_heads[quantizers],
@@ -88,7 +96,8 @@ class SpeechModel(nn.Module):
         init = nn.with_logical_partitioning(normal, ("vocab", "embed"))
         self.text_embedding = self.param("text_embedding", init, shape, jnp.float32)
         shape = (c.num_quantizers, 1 + c.codebook_size, c.temporal.model_dim)
-        init = nn.with_logical_partitioning(normal, ("quantizers", "codebook", "embed"))
+        axes = ("quantizers", "codebook", "embed")
+        init = nn.with_logical_partitioning(_code_embeddings, axes)
         self.code_embeddings = self.param("code_embeddings", init, shape, jnp.float32)
         self.temporal = blocks.stack_blocks(c.temporal.block, c.temporal.num_layers, self.compute)
         self.temporal_norm = rms_norm(c.temporal.norm_epsilon)
@@ -98,9 +107,14 @@ class SpeechModel(nn.Module):
         self.out = ChannelAdapters(c, self.compute)
 
     def embed_codes(self, codes: jax.Array) -> jax.Array:
-        """Codes [B, Q, T] of the first quantizers -> their embeddings [B, Q, T, D] float32."""
+        """Codes [B, Q, T] of the first quantizers -> their embeddings [B, Q, T, D] float32.
+
+        That of the code K is not trained: it is the padding row of the official embeddings.
+        """
         levels = jnp.arange(codes.shape[1])[:, None]
-        return self.code_embeddings[levels, codes]
+        embedded = self.code_embeddings[levels, codes]
+        is_none = (codes == self.config.codebook_size)[..., None]
+        return jnp.where(is_none, jax.lax.stop_gradient(embedded), embedded)
 
     def embed(self, text: jax.Array, codes: jax.Array, in_use: jax.Array) -> jax.Array:
         """Inputs [B, T, D] of positions.

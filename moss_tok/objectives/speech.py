@@ -1,0 +1,280 @@
+"""Speech synthesis: a speech model learns to predict the codes of a frozen codec from text."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moss_tok import sharding, storage
+from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.inference import decode_one
+from moss_tok.data import code_batches, speech_batches
+from moss_tok.data.codes import Item
+from moss_tok.data.speech_batches import SpeechShape
+from moss_tok.language.text import Tokenizer
+from moss_tok.nn.compute import ComputeConfig
+from moss_tok.objectives import speech_data
+from moss_tok.objectives.config import SpeechSettings
+from moss_tok.speech import generate, pretrained
+from moss_tok.speech.config import SpeechConfig
+from moss_tok.speech.model import SpeechModel
+from moss_tok.speech.steps import Speech
+from moss_tok.training.config import TrainConfig
+from moss_tok.training.objective import (
+    Batch,
+    Evaluation,
+    Objective,
+    Progress,
+    Say,
+    Term,
+    TrainingData,
+)
+
+TEXT = "text_loss"
+FIRST = "first_code_loss"
+OTHERS = "other_codes_loss"
+_EVALUATED_AT_ONCE = 8
+_NUM_SAMPLES = 3  # texts that are spoken in an evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechObjective(Objective):
+    """Cross-entropies of the text channel and of the codes.
+
+    Attributes:
+      settings: See `SpeechSettings`.
+      config: The speech model.
+      compute: Compute settings of the model.
+      max_frames: Longest recording, in frames.
+      tokenizer: Tokenizer of the texts.
+    """
+
+    settings: SpeechSettings
+    config: SpeechConfig
+    compute: ComputeConfig
+    max_frames: int
+    tokenizer: Tokenizer = dataclasses.field(compare=False)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The text channel, the first quantizer, and the others if there are any."""
+        return (TEXT, FIRST, OTHERS)[: 1 + min(2, self.config.num_quantizers)]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Parameters of the speech model."""
+        return pretrained.init_boxed(self.config, key)
+
+    # ------------------------------------------------------------------- the step
+
+    def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """See `speech_batches.batches`."""
+        size = speech_data.longest(self.config, self.tokenizer, self.settings, self.max_frames)
+        scalar = ((), jnp.int32)
+        return {
+            "text": ((size,), jnp.int32),
+            "codes": ((self.config.num_quantizers, size), jnp.int32),
+            "first": scalar,
+            "length": scalar,
+            "num_quantizers": scalar,
+            "targets": ((self.max_frames + 1,), jnp.int8),
+        }
+
+    def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
+        """Draws "in_use" [B, Q]; "scale" [B, 3] makes means over the tokens of the whole batch.
+
+        Progressive Sequence Dropout, source: arXiv 2602.10934.
+        """
+        del step
+        in_use = draw_dropout(
+            self.config.num_quantizers, self.settings.sequence_dropout, key, batch["position"]
+        )
+        in_use &= jnp.arange(in_use.shape[1]) < batch["num_quantizers"][:, None]
+        counts = self.count_tokens(batch | {"in_use": in_use})
+        scale = len(in_use) / jnp.maximum(counts.sum(0), 1)
+        return batch | {"in_use": in_use, "scale": jnp.broadcast_to(scale, counts.shape)}
+
+    def count_tokens(self, batch: Batch) -> jax.Array:
+        """Predicted tokens of each term, float32 [B, 3]."""
+        num_targets = batch["length"] - batch["first"]
+        num_frames = jnp.maximum(num_targets - 1, 0)
+        num_others = batch["in_use"].sum(-1) - 1
+        counts = jnp.stack([num_targets, num_frames, num_frames * num_others], axis=-1)
+        return counts.astype(jnp.float32)
+
+    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+        """The terms, scaled so that their mean over items is the mean over tokens."""
+        sums = self.cross_entropies(params, part)
+        scaled = sums * part["scale"]
+        return {name: scaled[:, i] for i, name in enumerate(self.term_names)}, None
+
+    def cross_entropies(self, params: dict[str, Any], part: Batch) -> jax.Array:
+        """Cross-entropies in nats, summed over the tokens of each item and term, [B, 3]."""
+        model = SpeechModel(self.config, self.compute)
+        apply = functools.partial(model.apply, {"params": params})
+        x = apply(part["text"], part["codes"], part["in_use"], method="embed")
+        states, _ = apply(x, method="temporal_states")
+        # Only the positions before targets go through the depth Transformer.
+        places = part["first"][:, None] - 1 + jnp.arange(part["targets"].shape[1])  # [B, F]
+        last = part["length"][:, None] - 1
+        valid = places < last
+        places = jnp.minimum(places, last)
+        following = jnp.minimum(places + 1, last)
+        states = jnp.take_along_axis(states, places[..., None], axis=1)
+        text = jnp.take_along_axis(part["text"], following, axis=1)
+        codes = jnp.take_along_axis(part["codes"], following[:, None], axis=2)
+
+        def losses(states, text, codes):
+            text_logits, code_logits = apply(states, text, codes, method="logits")
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            return cross_entropy(text_logits, text), cross_entropy(code_logits, codes)
+
+        if self.compute.remat != "none":  # logits of the whole vocabulary are large
+            losses = jax.checkpoint(losses)
+        of_text, of_codes = losses(states, text, codes)  # [B, F], [B, Q, F]
+        predicted = (valid & (following < last))[:, None] & part["in_use"][..., None]
+        of_codes = jnp.where(predicted, of_codes, 0).sum(-1)
+        of_text = jnp.where(valid, of_text, 0).sum(-1)
+        return jnp.stack([of_text, of_codes[:, 0], of_codes[:, 1:].sum(-1)], axis=-1)
+
+    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+        """The terms; their weights are those of all channels, and sum to 1."""
+        del part
+        s = self.settings
+        num_others = self.config.num_quantizers - 1
+        weights = (s.text_weight, s.first_code_weight, s.other_codes_weight * num_others)
+        total = sum(weights)
+        return {
+            name: Term(outputs[name], weight / total)
+            for name, weight in zip(self.term_names, weights, strict=False)
+        }
+
+    # ------------------------------------------------------------------- on the host
+
+    def files(self) -> dict[str, str]:
+        """The config and the tokenizer of the speech model."""
+        return pretrained.files(self.config, self.tokenizer)
+
+    def start(
+        self, init_from: str, params: Any, extra: Any, say: Say
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters of `init_from`."""
+        del extra
+        if not init_from:
+            return {}, {}
+        found = pretrained.load(init_from).params
+        say(f"starting from the speech model of {init_from}")
+        return sharding.whole(found, jax.tree.map(lambda x: x.sharding, params)), {}
+
+    def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
+        """Opens codes; ValueError if they are of another codec."""
+        del mirror
+        return speech_data.find_data(config, self.shape(), say)
+
+    def shape(self) -> SpeechShape:
+        """What recordings are made into."""
+        s = self.settings
+        return SpeechShape(
+            self.config, self.tokenizer, self.max_frames, s.max_text_tokens, s.reference_share
+        )
+
+    def evaluate(
+        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+    ) -> Evaluation | None:
+        """Cross-entropies of held-out recordings, and a few of their texts spoken."""
+        del say
+        items = data.held_out()
+        if not items:
+            return None
+        with progress(len(items), "recording") as done:
+            means = self._score(params, items, done)
+        scores = {name: float(mean) for name, mean in zip(self.term_names, means, strict=False)}
+        listing = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        samples, rate, lengths = self._speak(params, items)
+        text = f"{len(items)} recordings, mean cross-entropies: {listing}\n{lengths}"
+        return Evaluation({"speech": {"all quantizers": scores}}, text, samples, rate)
+
+    def _score(self, params: dict[str, Any], items: Sequence[Item], done: Any) -> np.ndarray:
+        """Mean cross-entropies per token, [3]."""
+        shape = self.shape()
+        sums = np.zeros(3)
+        counts = np.zeros(3)
+        function = jax.jit(lambda params, part: (self.cross_entropies(params, part),
+                                                 self.count_tokens(part)))  # fmt: skip
+        for start in range(0, len(items), _EVALUATED_AT_ONCE):
+            rows = [speech_batches.sample(shape, x) for x in items[start:][:_EVALUATED_AT_ONCE]]
+            longest = max(len(row.positions.text) for row in rows)
+            size = code_batches.bucket_size(longest, 2**31)
+            padded = rows + [None] * (_EVALUATED_AT_ONCE - len(rows))
+            found = [speech_batches.arrays(self.config, row, (size, size)) for row in padded]
+            part = {name: np.stack([row[name] for row in found]) for name in found[0]}
+            numbers = part["num_quantizers"][:, None]
+            part["in_use"] = np.arange(self.config.num_quantizers) < numbers
+            batch_sums, batch_counts = function(params, part)
+            sums += np.asarray(batch_sums).sum(0)
+            counts += np.asarray(batch_counts).sum(0)
+            for _ in rows:
+                done()
+        return sums / np.maximum(counts, 1)
+
+    def _speak(
+        self, params: dict[str, Any], items: Sequence[Item]
+    ) -> tuple[dict[str, dict[str, np.ndarray]], int, str]:
+        """Samples of held-out texts beside the recordings' own codes, and a line of lengths."""
+        if not self.settings.codec:
+            return {}, 0, ""
+        codec = speech_data.load_decoder(self.settings.codec)
+        speech = Speech(params, self.config, self.tokenizer)
+        chosen = items[:: max(1, len(items) // _NUM_SAMPLES)][:_NUM_SAMPLES]
+        requests = [speech_batches.request_of(item) for item in chosen]
+        spoken = generate.generate(speech, requests)
+        samples = {}
+        lengths = []
+        for number, (item, result) in enumerate(zip(chosen, spoken, strict=True), 1):
+            recorded = decode_one(codec, item.codes.astype(np.int32))
+            samples[f"speech_{number}"] = {
+                "recorded": recorded,
+                "spoken": decode_one(codec, result.codes),
+            }
+            seconds = result.codes.shape[1] / self.config.frame_rate
+            end = "" if result.ended else ", cut"
+            real = item.codes.shape[1] / self.config.frame_rate
+            lengths.append(f"{requests[number - 1].text!r} {seconds:.2f} s{end} ({real:.2f} s)")
+        return samples, codec.config.sample_rate, "spoken (recorded): " + "; ".join(lengths)
+
+
+def draw_dropout(
+    num_quantizers: int, share: float, key: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Which quantizers each sequence has: bool [B, Q].
+
+    All of them, or with probability `share` only the first K, K uniform in 1..Q-1. The draw of an
+    item depends only on its position in the global batch.
+    """
+
+    def draw(position):
+        number_key, share_key = jax.random.split(jax.random.fold_in(key, position))
+        number = jax.random.randint(number_key, (), 1, max(2, num_quantizers))
+        dropped = jax.random.uniform(share_key) < share
+        return jnp.arange(num_quantizers) < jnp.where(dropped, number, num_quantizers)
+
+    return jax.vmap(draw)(positions)
+
+
+def build(config: TrainConfig, codec: CodecConfig | None = None) -> SpeechObjective:
+    """The objective of a run; ValueError if a model does not exist or does not fit.
+
+    `codec` is the codec of the codes, if its weights need not be read.
+    """
+    model, tokenizer = speech_data.find_model(config, codec)
+    return SpeechObjective(
+        config.objective,
+        model,
+        config.devices.compute,
+        speech_data.max_frames(config, model.frame_rate),
+        tokenizer,
+    )
