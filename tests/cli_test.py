@@ -25,13 +25,22 @@ from moss_tok.codec import inference
 CODEC = str(GOLDEN / "v1_tiny")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with a recording `in.wav` and its codes `in.npz`."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A folder with a recording `in.wav` and its codes `in.npz`."""
+    folder = tmp_path_factory.mktemp("encoded")
     wav = 0.1 * np.random.default_rng(0).standard_normal(30000)
-    soundfile.write("in.wav", wav, 24000)
-    assert main(["encode", "in.wav", "in.npz", "--checkpoint", CODEC]) == 0
+    soundfile.write(folder / "in.wav", wav, 24000)
+    paths = [str(folder / name) for name in ("in.wav", "in.npz")]
+    assert main(["encode", *paths, "--checkpoint", CODEC]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(encoded, tmp_path, monkeypatch):
+    """A working directory with a recording `in.wav` and its codes `in.npz`."""
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
