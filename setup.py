@@ -9,6 +9,7 @@ CODEC = [
     "etils[epath]",
     "flax>=0.12",
     "jax>=0.10,!=0.11.*",  # 0.11 can hang in FFTs on CPUs
+    "lazy_loader>=0.4",
     "librosa>=0.10",
     "ml_dtypes",
     "numpy>=1.26",
@@ -32,6 +33,7 @@ TRAIN = [
 ]
 BEAM = ["apache-beam>=2.60"]
 GCS = ["gcsfs"]
+DEMO = ["aiohttp>=3.9", "matplotlib>=3.8"]
 EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
 LANGUAGE = ["tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
@@ -47,17 +49,24 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
-    package_data={"moss_tok.evaluation": ["page.html"]},
+    package_data={
+        "": ["*.pyi"],
+        "moss_tok": ["py.typed"],
+        "moss_tok.assets": ["codec/*", "starter/*"],
+        "moss_tok.demo": ["page/*"],
+        "moss_tok.evaluation": ["page.html"],
+    },
     install_requires=CODEC,
     extras_require={
         "train": TRAIN,
         "beam": TRAIN + BEAM,
+        "demo": DEMO,
         "eval": TRAIN + EVAL,
         "export": EXPORT,
         "ffmpeg": FFMPEG,
         "language": TRAIN + LANGUAGE,
         "gcs": TRAIN + GCS,
-        "tests": TRAIN + BEAM + EVAL + EXPORT + FFMPEG + LANGUAGE + GCS + TESTS,
+        "tests": TRAIN + BEAM + DEMO + EVAL + EXPORT + FFMPEG + LANGUAGE + GCS + TESTS,
     },
     entry_points={"console_scripts": ["moss-tok = moss_tok.cli.main:main"]},
 )

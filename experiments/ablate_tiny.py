@@ -86,7 +86,7 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
     import moss_tok
     from moss_tok.objectives import flags as train_flags
     from moss_tok.objectives.config import build_objective
-    from moss_tok.training import loop
+    from moss_tok.training import loop, writer
 
     changes, undone = VARIANTS[name]
     undo(undone.split(","))
@@ -101,10 +101,10 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
     config = train_flags.config()
     loop.train(config, build_objective(config))
     codec = moss_tok.load(config.run.workdir)
-    lines = (workdir / "evaluation.jsonl").read_text().splitlines()
+    evaluations = writer.read_rows(workdir / writer.EVALUATION)
     num_quantizers = codec.config.quantizer.num_quantizers
     result = {
-        "table": json.loads(lines[-1])["table"],
+        "table": evaluations[-1]["table"],
         "artefacts": artefacts.measure(codec, config.data.train_data, [num_quantizers]),
     }
     (workdir / RESULT).write_text(json.dumps(result))

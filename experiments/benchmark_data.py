@@ -68,9 +68,9 @@ def main() -> None:
             write_files(Path(folder) / "flac")
             settings = prepare.Settings()
             out = Path(folder) / "shards"
-            shards = prepare.begin(Path(folder) / "flac", out, settings)
-            for shard in shards:
-                prepare.write_shard(out, shard, settings)
+            plan = prepare.make_plan(Path(folder) / "flac", out, settings)
+            for shard in plan.shards:
+                prepare.write_shard(plan, shard)
             data = [f"{folder}/flac", f"{folder}/shards"]
         for source in data:
             rate = audio_per_second(source, preset(args.model), config, args.measured_seconds)

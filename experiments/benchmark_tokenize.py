@@ -43,7 +43,7 @@ def main() -> None:
         _write_recordings(Path(folder) / "in", config, 60 * args.minutes)
         items = tokenize.find_items(f"{folder}/in")
         for name in ("cold", "warm"):
-            plan = tokenize.plan(codec, items, f"{folder}/{name}", settings)
+            plan = tokenize.make_plan(codec, items, f"{folder}/{name}", settings)
             done = tokenize.run(codec, plan)
     raw = _raw_seconds(codec, done.shapes)
     rate = done.audio_seconds / done.seconds

@@ -31,6 +31,8 @@ import av
 import numpy as np
 import soundfile
 
+from moss_tok.json_files import read_json_lines
+
 PIECE_SECONDS = 20.0
 SHORTEST_SECONDS = 0.3
 MAX_RATE = 24000
@@ -249,8 +251,7 @@ def convert(package: Package, folder: Path, out: Path) -> list[dict]:
 def corpus_lines(manifest: Path) -> list[dict]:
     """The train lines of another manifest, some of whose recordings become "test"."""
     lines = []
-    for text in manifest.read_text().splitlines():
-        line = json.loads(text)
+    for _, line in read_json_lines(manifest):
         if line["split"] == "train":
             recording = line.get("source_path") or line["path"]
             path = str((manifest.parent / line["path"]).resolve())

@@ -1,8 +1,9 @@
 """Finds, reads and writes checkpoints, which are directories.
 
 A checkpoint has `config.json` and `params/` (Orbax); a checkpoint of a training step also has
-`state/`. It is written under a temporary name and renamed when it is complete. `files.json` lists
-every file and its size, so that a damaged copy is detected before it is read.
+`state/`, and `training.json`, which says what produced it. It is written under a temporary name and
+renamed when it is complete. `files.json` lists every file and its size, so that a damaged copy is
+detected before it is read.
 """
 
 import asyncio
@@ -22,24 +23,29 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moss_tok import sharding, storage, tensors
+from moss_tok import assets, sharding, storage, tensors
 from moss_tok.json_files import read_json_object
 
 STEPS_FOLDER = "checkpoints"
+TRAINING_NAME = "training.json"
+RUN_CONFIG_NAME = "train_config.json"
 _FILES_NAME = "files.json"
 _COMMIT_MARKER = "commit_success.txt"
 
 
-def find_checkpoint(path: str | storage.Path) -> storage.Path:
+def find_checkpoint(path: str | storage.Path | None) -> storage.Path:
     """Returns the directory with the weights that `path` names.
 
     Args:
       path: A checkpoint, a training workdir (its newest complete step), a directory in the official
-        layout, a cache folder of the Hugging Face Hub, or a Hub id, which is downloaded.
+        layout, a cache folder of the Hugging Face Hub, or a Hub id, which is downloaded. None: the
+        codec that comes with the package.
 
     Raises:
       ValueError: There is no checkpoint at `path`.
     """
+    if path is None:
+        return assets.codec_folder()
     folder = storage.to_path(path)
     if not folder.exists():
         folder = _download(str(path))
@@ -87,6 +93,27 @@ def _download(name: str) -> Path:
     except Exception as error:  # the Hub's errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: no such directory, and not on the Hub: {reason}") from error
+
+
+def read_training(folder: storage.Path) -> dict[str, Any]:
+    """What produced a checkpoint, see `training.provenance`; {} if that is unknown.
+
+    Checkpoints of earlier versions lack the file; then it is what the workdir knows.
+    """
+    if (folder / TRAINING_NAME).exists():
+        return read_json_object(folder / TRAINING_NAME)
+    run_config = folder.parent.parent / RUN_CONFIG_NAME
+    if folder.parent.name != STEPS_FOLDER or not run_config.exists():
+        return {}
+    flags = read_json_object(run_config)
+    for name, value in flags.items():
+        flags[name] = short_name(value)
+    return {"steps": int(folder.name), "flags": flags, "seed": flags.pop("seed", None)}
+
+
+def short_name(value: Any) -> Any:
+    """The last part of an absolute path, whose folders mean nothing on another machine."""
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def step_name(step: int) -> str:

@@ -1,6 +1,8 @@
 """Converts a codec or a speech model between the official layout and that of moss_tok."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -12,7 +14,7 @@ from moss_tok.errors import check_choice
 from moss_tok.speech import huggingface as speech_huggingface
 from moss_tok.speech import pretrained as speech_pretrained
 
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def convert(source: str | Path, destination: str | Path, dtype: str = "float32") -> str:
@@ -24,14 +26,15 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       source: An official directory or Hub id, which becomes a moss_tok checkpoint; or a moss_tok
         checkpoint or training workdir, which becomes an official directory.
       destination: New directory, in an existing folder.
-      dtype: Type of the stored weights, "float32" (bit-exact in both directions) or "bfloat16".
+      dtype: Type of the stored weights, "float32" (bit-exact in both directions), "float16" or
+        "bfloat16".
 
     Returns:
       The layout that was written: "checkpoint" or "official".
 
     Raises:
       ValueError: `source` is missing, broken or not supported, `destination` exists or its folder
-        does not, or dtype is unknown.
+        does not, dtype is unknown, or a weight does not fit into it.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     folder = checkpoint.find_checkpoint(source)
@@ -39,16 +42,32 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     checkpoint.check_destination(destination)
     if speech_pretrained.is_speech(folder):
         return _convert_speech(folder, destination, dtype)
+    training = checkpoint.read_training(folder)
+    files = {checkpoint.TRAINING_NAME: json.dumps(training, indent=2) + "\n"} if training else {}
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
+        _check_range(params, dtype)
         if dtype != "float32":
             params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
-        pretrained.save(destination, config, pretrained.to_device(params))
+        pretrained.save(destination, config, pretrained.to_device(params), files)
         return "checkpoint"
     codec = pretrained.load(folder)
+    _check_range(codec.params, dtype)
     with checkpoint.new_directory(destination) as temporary:
         huggingface.write_official(temporary, codec.config, codec.params, dtype)
+        for name, text in files.items():
+            (temporary / name).write_text(text)
     return "official"
+
+
+def _check_range(params: Any, dtype: str) -> None:
+    """Raises ValueError if a weight is too large for the type."""
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(params))
+    limit = float(ml_dtypes.finfo(_DTYPES[dtype]).max)
+    if largest > limit:
+        raise ValueError(
+            f"{dtype} holds numbers up to {limit:g}, the largest weight is {largest:g}"
+        )
 
 
 def _convert_speech(folder: storage.Path, destination: Path, dtype: str) -> str:

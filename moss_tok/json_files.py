@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+_MAX_SHOWN = 60  # characters of a bad line in its error message
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
@@ -26,20 +29,78 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def split_lines(text: str) -> list[str]:
-    r"""The lines of a JSONL text: only \n ends a line, unlike in str.splitlines."""
-    return text.removesuffix("\n").split("\n") if text else []
+def read_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, blank ones included.
+
+    As editors and spreadsheets write them, lines may end in CR LF, and the file may begin with a
+    byte-order mark.
+
+    Raises:
+      ValueError: The file is not UTF-8 text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
+    lines = re.split("\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; [] if there is no file.
+def parse_json_line(line: str, place: str, example: str = "") -> dict[str, Any]:
+    """The object in a line of a JSONL file.
+
+    Args:
+      line: The text.
+      place: "FILE:NUMBER", for the error message.
+      example: A valid line, for the error message.
+
+    Raises:
+      ValueError: The line is not a JSON object.
+    """
+    try:
+        return parse_json_object(line)
+    except ValueError as error:
+        like = f" like {example}" if example else ""
+        message = f"must be a JSON object{like}, got {shorten(line)} ({error})"
+        raise ValueError(f"{place}: {message}") from error
+
+
+def shorten(line: str) -> str:
+    """The beginning of a line, in quotes, for error messages."""
+    return repr(line if len(line) <= _MAX_SHOWN else line[:_MAX_SHOWN] + "...")
+
+
+def read_json_lines(
+    path: Path, example: str = "", blank_lines: bool = True
+) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each after its place "FILE:NUMBER" for error messages.
+
+    Args:
+      path: The file.
+      example: A valid line, for error messages.
+      blank_lines: Whether the file may have blank lines.
+
+    Raises:
+      ValueError: The file is not UTF-8 text, or a line is not a JSON object.
+      OSError: The file cannot be read.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        place = f"{path}:{number}"
+        if line.strip():
+            rows.append((place, parse_json_line(line, place, example)))
+        elif not blank_lines:
+            raise ValueError(f"{place}: a blank line")
+    return rows
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file to which a program appends; [] if there is no file.
 
     Broken lines are skipped, because a process that was killed may leave one.
     """
-    if not path.exists():
-        return []
     rows = []
-    for line in split_lines(path.read_text(errors="replace")):
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(parse_json_object(line))
     return rows

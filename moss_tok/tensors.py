@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,21 @@ def write_tensors(
     storage.set_mode(path)  # safetensors makes files that only their owner can read
 
 
-def write_folder(path: Path, table: list[Tensor], params: dict[str, Any], dtype: str) -> None:
+def write_folder(
+    path: Path,
+    table: list[Tensor],
+    params: dict[str, Any],
+    dtype: str,
+    constants: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Writes the tensors of a table into a folder, with an index if they need several files.
 
     Args:
       path: An empty folder.
       table: What to write.
       params: All parameters that the table names, arrays of any float type.
-      dtype: Type of the written tensors, "float32" or "bfloat16".
+      dtype: Type of the written tensors, "float32", "float16" or "bfloat16".
+      constants: Further tensors, for the first file.
     """
     shards = split(table, np.dtype(dtype).itemsize)
     weight_map = {}
@@ -195,6 +202,8 @@ def write_folder(path: Path, table: list[Tensor], params: dict[str, Any], dtype:
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         arrays = {t.name: official_array(params, t, dtype) for t in shard}
+        if i == 0:
+            arrays |= constants or {}
         write_tensors(path / name, arrays, {"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total_bytes += sum(array.nbytes for array in arrays.values())

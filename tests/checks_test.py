@@ -33,8 +33,8 @@ class Tensor:
 
 
 @pytest.fixture(scope="module")
-def reader(micro):
-    """A language model that hears codes of `micro`."""
+def reader(micro, small_language_model):
+    """A language model that reads codes of `micro`."""
     words = text.load("bytes")
     width = micro.config.quantizer.output_dim
     config = language_configs.preset("tiny", width, words.vocab_size, words.end_id, "codes")

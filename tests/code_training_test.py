@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +24,13 @@ from moss_tok.data import code_batches
 from moss_tok.data.code_batches import CodeShape
 from moss_tok.data.codes import CodeSource
 from moss_tok.data.config import CodeDataConfig
-from moss_tok.language import config as language_config
 from moss_tok.language import pretrained as language_models
 from moss_tok.language import text
 from moss_tok.objectives.config import configure
 
+pytestmark = pytest.mark.usefixtures("small_language_model")
 SECONDS = [0.1 + 0.05 * n for n in range(20)]
 SHAPE = CodeShape(4, 400, 500.0, text.ByteTokenizer(), 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_language_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(language_config._SHAPES, "tiny", (16, 1, 2, 1, 24))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +44,14 @@ def folder(tmp_path_factory):
     for number, row in enumerate(rows):
         row["split"] = "test" if number % 5 == 4 else "train"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    params = init_params(CODEC)
-    pretrained.save(folder / "codec", CODEC, params)
-    params["quantizer"]["codebooks"] += 0.1
-    pretrained.save(folder / "other", CODEC, params)
-    for codec, out, *options in (
-        ("codec", "codes"),
-        ("codec", "lines", "--format=jsonl", "--num-quantizers=3"),
-        ("other", "others"),
-    ):
-        arguments = [str(manifest), f"--checkpoint={folder / codec}", f"--output={folder / out}"]
+    pretrained.save(folder / "codec", CODEC, init_params(CODEC))
+    for out, *options in (("codes",), ("lines", "--format=jsonl", "--num-quantizers=3")):
+        arguments = [str(manifest), f"--checkpoint={folder / 'codec'}", f"--output={folder / out}"]
         assert main(["tokenize", *arguments, *options]) == 0
+    shutil.copytree(folder / "codes", folder / "others")
+    plan = json.loads((folder / "codes" / "plan.json").read_text())
+    other_plan = plan | {"codec": plan["codec"][::-1]}
+    (folder / "others" / "plan.json").write_text(json.dumps(other_plan))
     return folder
 
 

@@ -23,7 +23,10 @@ from moss_tok.nn.compute import ComputeConfig
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tpu_scripts"))
 import compile_check  # noqa: E402
+import estimates  # noqa: E402
 import hlo  # noqa: E402
+import hlo_costs  # noqa: E402
+import hlo_text  # noqa: E402
 
 
 def analyse(function, *shapes):
@@ -99,7 +102,7 @@ def test_taps_of_a_convolution(kernel, stride, low, base, dilation):
     )
     window = {"size": str(kernel), "stride": str(stride), "pad": f"{low}_0",
               "lhs_dilate": str(base), "rhs_dilate": str(dilation)}  # fmt: skip
-    assert hlo._taps(window, 0, size, outputs) == expected
+    assert hlo_costs.taps(window, 0, size, outputs) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_taps_of_a_convolution(kernel, stride, low, base, dilation):
     ],
 )
 def test_bytes_are_those_of_whole_tiles(dtype, dims, layout, expected):
-    array = hlo.Array(dtype, dims, layout)
+    array = hlo_text.Array(dtype, dims, layout)
     assert array.num_bytes == expected and array.in_hbm == ("S(" not in layout)
 
 
@@ -142,34 +145,34 @@ def test_collectives_of_a_mesh():
     ],
 )
 def test_chips_of_a_transfer(text, group):
-    assert hlo._first_group(text) == group
+    assert hlo_costs.first_group(text) == group
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (8, 1)])
 def test_weak_scaling_needs_both_axes(sizes):
     mesh = jax.make_mesh((*sizes, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match="scaling needs a mesh of data and fsdp above 1"):
-        compile_check.check_scaling(mesh)
+        estimates.check_scaling(mesh)
     mesh = jax.make_mesh((2, 3, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:6])
     with pytest.raises(ValueError, match="a power of two for fsdp, got 3"):
-        compile_check.check_scaling(mesh)
+        estimates.check_scaling(mesh)
 
 
 def test_what_hides_a_transfer_may_be_too_short():
-    gather = hlo.Collective("all-gather", "", 50e9, 2, 2, 1, True, "0", 98.5e12, 0)
+    gather = hlo_costs.Collective("all-gather", "", 50e9, 2, 2, 1, True, "0", 98.5e12, 0)
     costs = hlo.Costs(collectives=[gather, dataclasses.replace(gather, flops_beside=394e12)])
-    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 50e9, 4, costs, 1)
+    estimate = estimates.Estimate(estimates.CHIPS["v5e"], 50e9, 4, costs, 1)
     assert (estimate.links, estimate.short) == (0, 0.5)  # 1 s each, beside 0.5 and 2 s
 
 
 def test_weak_scaling_grows_the_data_axis(capsys):
     """A gather over fsdp, the same at any number of chips; a sum over data, which grows with it."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
-    gather = hlo.Collective("all-gather", "", 50e9, 2, 2, 1, False)
-    summed = hlo.Collective("all-reduce", "", 100e9, 2, 4, 1, False)
+    gather = hlo_costs.Collective("all-gather", "", 50e9, 2, 2, 1, False)
+    summed = hlo_costs.Collective("all-reduce", "", 100e9, 2, 4, 1, False)
     costs = hlo.Costs(197e12, 0, [gather, summed])
-    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 0, 8, costs, 8 * 197e12)
-    compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
+    estimate = estimates.Estimate(estimates.CHIPS["v5e"], 0, 8, costs, 8 * 197e12)
+    estimates.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     # Below 256 chips there are lines, which send half.
     assert [float(row[3]) for row in rows[:2]] == [1 + 2 * 0.5, 1 + 2 * (0.5 + 1.5)]
@@ -180,9 +183,9 @@ def test_weak_scaling_grows_the_data_axis(capsys):
 
 def test_fewer_chips_hold_more_parameters(capsys):
     costs = hlo.Costs(197e12, 0, [])
-    estimate = compile_check.Estimate(compile_check.CHIPS["v5e"], 0, 16, costs, 8 * 197e12)
+    estimate = estimates.Estimate(estimates.CHIPS["v5e"], 0, 16, costs, 8 * 197e12)
     mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
-    compile_check.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
+    estimates.show_scaling(estimate, mesh, 3, 2_000_000_000, 7_000_000_000)
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[2] for row in rows[:3]] == ["13", "7", "7"]
 
@@ -198,7 +201,7 @@ def test_fewer_chips_hold_more_parameters(capsys):
     ],
 )
 def test_short_axes_are_no_rings(kind, sizes, rate):
-    assert compile_check.CHIPS[kind].link_rate(sizes) == rate
+    assert estimates.CHIPS[kind].link_rate(sizes) == rate
 
 
 def test_lines_that_go_on_and_slices_inside_fusions():
@@ -334,15 +337,18 @@ def check(*flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v3:2x2"], "topology must be one of v4, v5e, v5p, v6e"),
         (["--precision=low"], "precision must be one of highest, high, bfloat16, got 'low'"),
-        (["--functions=train"], "functions must be one of train_step, encode, decode"),
         (["--batch_size=x"], "batch_size"),
     ],
 )
 def test_bad_flags(flags, message):
     done = check(*flags)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_chips_that_are_not_known():
+    with pytest.raises(ValueError, match="topology must be one of v4, v5e, v5p, v6e"):
+        compile_check.get_mesh("v3:2x2", "data:-1")
 
 
 def test_costs_of_an_attention_kernel():

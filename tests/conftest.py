@@ -29,6 +29,7 @@ import pytest
 from helpers import GOLDEN, init_params, micro_config
 
 import moss_tok
+from moss_tok.language import config as language_config
 
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
 
@@ -55,6 +56,14 @@ def micro():
     """A codec of `micro_config` with random weights."""
     config = micro_config()
     return moss_tok.Codec(init_params(config), config)
+
+
+@pytest.fixture(scope="module")
+def small_language_model():
+    """Makes `language_model=tiny` a hundredth as large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(language_config._SHAPES, "tiny", (16, 1, 2, 1, 24))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,7 @@
 """Batches as functions of their number, sources and mixtures, bad files, shards, prepare."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile
+from audio_helpers import muxed
 from helpers import RATE, ROOT, make_clips
 
-from moss_tok.audio import files, manifest
+from moss_tok.audio import files, manifest, mpeg, notes
 from moss_tok.cli import main as cli
 from moss_tok.data import pipeline, prepare, records, sources, synthetic
 from moss_tok.data.config import AudioDataConfig
@@ -70,6 +73,50 @@ def test_workers_change_nothing(clips, num_workers):
     for _ in range(5):
         assert equal(next(expected), next(found))
     found.close()
+
+
+def test_workers_print_a_note_once(tmp_path, capfd):
+    """A manifest with lengths: only the workers open the files."""
+    notes.forget()
+    soundfile.write(tmp_path / "a.wav", np.full(RATE, 0.1), RATE)
+    data = (tmp_path / "a.wav").read_bytes()
+    at = data.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(data[:at] + bytes(4) + data[at + 4 :])
+    listing = tmp_path / "m.jsonl"
+    listing.write_text('{"path": "a.wav", "duration_s": 1.0, "split": "train"}\n' * 4)
+    stream = batches(listing, FLAGS | dict(num_workers=2))
+    assert all(next(stream)["wav"].any() for _ in range(4))
+    stream.close()
+    assert capfd.readouterr().err.count("a.wav: its header announces no audio") == 1
+
+
+def lossy_clips(folder, rate):
+    """Files of lossy codecs with a sound that repeats nowhere."""
+    rng = np.random.default_rng(0)
+    wav = 0.1 * rng.standard_normal(8 * rate) * np.linspace(0.2, 1, 8 * rate)
+    soundfile.write(folder / "a.mp3", wav, rate, bitrate_mode="VARIABLE", compression_level=0.5)
+    soundfile.write(folder / "b.ogg", wav, rate, format="OGG", subtype="VORBIS")
+    soundfile.write(folder / "c.opus", wav, rate, format="OGG", subtype="OPUS")
+    (folder / "d.mp3").write_bytes((folder / "a.mp3").read_bytes() * 2)
+    form = mpeg.parse_header((folder / "a.mp3").read_bytes()[:4])
+    data = (folder / "a.mp3").read_bytes()
+    (folder / "e.mp3").write_bytes(data[form.sizes()[data[1:3]] :])  # without its Xing header
+    if importlib.util.find_spec("av"):
+        samples = wav.astype(np.float32)
+        (folder / "f.m4a").write_bytes(muxed(samples[:, None], rate, "aac", "ipod"))
+        (folder / "g.webm").write_bytes(muxed(samples[:, None], rate, "libopus", "webm"))
+
+
+def test_segments_of_lossy_files_are_parts_of_the_whole(tmp_path):
+    rate = 48000
+    lossy_clips(tmp_path, rate)
+    for path in sorted(tmp_path.glob("*")):
+        whole = files.read(path, rate, 1)[0]
+        stream = batches(path.with_suffix(".*"), shape=SegmentShape(12288, rate, 1))
+        for segment in next(stream)["wav"][:, 0]:
+            start = np.argmax(scipy.signal.correlate(whole, segment, "valid"))
+            expected = whole[start : start + segment.size]
+            np.testing.assert_allclose(segment, expected, atol=1e-6, rtol=0, err_msg=path.name)
 
 
 def test_longer_files_are_drawn_more_often(clips):
@@ -247,12 +294,12 @@ def test_prepare_writes_what_training_reads(clips, tmp_path, capsys):
 def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
     settings = prepare.Settings(num_shards=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
-        shards = prepare.begin(clips / "manifest.jsonl", folder, settings)
-        assert len(shards) == 4
+    plans = [prepare.make_plan(clips / "manifest.jsonl", path, settings) for path in (whole, parts)]
+    shards = plans[0].shards
+    assert len(shards) == 4 and plans[1].shards == shards
     for shard in shards:
-        prepare.write_shard(whole, shard, settings)
-    prepare.write_shard(parts, shards[0], settings)
+        prepare.write_shard(plans[0], shard)
+    prepare.write_shard(plans[1], shards[0])
     before = (parts / shards[0].name).stat().st_mtime_ns
     real, calls = prepare.prepare_file, []
 
@@ -265,12 +312,12 @@ def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare_file", broken)
     with pytest.raises(KeyboardInterrupt):
         for shard in shards:
-            prepare.write_shard(parts, shard, settings)
+            prepare.write_shard(plans[1], shard)
     monkeypatch.undo()
     assert not [p for p in parts.iterdir() if p.name.startswith(".incomplete")]
     assert run_prepare(clips / "manifest.jsonl", parts, "--num-shards", 2) == 0
     assert (parts / shards[0].name).stat().st_mtime_ns == before
-    prepare.finish(whole, shards)
+    prepare.finish(plans[0])
     for shard in shards:
         a, b = (records.Shards([folder / shard.name]) for folder in (whole, parts))
         assert [a.read(i) for i in range(len(a))] == [
@@ -316,7 +363,7 @@ def test_shards_are_balanced():
         manifest.AudioItem(Path(f"{i}.wav"), "train", "sound", float(s))
         for i, s in enumerate(generator.uniform(1, 20, 1000))
     ]
-    shards = prepare.plan(items, prepare.Settings(shard_hours=0.5))
+    shards = prepare.make_shards(items, prepare.Settings(shard_hours=0.5))
     hours = [sum(i.duration_seconds for i in s.items) / 3600 for s in shards]
     assert len(shards) == 6 and np.ptp(hours) < 0.01
     assert sum(len(s.items) for s in shards) == 1000

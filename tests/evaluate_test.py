@@ -142,12 +142,12 @@ def test_scores_of_torch_models_stay(evaluated, tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("", "a.jsonl: no lines"),
-        ('{"path": "in.wav"}\n\n{"path": "in.wav"}', "line 2: a blank line"),
-        ('{"path": "no.wav"}', "line 1: no such file"),
-        ('{"file": "in.wav"}', "line 1: no audio path; accepted keys: audio_path"),
-        ("[1]", "line 1: must be a JSON object like .* got list"),
-        ('{"path": "in.wav"}\n{"path": "bad.wav"}', "line 2: .*bad.wav"),
-        ('{"path": "empty.wav"}', "line 1: .*empty.wav: empty audio"),
+        ('{"path": "in.wav"}\n\n{"path": "in.wav"}', "a.jsonl:2: a blank line"),
+        ('{"path": "no.wav"}', "a.jsonl:1: no such file"),
+        ('{"file": "in.wav"}', "a.jsonl:1: no audio path; accepted keys: audio_path"),
+        ("[1]", "a.jsonl:1: must be a JSON object like .* got list"),
+        ('{"path": "in.wav"}\n{"path": "bad.wav"}', "a.jsonl:2: .*bad.wav"),
+        ('{"path": "empty.wav"}', "a.jsonl:1: .*empty.wav: empty audio"),
     ],
 )
 def test_bad_data_sets(tmp_path, text, message):

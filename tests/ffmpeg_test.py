@@ -4,45 +4,12 @@ import io
 
 import numpy as np
 import pytest
-from streams_test import FUNCTIONS, RATE, agree, encoded, sound, wav_with
+from audio_helpers import FUNCTIONS, RATE, agree, encoded, muxed, sound, wav_with
 
 from moss_tok.audio import ffmpeg, files, kinds, notes
 from moss_tok.audio.files import AudioBytes
 
 av = pytest.importorskip("av")
-
-
-def muxed(wav, rate, codec, container, tracks=1, form="", **options):
-    """The bytes of a file that PyAV writes; the second track is silent."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container, options=options) as output:
-        streams = []
-        for _ in range(tracks):
-            stream = output.add_stream(codec, rate=rate)
-            stream.codec_context.layout = "stereo" if wav.shape[1] == 2 else "mono"
-            if codec == "wmav2":
-                stream.codec_context.bit_rate = 96000
-            if form:
-                stream.codec_context.format = form
-            streams.append(stream)
-        for number, stream in enumerate(streams):
-            for packet in _packets(stream, wav if number == 0 else 0 * wav, rate):
-                output.mux(packet)
-    return file.getvalue()
-
-
-def _packets(stream, wav, rate):
-    resampler = av.AudioResampler(
-        format=stream.codec_context.format, layout=stream.codec_context.layout,
-        rate=stream.codec_context.sample_rate, frame_size=stream.codec_context.frame_size or 1024,
-    )  # fmt: skip
-    data = np.ascontiguousarray(wav.reshape(1, -1))
-    frame = av.AudioFrame.from_ndarray(data, "flt", "stereo" if wav.shape[1] == 2 else "mono")
-    frame.sample_rate = rate
-    for part in [*resampler.resample(frame), *resampler.resample(None), None]:
-        for packet in stream.encode(part):
-            if packet.size:
-                yield packet
 
 
 CASES = [

@@ -1,10 +1,8 @@
 """Which files of a folder are taken, and that the rest is said once, in one line."""
 
-from pathlib import Path
-
 import pytest
 import soundfile
-from streams_test import RATE, encoded, sound
+from audio_helpers import RATE, encoded, sound
 
 from moss_tok import storage
 from moss_tok.audio import files, folders, kinds, manifest, notes
@@ -85,8 +83,7 @@ def test_prepare_passes_notes_of_its_workers_on(tmp_path, capfd):
     (tmp_path / "a.wav").write_bytes(data[:at] + bytes(4) + data[at + 4 :])
     listing = tmp_path / "m.jsonl"
     listing.write_text('{"path": "a.wav", "duration_s": 1.0, "split": "train"}\n')
-    settings = prepare.Settings()
-    shards = prepare.begin(listing, tmp_path / "out", settings)
-    list(prepare.run_local(Path(tmp_path / "out"), shards, settings, 1))
-    assert prepare.finish(tmp_path / "out", shards)["records"] == 1
+    plan = prepare.make_plan(listing, tmp_path / "out", prepare.Settings())
+    prepare.run_local(plan, 2)
+    assert prepare.finish(plan)["records"] == 1
     assert capfd.readouterr().err.count("a.wav: its header announces no audio") == 1

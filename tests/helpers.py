@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import socket
@@ -9,17 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import absl.flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import soundfile
 
 from moss_tok.codec import init as codec_init
 from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
 from moss_tok.codec.presets import mirror
 from moss_tok.language.config import LanguageConfig
+from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives.config import build_objective, configure
 from moss_tok.training import loop, writer
 from moss_tok.training import state as states
@@ -64,6 +69,8 @@ ADVERSARIAL = PRETRAIN | {
     "discriminator_periods": "3",  # compiling all of them takes minutes
     "discriminator_windows": "512",
 }
+# Its spectra discriminators have 26 convolutions, which take most of the time to compile.
+SECOND_STAGE = ADVERSARIAL | {"discriminator_windows": ""}
 LANGUAGE = LanguageConfig(8, 257, 256, 16, 1, 2, 1, 24, head_dim=8)
 SEMANTIC = PRETRAIN | {"language_model": "tiny", "max_text_tokens": 4}
 
@@ -175,6 +182,25 @@ def rows_without_timing(workdir):
 def as_flags(flags):
     """As train.py takes them."""
     return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@functools.cache
+def train_script():
+    """train.py as a module; a process can define its flags only once."""
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_py(*flags) -> int:
+    """Runs train.py in this process, which saves the imports; returns the exit code."""
+    main = train_script().main
+    absl.flags.FLAGS.unparse_flags()
+    with mock.patch.object(sys, "argv", ["train.py", *flags]):
+        with pytest.raises(SystemExit) as ended:
+            train_flags.run(main)
+    return ended.value.code
 
 
 def start(config, *flags, num_devices=1, environment=(), python=()):

@@ -1,5 +1,6 @@
 """The official layout: parity with other implementations' answers, configs, broken directories."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import leaves_equal, micro_config
+from helpers import init_params, leaves_equal, micro_config
 
 import moss_tok
 from moss_tok import tensors as tensor_files
-from moss_tok.codec import huggingface, huggingface_config
+from moss_tok.codec import huggingface, pretrained
+from moss_tok.codec.config import QuantizerConfig, TransformerConfig
+from moss_tok.codec.presets import mirror
 from moss_tok.convert import convert
 
 
@@ -206,8 +209,6 @@ def test_there_and_back_is_bit_exact(golden_dir, tmp_path, name):
 
 
 def test_a_codec_of_our_own_exports(micro, tmp_path):
-    from moss_tok.codec import pretrained
-
     pretrained.save(tmp_path / "ours", micro.config, micro.params)
     convert(tmp_path / "ours", tmp_path / "official")
     again = moss_tok.load(tmp_path / "official")
@@ -218,18 +219,41 @@ def test_a_codec_of_our_own_exports(micro, tmp_path):
     )
 
 
-def test_contexts_that_differ_need_the_v2_layout(micro, tmp_path):
-    import dataclasses
-
+def test_contexts_that_differ_are_exported_in_the_v2_layout(micro, tmp_path):
     first = micro.config.encoder[1]
     encoder = list(micro.config.encoder)
     encoder[1] = dataclasses.replace(first, context_seconds=0.02)
     v1 = dataclasses.replace(micro.config, encoder=tuple(encoder))
-    with pytest.raises(ValueError, match="one context for all stages"):
-        huggingface_config.write_config(v1, "float32")
-    fields = json.loads(huggingface_config.write_config(micro_config(layout="v2"), "float32"))
-    again = huggingface_config.read_config(json.dumps(fields))
-    assert again.windows("encoder") == micro.config.windows("encoder")
+    pretrained.save(tmp_path / "ours", v1, micro.params)
+    convert(tmp_path / "ours", tmp_path / "official")
+    again = moss_tok.load(tmp_path / "official")
+    assert again.config.layout == "v2"
+    assert again.config.windows("encoder") == v1.windows("encoder")
+    assert leaves_equal(again.params, micro.params)
+
+
+def test_square_stages_get_identities_in_the_v2_layout(tmp_path):
+    """The official classes of v2 have both projections in every stage."""
+    stage = TransformerConfig(12, 16, 16, 2, 1, 32, 0.006, output_projection=False)
+    encoder = (*micro_config().encoder[:3], stage)
+    quantizer = QuantizerConfig(16, 6, 16, 4, 16, 3)
+    config = micro_config(
+        encoder=encoder, decoder=mirror(encoder), quantizer=quantizer, layout="v2"
+    )
+    params = init_params(config)
+    pretrained.save(tmp_path / "ours", config, params)
+    convert(tmp_path / "ours", tmp_path / "official")
+    stored = safetensors.numpy.load_file(tmp_path / "official" / "model.safetensors")
+    for name in ("encoder.3.output_proj.weight", "decoder.0.input_proj.weight"):
+        np.testing.assert_array_equal(stored[name], np.eye(16))
+    again = moss_tok.load(tmp_path / "official")
+    assert dataclasses.replace(again.config, official_json="") == config
+    assert pretrained.load_config(tmp_path / "official") == again.config
+    assert leaves_equal(again.params, params)
+    convert(tmp_path / "official", tmp_path / "again")
+    convert(tmp_path / "again", tmp_path / "official_again")
+    files = [tmp_path / name / "model.safetensors" for name in ("official", "official_again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_bfloat16(golden_dir, v1_tiny, tmp_path):
@@ -239,8 +263,8 @@ def test_bfloat16(golden_dir, v1_tiny, tmp_path):
     convert(tmp_path / "ours", tmp_path / "official", "bfloat16")
     assert leaves_equal(moss_tok.load(tmp_path / "official").params, codec.params)
     assert not leaves_equal(codec.params, v1_tiny.params)
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16"):
-        convert(golden_dir / "v1_tiny", tmp_path / "new", "float16")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16"):
+        convert(golden_dir / "v1_tiny", tmp_path / "new", "int8")
 
 
 def test_large_exports_are_sharded(v1_tiny, tmp_path, monkeypatch):

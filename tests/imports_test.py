@@ -1,6 +1,7 @@
 """A file imports only from lower floors or from earlier rooms of its own package."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["errors", "json_files", "settings", "mesh", "summary", "storage", "sharding", "tensors",
-     "checkpoint"],
-    ["nn.compute", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers", "nn.blocks"],
+    ["assets", "errors", "json_files", "settings", "mesh", "summary", "storage", "sharding",
+     "tensors", "checkpoint"],
+    ["nn.compute", "nn.products", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers",
+     "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
      "audio.containers", "audio.kinds", "audio.libsndfile", "audio.ffmpeg", "audio.opening",
      "audio.writing", "audio.files", "audio.folders", "audio.manifest", "audio.spectral"],
@@ -32,19 +34,24 @@ FLOORS = [
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.baselines",
      "evaluation.datasets", "evaluation.reconstruction", "evaluation.scoring",
      "evaluation.results", "evaluation.transcription", "evaluation.pages"],
-    ["training.config", "training.objective", "training.optimizer", "training.microbatches",
-     "training.state", "training.step", "training.checkpoints", "training.writer",
+    ["training.config", "training.provenance", "training.objective", "training.optimizer",
+     "training.microbatches", "training.state", "training.step", "training.checkpoints",
+     "training.writer",
      "training.interrupts", "training.start", "training.progress", "training.loop"],
     ["objectives.config", "objectives.flags", "objectives.losses", "objectives.discriminators",
-     "objectives.code_use", "objectives.text", "objectives.audio", "objectives.codec",
+     "objectives.code_use", "objectives.text", "objectives.audio", "objectives.base",
+     "objectives.codec",
      "objectives.adversarial", "objectives.recognition", "objectives.code_data",
      "objectives.code_recognition", "objectives.speech_data", "objectives.speech",
      "objectives.flops"],
-    ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.convert",
+    ["demo.sound", "demo.server"],
+    ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.compare", "cli.convert",
+     "cli.demo",
      "cli.info", "cli.prepare", "cli.stream",
      "cli.export", "cli.speak", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
      "cli.main"],
 ]  # fmt: skip
+LAZY = ("language", "data", "speech")  # rooms whose public names are imported on use
 ORDER = [room for floor in FLOORS for room in floor]
 
 
@@ -99,3 +106,24 @@ def test_the_training_core_names_no_domain():
         domains = {n for n in imported(path) if n.startswith(("moss_tok.codec", "moss_tok.language",
                                                               "moss_tok.objectives"))}  # fmt: skip
         assert not domains, f"{path.name} imports {domains}"
+
+
+@pytest.mark.parametrize(
+    "package", ["moss_tok", "moss_tok.language", "moss_tok.data", "moss_tok.speech"]
+)
+def test_stub_and_package_have_the_same_names(package):
+    """Type checkers and tab completion see the names that can be imported."""
+    module = importlib.import_module(package)
+    stub = Path(module.__file__).with_suffix(".pyi")
+    names = set()
+    for node in ast.parse(stub.read_text()).body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        source = importlib.import_module(f"{package}.{node.module}")
+        for alias in node.names:
+            assert alias.asname == alias.name  # otherwise type checkers take it as private
+            assert getattr(module, alias.name) is getattr(source, alias.name)
+            names.add(alias.name)
+    assert names == set(module.__all__) == set(dir(module))
+    with pytest.raises(AttributeError, match="encod$"):
+        module.encod  # noqa: B018

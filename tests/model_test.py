@@ -9,6 +9,7 @@ import pytest
 
 import moss_tok
 from moss_tok.codec.model import CodecModel, deinterleave, interleave, patchify, unpatchify
+from moss_tok.nn import products
 from moss_tok.nn.compute import ComputeConfig
 
 
@@ -51,15 +52,42 @@ def test_decoder_is_causal(micro):
     assert touched[-1] == 20
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(micro, remat):
+def test_bfloat16_products():
+    """The operands are rounded, also those of the gradients; the sums are float32."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weights, gradient = (jax.random.normal(k, (2, 7, 5, 5)) for k in keys)
+    weights = weights[0]
+    gradient = gradient[:, :, 0]
+
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def plain(x, weights):
+        return jnp.einsum("btnh,dnh->btd", x, weights, precision="highest")
+
+    def product(x, weights):
+        return products.einsum("btnh,dnh->btd", x, weights, products.BF16)
+
+    weights = weights[:5]
+    expected, pull = jax.vjp(plain, rounded(x), rounded(weights))
+    found, pull_product = jax.vjp(product, x, weights)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(pull_product(gradient), pull(rounded(gradient)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(remat="dots"), dict(remat="full"), dict(unroll_layers=2)], ids=str
+)
+def test_loops_change_nothing(micro, settings):
     wav = jax.random.normal(jax.random.key(0), (1, 1, 16 * 20))
 
     def loss(params, compute):
         return jnp.square(CodecModel(micro.config, compute).apply({"params": params}, wav)[0]).sum()
 
     plain = jax.grad(loss)(micro.params, ComputeConfig())
-    again = jax.grad(loss)(micro.params, ComputeConfig(remat=remat))
+    again = jax.grad(loss)(micro.params, ComputeConfig(**settings))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)
 
 

@@ -52,10 +52,10 @@ def write_names(folder, names):
 
 def prepared(source, folder):
     """Prepares a data set in this process; its records and what was rejected."""
-    shards = prepare.begin(source, folder, SETTINGS)
-    for shard in shards:
-        prepare.write_shard(folder, shard, SETTINGS)
-    prepare.finish(folder, shards)
+    plan = prepare.make_plan(source, folder, SETTINGS)
+    for shard in plan.shards:
+        prepare.write_shard(plan, shard)
+    prepare.finish(plan)
     rows, rejected = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("manifest.jsonl", "rejected.jsonl")
@@ -103,7 +103,7 @@ def test_manifests_of_any_editor(recordings, data, is_a_data_set):
         output_names = datasets.read_dataset(path).output_names()
         assert output_names == ["000000_one.flac", "000001_one.flac", "000002_c.flac"]
     else:
-        with pytest.raises(ValueError, match=r"m.jsonl, line \d: a blank line"):
+        with pytest.raises(ValueError, match=r"m.jsonl:\d: a blank line"):
             datasets.read_dataset(path)
 
 
@@ -141,7 +141,7 @@ def test_manifests_that_name_no_file(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"path": "\\ud800.wav"}\n')
     with pytest.raises(ValueError, match="m.jsonl:1: path must be a file's name, got"):
         manifest.find_items(tmp_path / "m.jsonl")
-    with pytest.raises(ValueError, match="line 1: no such file"):
+    with pytest.raises(ValueError, match="m.jsonl:1: no such file"):
         datasets.read_dataset(tmp_path / "m.jsonl")
 
 
@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_files_that_vanish_or_break_while_they_are_read(recordings, tmp_path, monkeypatch):
     for name in ("vanishing.flac", "broken.wav"):
         write_wav(recordings / name)
-    shards = prepare.begin(recordings, tmp_path / "out", SETTINGS)
+    plan = prepare.make_plan(recordings, tmp_path / "out", SETTINGS)
     (recordings / "vanishing.flac").unlink()
     read = files.read_native
 
@@ -301,9 +301,9 @@ def test_files_that_vanish_or_break_while_they_are_read(recordings, tmp_path, mo
         return read(audio)
 
     monkeypatch.setattr(files, "read_native", read_native)
-    for shard in shards:
-        prepare.write_shard(tmp_path / "out", shard, SETTINGS)
-    summary = prepare.finish(tmp_path / "out", shards)
+    for shard in plan.shards:
+        prepare.write_shard(plan, shard)
+    summary = prepare.finish(plan)
     assert summary["records"] == 3 and summary["rejected"] == {"cannot be read": 2}
     text = (tmp_path / "out" / "rejected.jsonl").read_text()
     assert "(No such file or directory)" in text and "(Input/output error)" in text
@@ -342,7 +342,7 @@ def test_what_a_record_cannot_hold(recordings, tmp_path, metadata):
     row = {"path": "c.wav"} | metadata
     (recordings / "m.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="its metadata cannot be stored"):
-        prepare.begin(recordings / "m.jsonl", tmp_path / "out", SETTINGS)
+        prepare.make_plan(recordings / "m.jsonl", tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()
 
 
@@ -369,9 +369,9 @@ def test_a_disk_without_room_for_a_checkpoint(micro, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_shards_are_written(recordings, tmp_path):
-    shards = prepare.begin(recordings, tmp_path / "out", SETTINGS)
+    plan = prepare.make_plan(recordings, tmp_path / "out", SETTINGS)
     with largest_file(1000), pytest.raises(ValueError, match="record: could not be written .*File"):
-        prepare.write_shard(tmp_path / "out", shards[0], SETTINGS)
+        prepare.write_shard(plan, plan.shards[0])
     left = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert left == {"prepare.json"}
     rows, _ = prepared(recordings, tmp_path / "out")
@@ -483,7 +483,7 @@ def test_pointers_of_git_lfs(micro, cached, tmp_path):
     for call, name in (
         (lambda: moss_tok.load(cached), "model.safetensors: "),
         (lambda: moss_tok.load(tmp_path / "ours"), "broken checkpoint: params/.*: "),
-        (lambda: codes.read(tmp_path / "a.npz", micro.config), r"a.npz: not a .npz .*\("),
+        (lambda: codes.read(tmp_path / "a.npz", micro), r"a.npz: not a .npz .*\("),
         (lambda: text.load(tmp_path), r"tokenizer.json: not a tokenizer.json \("),
         (lambda: records.shard(tmp_path / "a.array_record"), r"no ArrayRecord files \("),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from helpers import (
     GOLDEN,
     PRETRAIN,
     ROOT,
+    SECOND_STAGE,
     init_state,
     leaves_equal,
     make_clips,
@@ -28,6 +30,7 @@ from helpers import (
     small_run,
     start,
     train,
+    train_py,
     wait_for,
     wait_until_gone,
 )
@@ -49,23 +52,45 @@ def finished(clips, tmp_path_factory):
     """A run of 4 steps of the second stage with an evaluation every 2, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     config = small_run(
-        ADVERSARIAL, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2, num_eval_clips=2,
-        profile_steps="3:3",
+        SECOND_STAGE, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2,
+        num_eval_clips=2, profile_steps="3:3",
     )  # fmt: skip
     assert train(config)
     return config
 
 
 @pytest.fixture
-def config(finished, tmp_path):
+def second_stage(finished, tmp_path):
     """The same with a workdir that is not there yet."""
     return finished | dict(workdir=str(tmp_path / "run"), eval_every=0)
 
 
 @pytest.fixture
-def ended(finished, config):
+def ended_second_stage(finished, second_stage):
     """The same with a workdir that holds the whole run."""
-    shutil.copytree(finished["workdir"], config["workdir"])
+    shutil.copytree(finished["workdir"], second_stage["workdir"])
+    return second_stage | dict(num_eval_clips=0)
+
+
+@pytest.fixture(scope="module")
+def first_stage(clips, tmp_path_factory):
+    """A run of 4 steps of the first stage, which compiles faster, and its config."""
+    folder = tmp_path_factory.mktemp("first")
+    config = small_run(PRETRAIN, clips, folder, num_steps=4, checkpoint_every=2, num_eval_clips=0)
+    assert train(config)
+    return config | dict(num_eval_clips=2)
+
+
+@pytest.fixture
+def config(first_stage, tmp_path):
+    """The same with a workdir that is not there yet."""
+    return first_stage | dict(workdir=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def ended(first_stage, config):
+    """The same with a workdir that holds the whole run."""
+    shutil.copytree(first_stage["workdir"], config["workdir"])
     return config | dict(num_eval_clips=0)
 
 
@@ -98,8 +123,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_killed_runs_end_like_undisturbed_ones(config, tmp_path):
-    """20 steps at once; and with kills of the process group at odd moments, one in a save."""
-    config = config | dict(num_steps=20, checkpoint_every=6, log_every=2)
+    """14 steps at once; and with kills of the process group at odd moments, one in a save."""
+    config = config | dict(num_steps=14, checkpoint_every=6, log_every=2, num_eval_clips=0)
     whole = start(config)
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
@@ -108,18 +133,17 @@ def test_killed_runs_end_like_undisturbed_ones(config, tmp_path):
     folder = tmp_path / "parts" / "checkpoints"
     moments = [
         lambda: metrics.exists() and metrics.read_text().count("\n") >= 2,  # before any save
-        lambda: any(folder.glob("00000006.orbax*")),  # in a save
-        lambda: (folder / "00000012").exists(),
+        lambda: any(folder.glob("00000012*")),  # in the second save, or just after it
     ]
     for number, moment in enumerate(moments):
-        process = start(parts | dict(num_workers=number % 3))
+        process = start(parts | dict(num_workers=2 * number))
         wait_for(moment, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     last = start(parts)
     output, _ = last.communicate()
     assert last.returncode == 0, output
-    assert "resuming from step 12" in output
+    assert re.search("resuming from step (6|12)\n", output), output
     assert rows_without_timing(parts["workdir"]) == rows_without_timing(config["workdir"])
     a, b = (moss_tok.load(c["workdir"]) for c in (config, parts))
     assert leaves_equal(a.params, b.params)
@@ -127,7 +151,7 @@ def test_killed_runs_end_like_undisturbed_ones(config, tmp_path):
 
 
 def test_sigterm_saves_and_says_143(config, tmp_path):
-    config = config | dict(num_steps=100000, checkpoint_every=100000, num_workers=2)
+    config = config | dict(num_steps=100000, checkpoint_every=100000, num_workers=1)
     process = start(config)
     metrics = Path(config["workdir"]) / writer.METRICS
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
@@ -151,7 +175,7 @@ def test_sigterm_in_the_last_evaluation_says_143_and_it_is_repeated(ended, monke
         return evaluate(codec, clips, numbers, progress)
 
     page = Path(config["workdir"]) / "evaluation.md"
-    page.unlink()
+    page.unlink(missing_ok=True)
     monkeypatch.setattr(sweep, "evaluate", stop)
     assert not train(config) and not page.exists()
     assert "stopped by SIGTERM during the last evaluation" in capsys.readouterr().out
@@ -171,8 +195,12 @@ def test_workers_end_with_their_parent(config):
     wait_until_gone(process.pid)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "config.json"])
-def test_a_broken_checkpoint_falls_back(ended, capsys, damage):
+@pytest.mark.parametrize(
+    ("run", "damage"),
+    [("ended_second_stage", "truncated"), ("ended", "missing"), ("ended", "config.json")],
+)
+def test_a_broken_checkpoint_falls_back(request, capsys, run, damage):
+    ended = request.getfixturevalue(run)
     workdir = Path(ended["workdir"])
     expected = moss_tok.load(workdir).params
     newest = workdir / "checkpoints" / "00000004"
@@ -222,15 +250,16 @@ def test_a_run_without_data_makes_its_own(config):
     assert (Path(config["workdir"]) / "synthetic" / "manifest.jsonl").exists()
 
 
-def test_the_second_stage_starts_from_the_first(config, ended, tmp_path, capsys):
+def test_the_second_stage_starts_from_the_first(ended_second_stage, tmp_path, capsys):
     """Generator restored, discriminators fresh; from an adversarial run they come along."""
+    ended = ended_second_stage
     still = ended | dict(
         model="", init_from=ended["workdir"], workdir=str(tmp_path / "still"), num_steps=1,
         learning_rate=1e-30, discriminator_learning_rate=1e-30, reseed_every=1,
     )  # fmt: skip
     train(still)
     assert "starting from the generator and discriminators of" in capsys.readouterr().out
-    fresh_discriminators = init_state(make_recipe(ADVERSARIAL)).extra["discriminators"]
+    fresh_discriminators = init_state(make_recipe(SECOND_STAGE)).extra["discriminators"]
     shapes = jax.eval_shape(lambda: fresh_discriminators)
     for load in (
         lambda c: moss_tok.load(c["workdir"]).params,
@@ -248,10 +277,12 @@ def test_the_second_stage_starts_from_the_first(config, ended, tmp_path, capsys)
     assert all(np.allclose(x, y, atol=1e-6) for x, y in pairs)
 
 
-def test_starts_from_an_official_directory(golden_dir, config, tmp_path):
+def test_starts_from_an_official_directory(golden_dir, second_stage):
     start_from = str(golden_dir / "v1_tiny")
-    config = config | dict(model="", init_from=start_from, trainable="decoder", segment_seconds=0.6,
-        num_steps=2, num_eval_clips=0, discriminator_windows="",)  # fmt: skip
+    config = second_stage | dict(
+        model="", init_from=start_from, trainable="decoder", segment_seconds=0.6, num_steps=2,
+        num_eval_clips=0,
+    )  # fmt: skip
     train(config)
     before, after = moss_tok.load(start_from), moss_tok.load(config["workdir"])
     wav = 0.1 * np.random.default_rng(0).standard_normal((1, 1, 9000)).astype(np.float32)
@@ -265,8 +296,7 @@ def test_too_many_bad_files_stop_the_run(config, clips, tmp_path, capsys):
     folder = shutil.copytree(clips, tmp_path / "bad")
     for name in ("0.flac", "3.flac"):
         (folder / name).write_bytes(b"fLaC" + b"\0" * 300)
-    first_stage = {k: v for k, v in config.items() if k in PRETRAIN or k in ("model", "workdir")}
-    config = first_stage | dict(
+    config = config | dict(
         train_data=str(folder / "manifest.jsonl"), num_steps=100, log_every=5, num_eval_clips=0
     )
     with pytest.raises(ValueError, match="reads failed, more than max_failed_share 0.1"):
@@ -348,21 +378,31 @@ def test_nothing_is_written_where_a_setting_is_wrong(config, changes, message):
         (["extra"], "unexpected argument 'extra'"),
     ],
 )
-def test_train_py_refuses_in_one_line(tmp_path, flags, message):
-    argv = [sys.executable, str(ROOT / "train.py"), f"--workdir={tmp_path / 'run'}", *flags]
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert message in result.stderr
+def test_train_py_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert train_py(f"--workdir={tmp_path / 'run'}", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flag_files_are_valid():
+@pytest.mark.parametrize("flag", ["--stage=gan", "--train_data=gone"])
+def test_train_py_as_a_program(tmp_path, flag):
+    """Nothing that it imports prints anything before the error."""
+    argv = [sys.executable, str(ROOT / "train.py"), f"--workdir={tmp_path / 'run'}", flag]
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flag_files_are_valid(capsys):
     for path in sorted((ROOT / "experiments").glob("*.flags")):
-        argv = [sys.executable, str(ROOT / "train.py"), f"--flagfile={path}", "--train_data=none",
-                "--init_from=", "--trainable=all", "--model=none"]  # fmt: skip
-        result = subprocess.run(argv, capture_output=True, text=True, check=False)
-        assert "error: model must be one of" in result.stderr, (path, result.stderr)
+        flags = ["--train_data=none", "--init_from=", "--trainable=all", "--model=none"]
+        assert train_py(f"--flagfile={path}", *flags) == 2
+        error = capsys.readouterr().err
+        assert "error: model must be one of" in error, (path, error)
 
 
 def test_a_workdir_of_before_there_were_objectives_is_resumed(tmp_path, monkeypatch, capsys):

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    ADVERSARIAL,
     CODEC,
     GOLDEN,
     LANGUAGE,
     PRETRAIN,
+    SECOND_STAGE,
     SEMANTIC,
     init_state,
     leaves_equal,
@@ -45,6 +45,7 @@ RECOGNITION = {
     for name in ("learning_rate", "warmup_steps", "batch_size", "segment_seconds", "mesh",
                  "language_model", "max_text_tokens")
 } | {"trainable": "language", "init_from": "x"}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("small_language_model")
 SHAPE = SegmentShape(2048, 8000, 1, text.ByteTokenizer(), 4)
 # The semantic loss alone.
 ALONE = SEMANTIC | dict(
@@ -140,7 +141,7 @@ def test_a_frozen_codec_stays_and_is_not_decoded():
 
 
 def test_the_second_stage_learns_from_texts_too():
-    config = ADVERSARIAL | dict(language_model="tiny", max_text_tokens=4, warmup_steps=0)
+    config = SECOND_STAGE | dict(language_model="tiny", max_text_tokens=4, warmup_steps=0)
     _, metrics, moved = one_step(config, text_batch())
     assert min(jax.tree.leaves(moved["encoder"])) > 0 and largest(moved["language"]) > 0
     assert float(metrics["semantic_loss"]) > 1 and "adversarial_loss" in metrics

@@ -6,30 +6,10 @@ import struct
 
 import numpy as np
 import pytest
-import soundfile
+from audio_helpers import FUNCTIONS, RATE, agree, encoded, sound, wav_with
 
 from moss_tok.audio import files, flac, libsndfile, mpeg, notes, ogg
 from moss_tok.audio.files import AudioBytes
-
-RATE = 16000
-
-
-def sound(seconds=1.0, rate=RATE, channels=1, seed=0):
-    """Noise that swells and fades, so that variable bitrates vary. [S, C]."""
-    rng = np.random.default_rng(seed)
-    time = np.arange(int(seconds * rate)) / rate
-    level = 0.2 * (0.5 + 0.5 * np.sin(2 * np.pi * 1.3 * time)) ** 2
-    tone = 0.2 * np.sin(2 * np.pi * (300 + 100 * np.sin(2 * time)) * time)
-    wav = level * rng.standard_normal(len(time)) + tone
-    return np.stack([wav * (1 - 0.3 * c) for c in range(channels)], 1).astype(np.float32)
-
-
-def encoded(wav, rate=RATE, kind="WAV", subtype=None, **options):
-    """The bytes of an audio file."""
-    file = io.BytesIO()
-    file.name = "a"
-    soundfile.write(file, wav, rate, format=kind, subtype=subtype, **options)
-    return file.getvalue()
 
 
 def mp3(wav, rate=RATE, mode="VARIABLE", level=0.5):
@@ -48,38 +28,12 @@ def with_count(data, num_frames):
     return data[:at] + struct.pack(">I", num_frames) + data[at + 4 :]
 
 
-def wav_with(tag, data, rate=RATE, channels=1):
-    """A WAV of another codec."""
-    fmt = struct.pack("<HHIIHHHHIHHH", tag, channels, rate, 16000, 1, 0, 12, 1, 2, 576, 1, 1393)
-    chunks = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt
-    chunks += b"data" + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
-
-
 def patched(data, *fields):
     """The data with (offset, bytes) written over it."""
     data = bytearray(data)
     for offset, field in fields:
         data[offset : offset + len(field)] = field
     return bytes(data)
-
-
-def agree(data, name="a"):
-    """Reads by every function; they must agree. Returns [C, S]."""
-    source = AudioBytes(data, name)
-    whole, rate = files.read_native(source)
-    channels, num_samples = whole.shape
-    assert round(files.duration_seconds(source) * rate, 3) == num_samples
-    for seconds in (0.08, 0.3, 7.0):
-        blocks = list(files.read_blocks(source, rate, channels, seconds))
-        np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole)
-    rng = np.random.default_rng(0)
-    for start in [0, *rng.integers(0, num_samples, 6), max(0, num_samples - 100)]:
-        # A little more than the sample's time: a float may be a little less.
-        part = files.read_segment(source, (start + 0.01) / rate, 0.2, rate)
-        wanted = whole[:, start : start + int(np.ceil(0.2 * rate))]
-        np.testing.assert_allclose(part, wanted, atol=1e-6, rtol=0, err_msg=f"{name} {start}")
-    return whole
 
 
 @pytest.mark.parametrize(("rate", "level"), [(8000, 0.9), (16000, 0.5), (44100, 0.1)])
@@ -241,15 +195,8 @@ KINDS = [
     ("CAF", "ALAC_24"), ("SVX", "PCM_16"), ("NIST", "PCM_16"), ("VOC", "PCM_16"),
 ]  # fmt: skip
 
+
 # What is refused by one must be refused by all.
-FUNCTIONS = (
-    lambda source: files.read(source, RATE, 1),
-    lambda source: list(files.read_blocks(source, RATE, 1, 0.3)),
-    lambda source: files.read_segment(source, 0.1, 0.1, RATE),
-    files.duration_seconds,
-)
-
-
 @pytest.mark.parametrize("endian", ["LITTLE", "BIG"])
 @pytest.mark.parametrize(("kind", "subtype"), KINDS)
 def test_what_announces_its_size(kind, subtype, endian):
@@ -369,19 +316,28 @@ def test_soundfile_does_not_seek_between_reads(tmp_path):
         decoder.close()
 
 
-def _note_in_a_child(queue):
-    notes.say_once("from a child")
-    queue.put(notes.taken())
-
-
-def test_notes_of_workers_are_said_by_the_main_process(capfd):
+def test_a_note_is_printed_once_by_all_processes_together(capfd, monkeypatch):
+    monkeypatch.delenv("MOSS_TOK_NOTES", raising=False)
+    notes.forget()
+    notes.say_once("of the parent")
+    notes.share_with_workers()
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_note_in_a_child, args=(queue,))
-    process.start()
-    taken = queue.get(timeout=60)
-    process.join()
-    assert taken == ["from a child"] and capfd.readouterr().err == ""
+    texts = ["of the parent", "of a worker"]
+    workers = [context.Process(target=_say, args=(texts,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    notes.say_once("of a worker")
+    assert capfd.readouterr().err == "note: of the parent\nnote: of a worker\n"
+    notes.forget()
+    notes.say_once("of a worker")
+    assert capfd.readouterr().err == "note: of a worker\n"
+
+
+def _say(texts):
+    for text in texts:
+        notes.say_once(text)
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0, (5 * 2**30) % 2**32])

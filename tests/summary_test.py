@@ -14,7 +14,7 @@ from moss_tok import language, summary
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import codes as code_files
 from moss_tok.codec import model, pretrained
-from moss_tok.data import codes, prepare, tokenize
+from moss_tok.data import codes, jobs, prepare, tokenize
 from moss_tok.evaluation import datasets, sweep
 from moss_tok.language import config as language_configs
 from moss_tok.language import pretrained as language_models
@@ -83,9 +83,9 @@ def test_everything_is_one_short_line(micro, tmp_path):
         ),
         "CodeFile(codes: int16 [16, 9999], num_samples: 9)": code_files.CodeFile(array, 9),
         "TrainState(step: 0, ": init_state(make_recipe(PRETRAIN)),
-        "Shard(name='a')": prepare.Shard("a", items),
+        "Shard(name='a')": jobs.Shard("a", items),
         "Record(metadata={})": prepare.Record(bytes(9999), {}),
-        "Plan(folder=": tokenize.Plan(tmp_path, tokenize.Settings(4), (("a", items),)),
+        "Plan(folder=": jobs.Plan(tmp_path, tokenize.Settings(4), (), ".json"),
         "Dataset(name='a', path=": datasets.Dataset("a", tmp_path, items, ("a",) * 9999, ()),
         "Clip(domain='music', text='')": sweep.Clip(WAV, "music"),
     }
@@ -129,3 +129,10 @@ def test_items_of_a_folder_of_codes(tmp_path):
     source = codes.read_codes(tmp_path)
     assert repr(source) == f"CodeSource({str(tmp_path)!r}, 2 items)"
     assert repr(source[0]) == "Item('a', codes: int16 [2, 1], 9 samples, metadata: ['text'])"
+
+
+def test_a_broken_line_of_codes_names_its_file_and_line(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format": "jsonl"}')
+    (tmp_path / "codes-00000-of-00001.jsonl").write_text('{"id": "a"}\n{"id": "b", "audio_')
+    with pytest.raises(ValueError, match="codes-00000-of-00001.jsonl:2: must be a JSON object, go"):
+        codes.read_codes(tmp_path)[1]

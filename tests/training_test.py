@@ -15,6 +15,7 @@ from helpers import (
     GOLDEN,
     PRETRAIN,
     RATE,
+    SECOND_STAGE,
     init_params,
     init_state,
     leaves_equal,
@@ -115,7 +116,7 @@ def test_discriminators_hear_quiet_and_loud_audio_alike():
 
 @pytest.mark.parametrize(("flags", "num_steps"), [(PRETRAIN, 150), (ADVERSARIAL, 120)])
 def test_overfits_a_clip(flags, num_steps):
-    recipe = make_recipe(flags | {"mel_windows": "32,64,128,256,512,1024,2048"})
+    recipe = make_recipe(flags)
     t = np.arange(2048) / RATE
     batch = make_batch(np.tile(0.3 * np.sin(2 * np.pi * 440 * t), (4, 1, 1)))
     _, first = run_steps(recipe, 1, batch=lambda i: batch)
@@ -127,7 +128,7 @@ def test_frozen_encoder_and_quantizer_stay(micro, tmp_path):
     """Fine-tuning the decoder leaves every code as it was, bit for bit."""
     pretrained.save(tmp_path / "start", micro.config, micro.params)
     start = {"trainable": "decoder", "init_from": str(tmp_path / "start"), "weight_decay": 0.5}
-    recipe = make_recipe(ADVERSARIAL | start)
+    recipe = make_recipe(SECOND_STAGE | start)
     before = jax.tree.map(np.asarray, micro.params)
     state = init_state(recipe, jax.tree.map(jnp.copy, micro.params))
     after, _ = run_steps(recipe, 6, state)
@@ -278,7 +279,7 @@ def test_fresh_quantizers_share_out_the_dimensions(sizes):
 
 def test_bfloat16_is_close_to_float32():
     """Compute in half precision; parameters, losses and spectra stay in float32."""
-    half = make_recipe(ADVERSARIAL | {"dtype": "bfloat16", "remat": "dots"})
+    half = make_recipe(SECOND_STAGE | {"dtype": "bfloat16", "remat": "dots"})
     state, found = run_steps(half, 1)
     for name in ("reconstruction_loss", "adversarial_loss", "discriminator_loss"):
         assert found[name].dtype == jnp.float32

@@ -1,7 +1,7 @@
-"""What headers of audio files announce: how many bytes of audio there should be, and which codec.
+"""Reads from headers of audio files how many bytes of audio there should be, and which codec.
 
-Libsndfile reads a file that ends too early to where it ends, and says nothing. So the sizes are
-compared here with the size of the file.
+Libsndfile reads a truncated file to its end without an error. So sizes in headers are compared here
+with the size of the file.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 from moss_tok.audio.windows import Piece
 
-# Sizes that programs write into a pipe, where they cannot come back to write the true one. Those
-# of ffmpeg and sox are a little less or more than these.
+# Sizes that programs write into a pipe, where they cannot go back to write the true size. Those of
+# ffmpeg and sox are a little less or more than these.
 _STREAMED_32 = ((0x7F000000, 0x7F000100), (0x7FFFF000, 0x80000000), (0xFFFFFF00, 0xFFFFFFFF))
 _STREAMED_64 = 2**62
-_MOST_BYTES = 0x7FFFF000  # of a WAV that libsndfile reads to its end whatever the header says
+_MAX_WAV_BYTES = 0x7FFFF000  # a longer WAV is read only as far as its header says
 _WRAPS = 2**32
-_CHUNKS_BYTES = 2**20  # what may come after the audio
+_CHUNKS_BYTES = 2**20  # room for chunks after the audio
 
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 _W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
@@ -53,15 +53,16 @@ _WAV_CODECS = {
 
 @dataclasses.dataclass
 class Layout:
-    """What a header says.
+    """Contents of a header.
 
     Attributes:
-      missing_bytes: How much less of the announced audio there is; 0 where nothing is announced.
-      start: Where the audio begins in the file; 0 where that is not known.
-      length: Its bytes as far as they are there.
-      format_tag: Of a WAV, the number of its codec.
-      pieces: The file with the true sizes in its header, where that announces none.
-      size_zero: Whether a header announces no audio, and there is some.
+      missing_bytes: Bytes of audio that the header announces but the file lacks; 0 if it announces
+        none.
+      start: Offset of the audio in the file; 0 if unknown.
+      length: Bytes of audio that the file has.
+      format_tag: For a WAV, the number of its codec.
+      pieces: The file with the true sizes in its header; None if the header has them already.
+      size_zero: Whether the header announces no audio although there is some.
     """
 
     missing_bytes: int = 0
@@ -73,7 +74,7 @@ class Layout:
 
 
 def read_layout(file: BinaryIO, size: int) -> Layout:
-    """The layout of a file of `size` bytes; an empty one for containers that are not known."""
+    """The layout of a file of `size` bytes; an empty one for unknown containers."""
     file.seek(0)
     head = file.read(16)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
@@ -100,7 +101,7 @@ def read_layout(file: BinaryIO, size: int) -> Layout:
 
 
 def unsupported_codec(format_tag: int) -> str:
-    """The name of a WAV's codec that libsndfile does not know; "" where it knows it."""
+    """The name of a WAV's codec if libsndfile does not know it, else ""."""
     if format_tag in _SNDFILE_TAGS:
         return ""
     return _WAV_CODECS.get(format_tag, f"codec 0x{format_tag:04x}")
@@ -136,7 +137,7 @@ def _layout(start: int, announced: int, size: int, **options: object) -> Layout:
 
 
 def _patched(file: BinaryIO, start: int, size: int, fields: dict[int, bytes]) -> list[Piece]:
-    """The file with other bytes at some offsets of its header, which ends at `start`."""
+    """The file with some bytes of its header replaced; the header ends at `start`."""
     file.seek(0)
     header = bytearray(file.read(start))
     for offset, field in fields.items():
@@ -173,7 +174,7 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
     elif length and there > length + _WRAPS - _CHUNKS_BYTES:  # 32 bits of a longer size
         length += (there - length + _CHUNKS_BYTES) // _WRAPS * _WRAPS
     layout = _layout(start, length, size, format_tag=format_tag, size_zero=is_zero)
-    if order == "<" and length != announced and length > _MOST_BYTES:
+    if order == "<" and length != announced and length > _MAX_WAV_BYTES:
         layout.pieces = _as_rf64(file, start, layout.length)
     elif is_zero:
         field = struct.pack(f"{order}I", min(there, 0xFFFFFFFF))
@@ -182,7 +183,7 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
 
 
 def _as_rf64(file: BinaryIO, start: int, length: int) -> list[Piece]:
-    """A WAV, whose audio begins at `start`, with a header that can say any length."""
+    """A WAV whose audio begins at `start`, with a header that can hold any length."""
     chunks = _at(file, 12, start - 16)
     size = struct.pack("<QQQI", length + start + 28, length, 0, 0)
     header = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<I", len(size)) + size
@@ -190,7 +191,7 @@ def _as_rf64(file: BinaryIO, start: int, length: int) -> list[Piece]:
 
 
 def _format_tag(fmt: bytes, order: str) -> int:
-    """The number of a WAV's codec; that of an extensible one is in its extension."""
+    """The number of a WAV's codec; an extensible WAV has it in its extension."""
     (tag,) = struct.unpack_from(f"{order}H", fmt.ljust(2, b"\0"))
     if tag == 0xFFFE and len(fmt) >= 26:
         (tag,) = struct.unpack_from(f"{order}H", fmt, 24)
@@ -198,7 +199,7 @@ def _format_tag(fmt: bytes, order: str) -> int:
 
 
 def _has_audio(file: BinaryIO, start: int, size: int, form: str) -> bool:
-    """Whether what follows an empty data chunk is audio: anything but chunks up to the end."""
+    """Whether audio follows an empty data chunk: anything other than chunks up to the end."""
     place = start
     for name, length, offset in _chunks(file, start, form):
         if not (name.isascii() and name.decode("ascii").isprintable()):
@@ -248,7 +249,7 @@ def _au(file: BinaryIO, size: int, order: str) -> Layout:
         return _layout(start, length, size)
     if size <= start:
         return Layout()
-    field = struct.pack(f"{order}I", 0xFFFFFFFF)  # unknown, as the format has it
+    field = struct.pack(f"{order}I", 0xFFFFFFFF)  # means unknown in this format
     pieces = _patched(file, start, size, {8: field})
     return Layout(0, start, size - start, 0, pieces, size_zero=length == 0)
 
@@ -294,7 +295,7 @@ def _nist(file: BinaryIO, size: int) -> Layout:
 
 
 def _voc(file: BinaryIO, size: int) -> Layout:
-    """VOC: blocks of a type and a size of three bytes; type 0 ends the file."""
+    """VOC: blocks with a type byte and a size of three bytes; type 0 ends the file."""
     place = int.from_bytes(_at(file, 20, 2), "little")
     while 26 <= place < size:
         header = _at(file, place, 4)
@@ -333,9 +334,9 @@ def _matroska(file: BinaryIO, size: int) -> Layout:
 
 
 def _ebml_size(data: bytes, place: int) -> tuple[int, int]:
-    """The size that an element announces, 2**62 for an unknown one; and where its content begins.
+    """The size of an element, 2**62 if unknown, and the offset of its content.
 
-    The leading zeros of the first byte tell how many bytes there are.
+    The number of leading zeros of the first byte tells how many bytes the size has.
     """
     if not data or not data[0]:
         return 2**62, place
@@ -346,7 +347,7 @@ def _ebml_size(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _asf(file: BinaryIO, size: int) -> Layout:
-    """WMA and ASF: objects of a GUID and a size, of which the second holds the audio."""
+    """WMA and ASF: objects with a GUID and a size; the second object holds the audio."""
     place = 0
     for _ in range(2):
         header = _at(file, place, 24)

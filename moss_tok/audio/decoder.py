@@ -1,4 +1,4 @@
-"""What reads samples, whichever library decodes them, and several of these one after another."""
+"""The interface of all decoders, and a chain of decoders."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -9,13 +9,13 @@ BLOCK_FRAMES = 65536
 
 
 class Decoder(Protocol):
-    """Samples of one stream, read forward from any place.
+    """Reads the samples of one stream, from any position onwards.
 
     Attributes:
       sample_rate: Hz.
       num_channels: C.
-      num_frames: Samples per channel; None where only reading tells.
-      subtype: How they are stored, in libsndfile's words.
+      num_frames: Samples per channel; None if this is known only after reading.
+      subtype: How samples are stored, by libsndfile's name.
     """
 
     sample_rate: int
@@ -27,24 +27,24 @@ class Decoder(Protocol):
         """The next [S, C] float32; S is less than `frames` only at the end.
 
         Raises:
-          ValueError: Damage; the message names the file.
+          ValueError: The file is damaged; the message names it.
         """
 
     def count(self) -> int:
-        """Samples per channel, by reading everything where there is no other way.
+        """Samples per channel; reads everything if there is no other way.
 
-        Nothing can be read after it, but after a `seek`.
+        Call `seek` before reading again.
         """
 
     def seek(self, frame: int) -> None:
-        """Goes to a place, from where `read` gives what it gives when everything is read."""
+        """Moves to a sample; `read` then returns the same samples as when everything is read."""
 
     def close(self) -> None:
-        """Frees what the library holds."""
+        """Frees the resources of the library."""
 
 
 def read_blocks(decoder: Decoder) -> Iterator[np.ndarray]:
-    """[S, C] after [S, C] up to the end."""
+    """Yields blocks [S, C] up to the end."""
     while True:
         wav = decoder.read(BLOCK_FRAMES)
         if wav.shape[0]:
@@ -54,7 +54,7 @@ def read_blocks(decoder: Decoder) -> Iterator[np.ndarray]:
 
 
 def read_all(decoder: Decoder) -> np.ndarray:
-    """[S, C] of everything."""
+    """All samples, [S, C]."""
     if decoder.num_frames is not None:
         return decoder.read(decoder.num_frames)
     blocks = list(read_blocks(decoder))
@@ -62,7 +62,7 @@ def read_all(decoder: Decoder) -> np.ndarray:
 
 
 def skip(decoder: Decoder, frames: int) -> None:
-    """Reads without keeping it."""
+    """Reads and discards samples."""
     while frames > 0:
         wav = decoder.read(min(frames, BLOCK_FRAMES))
         if not wav.shape[0]:
@@ -71,7 +71,7 @@ def skip(decoder: Decoder, frames: int) -> None:
 
 
 class Chain:
-    """A `Decoder` of several streams, one after another; one of them is open at a time."""
+    """A `Decoder` of several streams in sequence; only one of them is open at a time."""
 
     def __init__(self, name: str, makers: Sequence[Callable[[], Decoder]]):
         """Opens each of the streams once.
@@ -105,22 +105,22 @@ class Chain:
         self._decoder = self._makers[number]()
 
     def read(self, frames: int) -> np.ndarray:
-        """As of `Decoder`."""
-        found = [self._decoder.read(frames)]
-        left = frames - found[0].shape[0]
+        """See `Decoder`."""
+        blocks = [self._decoder.read(frames)]
+        left = frames - blocks[0].shape[0]
         while left > 0 and self._number + 1 < len(self._makers):
             self._decoder.close()
             self._open(self._number + 1)
-            found.append(self._decoder.read(left))
-            left -= found[-1].shape[0]
-        return np.concatenate(found)
+            blocks.append(self._decoder.read(left))
+            left -= blocks[-1].shape[0]
+        return np.concatenate(blocks)
 
     def count(self) -> int:
-        """As of `Decoder`."""
+        """See `Decoder`."""
         return self.num_frames
 
     def seek(self, frame: int) -> None:
-        """As of `Decoder`."""
+        """See `Decoder`."""
         number = 0
         while number + 1 < len(self._lengths) and frame >= self._lengths[number]:
             frame -= self._lengths[number]
@@ -131,7 +131,7 @@ class Chain:
         self._decoder.seek(frame)
 
     def close(self) -> None:
-        """As of `Decoder`."""
+        """See `Decoder`."""
         self._decoder.close()
 
 

@@ -1,9 +1,9 @@
-"""Decoding with PyAV, the libraries of FFmpeg: what libsndfile cannot.
+"""Decodes with PyAV, the libraries of FFmpeg, the formats that libsndfile cannot read.
 
-Some decoders hide what they heard before: AAC and WMA fill bands with noise, and a place in the
-file alone does not tell which. So a file is decoded from its start. To read a segment of a long one
-without that, AAC, Opus and lossless files are cut into cells: at each the decoder starts anew, a
-little before the cell, both for the segment and when everything is read.
+The output of some decoders depends on everything before: AAC and WMA fill bands with noise from a
+generator whose state a position in the file does not tell. So a file is decoded from its start. To
+read a segment of a long file faster, AAC, Opus and lossless files are divided into cells. At each
+cell a new decoder starts, a little before the cell, for a segment and for the whole file alike.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 from moss_tok.audio import decoder as decoders
 from moss_tok.audio import notes
 
-# Packets of a cell, for codecs whose packets tell how many samples they hold.
+# Packets per cell, for codecs whose packets tell how many samples they hold.
 _CELL_PACKETS = {"aac": 4096, "opus": 1024, "alac": 64, "flac": 64}
 _PREROLL_PACKETS = 100
 _FULL_SCALE = {"u8": 128.0, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
@@ -29,13 +29,13 @@ _LOSSLESS = ("flac", "wavpack", "tta", "ape")
 
 
 class FfmpegDecoder:
-    """A `decoder.Decoder` of the first audio track of what FFmpeg can open."""
+    """A `decoder.Decoder` for the first audio track of a file that FFmpeg can open."""
 
     def __init__(self, name: str, file: BinaryIO):
         """Opens a file; `close` leaves `file` open.
 
         Raises:
-          ValueError: FFmpeg does not know it, or it has no audio.
+          ValueError: FFmpeg does not know the format, or the file has no audio.
         """
         self._name = name
         self._file = file
@@ -53,19 +53,19 @@ class FfmpegDecoder:
         self.num_frames = None
 
     def read(self, frames: int) -> np.ndarray:
-        """As of `decoder.Decoder`."""
-        found = [np.zeros((0, self.num_channels), np.float32)]
+        """See `decoder.Decoder`."""
+        blocks = [np.zeros((0, self.num_channels), np.float32)]
         while frames > 0:
             block = self._left if self._left is not None else next(self._blocks, None)
             if block is None:
                 break
             self._left = block[frames:] if block.shape[0] > frames else None
-            found.append(block[:frames])
-            frames -= found[-1].shape[0]
-        return np.concatenate(found)
+            blocks.append(block[:frames])
+            frames -= blocks[-1].shape[0]
+        return np.concatenate(blocks)
 
     def seek(self, frame: int) -> None:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         self.close()
         self._left = None
         position = self._start(frame)
@@ -89,7 +89,7 @@ class FfmpegDecoder:
         return total + (self._decoded_samples(last, number) if last is not None else 0)
 
     def _decoded_samples(self, packet: Any, number: int) -> int:
-        """What is in the last packet, which may be shorter than it says, or cut."""
+        """Samples of the last packet, which may be cut or shorter than it says."""
         import av
 
         try:
@@ -99,7 +99,7 @@ class FfmpegDecoder:
         return sum(frame.samples for frame in frames)
 
     def close(self) -> None:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         self._container.close()
 
     def _open(self) -> None:
@@ -119,13 +119,13 @@ class FfmpegDecoder:
         self._cell = self._cell_packets()
 
     def _start(self, frame: int) -> int:
-        """Opens the file to read from the cell that has this frame; the cell's first frame."""
+        """Opens the file at the cell that contains `frame`; returns the cell's first frame."""
         self._open()
         self._rate = 0
         packets = self._packets()
         history: collections.deque[Any] = collections.deque(maxlen=_PREROLL_PACKETS)
         cell: list[Any] = []
-        number = 0  # of the packets before the cell
+        number = 0  # number of packets before the cell
         start = 0
         position = 0
         while self._cell and position <= frame:
@@ -143,7 +143,7 @@ class FfmpegDecoder:
         return start
 
     def _cell_packets(self) -> int:
-        """Packets per cell; 0 where the file has to be decoded from its start."""
+        """Packets per cell; 0 if the file must be decoded from its start."""
         codec = self._stream.codec_context
         known = codec.name in _CELL_PACKETS
         if codec.name == "aac":
@@ -153,7 +153,7 @@ class FfmpegDecoder:
         return _CELL_PACKETS[codec.name] if known else 0
 
     def _samples(self, packet: Any) -> int:
-        """Samples per channel that a packet of a file in cells adds."""
+        """Samples per channel in a packet of a file with cells."""
         if packet.is_discard:
             return 0
         codec = self._stream.codec_context
@@ -178,7 +178,7 @@ class FfmpegDecoder:
     def _decode(
         self, history: collections.deque[Any], number: int, packets: Iterable[Any]
     ) -> Iterator[np.ndarray]:
-        """[S, C] after [S, C] of packets, the first of which has that number."""
+        """Yields blocks [S, C] of packets; `number` is that of the first packet."""
         import av
 
         decoder = None
@@ -195,9 +195,7 @@ class FfmpegDecoder:
             except av.FFmpegError as error:
                 self._damage = self._damage or str(error.strerror)
                 continue
-            if (
-                decoded and self._damage
-            ):  # where only the end of a file is cut, nothing comes after it
+            if decoded and self._damage:  # so it is not only the end of the file that is cut
                 raise ValueError(f"{self._name}: corrupt ({self._damage})")
             for frame in decoded:
                 yield self._samples_of(frame)
@@ -208,7 +206,7 @@ class FfmpegDecoder:
                 yield self._samples_of(frame)
 
     def _new_decoder(self, number: int) -> Any:
-        """A decoder for the packets from that number on, and before it for its history."""
+        """A decoder for the packets from `number` on, and for its history before them."""
         import av
 
         known = self._stream.codec_context
@@ -216,13 +214,13 @@ class FfmpegDecoder:
             return known
         name = known.name
         options = {}
-        if name == "opus" and "libopus" in av.codecs_available:  # the reference, as in libsndfile
+        if name == "opus" and "libopus" in av.codecs_available:  # the reference
             name = "libopus"
             options["request_sample_fmt"] = "flt"
         codec = av.CodecContext.create(name, "r")
         extradata = known.extradata
         if known.name == "opus" and number and extradata:
-            extradata = extradata[:10] + b"\0\0" + extradata[12:]  # nothing to skip any more
+            extradata = extradata[:10] + b"\0\0" + extradata[12:]  # skip nothing
         codec.extradata = extradata
         codec.sample_rate = known.sample_rate
         codec.layout = known.layout
@@ -231,7 +229,7 @@ class FfmpegDecoder:
         return codec
 
     def _samples_of(self, frame: Any) -> np.ndarray:
-        """[S, C] float32 of a decoded frame; ValueError where its kind differs from the first."""
+        """[S, C] float32 of a decoded frame; ValueError if its rate or channels have changed."""
         form = frame.format.name
         wav = frame.to_ndarray()
         num_channels = frame.layout.nb_channels
@@ -254,7 +252,7 @@ class FfmpegDecoder:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Errors of PyAV become a ValueError that names the file."""
+    """Turns errors of PyAV into a ValueError that names the file."""
     import av
 
     try:

@@ -1,7 +1,7 @@
-"""Reading and writing audio on the host: any format, any rate, any channels.
+"""Reads and writes audio on the host, in any format, at any rate, with any number of channels.
 
-Libsndfile decodes what it can, and PyAV (`pip install 'moss_tok[ffmpeg]'`) the rest. A file is read
-to its real end, or refused by name.
+Libsndfile decodes the formats that it knows, and PyAV (`pip install 'moss_tok[ffmpeg]'`) the
+others. A file is either read to its real end or refused with a reason.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,26 +28,26 @@ Source = str | Path | AudioBytes
 
 
 def read(path: Source, sample_rate: int, num_channels: int) -> np.ndarray:
-    """Reads a whole file as the model wants it: resampled, mixed down or duplicated.
+    """Reads a whole file and converts it to a sample rate and a number of channels.
 
     Args:
-      path: Of any kind in SUFFIXES, or FFMPEG_SUFFIXES where PyAV is installed.
-      sample_rate: Hz to resample to.
-      num_channels: To mix down to (mean) or duplicate to.
+      path: A file of any format in SUFFIXES, or in FFMPEG_SUFFIXES if PyAV is installed.
+      sample_rate: Hz, to resample to.
+      num_channels: Channels to mix down (mean) or duplicate to.
 
     Returns:
       [num_channels, S] float32.
 
     Raises:
-      ValueError: No such file, not audio, not supported, empty, truncated, corrupt, of parts with
-        different rates or channels, or with samples that are no numbers.
+      ValueError: The file does not exist, is not audio, not supported, empty, truncated or corrupt,
+        has parts with different rates or channels, or samples that are not finite.
     """
     wav, rate = read_native(path)
     return resample(to_channels(wav, num_channels), rate, sample_rate)
 
 
 def read_native(path: Source) -> tuple[np.ndarray, int]:
-    """Reads a whole file as it is: [C, S] float32 and its rate in Hz. Raises as `read`."""
+    """Reads a whole file without conversion: [C, S] float32 and its rate in Hz; see `read`."""
     with open_audio(path, Use.ALL) as decoder:
         return _checked(path, decoders.read_all(decoder)), decoder.sample_rate
 
@@ -55,13 +55,13 @@ def read_native(path: Source) -> tuple[np.ndarray, int]:
 def read_blocks(
     path: Source, sample_rate: int, num_channels: int, seconds: float
 ) -> Iterator[np.ndarray]:
-    """`read` in blocks of about `seconds`, in memory that does not grow with the file.
+    """Reads like `read`, in blocks of about `seconds`; memory does not grow with the file.
 
     Yields:
-      [num_channels, S] float32; joined they are what `read` returns, bit for bit.
+      [num_channels, S] float32; together they are what `read` returns, bit for bit.
 
     Raises:
-      ValueError: As `read`, but some damage is found only when it is reached.
+      ValueError: See `read`; some damage is noticed only when it is reached.
     """
     with open_audio(path, Use.ALL) as decoder:
         rate = decoder.sample_rate
@@ -70,7 +70,7 @@ def read_blocks(
         if rate != sample_rate:
             stream = soxr.ResampleStream(rate, sample_rate, num_channels, "float32", "HQ")
         first = None
-        num_given = 0
+        num_yielded = 0
         last = False
         while not last:
             wav = decoder.read(size)
@@ -81,15 +81,15 @@ def read_blocks(
             first = block[:, :1] if first is None else first
             if stream:
                 block = stream.resample_chunk(np.ascontiguousarray(block.T), last=last).T
-            num_given += block.shape[1]
-            if last and num_given == 0:  # as in `resample`
+            num_yielded += block.shape[1]
+            if last and num_yielded == 0:  # as in `resample`
                 block = first
             if block.shape[1]:
                 yield np.ascontiguousarray(block)
 
 
 def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cuts blocks [C, S] anew: all have `size` samples, but the last, which has fewer."""
+    """Regroups blocks [C, S] into blocks of `size` samples; the last may have fewer."""
     left: list[np.ndarray] = []
     for block in blocks:
         left.append(block)
@@ -106,17 +106,16 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def read_segment(
     source: Source, start_seconds: float, seconds: float, sample_rate: int
 ) -> np.ndarray:
-    """Reads a part of a file, at most `seconds` long, decoding little more than that.
+    """Reads a part of a file, at most `seconds` long, and decodes little more than that.
 
-    At the file's own rate it is what `read_native` gives there; another rate's filter does not
-    know what is before and after the part. Of files that PyAV decodes more is decoded, see
-    `ffmpeg`.
+    At the file's own rate, the result is that part of `read_native`. At another rate, the filter
+    does not see the samples before and after the part. PyAV decodes more, see `ffmpeg`.
 
     Returns:
-      [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, shorter at the file's end.
+      [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, less at the file's end.
 
     Raises:
-      ValueError: As `read`, or nothing there (as where a file was cut since its length was noted).
+      ValueError: See `read`; or the file ends before the part.
     """
     with open_audio(source, Use.PART) as decoder:
         rate = decoder.sample_rate
@@ -135,17 +134,17 @@ def read_segment(
 
 
 def duration_seconds(source: Source) -> float:
-    """Length of a file as `read` reads it: by its header where that is exact, or by reading it.
+    """Length of the audio that `read` returns: from the header if that is exact, else by reading.
 
     Raises:
-      ValueError: As `read`, but damage in the middle is not looked for.
+      ValueError: See `read`; damage in the middle of the file is not noticed.
     """
     with open_audio(source, Use.LENGTH) as decoder:
         return decoder.count() / decoder.sample_rate
 
 
 def subtype(source: Source) -> str:
-    """How samples are stored, in libsndfile's words: "PCM_24". Raises as `read`."""
+    """How samples are stored, by libsndfile's name: "PCM_24". Raises ValueError like `read`."""
     with open_audio(source, Use.LENGTH) as decoder:
         return decoder.subtype
 
@@ -156,7 +155,7 @@ def level_db(wav: np.ndarray) -> float:
 
 
 def _checked(source: object, wav: np.ndarray) -> np.ndarray:
-    """[S, C] as read to [C, S]; ValueError where there is nothing, or no numbers."""
+    """[S, C] -> [C, S]; ValueError if there are no samples, or some are not finite."""
     if wav.size == 0:
         raise ValueError(f"{source}: empty audio")
     if not np.isfinite(wav).all():
@@ -165,7 +164,7 @@ def _checked(source: object, wav: np.ndarray) -> np.ndarray:
 
 
 def to_channels(wav: np.ndarray, num_channels: int) -> np.ndarray:
-    """[C, S] to [num_channels, S]: as it is, the mean, or that duplicated."""
+    """[C, S] -> [num_channels, S]: unchanged, or the mean, duplicated as needed."""
     if wav.shape[0] == num_channels:
         return wav
     return np.repeat(wav.mean(0, keepdims=True), num_channels, axis=0)
@@ -182,5 +181,5 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
 
 
 def to_pcm16(wav: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] as 16 bit little-endian integers, clipped; over 32768 they are back."""
+    """Samples in [-1, 1] -> 16-bit integers (little-endian), clipped; `x / 32768` inverts it."""
     return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")

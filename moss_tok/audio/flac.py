@@ -1,7 +1,7 @@
-"""FLAC files: whether they are whole, and where one begins that was appended to another.
+"""Tells whether FLAC files are complete, and finds files that were appended to each other.
 
-Both are told from a few frame headers, so that a segment of a long file can be read without reading
-all of it.
+A few frame headers are enough for both, so that a segment of a long file can be read without
+reading all of it.
 """
 
 import dataclasses
@@ -11,24 +11,24 @@ from typing import BinaryIO
 import numpy as np
 
 _MARK = b"fLaC"
-_BEGINNING = _MARK + b"\0\0\0\x22"  # the mark, and the header of the block that always comes first
+_BEGINNING = _MARK + b"\0\0\0\x22"  # with the header of the block that is always first
 _FRAME_MARKS = (b"\xff\xf8", b"\xff\xf9")  # of fixed and of variable size
 _NUM_PROBES = 4
 _PROBE_BYTES = 1 << 16
-_LONGEST_FRAME = 1 << 17  # bytes; longer ones are looked at by the decoder
+_LONGEST_FRAME = 1 << 17  # bytes; the decoder checks longer ones
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamInfo:
-    """What a FLAC stream says of itself; `num_samples` is 0 where its encoder did not know."""
+    """The header of a FLAC stream; `num_samples` is 0 if the encoder did not know it."""
 
     block_size: int
     num_samples: int
 
 
 def read_info(file: BinaryIO, start: int) -> StreamInfo | None:
-    """The stream information of a FLAC file that begins at `start`; None where there is none."""
+    """The stream information of a FLAC file that begins at `start`; None if there is none."""
     file.seek(start)
     head = file.read(42)
     if len(head) < 42 or head[:8] not in (_BEGINNING, _MARK + b"\x80\0\0\x22"):
@@ -38,9 +38,9 @@ def read_info(file: BinaryIO, start: int) -> StreamInfo | None:
 
 
 def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
-    """[(first byte, byte after the last)] of the FLAC files between two offsets of a file.
+    """Ranges (first byte, byte after the last) of the FLAC files between two offsets of a file.
 
-    There is one, unless files were appended to each other.
+    There is one range unless files were concatenated.
     """
     info = read_info(file, start)
     is_long = end - start > _NUM_PROBES * _PROBE_BYTES
@@ -53,9 +53,9 @@ def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def is_whole(file: BinaryIO, start: int, end: int) -> bool:
-    """Whether a stream surely has its last frame, or does not say which that is.
+    """Whether the last frame of a stream is certainly there, or its header does not identify it.
 
-    Where it is not sure, a decoder has to try.
+    If this is False, only decoding the end can tell.
     """
     info = read_info(file, start)
     if info is None or not info.num_samples:
@@ -85,7 +85,7 @@ def _find_all(file: BinaryIO, start: int, end: int) -> list[int]:
 
 
 def _last_frame(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bytes:
-    """From the header of the stream's last frame on; empty where that is not found."""
+    """The bytes from the header of the last frame on; empty if it is not found."""
     size = min(end - start, _LONGEST_FRAME)
     file.seek(end - size)
     data = file.read(size)
@@ -113,7 +113,7 @@ def _goes_up(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bool:
 
 
 def _first_frame(data: bytes, info: StreamInfo) -> int | None:
-    """The number of the first sample of a frame that begins in `data`; None where none does."""
+    """The first sample of the first frame in `data`; None if no frame begins there."""
     for mark in _FRAME_MARKS:
         place = -1
         while (place := data.find(mark, place + 1)) >= 0:
@@ -124,7 +124,7 @@ def _first_frame(data: bytes, info: StreamInfo) -> int | None:
 
 
 def _parse_frame(header: bytes, info: StreamInfo) -> tuple[int, int] | None:
-    """First sample and number of samples of a frame; None where this is no frame header."""
+    """First sample and number of samples of a frame; None if this is not a frame header."""
     if len(header) < 6 or header[3] & 1 or header[2] & 15 == 15:
         return None
     number, place = _utf8_number(header, 4)
@@ -145,7 +145,7 @@ def _parse_frame(header: bytes, info: StreamInfo) -> tuple[int, int] | None:
 
 
 def _utf8_number(data: bytes, place: int) -> tuple[int | None, int]:
-    """A number written like a character of UTF-8, but with up to 36 bits; and where it ends."""
+    """A number of up to 36 bits in the coding of UTF-8, and the offset of its end."""
     first = data[place]
     if first < 0x80:
         return first, place + 1
@@ -178,7 +178,7 @@ def _crc8_table() -> list[int]:
 
 
 def _crc16(data: bytes) -> int:
-    """0 for a whole frame, which ends in its own checksum."""
+    """0 for a complete frame, because it ends with its own checksum."""
     table = _crc16_table()
     crc = 0
     if len(data) % 2:
@@ -190,7 +190,7 @@ def _crc16(data: bytes) -> int:
 
 @functools.cache
 def _crc16_table() -> list[int]:
-    """The checksum of each two bytes."""
+    """The checksum of every pair of bytes."""
     crc = np.arange(1 << 16, dtype=np.uint32)
     for _ in range(16):
         crc = (crc << 1) ^ np.where(crc & 0x8000, 0x18005, 0).astype(np.uint32)

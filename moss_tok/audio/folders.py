@@ -1,4 +1,4 @@
-"""Which files of a folder are taken, and what is said of the others."""
+"""Selects the files of a folder, and reports the others."""
 
 import collections
 from collections.abc import Iterable, Sequence
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from moss_tok import storage
 from moss_tok.audio import kinds, notes
 
-_MANIFEST = ".jsonl"  # a list of what is in the folder; nobody misses it among the recordings
-_MOST_SUFFIXES = 8  # that a note names
+_MANIFEST = ".jsonl"  # a list of the recordings; need not be reported as left out
+_MAX_SUFFIXES = 8  # suffixes that a note lists
 
 
 def select(
@@ -17,20 +17,20 @@ def select(
     pattern: str = "",
     kind: str = "files",
 ) -> list[storage.Path]:
-    """Those of the files under `root` that end in one of `suffixes`, sorted.
+    """The files under `root` whose names end in one of `suffixes`, sorted.
 
-    Says once, in a line on standard error, what is left out: hidden files (also those in hidden
-    folders), what needs PyAV, where that is not installed, and other suffixes.
+    One line on standard error says which files are left out: hidden files (also those in hidden
+    folders), files that need PyAV if it is not installed, and files with other suffixes.
 
     Args:
       root: A folder.
-      paths: Files in it and in the folders in it.
-      suffixes: In lower case.
-      pattern: What named the files, if that was not `root`.
-      kind: What the error calls them.
+      paths: Files in it and in its subfolders.
+      suffixes: Suffixes in lower case.
+      pattern: The glob pattern that selected the files, if any.
+      kind: What the error message calls the files.
 
     Raises:
-      ValueError: None is left.
+      ValueError: No file is left.
     """
     chosen = []
     hidden = 0
@@ -65,13 +65,13 @@ def _is_hidden(parts: tuple[str, ...]) -> bool:
 
 
 def _left_out(hidden: int, needing_ffmpeg: int, others: collections.Counter[str]) -> str:
-    """What is left out, as a list; "" for nothing."""
+    """Text that lists what is left out; "" for nothing."""
     said = []
     if needing_ffmpeg:
         said.append(f"{needing_ffmpeg} files that need PyAV ({kinds.INSTALL})")
     if hidden:
         said.append(f"{hidden} hidden")
-    common = others.most_common(_MOST_SUFFIXES)
+    common = others.most_common(_MAX_SUFFIXES)
     for suffix, count in common:
         said.append(f"{count} {suffix}")
     rest = others.total() - sum(count for _, count in common)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and what people have instead of audio."""
+"""Recognises formats of audio, and other files, by their first bytes."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
 INSTALL = "pip install 'moss_tok[ffmpeg]'"
 ACCEPTED = "wav, flac, ogg, opus, mp3, aiff, au, caf; and with PyAV m4a, aac, webm, mka, wma"
 
-# (offset, bytes, name) of what libsndfile and PyAV can, or only PyAV can, open.
+# (offset, bytes, name): formats that libsndfile opens, and formats that only PyAV opens.
 _SNDFILE_MAGIC = (
     (0, b"RIFX", "WAV"),
     (0, b"RF64", "RF64"),
@@ -57,7 +57,7 @@ _FFMPEG_MAGIC = (
     (0, b"\x0b\x77", "AC-3"),
     (0, b"\x00\x00\x01\xba", "MPEG program stream"),
 )
-# What is there instead of audio, by the beginning of the file.
+# Files that are not audio, by their first bytes.
 _OTHERS = (
     (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
     (b"\x00\x05\x16\x07", "a ._ file of macOS, the attributes of another file"),
@@ -76,7 +76,7 @@ _TEXTS = (
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Of all audio that can be read here."""
+    """Suffixes of all audio that can be read with the installed packages."""
     return (*SUFFIXES, *FFMPEG_SUFFIXES) if has_ffmpeg() else SUFFIXES
 
 
@@ -105,7 +105,7 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def not_audio(head: bytes, size: int) -> str:
-    """What a file is that is no audio, by its first bytes; "" where they do not tell."""
+    """Names a file that is not audio, by its first bytes; "" if they do not tell."""
     if size == 0:
         return "an empty file (zero bytes)"
     for mark, name in _OTHERS:
@@ -131,7 +131,7 @@ def _named(head: bytes, table: tuple[tuple[int, bytes, str], ...]) -> str:
 
 
 def _as_text(head: bytes) -> str:
-    """The first bytes as a text; "" where they are none."""
+    """The first bytes as text; "" if they are not text."""
     encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     for cut in range(4):  # the last character may be cut
         try:

@@ -1,4 +1,4 @@
-"""Decoding with libsndfile: from one state read forward, and with enough preroll after a seek."""
+"""Decodes with libsndfile; after a seek, it decodes enough preroll for exact samples."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import soundfile
 
 from moss_tok.audio import decoder as decoders
 
-_UNKNOWN = 2**62  # from here on lengths are unknown: those of streamed files
+_UNKNOWN = 2**62  # lengths from here on mean unknown, as in streamed files
 
 
 class UnsupportedError(ValueError):
@@ -18,9 +18,9 @@ class UnsupportedError(ValueError):
 
 
 class _QuietDecoder:
-    """Keeps what the MP3 decoder prints on damaged files, from C, off standard error.
+    """Silences what the MP3 decoder prints from C about damaged files.
 
-    Threads may be inside together: the first one in redirects, the last one out restores.
+    Several threads may be inside: the first redirects standard error, the last restores it.
     """
 
     def __init__(self):
@@ -51,12 +51,12 @@ _QUIET_DECODER = _QuietDecoder()
 class _File(soundfile.SoundFile):
     """A file that soundfile only reads forward.
 
-    It would seek after each read to where the file is anyway; a lossy decoder loses its state then,
-    and the next samples are wrong.
+    After each read it would seek to the current position; a lossy decoder then loses its state, and
+    the next samples are wrong.
     """
 
     def seekable(self) -> bool:
-        """For soundfile's own use: no."""
+        """Tells soundfile that the file cannot seek."""
         return False
 
     @property
@@ -66,7 +66,7 @@ class _File(soundfile.SoundFile):
 
 
 class LibsndfileDecoder:
-    """A `decoder.Decoder` of what libsndfile can open."""
+    """A `decoder.Decoder` for files that libsndfile can open."""
 
     def __init__(
         self,
@@ -82,15 +82,15 @@ class LibsndfileDecoder:
         """Opens a file; `close` leaves `file` open.
 
         Args:
-          name: Of the file, for messages.
-          file: A file of the system, or anything to read and seek in.
-          num_frames: Where it is known better than the header says it.
-          preroll_seconds: What is decoded before a place to which it seeks.
-          last_page_seconds: How much the last page of an Ogg holds. Libsndfile must not seek into
-            it: it takes the page's end for that of its last block, and is some samples off.
-          seek_first: Whether to seek to the beginning. Else libsndfile begins at a wrong place in
-            Opus that was cut at its start; and a second seek to there is off in a short one.
-          quiet: Whether the library may print something.
+          name: Name of the file, for messages.
+          file: A file of the system, or any seekable file object.
+          num_frames: The length, if it is known better than from the header.
+          preroll_seconds: Audio to decode before the target of a seek.
+          last_page_seconds: Length of the last page of an Ogg. Libsndfile must not seek into it: it
+            takes the end of the page for the end of its last block, and is some samples off.
+          seek_first: Whether to seek to the beginning. Otherwise libsndfile begins at a wrong
+            sample in Opus that was cut at its start. In short files, a later seek there is off.
+          quiet: Whether to silence what the library prints.
 
         Raises:
           UnsupportedError: Libsndfile does not open it.
@@ -116,7 +116,7 @@ class LibsndfileDecoder:
             self._go_to(0)
 
     def read(self, frames: int) -> np.ndarray:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         if self.num_frames is not None:
             frames = min(frames, self.num_frames - self._position)
         if frames <= 0:
@@ -134,13 +134,13 @@ class LibsndfileDecoder:
         return wav
 
     def count(self) -> int:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         if self.num_frames is not None:
             return self.num_frames
         return sum(wav.shape[0] for wav in decoders.read_blocks(self))
 
     def seek(self, frame: int) -> None:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         if self._file.can_seek and frame != self._position:
             target = frame
             if self._last_page and self.num_frames is not None:
@@ -160,12 +160,12 @@ class LibsndfileDecoder:
         self._position = frame
 
     def close(self) -> None:
-        """As of `decoder.Decoder`."""
+        """See `decoder.Decoder`."""
         self._file.close()
 
 
 def _target(file: BinaryIO) -> int | BinaryIO:
-    """What soundfile opens: the descriptor of a file of the system, which is faster to read."""
+    """What soundfile opens: the descriptor of a system file, because that reads faster."""
     file.seek(0)
     try:
         descriptor = file.fileno()

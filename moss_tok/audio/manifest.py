@@ -1,6 +1,7 @@
-"""Data sets as lists of audio files: a folder, or a manifest with one JSON object per line."""
+"""Lists the audio files of a data set: a folder, or a manifest with a JSON object per line."""
 
 import dataclasses
+import json
 import re
 import sys
 import zlib
@@ -12,17 +13,17 @@ import tqdm
 from moss_tok import storage
 from moss_tok.audio import files, folders
 from moss_tok.errors import is_number
-from moss_tok.json_files import parse_json_object
+from moss_tok.json_files import read_json_lines, shorten
 
 TASKS = ("transcribe", "transcribe_speakers", "caption")
 DOMAINS = ("speech", "music", "sound", "other")
+EXAMPLE = '{"path": "a.wav"}'  # a line of a manifest, for error messages
 
 T = TypeVar("T")
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
-_MOST_SHOWN = 60  # characters of a bad line, in its message
-_TEST_SHARE = 20  # one file in 20 is held out where nothing says which
+_TEST_SHARE = 20  # without splits in the manifest, one file in 20 is held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,10 @@ class AudioItem:
     Attributes:
       path: An audio file, or an ArrayRecord shard.
       split: "train", "test" or any other name.
-      domain: "speech", "music", "sound" or any other name; "audio" where unknown.
+      domain: "speech", "music", "sound" or any other name; "audio" if unknown.
       duration_seconds: Length.
       record: Its number in the shard; None for an audio file.
-      metadata: What else its line of the manifest says (`transcript`, `speaker`, ...).
+      metadata: Other fields of its manifest line (`transcript`, `speaker`, ...).
     """
 
     path: storage.Path
@@ -51,11 +52,11 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
 
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
     `domain`, `duration_s`, `transcript`, `caption`, `task` (see `read_text`), and `record` for a
-    record of a shard. Where no split is given, a fixed twentieth of the files, chosen by a hash of
-    their names, is "test" and the rest "train".
+    record of a shard. If no split is given, a fixed twentieth of the files, chosen by a hash of
+    their names, is "test" and the rest is "train".
 
     Raises:
-      ValueError: No such source, a broken line, or no audio in it.
+      ValueError: The source does not exist, has a broken line, or has no audio.
     """
     source = storage.to_path(source)
     if source.is_dir():
@@ -71,90 +72,54 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
 def list_files(
     root: storage.Path, paths: Sequence[storage.Path], pattern: str = ""
 ) -> list[AudioItem]:
-    """Those of `paths`, under `root`, that are audio; `pattern` named them, if `root` did not.
+    """The audio files among `paths` under `root`; a note lists the others, see `folders.select`.
 
-    What is left out is said, see `folders.select`. ValueError where nothing is left.
+    `pattern` is the glob pattern that selected the paths, if any. ValueError if there are none.
     """
     paths = folders.select(root, paths, files.readable_suffixes(), pattern, "audio files")
     return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
 
 
-def read_lines(path: storage.Path) -> list[str]:
-    """The lines of a JSONL file, blank ones included, as any editor or spreadsheet writes them.
-
-    They may end in CR LF, the file may begin with a byte-order mark.
-
-    Raises:
-      ValueError: It is no UTF-8 text.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
-    lines = re.split("\r\n|\n|\r", text)
-    return lines if lines[-1] else lines[:-1]
-
-
 def _read_rows(manifest: storage.Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(read_lines(manifest), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_line(line)
-        except ValueError as error:
-            raise ValueError(f"{manifest}:{number}: {error}") from error
+    for place, row in read_json_lines(manifest, EXAMPLE):
         if not isinstance(row.get("path"), str):
-            raise ValueError(f'{manifest}:{number}: must have a "path", got {_shortened(line)}')
-        _check_row(row, f"{manifest}:{number}")
+            raise ValueError(f'{place}: must have a "path", got {shorten(json.dumps(row))}')
+        _check_row(row, place)
         rows.append(row)
     return rows
 
 
-def parse_line(line: str) -> dict[str, Any]:
-    """The object in a line; ValueError shows a line that holds none, as those of a CSV."""
-    try:
-        return parse_json_object(line)
-    except ValueError as error:
-        raise ValueError(
-            f'must be a JSON object like {{"path": "a.wav"}}, got {_shortened(line)} ({error})'
-        ) from error
-
-
-def _shortened(line: str) -> str:
-    return repr(line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "...")
-
-
-def _check_row(row: dict, where: str) -> None:
+def _check_row(row: dict, place: str) -> None:
     try:
         storage.name_bytes(row["path"])
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: path must be a file's name, got {row['path']!r}") from error
+        raise ValueError(f"{place}: path must be a file's name, got {row['path']!r}") from error
     for key in ("split", "domain"):
         value = row.get(key)
         if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
-            raise ValueError(f"{where}: {key} must be a short word, got {value!r}")
+            raise ValueError(f"{place}: {key} must be a short word, got {value!r}")
     for key in ("transcript", "caption"):
         if not isinstance(row.get(key), str | None):
-            raise ValueError(f"{where}: {key} must be a text, got {row[key]!r}")
+            raise ValueError(f"{place}: {key} must be a text, got {row[key]!r}")
         if _HALF_PAIR.search(row.get(key) or ""):
-            raise ValueError(f"{where}: {key} has half a surrogate pair")
+            raise ValueError(f"{place}: {key} has half a surrogate pair")
     if row.get("task") not in (None, *TASKS):
-        raise ValueError(f"{where}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
+        raise ValueError(f"{place}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
     duration, record = row.get("duration_s"), row.get("record")
     if duration is not None and not (is_number(duration) and 0 < duration < 1e6):
-        raise ValueError(f"{where}: duration_s must be a positive number, got {duration!r}")
+        raise ValueError(f"{place}: duration_s must be a positive number, got {duration!r}")
     if record is not None:
         if isinstance(record, bool) or not isinstance(record, int) or record < 0:
-            raise ValueError(f"{where}: record must be an integer of at least 0, got {record!r}")
+            raise ValueError(f"{place}: record must be an integer of at least 0, got {record!r}")
         if duration is None:
-            raise ValueError(f"{where}: a record needs duration_s")
+            raise ValueError(f"{place}: a record needs duration_s")
 
 
 def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
-    """The text of a recording, "" where it has none, and what it is, one of TASKS.
+    """The text of a recording ("" if it has none), and its task, one of TASKS.
 
-    Without `task` a `transcript` is one to transcribe; without that a `caption` is taken.
+    Without a `task`, the text is the `transcript`, or else the `caption`.
     """
     task = metadata.get("task")
     if task not in TASKS:
@@ -164,7 +129,7 @@ def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
 
 
 def _held_out(paths: list[str]) -> set[str]:
-    """A fixed twentieth of `paths`, at least one where there are two."""
+    """A fixed twentieth of `paths`, at least one if there are two or more."""
     ranked = sorted(paths, key=lambda p: zlib.crc32(storage.name_bytes(p)))
     return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
 
@@ -175,9 +140,9 @@ def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
 
 
 def show_reading(rows: Sequence[T]) -> Iterator[T]:
-    """Passes on what stands for a file each, and shows how far it is: lengths take a while to read.
+    """Yields `rows`, each of which stands for a file, and shows progress if it takes over 2 s.
 
-    On a terminal a bar, in a log a line every ten seconds; nothing where it is done in two.
+    It shows a bar on a terminal, and prints a line every ten seconds otherwise.
     """
     every = 0.1 if sys.stderr.isatty() else 10
     options = {"unit": "file", "leave": False, "delay": 2, "mininterval": every}
@@ -194,7 +159,7 @@ def _item(root: storage.Path, row: dict, held_out: set[str]) -> AudioItem:
 
 
 def _seconds(path: storage.Path, duration: float | None) -> float:
-    """What the manifest says; else what the file says, 0 if it cannot be read."""
+    """The length from the manifest, else from the file; 0 if it cannot be read."""
     if duration is not None:
         return float(duration)
     try:

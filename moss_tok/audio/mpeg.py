@@ -1,8 +1,8 @@
 """Frames of MPEG audio (MP1, MP2, MP3), counted by their headers.
 
-Decoders guess the length of a file without a Xing header from its size, and believe a wrong one. So
-the headers are followed to the end of the file. They also tell where one file ends and another,
-that was appended to it, begins.
+Decoders guess the length of a file without a Xing header from its size, and trust a Xing header
+that is wrong. So frame headers are followed here to the end of the file. They also show where one
+file ends and an appended one begins.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from moss_tok.audio.windows import Piece
 
 _CHUNK_BYTES = 1 << 20
 _LONGEST_FRAME = 4608
-_VERIFIED_FRAMES = 4  # headers in a row that tell a frame from what only looks like one
+_VERIFIED_FRAMES = 4  # headers in a row, so that other data is not taken for a frame
 _TAGS = (b"ID3", b"TAG", b"APE", b"LYR")
-_MARKS = (b"Xing", b"Info", b"VBRI")  # of the first frame, which has no audio but says how much
+_MARKS = (b"Xing", b"Info", b"VBRI")  # in the first frame, which holds lengths and no audio
 _VBRI_OFFSET = 36  # from the beginning of the frame
-_LAME_BYTES = 36  # what follows the fields of a Xing header: encoder, delay, padding, ...
-_DECODER_DELAY = 529  # samples, a part of the padding that LAME notes
+_LAME_BYTES = 36  # after the fields of a Xing header: encoder, delay, padding, ...
+_DECODER_DELAY = 529  # samples; LAME counts them as padding
 
 _RATES = (44100, 48000, 32000)
 _KBPS = {  # of (MPEG 1?, layer), by the index in the header
@@ -35,7 +35,7 @@ _KBPS = {  # of (MPEG 1?, layer), by the index in the header
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What all frames of a stream have in common.
+    """Properties that all frames of a stream share.
 
     Attributes:
       version: As in the header: 3 for MPEG 1, 2 for MPEG 2, 0 for MPEG 2.5.
@@ -68,7 +68,7 @@ class Format:
 
     @property
     def side_bytes(self) -> int:
-        """Side information of layer III, between the header and what a Xing header says."""
+        """Bytes of side information of layer III, between the frame header and a Xing header."""
         if self.version == 3:
             return 17 if self.mono else 32
         return 9 if self.mono else 17
@@ -76,7 +76,7 @@ class Format:
     @functools.cache  # noqa: B019, there are few formats
     def sizes(self) -> dict[bytes, int]:
         """Bytes of a frame by the second and third byte of its header."""
-        found = {}
+        sizes = {}
         for index, kbps in enumerate(_KBPS[self.version == 3, self.layer], 1):
             for padding in (0, 1):
                 slots = self.samples_per_frame // 8 * 1000 * kbps // self.sample_rate
@@ -86,15 +86,15 @@ class Format:
                 for protection in (0, 1):
                     for private in (0, 1):
                         key = self._key(index, padding, protection, private)
-                        found[key] = size
-        return found
+                        sizes[key] = size
+        return sizes
 
     def _key(self, index: int, padding: int, protection: int, private: int) -> bytes:
         second = 0xE0 | self.version << 3 | (4 - self.layer) << 1 | protection
         return bytes((second, index << 4 | self.rate_index << 2 | padding << 1 | private))
 
     def empty_frame(self, text: bytes) -> bytes:
-        """A frame without audio, and with `text` after its side information."""
+        """A frame without audio, with `text` after its side information."""
         sizes = self.sizes()
         start = bytes(self.side_bytes) + text
         for index in range(1, 15):
@@ -107,16 +107,16 @@ class Format:
 
 @dataclasses.dataclass
 class Link:
-    """One stream of a file; several files that were appended to each other are several.
+    """One stream of a file; a file has several if files were concatenated.
 
     Attributes:
-      format: Of its frames.
+      format: Format of its frames.
       num_frames: Frames with audio.
-      extents: [(offset, length)] of these in the file.
-      lame: What the Xing header says of the encoder; empty where there is none.
-      announced_frames: What the Xing header says, 0 where it does not.
-      announced_bytes: The same in bytes, from the Xing header on.
-      start: Where the stream begins in the file.
+      extents: [(offset, length)] of these frames in the file.
+      lame: What the Xing header says about the encoder; empty if there is no Xing header.
+      announced_frames: Number of frames in the Xing header, 0 if unknown.
+      announced_bytes: Number of bytes in the Xing header, counted from it on, 0 if unknown.
+      start: Offset of the stream in the file.
       last_bytes: Length of the last frame.
     """
 
@@ -131,7 +131,7 @@ class Link:
 
     @property
     def num_samples(self) -> int:
-        """Samples per channel, without what the encoder added at both ends."""
+        """Samples per channel, without the encoder's padding at both ends."""
         total = self.num_frames * self.format.samples_per_frame
         if not self._has_padding():
             return total
@@ -140,14 +140,14 @@ class Link:
         return max(0, total - delay - max(padding, _DECODER_DELAY))
 
     def pieces(self) -> list[Piece]:
-        """A file from which a decoder makes `num_samples`, and perhaps more after them."""
-        if self.format.layer < 3:  # has no Xing header; decoders guess the length from the bytes
+        """A file from which a decoder makes at least `num_samples`."""
+        if self.format.layer < 3:  # no Xing header: decoders guess the length from the size
             offset, length = self.extents[-1]
             last = (offset + length - self.last_bytes, self.last_bytes)
             return [*self.extents, *[last] * (2 + self.num_frames // 100)]
         if self._has_padding():
             return [self._info_frame(self.num_frames, self.lame), *self.extents]
-        # mpg123 takes its delay off wherever there is a Xing header: give it something to take.
+        # mpg123 removes its delay if there is a Xing header, so add samples for it to remove.
         delay = self.format.samples_per_frame - _DECODER_DELAY
         lame = bytes(21) + bytes((delay >> 4, (delay & 15) << 4)) + bytes(13)
         info = self._info_frame(self.num_frames + 1, b"LAME" + lame[4:])
@@ -157,7 +157,7 @@ class Link:
         return self.format.empty_frame(b"Xing" + struct.pack(">II", 1, num_frames) + lame)
 
     def _has_padding(self) -> bool:
-        """Whether the Xing header says what the encoder added at both ends."""
+        """Whether the Xing header gives the encoder's padding at both ends."""
         return len(self.lame) >= 24 and self.lame[0] > 0
 
     def add(self, offset: int, length: int, num_frames: int) -> None:
@@ -169,14 +169,14 @@ class Link:
         self.extents.append((offset, length))
 
     def missing_frames(self, end: int) -> int:
-        """Frames that a Xing header announces, and that a file which ends at `end` has lost."""
+        """Frames that the Xing header announces but a file that ends at `end` lacks."""
         missing = self.announced_frames - self.num_frames
         cut = self.start + self.announced_bytes > end
         return missing if missing > 0 and cut else 0
 
 
 def parse_header(header: bytes) -> Format | None:
-    """The format that the four bytes of a frame header say; None where they are no header."""
+    """The format in the four bytes of a frame header; None if they are not a header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version = header[1] >> 3 & 3
@@ -188,7 +188,7 @@ def parse_header(header: bytes) -> Format | None:
 
 
 def id3_bytes(head: bytes) -> int:
-    """Length of an ID3v2 tag that begins with these ten bytes; 0 where there is none."""
+    """Length of an ID3v2 tag that begins with these ten bytes; 0 if there is none."""
     if len(head) < 10 or head[:3] != b"ID3" or max(head[6:10]) > 127:
         return 0
     size = 0
@@ -198,9 +198,9 @@ def id3_bytes(head: bytes) -> int:
 
 
 def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
-    """The streams between two offsets of a file, in their order; none where there are no frames.
+    """The streams between two offsets of a file, in order; [] if there are no frames.
 
-    What is no frame (tags, junk) is left out. A frame that the end of the file cuts is no frame.
+    Everything else (tags, junk, a last frame that is cut) is left out.
     """
     return _Scanner(file, start, end).scan()
 
@@ -233,14 +233,14 @@ class _Scanner:
                 self._read_info(links[-1], info)
                 self._place += format_.sizes()[self._key_at(self._place)]
             elif not self._follow(links[-1]):
-                break  # the last frame is not all there
+                break  # the last frame is cut
         return [link for link in links if link.num_frames]
 
     def _key_at(self, place: int) -> bytes:
         return self._data[place + 1 : place + 3]
 
     def _fill(self, size: int) -> int:
-        """Reads on until `size` bytes are there, or the file ends; how many there are."""
+        """Reads until `size` bytes are available or the file ends; returns how many there are."""
         left = len(self._data) - self._place
         at = self._origin + len(self._data)
         if left < size and at < self._end:
@@ -253,7 +253,7 @@ class _Scanner:
         return len(self._data) - self._place
 
     def _format_at(self, place: int, last: Link | None) -> Format | None:
-        """The format of a frame there; what only looks like a header has no frames after it."""
+        """The format of a frame at `place`; None if no frames follow, so that it is not one."""
         format_ = parse_header(self._data[place : place + 4])
         if format_ is None:
             return None
@@ -271,17 +271,17 @@ class _Scanner:
         return format_
 
     def _skip(self) -> bool:
-        """Goes past a tag, or to what may be the next frame or tag; False at the file's end."""
+        """Moves past a tag, or to the next possible frame or tag; False at the end of the file."""
         tag = id3_bytes(self._data[self._place : self._place + 10])
         if tag:
             self._go_to(self._origin + self._place + tag)
             return True
         while self._fill(_LONGEST_FRAME) > 1:
-            found = []
+            places = []
             for lead in (b"\xff", b"ID3"):
-                found.append(self._data.find(lead, self._place + 1))
-            if max(found) >= 0:
-                self._place = min(place for place in found if place >= 0)
+                places.append(self._data.find(lead, self._place + 1))
+            if max(places) >= 0:
+                self._place = min(place for place in places if place >= 0)
                 return True
             self._place = max(self._place + 1, len(self._data) - 2)  # "ID3" may be cut there
         return False
@@ -293,7 +293,7 @@ class _Scanner:
         self._file.seek(self._origin)
 
     def _info_at(self, place: int, format_: Format) -> int:
-        """Where in `_data` the mark of a Xing header is; 0 where the frame has none."""
+        """Offset in `_data` of the mark of a Xing header; 0 if the frame has none."""
         if format_.layer != 3:
             return 0
         side = place + 4 + format_.side_bytes
@@ -303,7 +303,7 @@ class _Scanner:
         return 0
 
     def _read_info(self, link: Link, mark: int) -> None:
-        """Notes what the Xing or VBRI header at `mark` announces."""
+        """Stores the numbers of the Xing or VBRI header at `mark`."""
         data = self._data[mark : mark + 200]
         if data[:4] == b"VBRI":
             link.announced_bytes, link.announced_frames = struct.unpack(">II", data[10:18])
@@ -321,7 +321,7 @@ class _Scanner:
         link.lame = data[at : at + _LAME_BYTES]
 
     def _follow(self, link: Link) -> bool:
-        """Goes over frames of one format; False where the end of the file cuts the last."""
+        """Moves over frames of one format; False if the end of the file cuts the last one."""
         data = self._data
         sizes = link.format.sizes()
         mono = link.format.mono

@@ -1,4 +1,4 @@
-"""Pages of Ogg files: which codecs are inside, and where one link of a chain ends."""
+"""Pages of Ogg files: their codecs, and the links of a chain."""
 
 import dataclasses
 from typing import BinaryIO
@@ -23,11 +23,11 @@ class Link:
     """A part of a chain: one or more streams that begin together.
 
     Attributes:
-      start: Where it begins in the file.
+      start: Offset in the file.
       length: Bytes.
-      codecs: Of its streams; "" for one that is not known.
-      last_page: Samples of the last page with audio, as the pages count them.
-      ended: Whether a page says that it is the last.
+      codecs: Codecs of its streams; "" for an unknown one.
+      last_page: Samples of the last page with audio.
+      ended: Whether a page is marked as the last.
       granule: The last position, in samples.
       rate: Hz of these samples; 0 for codecs that libsndfile does not know.
     """
@@ -42,7 +42,7 @@ class Link:
 
 
 def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
-    """The links of a chain. What is no page, and a page that the end cuts, is left out."""
+    """The links of a chain; data that is not a page, and a page that is cut, are left out."""
     links: list[Link] = []
     beginning = False
     place = start
@@ -77,7 +77,7 @@ def _codec(packet: bytes) -> str:
 
 
 def _rate(packet: bytes) -> int:
-    """Hz of the samples that pages count."""
+    """Sample rate of the positions in pages, Hz."""
     if packet.startswith(b"OpusHead"):
         return 48000
     is_vorbis = packet.startswith(b"\x01vorbis")
@@ -95,13 +95,13 @@ def _add_page(link: Link, head: bytes, end: int) -> None:
 
 
 def _find_page(file: BinaryIO, place: int, end: int) -> int:
-    """Where the next page begins; `end` where there is none."""
+    """Offset of the next page; `end` if there is none."""
     while place < end:
         file.seek(place)
         data = file.read(_CHUNK_BYTES)
-        found = data.find(_MARK)
-        if found >= 0:
-            return place + found
+        offset = data.find(_MARK)
+        if offset >= 0:
+            return place + offset
         if len(data) < len(_MARK):
             break
         place += len(data) - len(_MARK) + 1

@@ -1,4 +1,4 @@
-"""Opening audio: what a file is, whether it is whole, and what decodes it."""
+"""Opens audio: finds the format of a file, checks that it is complete, and picks a decoder."""
 
 import contextlib
 import dataclasses
@@ -19,14 +19,14 @@ from moss_tok.audio.libsndfile import LibsndfileDecoder, UnsupportedError
 from moss_tok.audio.windows import Window
 
 _HEAD_BYTES = 4096
-# What a decoder is given before a place to which it seeks, so that it has forgotten everything.
+# A decoder that seeks starts this much earlier, so that its state is right when it gets there.
 _MPEG_PREROLL_SECONDS = 1.0
 _OGG_PREROLL_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioBytes:
-    """An audio file in memory; `name` is what errors call it."""
+    """An audio file in memory; `name` stands in error messages."""
 
     data: bytes = dataclasses.field(repr=False)
     name: str
@@ -39,11 +39,11 @@ Source = str | Path | AudioBytes
 
 
 class Use(enum.Enum):
-    """What audio is opened for."""
+    """The purpose for which audio is opened."""
 
-    ALL = enum.auto()  # it is read to its end
+    ALL = enum.auto()  # to read all of it
     PART = enum.auto()
-    LENGTH = enum.auto()  # as much as is needed to tell how long it is
+    LENGTH = enum.auto()  # to find out how long it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class _Input:
     """An open file.
 
     Attributes:
-      name: What errors call it.
-      file: To read and seek in.
+      name: Name for error messages.
+      file: The open file.
       size: Bytes.
-      suffix: Of its name, in lower case.
-      key: The same for the same content; None where that is not known.
+      suffix: Suffix of its name, in lower case.
+      key: Identifies the content; None if nothing does.
     """
 
     name: str
@@ -67,7 +67,7 @@ class _Input:
 
 @contextlib.contextmanager
 def open_audio(source: Source, use: Use) -> Iterator[Decoder]:
-    """Opens audio. Errors of the system, until it is closed, are a ValueError that names it.
+    """Opens audio; until it is closed, errors of the system become a ValueError that names it.
 
     Raises:
       ValueError: No such file, not audio, not supported, or shorter than its header announces.
@@ -89,7 +89,7 @@ def _open_input(source: Source, use: Use) -> Iterator[_Input]:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
             is_remote = storage.is_remote(path)
-            # Libsndfile takes a failed download for the end of a file.
+            # Libsndfile would take a failed download for the end of the file.
             if is_remote and use is not Use.LENGTH:
                 yield _in_memory(AudioBytes(path.read_bytes(), str(path)))
                 return
@@ -103,7 +103,7 @@ def _open_input(source: Source, use: Use) -> Iterator[_Input]:
                 status = os.fstat(file.fileno())
                 key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
                 yield _Input(str(path), file, status.st_size, path.suffix.lower(), key)
-    except OSError as error:  # a file system of the network, say
+    except OSError as error:  # for example of a network file system
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
@@ -113,13 +113,13 @@ def _in_memory(source: AudioBytes) -> _Input:
 
 
 class _Memory(io.BytesIO):
-    """Stays where it is when a damaged file makes a decoder seek to before its beginning.
+    """Keeps its position when a decoder of a damaged file seeks to before its beginning.
 
-    An error there would be printed, as decoders call this from C.
+    Decoders call this from C, where an exception would be printed.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of the parent."""
+        """Moves the position, see the parent class."""
         try:
             return super().seek(offset, whence)
         except ValueError:
@@ -160,7 +160,7 @@ def _read_head(opened: _Input) -> tuple[bytes, int]:
 
 
 def _open_plainly(opened: _Input) -> Decoder:
-    """What libsndfile makes of it."""
+    """Lets libsndfile try to open the file."""
     try:
         return LibsndfileDecoder(opened.name, opened.file, quiet=True)
     except UnsupportedError as error:
@@ -170,7 +170,7 @@ def _open_plainly(opened: _Input) -> Decoder:
 
 
 def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
-    """WAV and other files that announce how much audio they have."""
+    """Opens WAV and other files whose header gives the amount of audio."""
     layout = containers.read_layout(opened.file, opened.size)
     if layout.missing_bytes:
         raise ValueError(f"{opened.name}: truncated, {layout.missing_bytes} bytes missing")
@@ -205,7 +205,7 @@ def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
 
 
 def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
-    """What PyAV makes of it."""
+    """Lets PyAV open the file."""
     if not kinds.has_ffmpeg():
         raise ValueError(
             f"{opened.name}: {kind} is not supported without PyAV, {kinds.INSTALL} "
@@ -215,14 +215,14 @@ def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
 
 
 def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
-    """FLAC, one or several appended to each other."""
+    """Opens FLAC, one file or several that were concatenated."""
     makers: list[Callable[[], Decoder]] = []
     streams = flac.find_streams(opened.file, start, opened.size)
     for first, end in streams:
         file = opened.file
         if start or len(streams) > 1:
             file = Window(opened.file, [(first, end - first)])
-        # Who reads everything will see whether the end is there.
+        # A reader of everything notices a missing end by itself.
         is_whole = use is Use.ALL or flac.is_whole(opened.file, first, end)
         makers.append(functools.partial(_flac_stream, opened.name, file, is_whole))
     return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
@@ -230,7 +230,7 @@ def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
 
 def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
     decoder = _open_known(name, file)
-    if not is_whole and decoder.num_frames:  # the decoder has to try
+    if not is_whole and decoder.num_frames:  # only decoding the end can tell
         try:
             decoder.seek(decoder.num_frames - 1)
             decoder.read(1)
@@ -244,7 +244,7 @@ def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
 
 
 def _open_known(name: str, file: BinaryIO, **options: object) -> LibsndfileDecoder:
-    """Libsndfile's decoder of what is surely a format that it knows."""
+    """The decoder of a file whose format libsndfile knows for certain."""
     try:
         return LibsndfileDecoder(name, file, **options)
     except UnsupportedError as error:
@@ -252,7 +252,7 @@ def _open_known(name: str, file: BinaryIO, **options: object) -> LibsndfileDecod
 
 
 def _open_ogg(opened: _Input, start: int) -> Decoder:
-    """Ogg, one link or a chain."""
+    """Opens Ogg, one link or a chain of links."""
     links = _scanned(ogg.find_links, opened, start, opened.size)
     if not links:
         raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
@@ -282,9 +282,9 @@ def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
 
 
 def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder | None:
-    """MPEG audio between two offsets; None where there is none.
+    """Opens MPEG audio between two offsets; None if there is none.
 
-    `is_plain` says that libsndfile finds it there by itself.
+    `is_plain` says whether libsndfile finds the audio there by itself.
     """
     links = _scanned(mpeg.find_links, opened, start, end)
     if not links:
@@ -299,7 +299,7 @@ def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder 
 
 def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:
     options = {"preroll_seconds": _MPEG_PREROLL_SECONDS, "quiet": True}
-    # The file itself is faster to read, but without a true Xing header it is read wrongly.
+    # Reading the file itself is faster, but libsndfile needs a correct Xing header.
     is_true = link.announced_frames == link.num_frames
     if is_plain and is_true and len(link.extents) == 1:
         with contextlib.suppress(UnsupportedError):
@@ -312,17 +312,17 @@ def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:
 
 
 def _scanned(function: Callable[..., list], opened: _Input, start: int, end: int) -> list:
-    """The links of a file; those of one on a disk are kept, as training draws from it often."""
+    """Links of a file; cached for files on disk, from which training reads often."""
     key = (function, opened.key, start, end)
     if opened.key is None or time.time_ns() - opened.key[2] < _SETTLED_NS:
         return function(opened.file, start, end)
     if key not in _SCANS:
-        if len(_SCANS) >= _MOST_SCANS:
+        if len(_SCANS) >= _MAX_SCANS:
             _SCANS.clear()
         _SCANS[key] = function(opened.file, start, end)
     return _SCANS[key]
 
 
 _SCANS: dict[tuple, list] = {}
-_MOST_SCANS = 10_000
-_SETTLED_NS = 2 * 10**9  # a file that was written just now may be written again in the same tick
+_MAX_SCANS = 10_000
+_SETTLED_NS = 2 * 10**9  # a file as new as this may change again with the same timestamp

@@ -25,7 +25,7 @@ def mel_filters(sample_rate: int, window_length: int, num_mels: int) -> np.ndarr
 
 
 def frame(wav: jax.Array, window_length: int) -> jax.Array:
-    """Centred frames a quarter of a window apart, the ends reflected.
+    """Centred frames a quarter of a window apart; the ends are padded by reflection.
 
     Args:
       wav: [B, S], S >= window_length.
@@ -53,11 +53,11 @@ def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
     return jnp.sqrt(jnp.square(spectra.real) + jnp.square(spectra.imag) + 1e-12)
 
 
-_BLOCK_MELS = 320  # of which each sees a part of the spectrum only
+_BLOCK_MELS = 320  # filters per block; a block needs only a part of the spectrum
 
 
 def _apply(filters: np.ndarray, magnitudes: jax.Array) -> jax.Array:
-    """[B, T, F] and filters [F, M] to [B, T, M]; many filters in blocks, most are zero."""
+    """Applies filters [F, M]: [B, T, F] -> [B, T, M]; in blocks, because most entries are zero."""
     blocks = []
     for start in range(0, filters.shape[1], _BLOCK_MELS):
         block = filters[:, start : start + _BLOCK_MELS]
@@ -76,11 +76,11 @@ def log_mel(
 ) -> jax.Array:
     """log10 of the mel spectrogram: [B, S] -> [B, T, num_mels].
 
-    It is clamped at 1e-5, or at what white noise of `floor_db` (RMS re full scale) gives if that is
-    more. The same clamp at all windows would be -54 dB of noise at 32 samples and -108 at 2048.
+    Values are clamped at 1e-5, or at those of white noise at `floor_db` (RMS re full scale) if that
+    is more. A clamp at 1e-5 alone is noise at -54 dB for windows of 32 samples, -108 dB for 2048.
     """
     filters = mel_filters(sample_rate, window_length, num_mels)
     mel = _apply(filters, magnitude(wav, window_length))
-    # Of a Hann window, and of filters with an area of 1 Hz.
+    # The level of noise in a Hann window, with filters of area 1 Hz.
     noise = 10 ** (floor_db / 20) * math.sqrt(0.375 * window_length) * window_length / sample_rate
     return jnp.log10(jnp.maximum(mel, max(1e-5, noise)))

@@ -1,4 +1,4 @@
-"""A file made of pieces of another one, for decoders that should not see the rest."""
+"""A file composed of pieces of another file, for decoders that must not see the rest."""
 
 import bisect
 import io
@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import BinaryIO
 
-# Bytes as they are, or (offset, length) of the file underneath.
+# Literal bytes, or (offset, length) in the underlying file.
 Piece = bytes | tuple[int, int]
 
 
 class Window(io.RawIOBase):
-    """Pieces of a file, and bytes between them, as one file to read."""
+    """A readable file composed of pieces of a file and literal bytes."""
 
     def __init__(self, file: BinaryIO, pieces: Sequence[Piece]):
         self._file = file
@@ -24,30 +24,30 @@ class Window(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """As of every file that can be read."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """As of every file on a disk."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
-        """Where the next byte comes from."""
+        """The position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of every file."""
+        """Moves the position; returns it."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
-        """Fills the buffer as far as the pieces go."""
+        """Reads into the buffer; returns the number of bytes."""
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view) and self._position < self._size:
             data = self._read_piece(len(view) - filled)
-            if not data:  # the file underneath has become shorter
+            if not data:  # the underlying file has become shorter
                 break
             view[filled : filled + len(data)] = data
             filled += len(data)

@@ -1,4 +1,4 @@
-"""Writing audio and other files so that they appear when they are complete."""
+"""Writes audio and other files so that they appear only when they are complete."""
 
 import contextlib
 import math
@@ -14,15 +14,15 @@ import soundfile
 from moss_tok import storage
 from moss_tok.audio.decoder import BLOCK_FRAMES
 
-_WAV_BYTES = 2**32 - 2**16  # what a WAV's header can say, less the header
-INCOMPLETE = ".incomplete-"  # what names of unfinished files begin with
+_WAV_BYTES = 2**32 - 2**16  # maximum size of audio in a WAV
+INCOMPLETE = ".incomplete-"  # prefix of the names of unfinished files
 
 
 def write(path: str | Path, wav: np.ndarray, sample_rate: int) -> None:
-    """Writes [C, S] as 16 bit PCM in the format of the suffix, clipped to [-1, 1].
+    """Writes [C, S] as 16-bit PCM in the format of the suffix, clipped to [-1, 1].
 
     Raises:
-      ValueError: A suffix that names no audio format, or no such folder.
+      ValueError: The suffix is not that of an audio format, or the folder does not exist.
     """
     wav = np.asarray(wav, np.float32)
     if wav.ndim != 2:
@@ -40,18 +40,19 @@ def write_blocks(
     num_channels: int,
     seconds: float = 0.0,
 ) -> None:
-    """`write` of blocks [num_channels, S] as they come; the file appears when all are there.
+    """Writes blocks [num_channels, S] one by one; the file appears when it is complete.
 
-    `seconds` is about how long it will be: what comes near 4 GiB must begin as RF64, not as WAV.
+    `seconds` is the approximate length: a file near 4 GiB must begin as RF64 instead of WAV.
     """
     path = storage.to_local_path(path)
     check_output(path)
     kind = path.suffix[1:].upper()
     if kind == "OGG" and not 1000 <= sample_rate <= 192000:
         raise ValueError(f"{path}: ogg takes sample rates of 1000..192000 Hz, got {sample_rate}")
-    most = _WAV_BYTES // (2 * num_channels) if kind == "WAV" else math.inf
-    if seconds * sample_rate > 0.9 * most:
-        kind, most = "RF64", math.inf
+    max_frames = _WAV_BYTES // (2 * num_channels) if kind == "WAV" else math.inf
+    if seconds * sample_rate > 0.9 * max_frames:
+        kind = "RF64"
+        max_frames = math.inf
     options = {"format": kind, "subtype": "VORBIS" if kind == "OGG" else "PCM_16"}
 
     def write_to(file: object) -> None:
@@ -59,10 +60,10 @@ def write_blocks(
         with _named_failures(path, target):
             out = soundfile.SoundFile(target, "w", sample_rate, num_channels, **options)
         try:
-            for block in blocks:  # what goes wrong in here is no failure to write
+            for block in blocks:  # an error of `blocks` is not a failure to write
                 if not np.isfinite(block).all():
                     raise ValueError(f"{path}: audio to write must be finite")
-                if out.frames + block.shape[1] > most:
+                if out.frames + block.shape[1] > max_frames:
                     raise ValueError(f"{path}: longer than a WAV can be; choose .flac")
                 with _named_failures(path, target):
                     out.write(np.clip(block, -1, 1).T)
@@ -74,22 +75,22 @@ def write_blocks(
 
 
 class _Target:
-    """A file for libsndfile that keeps its first error: raised there, it would be printed only."""
+    """A file for libsndfile that keeps its first error; raised in C, it would only be printed."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """As of a file; 0 where that fails."""
+        """Writes; 0 if that fails."""
         return self._try(self._file.write, data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of a file; 0 where that fails."""
+        """Moves the position; 0 if that fails."""
         return self._try(self._file.seek, offset, whence)
 
     def tell(self) -> int:
-        """As of a file; 0 where that fails."""
+        """The position; 0 if that fails."""
         return self._try(self._file.tell)
 
     def _try(self, function: Callable[..., int], *args: Any) -> int:
@@ -102,10 +103,10 @@ class _Target:
 
 @contextlib.contextmanager
 def _named_failures(path: Path, target: _Target) -> Iterator[None]:
-    """Raises what libsndfile could not do as ValueError, and what `target` could not as OSError."""
+    """Raises failures of libsndfile as ValueError, and those of `target` as OSError."""
     try:
         yield
-    except (soundfile.SoundFileError, AssertionError) as error:  # the latter of what is cut short
+    except (soundfile.SoundFileError, AssertionError) as error:  # the latter after a partial write
         if target.error is None:
             raise ValueError(f"{path}: could not be written ({error})") from error
     if target.error is not None:
@@ -113,7 +114,7 @@ def _named_failures(path: Path, target: _Target) -> Iterator[None]:
 
 
 def check_output(path: str | Path) -> None:
-    """Raises ValueError unless `write` could write `path`."""
+    """Raises ValueError unless `write` can write to `path`."""
     path = storage.to_local_path(path)
     if path.suffix.lower() not in (".wav", ".flac", ".ogg"):
         raise ValueError(f"{path}: the name must end in .wav, .flac or .ogg")
@@ -141,13 +142,13 @@ def write_text(path: str | storage.Path, text: str) -> None:
     """Writes a text file that appears when it is complete."""
     if storage.is_remote(path):
         with storage.named_errors(path):
-            storage.to_path(path).write_text(text)  # objects appear whole
+            storage.to_path(path).write_text(text)  # an object appears only when it is complete
     else:
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_parent(path: str | Path) -> None:
-    """Raises ValueError unless the folder that `path` would be written to exists."""
+    """Raises ValueError unless the folder of `path` exists."""
     path = storage.to_local_path(path)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")

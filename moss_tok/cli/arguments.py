@@ -23,9 +23,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
         metavar="C",
-        help="checkpoint, training workdir, official directory or Hugging Face Hub id",
+        help="checkpoint, training workdir, official directory or Hugging Face Hub id (default: "
+        "the small codec that comes with moss_tok)",
     )
 
 
@@ -37,13 +37,6 @@ def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="use the first N quantizers; fewer means a lower bitrate (default: all)",
     )
-
-
-def chunk_frames(config: Any) -> int:
-    """Code frames per chunk when a long recording is processed in chunks."""
-    from moss_tok.codec import inference
-
-    return max(1, round(inference.CHUNK_SECONDS * config.frame_rate))
 
 
 def check_not_overwritten(source: str, output: str) -> None:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "float16", "bfloat16"),
         help="type of the stored weights (default: float32)",
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok decode speech.npz speech.wav --checkpoint runs/quickstart"
+EXAMPLE = "moss-tok decode speech.npz speech.wav"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     from moss_tok.codec import codes, inference
 
     config = codec.config
-    file = codes.read(source, config)
+    file = codes.read(source, codec)
     available = file.codes.shape[0]
     if num_quantizers is not None and num_quantizers > available:
         raise ValueError(
@@ -51,11 +51,11 @@ def _decode(codec: Any, num_quantizers: int | None, source: Path, output: Path) 
     rows = file.codes[:num_quantizers]
     num_quantizers, num_frames = rows.shape
     seconds = file.num_samples / config.sample_rate
-    if seconds <= inference.CHUNK_SECONDS:
+    if not inference.is_long(seconds):
         wav = inference.decode_one(codec, rows)[:, : file.num_samples]
         files.write(output, wav, config.sample_rate)
     else:
-        frames = arguments.chunk_frames(config)
+        frames = inference.chunk_frames(config)
         blocks = (rows[:, start : start + frames] for start in range(0, num_frames, frames))
         with moss_tok.DecoderStream(codec, num_quantizers, 1, [frames], blocks) as stream:
             parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)

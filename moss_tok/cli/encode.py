@@ -7,7 +7,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok encode speech.flac speech.npz --checkpoint runs/quickstart --num-quantizers 8"
+EXAMPLE = "moss-tok encode speech.flac speech.npz --num-quantizers 8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +51,13 @@ def _encode(codec: Any, num_quantizers: int, source: Path, output: Path) -> str:
 
     config = codec.config
     seconds = files.duration_seconds(source)
-    if seconds <= inference.CHUNK_SECONDS:
+    if not inference.is_long(seconds):
         wav = files.read(source, config.sample_rate, config.num_channels)
         num_samples = wav.shape[1]
         array = inference.encode_one(codec, wav, num_quantizers)
     else:
         array, num_samples = _encode_in_chunks(codec, num_quantizers, source, seconds)
-    codes.write(output, array, num_samples, config)
+    codes.write(output, array, num_samples, codec)
     return (
         f"{output}: {num_quantizers} x {array.shape[1]} codes, "
         f"{num_samples / config.sample_rate:.2f} s at {config.bitrate(num_quantizers):.0f} bit/s"
@@ -85,7 +85,7 @@ def _encode_in_chunks(
             num_samples += block.shape[1]
             yield block
 
-    frames = arguments.chunk_frames(config)
+    frames = inference.chunk_frames(config)
     with moss_tok.EncoderStream(codec, num_quantizers, 1, [frames], blocks()) as stream:
         parts = arguments.progress(stream, seconds, inference.CHUNK_SECONDS)
         array = np.concatenate([part.astype(np.int16) for part in parts], axis=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok evaluate --checkpoint runs/quickstart --dataset test.jsonl --output evaluation"
+EXAMPLE = "moss-tok evaluate --dataset test.jsonl --output evaluation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +100,7 @@ def _speak(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
     """Scores the codec on data sets."""
     import moss_tok
+    from moss_tok import assets
     from moss_tok.codec import pretrained
     from moss_tok.evaluation import baselines, datasets, pages, reconstruction, results, sweep
 
@@ -113,7 +114,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
     numbers = sweep.bitrates(config)
     if args.num_quantizers:
         numbers = reconstruction.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
-    name = baselines.check_name(args.name or Path(args.checkpoint).absolute().name)
+    folder = Path(args.checkpoint).absolute() if args.checkpoint else assets.codec_folder()
+    name = baselines.check_name(args.name or folder.name)
     others = _parse_baselines(args.baselines, name, data)
     output = Path(args.output)
     reconstruction.check_output(args.output)
@@ -168,7 +170,7 @@ def _evaluate_codec(
         problems.append(rate(dataset, folder / f"rvq{n}", round(codec.config.bitrate(n))))
     if language and transcription.has_words(dataset.texts):
         transcription.write_dataset(codec, language, dataset, numbers, folder)
-    results.write_entropy(folder, dataset, codec.config)
+    results.write_entropy(folder, dataset, codec)
     return problems
 
 
@@ -220,7 +222,9 @@ def _parse_baselines(text: str, name: str, data: Sequence[Any]) -> list[Any]:
     return others
 
 
-def _load_language(checkpoint: str, data: Sequence[Any], requested: Sequence[str]) -> Any | None:
+def _load_language(
+    checkpoint: str | None, data: Sequence[Any], requested: Sequence[str]
+) -> Any | None:
     """The checkpoint's language model if wer or cer can be computed; None otherwise.
 
     Raises:
@@ -242,5 +246,6 @@ def _load_language(checkpoint: str, data: Sequence[Any], requested: Sequence[str
         transcription.check_installed()
         return language_models.load(checkpoint)
     if text_requested:
-        raise ValueError(f"wer and cer need a language model, {checkpoint} has none")
+        name = checkpoint or "the codec that comes with moss_tok"
+        raise ValueError(f"wer and cer need a language model, {name} has none")
     return None

@@ -1,4 +1,4 @@
-"""Prints the modules, parameters, rates and bitrates of a codec or a speech model."""
+"""Prints the modules, parameters and rates of a codec or a speech model, and its training."""
 
 import argparse
 import math
@@ -11,9 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
         "checkpoint",
+        nargs="?",
         metavar="C",
         help="checkpoint, training workdir, official directory, Hugging Face Hub id or the name of "
-        "a preset: v1, v2, nano, tiny, tts-1.7b",
+        "a preset: v1, v2, nano, tiny, tts-1.7b (default: the small codec of the package)",
     )
 
 
@@ -22,13 +23,13 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(_describe(args.checkpoint)))
 
 
-def _describe(name: str) -> list[str]:
-    """Lines that describe a checkpoint or preset."""
+def _describe(name: str | None) -> list[str]:
+    """Lines that describe a checkpoint, a preset, or by default the codec of the package."""
     from pathlib import Path
 
     from flax.linen import meta
 
-    from moss_tok import checkpoint
+    from moss_tok import assets, checkpoint
     from moss_tok.codec import presets, pretrained
     from moss_tok.speech import config as speech_configs
     from moss_tok.speech import pretrained as speech_pretrained
@@ -36,7 +37,7 @@ def _describe(name: str) -> list[str]:
     def describe_speech_model(config: Any) -> list[str]:
         return describe_speech(config, meta.unbox(speech_pretrained.boxed_shapes(config)))
 
-    if not Path(name).exists():
+    if name is not None and not Path(name).exists():
         if name in presets.PRESETS:
             config = presets.preset(name)
             return describe(config, pretrained.param_shapes(config))
@@ -46,7 +47,11 @@ def _describe(name: str) -> list[str]:
     if speech_pretrained.is_speech(folder):
         return describe_speech_model(speech_pretrained.read_config(folder))
     config = pretrained.load_config(folder)
-    return describe(config, pretrained.param_shapes(config))
+    lines = describe(config, pretrained.param_shapes(config))
+    lines += describe_training(checkpoint.read_training(folder))
+    if name is None:
+        lines.append(f"{'note':<13} {assets.NOTE}")
+    return lines
 
 
 def describe(config: Any, shapes: dict[str, Any]) -> list[str]:
@@ -117,6 +122,39 @@ def _describe_module(module: Any, window: int | None, rate: float) -> str:
         f"{module.num_layers} layers, {module.num_heads} heads, mlp {module.mlp_dim}, "
         f"{rate:g} Hz, window {window} frames ({window / rate:g} s)"
     )
+
+
+def describe_training(training: dict[str, Any]) -> list[str]:
+    """Lines about what produced a checkpoint: the fields of training.json, all optional."""
+    if not training:
+        return []
+    lines = [f"trained       {training.get('steps')} steps, seed {training.get('seed')}"]
+    if machine := training.get("machine"):
+        lines.append(
+            f"  machine     {machine['num_devices']} x {machine['device']}, "
+            f"{machine['num_cores']} cores, {machine['processor']}"
+        )
+    for source in training.get("train_data", []):
+        lines.append(f"  data        {_describe_source(source)}")
+        for licence, minutes in source.get("licences", {}).items():
+            lines.append(f"              {minutes:g} minutes: {licence}")
+    for name, value in training.get("flags", {}).items():
+        lines.append(f"  --{name}={value}")
+    if start := training.get("init_from"):
+        lines.append(f"started from  {start['name']}")
+        lines += describe_training({key: value for key, value in start.items() if key != "name"})
+    return lines
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    parts = [source["name"]]
+    if "weight" in source:
+        parts.append(f"weight {source['weight']:g}")
+    if "minutes" in source:
+        parts.append(f"{source['recordings']} recordings, {source['minutes']:g} minutes")
+    if "sha256" in source:
+        parts.append(f"sha256 {source['sha256']}")
+    return ", ".join(parts)
 
 
 def _count(shapes: Any) -> int:

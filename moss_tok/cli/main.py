@@ -13,6 +13,8 @@ COMMANDS = {
     "encode": "encode audio to codes (.npz)",
     "decode": "decode codes (.npz) to audio",
     "reconstruct": "encode audio and decode it again",
+    "compare": "reconstruct a file at several bitrates, with distances and a picture",
+    "demo": "a page on this machine: reconstruct files or live from the microphone",
     "stream": "encode or decode in real time, from standard input to standard output",
     "convert": "convert official Hugging Face weights to a checkpoint, or back",
     "evaluate": "score reconstructions of data sets at several bitrates",

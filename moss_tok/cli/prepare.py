@@ -76,7 +76,6 @@ def _add_beam(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import shlex
-    from pathlib import Path
 
     from moss_tok.cli import arguments
     from moss_tok.data import prepare
@@ -88,18 +87,15 @@ def run(args: argparse.Namespace) -> None:
     settings = prepare.Settings(
         args.sample_rate, args.num_shards, args.shard_hours, args.min_seconds, args.max_seconds
     )
-    shards = prepare.begin(args.input, args.output, settings)
-    folder = Path(args.output).absolute()
-    num_files = sum(len(shard.items) for shard in shards)
-    print(f"{num_files} files into {len(shards)} shards", flush=True)
+    plan = prepare.make_plan(args.input, args.output, settings)
+    print(f"{plan.num_items} files into {len(plan.shards)} shards", flush=True)
     if args.runner:
-        prepare.run_beam(folder, shards, settings, args.runner, shlex.split(args.beam_flags))
+        prepare.run_beam(plan, args.runner, shlex.split(args.beam_flags))
     else:
-        num_workers = min(args.num_workers, len(shards))
-        with arguments.counter(num_files, args.output) as count:
-            for _ in prepare.run_local(folder, shards, settings, num_workers):
-                count()
-    _print_summary(args.output, prepare.finish(args.output, shards))
+        num_workers = min(args.num_workers, len(plan.shards))
+        with arguments.counter(plan.num_items, args.output) as count:
+            prepare.run_local(plan, num_workers, count)
+    _print_summary(args.output, prepare.finish(plan))
 
 
 def _print_summary(output: str, summary: dict[str, Any]) -> None:

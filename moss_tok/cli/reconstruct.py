@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok reconstruct speech.flac again.wav --checkpoint runs/quickstart"
+EXAMPLE = "moss-tok reconstruct speech.flac again.wav"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def _round_trip(
     from moss_tok.codec import inference
 
     config = codec.config
-    if seconds <= inference.CHUNK_SECONDS:
+    if not inference.is_long(seconds):
         wav = files.read(source, config.sample_rate, config.num_channels)
         codes = inference.encode_one(codec, wav, num_quantizers)
         return [(wav, inference.decode_one(codec, codes)[:, : wav.shape[1]])]
@@ -94,8 +94,9 @@ def _round_trip_chunks(
 
     import moss_tok
     from moss_tok.audio import files
+    from moss_tok.codec import inference
 
-    frames = arguments.chunk_frames(codec.config)
+    frames = inference.chunk_frames(codec.config)
     size = frames * codec.config.hop_length
     with (
         moss_tok.EncoderStream(codec, num_quantizers, 1, [frames]) as encoder,

@@ -137,11 +137,11 @@ def _check_output(args: argparse.Namespace, is_list: bool) -> None:
 
 def _read_list(args: argparse.Namespace) -> list[_Row]:
     """The texts of a file; ValueError names a bad line, or two rows with the same name."""
-    from moss_tok.audio import manifest
+    from moss_tok import json_files
 
     path = Path(args.text)
     rows = []
-    for number, line in enumerate(manifest.read_lines(path), 1):
+    for number, line in enumerate(json_files.read_lines(path), 1):
         if not line.strip():
             continue
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = "moss-tok stream --checkpoint runs/quickstart --input speech.flac"
+EXAMPLE = "moss-tok stream --input speech.flac"
 
 _PCM = {"s16": ("<i2", 32768), "f32": ("<f4", 1)}  # type, full scale
 
@@ -99,6 +99,7 @@ def _encode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
     import numpy as np
 
     import moss_tok
+    from moss_tok.codec import pretrained
 
     config = codec.config
     dtype, full_scale = _PCM[pcm]
@@ -110,7 +111,9 @@ def _encode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
         if codes.shape[1]:
             print(json.dumps({"codes": codes.tolist()}), flush=True)
 
-    print(json.dumps(_header(config, config.check_num_quantizers(num_quantizers))), flush=True)
+    header = _header(config, config.check_num_quantizers(num_quantizers))
+    header["quantizer"] = pretrained.quantizer_fingerprint(codec)
+    print(json.dumps(header), flush=True)
     rest = 0  # bytes of an incomplete sample, which only the end of the input can leave
     while not rest and (data := sys.stdin.buffer.read(chunk_bytes)):
         rest = len(data) % sample_bytes
@@ -146,7 +149,7 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
         try:
             line = parse_json_object(text)
             if stream is None:
-                available = _check_header(codec.config, line)
+                available = _check_header(codec, line)
                 used = available if num_quantizers is None else num_quantizers
                 if used > available:
                     raise ValueError(
@@ -165,13 +168,18 @@ def _decode(codec: Any, num_quantizers: int | None, frames: int, pcm: str) -> No
         raise ValueError("standard input is empty: the header line is missing")
 
 
-def _check_header(config: Any, header: dict[str, Any]) -> int:
+def _check_header(codec: Any, header: dict[str, Any]) -> int:
     """Checks a stream's first line, and returns its number of quantizers."""
+    from moss_tok.codec import codes
+
+    config = codec.config
     num_quantizers = header.get("num_quantizers")
     for key, expected in _header(config, num_quantizers).items():
         value = header.get(key)
         if value != expected:
             raise ValueError(f"{key} must be {expected} for this checkpoint, got {value!r}")
+    if "quantizer" in header:  # missing in streams of earlier versions
+        codes.check_quantizer(str(header["quantizer"]), codec)
     # None would mean all quantizers.
     return config.check_num_quantizers(0 if num_quantizers is None else num_quantizers)
 

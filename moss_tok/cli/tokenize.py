@@ -5,9 +5,7 @@ from typing import Any
 
 from moss_tok.cli import arguments
 
-EXAMPLE = (
-    "moss-tok tokenize recordings --checkpoint runs/quickstart --output codes --num-quantizers 16"
-)
+EXAMPLE = "moss-tok tokenize recordings --output codes --num-quantizers 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     items = tokenize.find_items(args.input)
     compute = PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)
-    plan = tokenize.plan(codec, items, args.output, settings)
+    plan = tokenize.make_plan(codec, items, args.output, settings)
     seconds = sum(item.duration_seconds for _, item in items)
     print(f"{len(items)} recordings, {seconds / 3600:.2f} h, {len(plan.shards)} shards", flush=True)
     with arguments.meter(seconds / num_shards) as progress:

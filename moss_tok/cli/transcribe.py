@@ -121,7 +121,7 @@ def _transcribe(
         return generate.transcribe_wavs(
             codec, language, [wav], args.num_quantizers, args.task, sampling, args.seed
         )[0]
-    rows = codes.read(path, codec.config).codes
+    rows = codes.read(path, codec).codes
     if args.num_quantizers is not None and args.num_quantizers > len(rows):
         raise ValueError(
             f"{path}: num_quantizers must be 1..{len(rows)} for this file, "

@@ -9,7 +9,10 @@ from moss_tok import storage, summary
 from moss_tok.audio import files
 from moss_tok.codec.checks import check_code_range
 from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.inference import Codec
+from moss_tok.codec.pretrained import quantizer_fingerprint
 
+_FINGERPRINT = "quantizer"  # missing in files of earlier versions
 _KEYS = ("sample_rate", "num_samples", "num_channels", "hop_length", "codebook_size")
 
 
@@ -30,8 +33,9 @@ class CodeFile:
         return f"CodeFile(codes: {codes}, num_samples: {self.num_samples})"
 
 
-def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecConfig) -> None:
-    """Writes codes [Q, T], with the codec settings that `read` checks before decoding."""
+def write(path: str | Path, codes: np.ndarray, num_samples: int, codec: Codec) -> None:
+    """Writes codes [Q, T], with what `read` checks before decoding."""
+    config = codec.config
     fields = {
         "codes": np.asarray(codes).astype(np.int16),
         "sample_rate": config.sample_rate,
@@ -39,12 +43,13 @@ def write(path: str | Path, codes: np.ndarray, num_samples: int, config: CodecCo
         "num_channels": config.num_channels,
         "hop_length": config.hop_length,
         "codebook_size": config.quantizer.codebook_size,
+        _FINGERPRINT: quantizer_fingerprint(codec),
     }
     files.write_atomically(path, lambda file: np.savez(file, **fields))
 
 
-def read(path: str | Path, config: CodecConfig) -> CodeFile:
-    """Reads a code file and checks that a codec of `config` can decode it. Nothing is unpickled.
+def read(path: str | Path, codec: Codec) -> CodeFile:
+    """Reads a code file and checks that a codec can decode it. Nothing is unpickled.
 
     Raises:
       ValueError: The file is no .npz, lacks a key, or has codes that do not fit the codec.
@@ -61,9 +66,21 @@ def read(path: str | Path, config: CodecConfig) -> CodeFile:
         if key not in fields:
             raise ValueError(f"{path}: missing key {key!r}")
     try:
-        return _check(fields, config)
+        file = _check(fields, codec.config)
+        if _FINGERPRINT in fields:
+            check_quantizer(str(fields[_FINGERPRINT]), codec)
+        return file
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_quantizer(fingerprint: str, codec: Codec) -> None:
+    """Raises ValueError unless codes with this `quantizer_fingerprint` are those of the codec."""
+    own = quantizer_fingerprint(codec)
+    if fingerprint != own:
+        raise ValueError(
+            f"the codes are of another codec (quantizer {fingerprint}, this checkpoint has {own})"
+        )
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -72,7 +89,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("it holds a single array")
     fields = {}
     with archive:
-        for key in ("codes", *_KEYS):
+        for key in ("codes", *_KEYS, _FINGERPRINT):
             if key in archive:
                 fields[key] = archive[key]
     for key, value in fields.items():

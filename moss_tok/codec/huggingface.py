@@ -17,7 +17,12 @@ import numpy as np
 
 from moss_tok import tensors
 from moss_tok.codec.config import CodecConfig, QuantizerConfig, TransformerConfig
-from moss_tok.codec.huggingface_config import read_config, write_config
+from moss_tok.codec.huggingface_config import (
+    identity_sizes,
+    read_config,
+    with_expressible_layout,
+    write_config,
+)
 from moss_tok.tensors import Tensor
 
 _BLOCK_NAMES = {
@@ -161,6 +166,8 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     """
     files = tensors.tensor_files(path)
     config = read_folder_config(path, files)
+    for name in identity_sizes(config):
+        files.pop(name, None)
     names = {tensor.name for tensor in tensor_table(config, component)}
     return config, tensors.read_tensors(path, files, tensor_table(config), names)
 
@@ -172,7 +179,10 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
       path: An empty folder.
       config: The codec.
       params: All its parameters, arrays of any float type.
-      dtype: Type of the written tensors, "float32" or "bfloat16".
+      dtype: Type of the written tensors, "float32", "float16" or "bfloat16".
     """
+    if not config.official_json:
+        config = with_expressible_layout(config)
     (path / "config.json").write_text(write_config(config, dtype))
-    tensors.write_folder(path, tensor_table(config), params, dtype)
+    identities = {name: np.eye(n, dtype=dtype) for name, n in identity_sizes(config).items()}
+    tensors.write_folder(path, tensor_table(config), params, dtype, identities)

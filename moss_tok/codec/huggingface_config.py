@@ -44,6 +44,9 @@ _SIZES = {
     "dim_feedforward": "mlp_dim",
 }
 _OPTIONAL = {"layer_scale": "layer_scale", "max_period": "max_period"}
+# Our own key: tensors that are identity matrices, because the classes of layout v2 have projections
+# in every stage and this codec has not.
+IDENTITIES = "identity_projections"
 _QUANTIZER_TYPES = ("rlfq", "random_prefix_rlfq")
 _TOP_KEYS = {
     "sampling_rate", "downsample_rate", "causal_transformer_context_duration", "encoder_kwargs",
@@ -52,7 +55,7 @@ _TOP_KEYS = {
     # Keys that do not affect the model:
     "reversed_decoder_kwargs", "code_dim", "version", "sample_rate", "dtype", "torch_dtype",
     "architectures", "auto_map", "model_type", "transformers_version", "attention_implementation",
-    "compute_dtype", "codec_weight_dtype", "_name_or_path", "return_dict",
+    "compute_dtype", "codec_weight_dtype", "_name_or_path", "return_dict", IDENTITIES,
 }  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
     interleaved = fields.get("enable_channel_interleave")
     if channels != 1 and interleaved is not True:
         _raise_unsupported("", "enable_channel_interleave", interleaved, [True])
-    names = None if tensor_names is None else set(tensor_names)
+    names = None if tensor_names is None else set(tensor_names) - set(fields.get(IDENTITIES, []))
     layout = _layout_of_fields(fields) if names is None else _layout_of_tensors(names)
     encoder = _read_modules(fields, "encoder", layout, names, channels)
     decoder = _read_modules(fields, "decoder", layout, names, channels)
@@ -213,6 +216,14 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
     return _build(QuantizerConfig, "quantizer_kwargs.", **{name: kwargs[name] for name in names})
 
 
+def with_expressible_layout(config: CodecConfig) -> CodecConfig:
+    """The codec with layout "v2" if "v1", which has one context for all stages, cannot express it.
+
+    The layout affects the names of tensors and the keys of config.json only, not the computation.
+    """
+    return dataclasses.replace(config, layout="v2") if len(_contexts(config)) > 1 else config
+
+
 def write_config(config: CodecConfig, dtype: str) -> str:
     """Returns the text of an official config.json for a codec.
 
@@ -221,11 +232,8 @@ def write_config(config: CodecConfig, dtype: str) -> str:
     `AutoModel.from_pretrained(path, trust_remote_code=True)` finds the classes online.
 
     Args:
-      config: The codec.
-      dtype: Type of the tensors beside it, "float32" or "bfloat16".
-
-    Raises:
-      ValueError: Layout v1 cannot express this codec, whose stages have several contexts.
+      config: The codec; its layout must be able to express it.
+      dtype: Type of the tensors beside it, "float32", "float16" or "bfloat16".
     """
     fields = parse_json_object(config.official_json) if config.official_json else _fields(config)
     auto_map = fields.get("auto_map") or {}
@@ -237,29 +245,43 @@ def write_config(config: CodecConfig, dtype: str) -> str:
         name = auto_map.get(key, name)
         auto_map[key] = name if "--" in name else f"{repository}--{name}"
     fields["auto_map"] = auto_map
+    if sizes := identity_sizes(config):
+        fields[IDENTITIES] = list(sizes)
     fields["dtype"] = dtype
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _fields(config: CodecConfig) -> dict[str, Any]:
-    quantizer = dataclasses.asdict(config.quantizer) | {"quantizer_type": "rlfq"}
+def identity_sizes(config: CodecConfig) -> dict[str, int]:
+    """Names and sizes of the projections that layout v2 has in every stage and this codec lacks."""
+    sizes = {}
+    for side in ("encoder", "decoder"):
+        for i, module in enumerate(getattr(config, side)):
+            if config.layout == "v2" and isinstance(module, TransformerConfig):
+                if not module.input_projection:
+                    sizes[f"{side}.{i}.input_proj.weight"] = module.model_dim
+                if not module.output_projection:
+                    sizes[f"{side}.{i}.output_proj.weight"] = module.model_dim
+    return sizes
+
+
+def _contexts(config: CodecConfig) -> set[float]:
+    """The attention contexts of all stages, in seconds."""
     contexts = set()
     for module in (*config.encoder, *config.decoder):
         if isinstance(module, TransformerConfig):
             contexts.add(module.context_seconds)
-    if config.layout == "v1" and len(contexts) > 1:
-        seconds = ", ".join(f"{context:g}" for context in sorted(contexts))
-        raise ValueError(
-            f"the official v1 layout has one context for all stages, this codec has {seconds} s; "
-            "train it with layout v2"
-        )
+    return contexts
+
+
+def _fields(config: CodecConfig) -> dict[str, Any]:
+    quantizer = dataclasses.asdict(config.quantizer) | {"quantizer_type": "rlfq"}
     fields = {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
         "sampling_rate": config.sample_rate,
         "sample_rate": config.sample_rate,
         "downsample_rate": config.hop_length,
-        "causal_transformer_context_duration": max(contexts, default=10.0),
+        "causal_transformer_context_duration": max(_contexts(config), default=10.0),
         "code_dim": config.quantizer.output_dim,
         "encoder_kwargs": [_module_fields(m, config.layout) for m in config.encoder],
         "decoder_kwargs": [_module_fields(m, config.layout) for m in config.decoder],

@@ -18,7 +18,9 @@ from moss_tok.errors import is_number
 from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
 
-WHOLE_SECONDS = 60.0  # longer audio is computed in chunks
+# The rule for all audio, here and in the commands: up to a minute is computed at once, and longer
+# audio in chunks.
+WHOLE_SECONDS = 60.0
 CHUNK_SECONDS = 20.0  # not shorter, because each chunk reads all weights again
 
 
@@ -95,6 +97,16 @@ def bucket_frames(num_frames: int, per_octave: int = 8) -> int:
     return -(-num_frames // step) * step
 
 
+def is_long(seconds: float) -> bool:
+    """Whether audio of this length is computed in chunks."""
+    return seconds > WHOLE_SECONDS
+
+
+def chunk_frames(config: CodecConfig, seconds: float | None = None) -> int:
+    """Code frames of a chunk of `seconds` (default: CHUNK_SECONDS), at least one."""
+    return max(1, round((CHUNK_SECONDS if seconds is None else seconds) * config.frame_rate))
+
+
 def encode(
     codec: Codec,
     wav: jax.Array,
@@ -135,8 +147,8 @@ def encode(
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
     _check_num_samples("EncoderStream", wav.shape[-1])
     num_frames = codec.config.num_frames(wav.shape[-1])
-    chunk_frames = _chunk_frames(codec, num_frames, chunk_seconds)
-    return _encode(codec, wav, lengths, num_quantizers, chunk_frames)
+    frames_per_chunk = _frames_per_chunk(codec, num_frames, chunk_seconds)
+    return _encode(codec, wav, lengths, num_quantizers, frames_per_chunk)
 
 
 def decode(
@@ -177,8 +189,8 @@ def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) ->
     _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
     if num_quantizers is None:
         num_quantizers = codes.shape[1]
-    chunk_frames = _chunk_frames(codec, codes.shape[-1], chunk_seconds)
-    return _decode(codec, codes, lengths, num_quantizers, chunk_frames)
+    frames_per_chunk = _frames_per_chunk(codec, codes.shape[-1], chunk_seconds)
+    return _decode(codec, codes, lengths, num_quantizers, frames_per_chunk)
 
 
 def _check_num_samples(alternative: str, number: int) -> None:
@@ -195,12 +207,19 @@ def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None)
 
 
 def encode_batch(
-    codec: Codec, wavs: Sequence[np.ndarray], num_quantizers: int | None = None
+    codec: Codec,
+    wavs: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    num_frames: int | None = None,
 ) -> list[np.ndarray]:
-    """Encodes recordings [C, S] of similar length -> [Q, T] each, padded to few shapes."""
+    """Encodes recordings [C, S] of similar length -> [Q, T] each.
+
+    They are padded to `num_frames`; default: the bucket of the longest, see `bucket_frames`.
+    """
     lengths = np.array([wav.shape[-1] for wav in wavs])
-    max_frames = codec.config.num_frames(int(lengths.max()))
-    size = bucket_frames(max_frames) * codec.config.hop_length
+    if num_frames is None:
+        num_frames = bucket_frames(codec.config.num_frames(int(lengths.max())))
+    size = num_frames * codec.config.hop_length
     encoded = encode(codec, stack(wavs, size), lengths, num_quantizers)
     rows = []
     for codes, length in zip(np.asarray(encoded.codes), lengths.tolist(), strict=True):
@@ -217,12 +236,18 @@ def decode_one(codec: Codec, codes: np.ndarray, num_quantizers: int | None = Non
 
 
 def decode_batch(
-    codec: Codec, codes: Sequence[np.ndarray], num_quantizers: int | None = None
+    codec: Codec,
+    codes: Sequence[np.ndarray],
+    num_quantizers: int | None = None,
+    num_frames: int | None = None,
 ) -> list[np.ndarray]:
-    """`decode_one` for recordings [q, T] of similar length -> [C, T * hop_length] each."""
+    """`decode_one` for recordings [q, T] of similar length -> [C, T * hop_length] each.
+
+    They are padded to `num_frames` as in `encode_batch`.
+    """
     lengths = np.array([x.shape[-1] for x in codes])
-    size = bucket_frames(int(lengths.max()))
-    decoded = _decode_prefix(codec, stack(codes, size), lengths, num_quantizers)
+    num_frames = num_frames or bucket_frames(int(lengths.max()))
+    decoded = _decode_prefix(codec, stack(codes, num_frames), lengths, num_quantizers)
     rows = []
     for wav, length in zip(np.asarray(decoded.wav), lengths.tolist(), strict=True):
         rows.append(wav[:, : length * codec.config.hop_length])
@@ -234,24 +259,24 @@ def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
     return np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in recordings])
 
 
-def _chunk_frames(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
+def _frames_per_chunk(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
     """Frames per chunk; `num_frames` if everything is computed at once."""
-    rate = codec.config.frame_rate
+    config = codec.config
     if chunk_seconds is None:
-        chunk_seconds = 0 if num_frames <= WHOLE_SECONDS * rate else CHUNK_SECONDS
+        chunk_seconds = CHUNK_SECONDS if is_long(num_frames / config.frame_rate) else 0
     if not (is_number(chunk_seconds) and chunk_seconds >= 0):
         raise ValueError(f"chunk_seconds must be a number of at least 0, got {chunk_seconds!r}")
     if chunk_seconds == 0:
         return num_frames
-    num_chunks = -(-num_frames // max(1, round(chunk_seconds * rate)))
+    num_chunks = -(-num_frames // chunk_frames(config, chunk_seconds))
     return -(-num_frames // num_chunks)  # chunks of equal size need little padding
 
 
-@functools.partial(jax.jit, static_argnames=("num_quantizers", "chunk_frames"))
-def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) -> Encoded:
+@functools.partial(jax.jit, static_argnames=("num_quantizers", "frames_per_chunk"))
+def _encode(codec: Codec, wav, lengths, num_quantizers: int, frames_per_chunk: int) -> Encoded:
     c = codec.config
     num_frames = c.num_frames(wav.shape[-1])
-    if chunk_frames == num_frames:
+    if frames_per_chunk == num_frames:
         wav = _pad(zero_past(wav, lengths), c.hop_length).astype(jnp.float32)
         codes = codec.apply(wav, num_quantizers, method="encode").codes
     else:
@@ -262,16 +287,16 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, chunk_frames: int) 
 
         codes = jnp.zeros((wav.shape[0], num_quantizers, num_frames), jnp.int32)
         units = (c.hop_length, 1)
-        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, units, chunk_frames)
+        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, units, frames_per_chunk)
     lengths = c.num_frames(lengths)
     return Encoded(zero_past(codes, lengths), lengths)
 
 
-@functools.partial(jax.jit, static_argnames="chunk_frames")
-def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> Decoded:
+@functools.partial(jax.jit, static_argnames="frames_per_chunk")
+def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int) -> Decoded:
     c = codec.config
     mask = prefix_mask(codes, num_quantizers)
-    if chunk_frames == codes.shape[-1]:
+    if frames_per_chunk == codes.shape[-1]:
         codes = zero_past(codes, lengths)
         wav = codec.apply(codes, mask, method="decode")
     else:
@@ -282,13 +307,13 @@ def _decode(codec: Codec, codes, lengths, num_quantizers, chunk_frames: int) -> 
         shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
         wav = jnp.zeros(shape, jnp.float32)
         units = (1, c.hop_length)
-        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, units, chunk_frames)
+        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, units, frames_per_chunk)
     lengths = lengths * c.hop_length
     return Decoded(zero_past(wav, lengths), lengths)
 
 
 def _scan_chunks(
-    codec: Codec, side: str, step, x, lengths, out, units: tuple[int, int], chunk_frames: int
+    codec: Codec, side: str, step, x, lengths, out, units: tuple[int, int], frames_per_chunk: int
 ) -> jax.Array:
     """Applies `step` to the chunks of x [B, *, S] in order, and writes the results into `out`.
 
@@ -304,19 +329,19 @@ def _scan_chunks(
       lengths: [B] valid entries of x along its last axis.
       out: Array of zeros to write into.
       units: Entries of one code frame along the last axis of x and of out.
-      chunk_frames: Code frames per chunk.
+      frames_per_chunk: Code frames per chunk.
     """
     in_unit, out_unit = units
     batch = x.shape[0]
     num_frames = out.shape[-1] // out_unit
-    num_chunks = -(-num_frames // chunk_frames)
-    first_count = num_frames - (num_chunks - 1) * chunk_frames
+    num_chunks = -(-num_frames // frames_per_chunk)
+    first_count = num_frames - (num_chunks - 1) * frames_per_chunk
 
     def scan_step(carry, index):
         caches, out = carry
-        start = jnp.maximum(0, first_count + (index - 1) * chunk_frames)
-        count = jnp.where(index == 0, first_count, chunk_frames)
-        chunk = _slice(x, start * in_unit, chunk_frames * in_unit)
+        start = jnp.maximum(0, first_count + (index - 1) * frames_per_chunk)
+        count = jnp.where(index == 0, first_count, frames_per_chunk)
+        chunk = _slice(x, start * in_unit, frames_per_chunk * in_unit)
         chunk = zero_past(chunk, lengths - start * in_unit)
         span = Span(jnp.broadcast_to(start, (batch,)), jnp.broadcast_to(count, (batch,)))
         result, caches = step(caches, chunk, span)

@@ -25,17 +25,20 @@ COMPONENTS = ("all", "encoder", "decoder", "quantizer")
 
 
 def load(
-    path: str | storage.Path, component: str = "all", compute: ComputeConfig | None = None
+    path: str | storage.Path | None = None,
+    component: str = "all",
+    compute: ComputeConfig | None = None,
 ) -> Codec:
-    """Loads a codec from disk, from a bucket or from the Hugging Face Hub.
+    """Loads the codec that comes with the package, or one from disk, a bucket or the Hub.
 
-        codec = moss_tok.load("runs/quickstart")
+        codec = moss_tok.load()
         codes, lengths = moss_tok.encode(codec, wav)  # wav [B, C, S]
 
     Args:
       path: One of: a checkpoint; a training workdir, of which the newest step is loaded (both may
         be in a bucket, gs://...); a directory in the official Hugging Face layout; or, if
         huggingface_hub is installed, a Hub id such as "OpenMOSS-Team/MOSS-Audio-Tokenizer".
+        Default: the small codec that comes with the package.
       component: "all"; "encoder" or "decoder", to read only that side and the quantizer into
         memory; or "quantizer", to read that alone.
       compute: Types, precision and attention of the computation. The default, float32 at the
@@ -71,7 +74,7 @@ def _return_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def load_config(path: str | storage.Path) -> CodecConfig:
+def load_config(path: str | storage.Path | None = None) -> CodecConfig:
     """The config of the codec that `load(path)` loads. Raises the same errors."""
     folder = checkpoint.find_checkpoint(path)
     if tensors.is_official(folder):
@@ -93,10 +96,24 @@ def param_shapes(config: CodecConfig) -> dict[str, Any]:
 
 def fingerprint(codec: Codec) -> str:
     """A short hash of a codec's config and parameters; codecs with equal ones give equal codes."""
-    config = dataclasses.replace(codec.config, official_json="")
+    return _digest(codec.config, codec.params)
+
+
+def quantizer_fingerprint(codec: Codec) -> str:
+    """A hash of config and quantizer: codecs with equal ones can decode each other's codes.
+
+    It is the same whichever component was loaded, in either official layout, and after fine-tuning
+    the decoder alone.
+    """
+    config = dataclasses.replace(codec.config, layout="v1")
+    return _digest(config, codec.params["quantizer"])
+
+
+def _digest(config: CodecConfig, params: Any) -> str:
+    config = dataclasses.replace(config, official_json="")
     digest = hashlib.sha256(config.to_json().encode())
     leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(codec.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         leaves[jax.tree_util.keystr(path)] = leaf
     for name in sorted(leaves):
         digest.update(name.encode())
@@ -111,6 +128,9 @@ def to_device(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def save(path: str | Path, config: CodecConfig, params: Any) -> None:
-    """Writes a codec as a new checkpoint directory; see `checkpoint.save`."""
-    checkpoint.save(path, {"config.json": config.to_json()}, {"params": params})
+def save(
+    path: str | Path, config: CodecConfig, params: Any, files: dict[str, str] | None = None
+) -> None:
+    """Writes a codec, and other text files by name, as a new checkpoint; see `checkpoint.save`."""
+    texts = {"config.json": config.to_json()} | (files or {})
+    checkpoint.save(path, texts, {"params": params})

@@ -38,6 +38,9 @@ class Quantized(NamedTuple):
         return summary.describe_arrays("Quantized", **self._asdict())
 
 
+# Not nn.WeightNorm, which wraps a layer and calls it: the quantizers need the kernels themselves,
+# stacked for one scan. It also names its scale by path and gives it no logical axes, so existing
+# checkpoints would not load and the gains would not be sharded.
 class WeightNormProjection(nn.Module):
     """Weight-normalized linear map with bias: kernel = gain * direction / |direction|.
 

@@ -12,6 +12,7 @@ from moss_tok.nn import attention, rope
 from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import Projection, gelu, parameter, scan_layers
+from moss_tok.nn.products import einsum
 
 
 class SelfAttention(nn.Module):
@@ -50,7 +51,7 @@ class SelfAttention(nn.Module):
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
         # Three products instead of one, whose result TPUs would copy part by part.
-        q, k, v = (jnp.einsum("btd,dnh->bnth", x, qkv[:, i], precision=precision) for i in range(3))
+        q, k, v = (einsum("btd,dnh->bnth", x, qkv[:, i], precision) for i in range(3))
         q = rope.apply_rope(q, table)
         k = rope.apply_rope(k, table)
         if past is None:
@@ -59,7 +60,7 @@ class SelfAttention(nn.Module):
         else:
             x = attention.attend_cached(q, k, v, past, span.start, precision)
             fresh = past.fresh(span, k, v)
-        return jnp.einsum("bnth,nhd->btd", x, out, precision=precision), fresh
+        return einsum("bnth,nhd->btd", x, out, precision), fresh
 
 
 class FeedForward(nn.Module):
@@ -76,9 +77,9 @@ class FeedForward(nn.Module):
         precision = self.compute.precision
         up = parameter(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), 1, dtype)
         down = parameter(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), 1, dtype, scale)
-        x = jnp.einsum("btd,df->btf", x, up, precision=precision)  # [B, T, F]
+        x = einsum("btd,df->btf", x, up, precision)  # [B, T, F]
         x = gelu(x)
-        return jnp.einsum("btf,fd->btd", x, down, precision=precision)
+        return einsum("btf,fd->btd", x, down, precision)
 
 
 class Block(nn.Module):
@@ -171,7 +172,9 @@ class Stage(nn.Module):
             (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), table, span)
         else:
             # The cache is read layer by layer and written once, so no copy of it is needed.
-            layers = scan_layers(Block, c.num_layers, self.compute.remat)
+            layers = scan_layers(
+                Block, c.num_layers, self.compute.remat, self.compute.unroll_layers
+            )
             x, fresh = layers(*block_args, name="layers")(x, cache, table, span)
             if cache is not None:
                 cache = cache.write(span, fresh)

@@ -1,9 +1,9 @@
-"""Training data: grain pipelines whose every batch is a function of (seed, index)."""
+"""Training data: grain pipelines whose every batch is a function of (seed, index).
 
+`read_codes` reads what `moss-tok tokenize` wrote. It is imported on first use: grain is slow to
+import, and audio alone does not need it.
+"""
 
-def __getattr__(name: str):
-    if name != "read_codes":
-        raise AttributeError(f"module 'moss_tok.data' has no attribute {name!r}")
-    from moss_tok.data import codes  # grain is slow to import, and not needed for audio alone
+import lazy_loader
 
-    return codes.read_codes
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

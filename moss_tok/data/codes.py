@@ -5,7 +5,6 @@ A record is a msgpack map: `id`, `codes` (int16 little-endian, [Q, T] row by row
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from grain.sources import ArrayRecordDataSource
 from moss_tok import storage, summary
 from moss_tok.data import records
 from moss_tok.data.config import PLAN
-from moss_tok.json_files import parse_json_object, read_json_object
+from moss_tok.json_files import parse_json_line, parse_json_object, read_json_object, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +162,12 @@ class CodeSource:
         if len(paths) != wanted or not paths:
             raise ValueError(f"{folder}: {len(paths)} of {wanted or 'its'} shards are there")
         paths = records.local_copies(paths)
-        self._lines: list[str] | None = None
+        self._lines: list[tuple[str, str]] | None = None  # (place, text)
         if self.settings["format"] == "jsonl":
-            self._lines = [line for p in paths for line in p.read_text().splitlines()]
+            self._lines = []
+            for path in paths:
+                lines = enumerate(read_lines(path), 1)
+                self._lines += [(f"{path}:{number}", line) for number, line in lines]
         else:
             filled = [str(p) for p in paths if p.stat().st_size]
             self._source = ArrayRecordDataSource(filled) if filled else []
@@ -181,7 +183,8 @@ class CodeSource:
 
     def __getitem__(self, index: int) -> Item:
         if self._lines is not None:
-            fields = json.loads(self._lines[index])
+            place, line = self._lines[index]
+            fields = parse_json_line(line, place)
             codes = np.array(fields.pop("audio_codes"), np.int16).T
             return Item(fields.pop("id"), codes, fields.pop("num_samples"), fields)
         fields = msgpack.unpackb(self._source[index])

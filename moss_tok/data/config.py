@@ -8,8 +8,8 @@ from moss_tok.settings import count, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioDataConfig:
-    """Segments of recordings, and their random augmentation."""
+class DataConfig:
+    """What segments of audio and recordings as codes have in common."""
 
     train_data: str = setting(
         "",
@@ -32,6 +32,22 @@ class AudioDataConfig:
         above=0,
         at_most=600,
     )
+    max_failed_share: float = setting(
+        0.1,
+        "the run ends with an error if more than this share of reads fails",
+        at_least=0,
+        at_most=1,
+        free=True,
+    )
+
+    def __post_init__(self):
+        settings.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioDataConfig(DataConfig):
+    """Segments of recordings, and their random augmentation."""
+
     silence_db: float = setting(
         -60.0,
         "segments with an RMS level (dB re full scale) below this are replaced by other segments",
@@ -74,48 +90,14 @@ class AudioDataConfig:
         at_least=0,
         at_most=600,
     )
-    max_failed_share: float = setting(
-        0.1,
-        "the run ends with an error if more than this share of reads fails",
-        at_least=0,
-        at_most=1,
-        free=True,
-    )
     num_workers: int = count(
         0, "number of processes that read data; 0: threads of the training process", free=True
     )
 
-    def __post_init__(self):
-        settings.check(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class CodeDataConfig:
+class CodeDataConfig(DataConfig):
     """Codes that `moss-tok tokenize` wrote, or JSON lines; batches are packed by length."""
-
-    train_data: str = setting("", "training data: folders of codes, SOURCE[:WEIGHT],...")
-    eval_data: str = setting(
-        "",
-        "folders of codes whose test split is evaluated; empty: those of train_data",
-        free=True,
-    )
-    batch_size: int = count(8, "number of recordings per step", at_least=1)
-    segment_seconds: float = setting(
-        0.96,
-        "longest recording to train on, in seconds, rounded down to whole code frames",
-        above=0,
-        at_most=600,
-    )
-    max_failed_share: float = setting(
-        0.1,
-        "the run ends with an error if more than this share of reads fails",
-        at_least=0,
-        at_most=1,
-        free=True,
-    )
-
-    def __post_init__(self):
-        settings.check(self)
 
 
 PLAN = "plan.json"  # identifies a folder of codes

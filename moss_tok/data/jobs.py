@@ -1,11 +1,12 @@
-"""Work in shards that several processes share: one plan, and shards that appear when complete.
+"""Jobs that write shards and that several processes share: a plan, and complete shards.
 
-A folder of such work holds a file with the plan, the shards, and in `parts/` a file for each
-finished shard with what its end needs to know. A run that was interrupted writes the shards that
-are missing; a run with another plan is refused.
+The folder of a job holds a file with the plan, the shards, and in `parts/` a file for each finished
+shard with what the summary at the end needs. A job that was interrupted writes the missing shards
+when it is started again; a job with another plan is refused.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,11 +21,49 @@ from moss_tok.audio import files
 from moss_tok.json_files import read_json_object
 
 _PARTS = "parts"
-_SILENT_SECONDS = 3600  # a process of another host counts as gone when its file is that old
+_SILENT_SECONDS = 3600  # the process of another host has ended if its file is older than this
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard to write: its file name, and the items that go into it."""
+
+    name: str
+    items: tuple[Any, ...] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The work of a job.
+
+    Attributes:
+      folder: The folder of the shards.
+      settings: Settings of the job.
+      shards: All shards.
+      suffix: Suffix of the names of the parts.
+    """
+
+    folder: Path
+    settings: Any
+    shards: tuple[Shard, ...] = dataclasses.field(repr=False)
+    suffix: str
+
+    @property
+    def num_items(self) -> int:
+        """Number of items in all shards."""
+        return sum(len(shard.items) for shard in self.shards)
+
+    def part_path(self, shard: Shard) -> Path:
+        """The file in `parts/` of a shard."""
+        return self.folder / _PARTS / f"{shard.name}{self.suffix}"
+
+    def is_done(self, shard: Shard) -> bool:
+        """Whether a shard and its part exist."""
+        return (self.folder / shard.name).exists() and self.part_path(shard).exists()
 
 
 def check_folder(folder: str | Path, plan_name: str) -> None:
-    """Raises ValueError unless the work can go there: a new or empty folder, or one with a plan."""
+    """Raises ValueError unless a job can use the folder: a new or empty one, or one with a plan."""
     path = storage.to_local_path(folder)
     if not str(folder) or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {str(folder)!r}")
@@ -39,10 +78,10 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other: str) -> Non
     """Writes the plan, or checks that the folder has the same one.
 
     Args:
-      folder: Of the work.
-      plan_name: The file of the plan.
-      plan: What has to be the same.
-      other: What the error says that a folder with another plan holds.
+      folder: The folder of the job.
+      plan_name: Name of the file with the plan.
+      plan: The plan.
+      other: What a folder with another plan holds, for the error message.
 
     Raises:
       ValueError: The folder holds something else.
@@ -63,29 +102,19 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other: str) -> Non
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A short hash of JSON values, in their order."""
+    """A short hash of JSON values; depends on their order."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return hashed.hexdigest()[:16]
 
 
-def part_path(folder: Path, shard: str, suffix: str) -> Path:
-    """The file in `parts/` of a shard."""
-    return folder / _PARTS / f"{shard}{suffix}"
-
-
-def is_done(folder: Path, shard: str, suffix: str) -> bool:
-    """Whether a shard and its part are there."""
-    return (folder / shard).exists() and part_path(folder, shard, suffix).exists()
-
-
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file of this process alone that becomes `path`, or nothing, when the block ends.
+    """Gives a temporary path; the file is renamed to `path` on success and removed on failure.
 
     Raises:
-      ValueError: It cannot be written.
+      ValueError: The file cannot be written.
     """
     name = f"{files.INCOMPLETE}{path.name}@{socket.gethostname()}@{os.getpid()}"
     temporary = path.with_name(name)
@@ -93,16 +122,16 @@ def new_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(exist_ok=True)
         yield temporary
         temporary.rename(path)
-    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, where disks are full
+    except (OSError, RuntimeError) as error:  # the latter from ArrayRecord, on a full disk
         raise ValueError(f"{path}: could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes the `new_file`s of processes that are gone."""
+    """Removes temporary files (see `new_file`) of processes that have ended."""
     for path in folder.rglob(f"{files.INCOMPLETE}*@*@*"):
-        with contextlib.suppress(FileNotFoundError):  # other processes remove them, too
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if _is_abandoned(path):
                 path.unlink()
 
@@ -115,6 +144,6 @@ def _is_abandoned(path: Path) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # of another user
+    except PermissionError:  # a process of another user
         return False
     return int(process) == os.getpid()  # an earlier process had the number of this one

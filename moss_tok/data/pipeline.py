@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from moss_tok.audio import files
+from moss_tok.audio import files, notes
 from moss_tok.audio.manifest import DOMAINS, TASKS
 from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.sources import Mixture, Source
@@ -258,6 +258,7 @@ def batches(
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         return iter(dataset.to_iter_dataset(options))
     _mark_flags_as_parsed()
+    notes.share_with_workers()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
     return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))

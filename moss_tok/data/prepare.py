@@ -1,7 +1,7 @@
 """Prepares audio for training: a folder or manifest into balanced ArrayRecord shards.
 
-The list of recordings alone decides which shard a recording goes into, and a shard appears only
-when it is complete. So an interrupted preparation can be resumed, and any number of processes or
+The list of recordings alone determines the shard of each recording, and a shard appears only when
+it is complete. So an interrupted preparation can be resumed, and any number of processes or
 machines (`run_beam`) can share the work.
 """
 
@@ -13,7 +13,7 @@ import io
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from moss_tok import storage
 from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
+from moss_tok.data.jobs import Plan, Shard
+from moss_tok.json_files import read_json_lines
 
 _PLAN = "prepare.json"
 _PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
@@ -37,11 +39,11 @@ class Settings:
     """How recordings are prepared.
 
     Attributes:
-      sample_rate: Hz to resample to; 0: each file's own.
-      num_shards: Per split; 0: one per `shard_hours`.
-      shard_hours: Audio per shard where num_shards is 0.
+      sample_rate: Hz to resample to; 0: keep the rate of each file.
+      num_shards: Shards per split; 0: one per `shard_hours`.
+      shard_hours: Audio per shard if num_shards is 0.
       min_seconds: Shorter recordings are rejected.
-      max_seconds: Longer ones without a transcript or caption are cut into equal parts.
+      max_seconds: Longer recordings without transcript or caption are cut into equal parts.
     """
 
     sample_rate: int = 0
@@ -65,14 +67,6 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """A shard to be written: its file name, and its recordings (path, split, domain, metadata)."""
-
-    name: str
-    items: tuple[AudioItem, ...] = dataclasses.field(repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
 class Record:
     """One record: FLAC bytes and what goes into the manifest."""
 
@@ -81,12 +75,12 @@ class Record:
 
 
 def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
-    """The records of one recording, whichever way the preparation is run.
+    """The records of one recording.
 
-    A FLAC file that needs no change keeps its bytes.
+    A FLAC file that needs no change is stored byte for byte.
 
     Raises:
-      ValueError: It cannot be read, is too short or silent: the reason, after the file's name.
+      ValueError: The file cannot be read, is too short or silent; the message begins with its name.
     """
     audio: Path | files.AudioBytes = item.path
     is_flac = item.path.suffix.lower() == ".flac"
@@ -104,18 +98,18 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
     resampled = settings.sample_rate not in (0, rate)
     subtype = files.subtype(audio)
-    is_flac = is_flac and audio.data[:4] == b"fLaC"  # whatever its name says
+    is_flac = is_flac and audio.data[:4] == b"fLaC"  # the name may be wrong
     if is_flac and not (cut or resampled):
         return [_record(audio.data, name, seconds, metadata)]
     if resampled:
         wav, rate = files.resample(wav, rate, settings.sample_rate), settings.sample_rate
     parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
-    found = []
+    prepared = []
     for number, part in enumerate(parts):
         data = _flac(part, rate, deep=subtype in _DEEP)
         part_name = f"{name}_{number:04d}" if cut else name
-        found.append(_record(data, part_name, part.shape[-1] / rate, metadata))
-    return found
+        prepared.append(_record(data, part_name, part.shape[-1] / rate, metadata))
+    return prepared
 
 
 def record_name(item: AudioItem) -> str:
@@ -137,10 +131,10 @@ def _flac(wav: np.ndarray, rate: int, deep: bool) -> bytes:
     return buffer.getvalue()
 
 
-def plan(items: list[AudioItem], settings: Settings) -> list[Shard]:
-    """Spreads the recordings of each split over shards of about the same length.
+def make_shards(items: list[AudioItem], settings: Settings) -> list[Shard]:
+    """Distributes the recordings of each split over shards of about the same length.
 
-    The recordings are ordered by a hash of their names, so that a shard is a random sample; each
+    The recordings are ordered by a hash of their names, so that a shard is a random sample. Each
     goes into the shard that is shortest so far.
     """
     shards = []
@@ -165,21 +159,19 @@ def _hash(item: AudioItem) -> bytes:
     return hashlib.sha256(storage.name_bytes(item.path)).digest()
 
 
-def write_shard(
-    folder: Path, shard: Shard, settings: Settings, progress: Callable[[], Any] = lambda: None
-) -> None:
-    """Writes one shard and its listing, unless both are there.
+def write_shard(plan: Plan, shard: Shard, progress: Callable[[], Any] = lambda: None) -> None:
+    """Writes one shard and its listing, unless both exist.
 
-    The listing has a line per record (as in the manifest) and per rejected file; the shard is
-    renamed last, so where it exists it is complete.
+    The listing has a line per record (as in the manifest) and per rejected file. The shard is
+    renamed last, so it is complete if it exists.
     """
-    if jobs.is_done(folder, shard.name, _PART):
+    if plan.is_done(shard):
         for _ in shard.items:
             progress()
         return
-    listing = jobs.part_path(folder, shard.name, _PART)
-    with jobs.new_file(folder / shard.name) as temporary:
-        rows = _write_records(temporary, shard, settings, progress)
+    listing = plan.part_path(shard)
+    with jobs.new_file(plan.folder / shard.name) as temporary:
+        rows = _write_records(temporary, shard, plan.settings, progress)
         listing.parent.mkdir(exist_ok=True)
         files.write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
         if not any("record" in row for row in rows):
@@ -189,18 +181,18 @@ def write_shard(
 def _write_records(
     path: Path, shard: Shard, settings: Settings, progress: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    """Writes the records of a shard; the rows of its listing."""
+    """Writes the records of a shard; returns the rows of its listing."""
     rows: list[dict[str, Any]] = []
     count = 0
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for item in shard.items:
             try:
-                found = prepare_file(item, settings)
+                prepared = prepare_file(item, settings)
             except (ValueError, OSError) as error:
                 rows.append({"rejected": str(item.path), "reason": _reason(error, item)})
-                found = []
-            for record in found:
+                prepared = []
+            for record in prepared:
                 writer.write(records.pack(record.audio, record.metadata))
                 rows.append({"path": shard.name, "record": count} | record.metadata)
                 count += 1
@@ -216,11 +208,11 @@ def _reason(error: Exception, item: AudioItem) -> str:
     return str(error).removeprefix(f"{item.path}: ")
 
 
-def begin(source: str | Path, destination: str | Path, settings: Settings) -> list[Shard]:
+def make_plan(source: str | Path, destination: str | Path, settings: Settings) -> Plan:
     """Plans the work and creates the folder, or resumes a folder with the same plan.
 
     Raises:
-      ValueError: No such source, or a destination that holds something else.
+      ValueError: The source does not exist, or the destination holds something else.
     """
     destination = storage.to_local_path(destination)
     items = manifest.find_items(source)
@@ -228,27 +220,26 @@ def begin(source: str | Path, destination: str | Path, settings: Settings) -> li
         raise ValueError(f"{source}: is prepared already, its lines are records of shards")
     for item in items:
         records.check_metadata(record_name(item), item.metadata)
-    shards = plan(items, settings)
+    shards = make_shards(items, settings)
     described = [[s.name, [(str(i.path), i.split, i.domain, i.metadata) for i in s.items]]
                  for s in shards]  # fmt: skip
     text = json.dumps([dataclasses.asdict(settings), described], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    plan_of_work = {"plan": digest}
-    jobs.begin(destination, _PLAN, plan_of_work, "a preparation of other files or settings")
-    return shards
+    jobs.begin(destination, _PLAN, {"plan": digest}, "a preparation of other files or settings")
+    return Plan(destination, settings, tuple(shards), _PART)
 
 
-def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
+def finish(plan: Plan) -> dict[str, Any]:
     """Writes manifest.jsonl, rejected.jsonl and summary.json; returns the summary.
 
     Raises:
-      ValueError: Everything was rejected.
+      ValueError: All recordings were rejected.
     """
-    destination = storage.to_local_path(destination)
-    rows, rejected = [], []
-    for shard in shards:
-        listing = jobs.part_path(destination, shard.name, _PART)
-        for row in map(json.loads, listing.read_text().splitlines()):
+    folder = plan.folder
+    rows = []
+    rejected = []
+    for shard in plan.shards:
+        for _, row in read_json_lines(plan.part_path(shard)):
             (rejected if "rejected" in row else rows).append(row)
     hours: dict[str, float] = collections.defaultdict(float)
     for row in rows:
@@ -257,44 +248,50 @@ def finish(destination: str | Path, shards: list[Shard]) -> dict[str, Any]:
     summary = {
         "hours": {domain: round(h, 4) for domain, h in sorted(hours.items())},
         "records": len(rows),
-        "shards": sum((destination / s.name).stat().st_size > 0 for s in shards),
+        "shards": sum((folder / shard.name).stat().st_size > 0 for shard in plan.shards),
         "rejected": dict(reasons.most_common()),
     }
     for name, lines in (("manifest.jsonl", rows), ("rejected.jsonl", rejected)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        files.write_text(destination / name, text)
-    files.write_text(destination / "summary.json", json.dumps(summary, indent=2) + "\n")
+        files.write_text(folder / name, text)
+    files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not rows:
-        raise ValueError(
-            f"all {len(rejected)} files were rejected, see {destination}/rejected.jsonl"
-        )
-    for shard in shards:
-        if (destination / shard.name).stat().st_size == 0:
-            (destination / shard.name).unlink()
+        raise ValueError(f"all {len(rejected)} files were rejected, see {folder}/rejected.jsonl")
+    for shard in plan.shards:
+        if (folder / shard.name).stat().st_size == 0:
+            (folder / shard.name).unlink()
     return summary
 
 
-def run_local(
-    folder: Path, shards: list[Shard], settings: Settings, num_workers: int
-) -> Iterator[None]:
-    """Writes the shards in `num_workers` processes; yields once per recording."""
+def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda: None) -> None:
+    """Writes the shards in `num_workers` processes; calls `progress` after each recording."""
+    if num_workers == 1:  # a single one need not import everything in another process
+        for shard in plan.shards:
+            write_shard(plan, shard, progress)
+        return
+    notes.share_with_workers()
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
     seen = 0
     with context.Pool(num_workers, _start_worker, (done,)) as pool:
-        arguments = [(folder, shard, settings) for shard in shards]
-        results = [pool.apply_async(_work, a) for a in arguments]
+        alone = _without_shards(plan)
+        results = [pool.apply_async(_work, (alone, shard)) for shard in plan.shards]
         while True:
             finished = all(r.ready() for r in results)
             count = done.value
-            yield from [None] * (count - seen)
+            for _ in range(count - seen):
+                progress()
             seen = count
             if finished:
                 break
             results[-1].wait(0.1)
         for result in results:
-            for note in result.get():
-                notes.say_once(note)
+            result.get()
+
+
+def _without_shards(plan: Plan) -> Plan:
+    """The plan as it is sent to a worker along with each shard."""
+    return dataclasses.replace(plan, folder=plan.folder.absolute(), shards=())
 
 
 def _start_worker(done: Any) -> None:
@@ -302,23 +299,18 @@ def _start_worker(done: Any) -> None:
     _DONE = done
 
 
-def _work(folder: Path, shard: Shard, settings: Settings) -> list[str]:
-    """Writes a shard; returns what was noted so far, for the main process to say."""
-
+def _work(plan: Plan, shard: Shard) -> None:
     def progress():
         with _DONE.get_lock():
             _DONE.value += 1
 
-    write_shard(folder, shard, settings, progress)
-    return notes.taken()
+    write_shard(plan, shard, progress)
 
 
-def run_beam(
-    folder: Path, shards: list[Shard], settings: Settings, runner: str, flags: list[str]
-) -> None:
+def run_beam(plan: Plan, runner: str, flags: list[str]) -> None:
     """Writes the shards in an Apache Beam pipeline: `runner` and any further Beam `flags`.
 
-    `folder` must be one that all workers see.
+    All workers must share the folder of the plan.
     """
     try:
         import apache_beam as beam
@@ -326,10 +318,11 @@ def run_beam(
     except ImportError as error:
         raise ValueError("Beam is not installed: pip install 'moss_tok[beam]'") from error
     options = PipelineOptions([f"--runner={runner}", *flags])
+    alone = _without_shards(plan)
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
-            | "shards" >> beam.Create(shards)
+            | "shards" >> beam.Create(plan.shards)
             | "spread" >> beam.Reshuffle()
-            | "write" >> beam.Map(lambda shard: write_shard(folder, shard, settings))
+            | "write" >> beam.Map(lambda shard: write_shard(alone, shard))
         )

@@ -1,8 +1,8 @@
 """Encodes whole data sets into shards of codes, batched by length and resumable shard by shard.
 
-The recordings are sorted by length and cut into shards. The contents of a shard depend on the data
-set and the settings alone, so a run that was killed resumes with the missing shards, and several
-machines can share them. OUTPUT holds
+The recordings are sorted by length and divided into shards. The contents of a shard depend on the
+data set and the settings alone, so a run that was killed resumes with the missing shards, and
+several machines can share the work. OUTPUT holds
 
   plan.json                 codec, data set and settings; a run with others is refused
   codes-00000-of-00010.*    .array_record (see `moss_tok.data.codes`) or .jsonl (as the fine-tuning
@@ -32,11 +32,12 @@ from moss_tok.codec.inference import Codec
 from moss_tok.data import codes, jobs, records, sources
 from moss_tok.data.batches import BatchEncoder, Found, Statistics
 from moss_tok.data.config import PLAN
+from moss_tok.data.jobs import Plan, Shard
 from moss_tok.errors import check_choice, is_number
 from moss_tok.json_files import read_json_object
 
 FORMATS = ("arrayrecord", "jsonl")
-_MOST_AHEAD = 1000  # recordings, of which some may be longer than is known
+_MAX_AHEAD = 1000  # recordings read ahead; some may be longer than their metadata says
 _PART = ".json"  # suffix of a shard's part
 
 
@@ -65,30 +66,15 @@ class Settings:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
 
-# Recordings with their ids, and why some could not be read.
-Items = Sequence[tuple[str, AudioItem]]
-Failed = dict[str, Exception]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All shards of a data set: (name of the file, its items with their ids)."""
-
-    folder: Path
-    settings: Settings
-    shards: tuple[tuple[str, Items], ...] = dataclasses.field(repr=False)
-
-    @property
-    def num_items(self) -> int:
-        """Recordings in all."""
-        return sum(len(items) for _, items in self.shards)
+Items = Sequence[tuple[str, AudioItem]]  # recordings with their ids
+Failed = dict[str, Exception]  # why recordings could not be read, by id
 
 
 def find_items(source: str) -> list[tuple[str, AudioItem]]:
-    """The recordings of a folder, manifest or ArrayRecord set, each with an id of its own.
+    """The recordings of a folder, manifest or ArrayRecord set, each with a unique id.
 
     Raises:
-      ValueError: Nothing there, or two recordings with one id.
+      ValueError: There are no recordings, or two have the same id.
     """
     if not source:
         raise ValueError("no source of recordings was given")
@@ -118,7 +104,7 @@ def _record(path: storage.Path, number: int) -> AudioItem:
         duration = metadata.get("duration_s")
         if not is_number(duration):
             duration = files.duration_seconds(audio)
-    except ValueError:  # is a failure when its turn comes
+    except ValueError:  # reported as a failure later, when it is encoded
         duration = 0.0
     domain = str(metadata.get("domain", "audio"))
     return AudioItem(path, "", domain, float(duration), number, metadata)
@@ -135,12 +121,15 @@ def _place(item: AudioItem, root: str) -> str:
     return storage.printable(name.removeprefix(f"{root.rstrip('/')}/"))
 
 
-def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> Plan:
-    """Cuts a data set into shards, and writes plan.json or compares it.
+def make_plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> Plan:
+    """Divides a data set into shards, and writes plan.json or compares with it.
+
+    Returns:
+      The plan; items of its shards are (id, AudioItem).
 
     Raises:
-      ValueError: `folder` holds codes of something else, or an item has a name or metadata that
-        cannot be stored.
+      ValueError: `folder` holds other codes, or an item has a name or metadata that cannot be
+        stored.
     """
     for name, item in items:
         records.check_metadata(name, item.metadata)
@@ -169,8 +158,9 @@ def plan(codec: Codec, items: Items, folder: str | Path, settings: Settings) -> 
         "codebook_size": codec.config.quantizer.codebook_size,
     }
     jobs.begin(folder, PLAN, written, "codes of another run")
-    shards = tuple((name, tuple(groups[n])) for name, n in zip(names, sorted(groups), strict=True))
-    return Plan(folder, settings, shards)
+    pairs = zip(names, sorted(groups), strict=True)
+    shards = tuple(Shard(name, tuple(groups[n])) for name, n in pairs)
+    return Plan(folder, settings, shards, _PART)
 
 
 def check_share(shard_index: int, num_shards: int) -> None:
@@ -188,41 +178,44 @@ def run(
     num_shards: int = 1,
     progress: Callable[[float], Any] = lambda seconds: None,
 ) -> Statistics:
-    """Writes the missing ones of every `num_shards`-th shard from `shard_index` on.
+    """Writes every `num_shards`-th shard from `shard_index` on, except those that exist.
 
     Args:
-      codec: With an encoder.
-      plan: The work.
-      shard_index: 0..num_shards - 1.
-      num_shards: Into how many parts the work is split.
-      progress: Called with seconds of audio that are done.
+      codec: A codec with an encoder.
+      plan: The plan of the job.
+      shard_index: Number of this part of the work, 0..num_shards - 1.
+      num_shards: Number of parts of the work.
+      progress: Called with the seconds of audio that were processed.
 
     Raises:
-      ValueError: shard_index out of range.
+      ValueError: shard_index is out of range.
     """
     check_share(shard_index, num_shards)
-    began, settings = time.perf_counter(), plan.settings
+    began = time.perf_counter()
+    settings = plan.settings
     encoder = BatchEncoder(codec, settings.num_quantizers, settings.batch_seconds)
     with ThreadPoolExecutor(settings.num_workers) as pool:
         reader = _Reader(codec, pool, progress)
-        for name, items in plan.shards[shard_index::num_shards]:
-            if not jobs.is_done(plan.folder, name, _PART):
-                _write_shard(plan, name, items, *reader.encode(encoder, items))
+        for shard in plan.shards[shard_index::num_shards]:
+            if plan.is_done(shard):
+                progress(sum(item.duration_seconds for _, item in shard.items))
             else:
-                progress(sum(item.duration_seconds for _, item in items))
+                _write_shard(plan, shard, *reader.encode(encoder, shard.items))
     encoder.statistics.seconds = time.perf_counter() - began
     return encoder.statistics
 
 
-def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Failed) -> None:
+def _write_shard(plan: Plan, shard: Shard, found: Found, failed: Failed) -> None:
     """Writes the codes of a shard, then its part, which `finish` reads."""
-    rows = [(key, item, *found[key]) for key, item in items if key in found]
-    failures = [
-        {"id": key, "path": sources.item_name(item), "reason": str(failed[key])}
-        for key, item in items
-        if key in failed
-    ]
-    with jobs.new_file(plan.folder / name) as path:
+    rows = []
+    failures = []
+    for key, item in shard.items:
+        if key in found:
+            rows.append((key, item, *found[key]))
+        if key in failed:
+            reason = str(failed[key])
+            failures.append({"id": key, "path": sources.item_name(item), "reason": reason})
+    with jobs.new_file(plan.folder / shard.name) as path:
         _WRITERS[plan.settings.format](path, rows)
     part = {
         "num_items": len(rows),
@@ -230,7 +223,7 @@ def _write_shard(plan: Plan, name: str, items: Items, found: Found, failed: Fail
         "ids": jobs.digest([key for key, *_ in rows] + [row["id"] for row in failures]),
         "failures": failures,
     }
-    with jobs.new_file(jobs.part_path(plan.folder, name, _PART)) as path:
+    with jobs.new_file(plan.part_path(shard)) as path:
         path.write_text(json.dumps(part) + "\n")
 
 
@@ -257,7 +250,7 @@ class _Reader:
             except (ValueError, OSError) as error:
                 failed[key] = error
             else:
-                if wav is None or wav.shape[1] > inference.WHOLE_SECONDS * self._shape[0]:
+                if wav is None or inference.is_long(wav.shape[1] / self._shape[0]):
                     long.append((key, functools.partial(self._blocks, item)))
                     continue
                 encoder.add(key, wav, found)
@@ -273,12 +266,12 @@ class _Reader:
         waiting: collections.deque[tuple[str, AudioItem, Future | None]] = collections.deque()
         ahead = 0.0
         for key, item in items:
-            is_long = item.duration_seconds > inference.WHOLE_SECONDS
+            is_long = inference.is_long(item.duration_seconds)
             waiting.append(
                 (key, item, None if is_long else self._pool.submit(_read, item, *self._shape))
             )
             ahead += 0 if is_long else item.duration_seconds
-            while waiting and (ahead > seconds or len(waiting) > _MOST_AHEAD):
+            while waiting and (ahead > seconds or len(waiting) > _MAX_AHEAD):
                 _, first, audio = waiting[0]
                 ahead -= first.duration_seconds if audio else 0
                 yield waiting.popleft()
@@ -290,7 +283,7 @@ class _Reader:
 
 
 def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
-    if not rows:  # nothing could be read; a shard without records cannot be opened
+    if not rows:  # an ArrayRecord file without records cannot be opened
         path.touch()
         return
     with codes.Writer(path) as writer:
@@ -318,26 +311,26 @@ _WRITERS = {"arrayrecord": _write_array_record, "jsonl": _write_jsonl}
 
 
 def finish(plan: Plan) -> dict[str, Any] | None:
-    """Writes failures.jsonl and summary.json once all shards are there; the summary.
+    """Writes failures.jsonl and summary.json when all shards exist.
 
     Returns:
-      None while other machines are at work.
+      The summary; None if other machines have not written all of their shards yet.
 
     Raises:
-      ValueError: Recordings are neither in the shards nor among the failures.
+      ValueError: The recordings of a shard are not those of the plan.
     """
-    if not all(jobs.is_done(plan.folder, name, _PART) for name, _ in plan.shards):
+    if not all(plan.is_done(shard) for shard in plan.shards):
         return None
-    parts = [read_json_object(jobs.part_path(plan.folder, n, _PART)) for n, _ in plan.shards]
+    parts = [read_json_object(plan.part_path(shard)) for shard in plan.shards]
     failures = [row for part in parts for row in part["failures"]]
     num_items = sum(part["num_items"] for part in parts)
-    for part, (name, items) in zip(parts, plan.shards, strict=True):
+    for part, shard in zip(parts, plan.shards, strict=True):
         missing = dict.fromkeys(row["id"] for row in part["failures"])
-        done = [key for key, _ in items if key not in missing]
+        done = [key for key, _ in shard.items if key not in missing]
         if part["num_items"] != len(done) or part["ids"] != jobs.digest([*done, *missing]):
             raise ValueError(
-                f"{plan.folder / name}: {len(items)} recordings in, {part['num_items']} out and "
-                f"{len(missing)} failures, or others"
+                f"{plan.folder / shard.name}: the plan has {len(shard.items)} recordings, the "
+                f"shard {part['num_items']} and {len(missing)} failures, or other recordings"
             )
     jobs.remove_abandoned(plan.folder)
     summary = {
@@ -353,10 +346,10 @@ def finish(plan: Plan) -> dict[str, Any] | None:
 
 
 def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
-    """Calls `finish` once the other processes of this run are done, too.
+    """Waits until the other processes of this run have written their shards; calls `finish`.
 
-    jax.distributed gives the others five minutes after the first one ends, and ends all of them if
-    one has died.
+    jax.distributed gives the others five minutes after the first process ends, and ends all of them
+    if one has died.
     """
     while (summary := finish(plan)) is None:
         time.sleep(poll_seconds)
@@ -368,13 +361,16 @@ def verify(
 ) -> Iterator[tuple[str, int, int]]:
     """Encodes random items again, each alone: yields (id, differing codes, total codes).
 
-    `share` is (i, n): this process verifies the i-th of n parts of them.
+    `share` is (i, n): this process verifies the i-th of n parts of the items.
     """
-    owners = {key: item for _, items in plan.shards for key, item in items}
-    found, c = codes.read_codes(plan.folder), codec.config
-    order = np.random.default_rng(0).permutation(len(found))[:number]
+    owners = {}
+    for shard in plan.shards:
+        owners.update(shard.items)
+    source = codes.read_codes(plan.folder)
+    c = codec.config
+    order = np.random.default_rng(0).permutation(len(source))[:number]
     for index in order[share[0] :: share[1]]:
-        item = found[int(index)]
+        item = source[int(index)]
         wav = _read(owners[item.id], c.sample_rate, c.num_channels)
         alone = inference.encode_one(codec, wav, plan.settings.num_quantizers)
         yield item.id, int((alone != item.codes).sum()), item.codes.size

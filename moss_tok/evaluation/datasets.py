@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moss_tok import storage
+from moss_tok import json_files, storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import TASKS
 
@@ -54,11 +54,12 @@ def read_dataset(path: str | Path) -> Dataset:
     items = []
     texts = []
     lengths = []
-    for number, line in enumerate(manifest.show_reading(manifest.read_lines(path)), 1):
+    rows = json_files.read_json_lines(path, manifest.EXAMPLE, blank_lines=False)
+    for place, fields in manifest.show_reading(rows):
         try:
-            fields, audio, seconds = _parse_line(line, path.parent)
+            audio, seconds = _find_audio(fields, path.parent)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
         domain = storage.printable(str(fields.get("domain") or ""))
         items.append((audio, f"{len(items):06d}_{_safe_stem(audio)}.flac", domain))
         text, task = manifest.read_text(fields)
@@ -69,11 +70,8 @@ def read_dataset(path: str | Path) -> Dataset:
     return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts), tuple(lengths))
 
 
-def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path, float]:
-    """A line's fields, the path of its recording, and the recording's length in seconds."""
-    if not line.strip():
-        raise ValueError("a blank line")
-    fields = manifest.parse_line(line)
+def _find_audio(fields: dict[str, Any], folder: Path) -> tuple[Path, float]:
+    """The path of the recording that a line names, and its length in seconds."""
     name = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
     if name is None:
         raise ValueError(f"no audio path; accepted keys: {', '.join(_AUDIO_KEYS)}")
@@ -83,7 +81,7 @@ def _parse_line(line: str, folder: Path) -> tuple[dict[str, Any], Path, float]:
     seconds = files.duration_seconds(audio)
     if not seconds:
         raise ValueError(f"{audio}: empty audio")
-    return fields, audio, seconds
+    return audio, seconds
 
 
 def _safe_stem(audio: Path) -> str:

@@ -15,7 +15,7 @@ import jinja2
 from moss_tok.audio import files
 from moss_tok.errors import is_number
 from moss_tok.evaluation import report, results
-from moss_tok.json_files import read_json_lines, read_json_object
+from moss_tok.json_files import read_json_object, read_log
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _MAX_NAME_BYTES = 250  # without a suffix: file names have at most 255 bytes
@@ -193,11 +193,11 @@ def write_run(workdir: Path) -> Path:
     config = workdir / "train_config.json"
     if not config.is_file():
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
-    rows = [row for row in read_json_lines(workdir / "metrics.jsonl") if "step" in row]
+    rows = [row for row in read_log(workdir / "metrics.jsonl") if "step" in row]
     curves = workdir / "curves.png"
     if importlib.util.find_spec("matplotlib"):  # otherwise those of the last evaluation stay
         report.save_curves(curves, rows)
-    tables = _evaluation_tables(read_json_lines(workdir / "evaluation.jsonl"))
+    tables = _evaluation_tables(read_log(workdir / "evaluation.jsonl"))
     settings = sorted(read_json_object(config).items())
     setting_rows = [[name, str(value)] for name, value in settings]
     tables.append(("Settings", [["", "value"], *setting_rows]))

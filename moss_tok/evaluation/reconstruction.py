@@ -86,10 +86,10 @@ def reconstruct(
     works.sort(key=lambda work: work.seconds)
     # Finished files stay in the batches: the rounding of a file depends on its batch.
     for batch in _batches(works, codec.config):
-        has_codes = all(_code_file(folder, dataset, work.name).exists() for work in batch)
-        if not has_codes or any(work.missing for work in batch):
+        has_codes = all(_code_file(folder, dataset, work.name).exists() for work in batch.works)
+        if not has_codes or any(work.missing for work in batch.works):
             _reconstruct_batch(codec, batch, folder, dataset)
-        yield from (work.name for work in batch)
+        yield from (work.name for work in batch.works)
 
 
 class _Work(NamedTuple):
@@ -109,17 +109,30 @@ def _list_works(dataset: Dataset, numbers: Sequence[int], folder: Path) -> list[
     return works
 
 
-def _batches(works: Sequence[_Work], config: CodecConfig) -> Iterator[list[_Work]]:
-    """Batches of recordings of similar length; batch sizes are powers of two, for few compiles."""
+class _Batch(NamedTuple):
+    """Recordings of similar length, the rows of the batch, and the frames of a row."""
+
+    works: list[_Work]
+    rows: int
+    num_frames: int
+
+
+def _batches(works: Sequence[_Work], config: CodecConfig) -> Iterator[_Batch]:
+    """Batches in few shapes: full ones and eighths of them, in two lengths per octave.
+
+    Compiling another shape takes longer than computing the padding.
+    """
     buckets: dict[int, list[_Work]] = {}
     for work in works:
         frames = config.num_frames(round(work.seconds * config.sample_rate))
-        buckets.setdefault(bucket_frames(max(1, frames)), []).append(work)
+        buckets.setdefault(bucket_frames(max(1, frames), 2), []).append(work)
     for size, bucket in buckets.items():
         rows = max(1, min(_MAX_BATCH_SIZE, int(_BATCH_SECONDS * config.frame_rate / size)))
+        small = max(1, rows // 8)
         while bucket:
-            rows = 2 ** (min(rows, len(bucket)).bit_length() - 1)
-            yield bucket[:rows]
+            if len(bucket) < rows:
+                rows = small
+            yield _Batch(bucket[:rows], rows, size)
             bucket = bucket[rows:]
 
 
@@ -187,39 +200,38 @@ def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, ra
     files.write(rated / "syn_audios" / name, wav_hat, rate)
 
 
-def _reconstruct_batch(
-    codec: Codec, works: Sequence[_Work], folder: Path, dataset: Dataset
-) -> None:
+def _reconstruct_batch(codec: Codec, batch: _Batch, folder: Path, dataset: Dataset) -> None:
     """Writes the codes of recordings, and their missing reconstructions."""
     config = codec.config
     wavs = []
-    for work in works:
+    for work in batch.works:
         wavs.append(_read_reference(work.audio, config.sample_rate, config.num_channels))
-    arrays = encode_batch(codec, wavs)
-    for wav, array, work in zip(wavs, arrays, works, strict=True):
-        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], config)
-    for n in sorted({n for work in works for n in work.missing}):
+    empty = [np.zeros((config.num_channels, 0), np.float32)] * (batch.rows - len(wavs))
+    arrays = encode_batch(codec, [*wavs, *empty], num_frames=batch.num_frames)
+    for wav, array, work in zip(wavs, arrays, batch.works, strict=False):
+        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], codec)
+    for n in sorted({n for work in batch.works for n in work.missing}):
         rated = _rated_folder(folder, n, dataset)
-        decoded = decode_batch(codec, arrays, n)
-        for wav, wav_hat, work in zip(wavs, decoded, works, strict=True):
+        decoded = decode_batch(codec, arrays, n, batch.num_frames)
+        for wav, wav_hat, work in zip(wavs, decoded, batch.works, strict=False):
             if n in work.missing:
                 wav_hat = wav_hat[:, : wav.shape[1]]
                 _write_pair(rated, work.name, wav, wav_hat, config.sample_rate)
 
 
-def read_codes(folder: Path, dataset: Dataset, name: str, config: CodecConfig) -> np.ndarray:
+def read_codes(folder: Path, dataset: Dataset, name: str, codec: Codec) -> np.ndarray:
     """Reads the codes [Q, T] of a file from OUTPUT/MODEL/codes/DATASET.
 
     Args:
       folder: OUTPUT/MODEL.
       dataset: The data set.
       name: Name of the FLAC file.
-      config: The codec's config.
+      codec: The codec that made them.
 
     Raises:
       ValueError: The file of codes is missing or broken.
     """
-    return codes.read(_code_file(folder, dataset, name), config).codes
+    return codes.read(_code_file(folder, dataset, name), codec).codes
 
 
 def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:

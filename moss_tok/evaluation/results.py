@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.inference import Codec
 from moss_tok.evaluation import metrics, reconstruction
 from moss_tok.evaluation.datasets import Dataset
 from moss_tok.evaluation.scoring import Scores
@@ -130,16 +130,16 @@ def _write_results(path: Path, results: dict[str, Any]) -> None:
     files.write_text(path, json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def write_entropy(folder: Path, dataset: Dataset, config: CodecConfig) -> np.ndarray:
+def write_entropy(folder: Path, dataset: Dataset, codec: Codec) -> np.ndarray:
     """Bits per code that each quantizer uses on a data set, [Q]: the entropy of its histogram.
 
     They are written into OUTPUT/MODEL/entropy.json, by data set. Too little audio gives too low
     values: a codebook of 1024 entries needs about ten thousand frames.
     """
-    size = config.quantizer.codebook_size
-    counts = np.zeros((config.quantizer.num_quantizers, size), np.int64)
+    size = codec.config.quantizer.codebook_size
+    counts = np.zeros((codec.config.quantizer.num_quantizers, size), np.int64)
     for name in dataset.output_names():
-        codes = reconstruction.read_codes(folder, dataset, name, config)
+        codes = reconstruction.read_codes(folder, dataset, name, codec)
         counts += np.stack([np.bincount(row, minlength=size) for row in codes])
     shares = counts / counts.sum(1, keepdims=True)
     logs = np.log2(np.where(shares > 0, shares, 1))

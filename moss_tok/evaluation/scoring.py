@@ -1,5 +1,6 @@
-"""Scores of reconstructed files, resumable: metrics of each pair, in worker processes."""
+"""Scores reconstructed files, resumable: metrics of each pair, in several processes."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -8,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moss_tok.audio import files
+from moss_tok.audio import files, notes
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.datasets import Dataset
-from moss_tok.json_files import read_json_lines
+from moss_tok.json_files import read_log
 
 # File -> metric -> value, and "_errors": metric -> why it is not defined.
 Scores = dict[str, dict[str, Any]]
@@ -48,9 +49,15 @@ def score(
         return {name: scores.get(name, {"_errors": {}}) for name in dataset.output_names()}
     # Rewritten, since an interrupted run may have left an incomplete last line.
     files.write_text(path, "".join(_to_line(name, row) for name, row in scores.items()))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool, path.open("a") as file:
-        work = pool.map(functools.partial(_score, folder), missing, missing.values())
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a"))
+        apply = map
+        if num_workers > 1:  # a single one need not import everything in another process
+            notes.share_with_workers()
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
+            apply = pool.map
+        work = apply(functools.partial(_score, folder), missing, missing.values())
         for name, (values, errors) in zip(missing, work, strict=True):
             row = scores.setdefault(name, {})
             row |= values | {"_errors": row.get("_errors", {}) | errors}
@@ -63,7 +70,7 @@ def score(
 def read_scores(path: Path) -> Scores:
     """Reads a scores.jsonl, in which a file may have several lines; {} if there is none."""
     scores: Scores = {}
-    for row in read_json_lines(path):
+    for row in read_log(path):
         if not {"name", "_errors"} <= row.keys():
             continue
         known = scores.setdefault(row.pop("name"), {})

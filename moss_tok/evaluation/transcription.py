@@ -148,7 +148,7 @@ def write_dataset(
     for number in numbers:
         system = folder / f"rvq{number}"
         if language.config.audio == "codes":
-            arrays = [reconstruction.read_codes(folder, dataset, n, codec.config) for n in names]
+            arrays = [reconstruction.read_codes(folder, dataset, n, codec) for n in names]
             understood = transcribe_codes(codec, language, arrays, number, sampling=sampling)
         elif understood is None:
             paths = [system / dataset.name / "gt_audios" / name for name in names]

@@ -3,18 +3,6 @@
 `load` reads a trained model; `transcribe`, `transcribe_codes` and `transcribe_wavs` return texts.
 """
 
-from moss_tok import import_on_use
+import lazy_loader
 
-_MODULES = {
-    "Language": "moss_tok.language.generate",
-    "LanguageConfig": "moss_tok.language.config",
-    "Sampling": "moss_tok.language.generate",
-    "load": "moss_tok.language.pretrained",
-    "transcribe": "moss_tok.language.generate",
-    "transcribe_codes": "moss_tok.language.generate",
-    "transcribe_wavs": "moss_tok.language.generate",
-}
-
-__all__ = sorted(_MODULES)
-
-__getattr__ = import_on_use(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from moss_tok.errors import check_choice, is_number
+from moss_tok.errors import check_choice, check_positive
 from moss_tok.json_files import from_fields, parse_json_object
 from moss_tok.nn.blocks import BlockConfig
 
@@ -16,7 +16,6 @@ _SHAPES = {
     "0.5b": (896, 24, 14, 2, 4864),
 }
 PRESETS = tuple(_SHAPES)
-_LARGEST = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +52,10 @@ class LanguageConfig:
     audio: str = "codes"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type is not int:
-                continue
-            value = getattr(self, field.name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            smallest = 0 if field.name == "end_id" else 1
-            if not (is_integer and smallest <= value <= _LARGEST):
-                raise ValueError(f"{field.name} must be {smallest}..{_LARGEST}, got {value!r}")
-        for name in ("rope_theta", "norm_epsilon"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        if self.end_id >= self.vocab_size:
-            raise ValueError(f"end_id {self.end_id} must be below vocab_size {self.vocab_size}")
+        check_positive(self, "latents_dim", "vocab_size", "num_layers", "rope_theta")
+        _ = self.block  # checks its values
+        if not 0 <= self.end_id < self.vocab_size:
+            raise ValueError(f"end_id must be 0..{self.vocab_size - 1}, got {self.end_id}")
         check_choice("language_input", self.audio, INPUTS)
 
     @property

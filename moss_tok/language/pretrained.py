@@ -25,7 +25,7 @@ _CONFIG = "language.json"
 _TOKENIZER = "tokenizer.json"
 
 
-def load(path: str | storage.Path, compute: ComputeConfig | None = None) -> Language:
+def load(path: str | storage.Path | None, compute: ComputeConfig | None = None) -> Language:
     """Loads the language model of a checkpoint or training workdir.
 
     `moss_tok.load` loads the codec of the same checkpoint.
@@ -44,7 +44,9 @@ def load(path: str | storage.Path, compute: ComputeConfig | None = None) -> Lang
     folder = checkpoint.find_checkpoint(path)
     config_and_tokenizer = load_config(folder)
     if config_and_tokenizer is None:
-        raise ValueError(f"{path}: has no language model; train one with --language_model")
+        raise ValueError(
+            f"{path or folder}: has no language model; train one with --language_model"
+        )
     config, tokenizer = config_and_tokenizer
     params = checkpoint.read_tree(folder / TREE, nn.meta.unbox(boxed_shapes(config)))
     return Language(params, config, tokenizer, compute or ComputeConfig())

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok import sharding
+from moss_tok.errors import check_positive
 from moss_tok.nn import attention, rope
 from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import parameter, rms_norm, scan_layers
+from moss_tok.nn.products import einsum
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """The architecture of a block.
+    """The architecture of a block; ValueError if its values do not fit together.
 
     Attributes:
       model_dim: Width, D.
@@ -41,6 +43,17 @@ class BlockConfig:
     norm_epsilon: float = 1e-6
     qkv_bias: bool = True
     head_norm: bool = False
+
+    def __post_init__(self):
+        check_positive(
+            self, "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm_epsilon"
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
 
 
 class GroupedAttention(nn.Module):
@@ -94,7 +107,7 @@ class GroupedAttention(nn.Module):
         shape = (c.num_heads, c.head_dim, c.model_dim)
         axes = ("heads", "head_dim", "embed")
         out = parameter(self, "out", shape, axes, 2, self.compute.dtype)
-        return jnp.einsum("bnth,nhd->btd", y, out, precision=precision), fresh
+        return einsum("bnth,nhd->btd", y, out, precision), fresh
 
     def _project(self, name: str, x: jax.Array, num_heads: int) -> jax.Array:
         """[B, T, D] -> [B, num_heads, T, H]."""
@@ -103,7 +116,7 @@ class GroupedAttention(nn.Module):
         axes = ("embed", "heads", "head_dim")
         shape = (c.model_dim, num_heads, c.head_dim)
         kernel = parameter(self, name, shape, axes, 1, dtype)
-        y = jnp.einsum("btd,dnh->bnth", x, kernel, precision=self.compute.precision)
+        y = einsum("btd,dnh->bnth", x, kernel, self.compute.precision)
         if not c.qkv_bias:
             return y
         bias = parameter(self, f"{name}_bias", shape[1:], axes[1:], 0, dtype)
@@ -127,9 +140,9 @@ class SwiGLU(nn.Module):
         gate = parameter(self, "gate", shape, axes, 1, dtype)
         up = parameter(self, "up", shape, axes, 1, dtype)
         down = parameter(self, "down", (self.mlp_dim, self.output_dim), axes[::-1], 1, dtype)
-        gated = jnp.einsum("btd,df->btf", x, gate, precision=precision)
-        widened = jnp.einsum("btd,df->btf", x, up, precision=precision)
-        return jnp.einsum("btf,fd->btd", nn.silu(gated) * widened, down, precision=precision)
+        gated = einsum("btd,df->btf", x, gate, precision)
+        widened = einsum("btd,df->btf", x, up, precision)
+        return einsum("btf,fd->btd", nn.silu(gated) * widened, down, precision)
 
 
 class Block(nn.Module):
@@ -154,7 +167,7 @@ class Block(nn.Module):
 
 def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -> nn.Module:
     """Blocks under one scan: (x, cache, RoPE table, span) -> (x, keys and values of the chunk)."""
-    return scan_layers(Block, num_layers, compute.remat)(config, compute)
+    return scan_layers(Block, num_layers, compute.remat, compute.unroll_layers)(config, compute)
 
 
 def empty_cache(

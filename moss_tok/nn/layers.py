@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from moss_tok.nn import kernels
 from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.products import einsum
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -71,11 +72,13 @@ def parameter(
     return value.astype(dtype)
 
 
-def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") -> type[nn.Module]:
+def scan_layers(
+    block: type[nn.Module], num_layers: int, remat: str = "none", unroll: int = 1
+) -> type[nn.Module]:
     """Stacks `num_layers` copies of `block` under one scan, so that compile time is constant.
 
-    The scan runs over the blocks' parameters and their second argument. `remat` is as in
-    `ComputeConfig`.
+    The scan runs over the blocks' parameters and their second argument. `remat` and `unroll` are as
+    in `ComputeConfig`.
     """
     if remat != "none":
         block = nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
@@ -85,6 +88,7 @@ def scan_layers(block: type[nn.Module], num_layers: int, remat: str = "none") ->
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=num_layers,
+        unroll=min(unroll, num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
@@ -109,10 +113,7 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", shape, self.axes, 1, self.compute.dtype)
         x = x.astype(self.compute.dtype)
-        return jnp.einsum(
-            "bti,io->bto", x, kernel, precision=self.compute.precision,
-            preferred_element_type=self.out_dtype,
-        )  # fmt: skip
+        return einsum("bti,io->bto", x, kernel, self.compute.precision, self.out_dtype)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # only x is saved for the backward pass

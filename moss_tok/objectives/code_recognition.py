@@ -16,8 +16,7 @@ from moss_tok.data.code_batches import CodeShape
 from moss_tok.data.config import CodeDataConfig
 from moss_tok.language.generate import Language
 from moss_tok.objectives import audio, code_data, code_use, text
-from moss_tok.objectives.codec import COUNTS
-from moss_tok.objectives.config import CodecSettings
+from moss_tok.objectives.base import COUNTS
 from moss_tok.objectives.recognition import RecognitionObjective
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import Batch, Evaluation, Progress, Say, TrainingData
@@ -113,7 +112,7 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionO
     from_codes = isinstance(config.data, CodeDataConfig)
     objective = CodeRecognitionObjective if from_codes else RecognitionObjective
     return objective(
-        settings=CodecSettings(model=settings.model, codes=settings.codes, text=settings.text),
+        settings=settings,
         codec=codec,
         compute=config.devices.compute,
         num_samples=audio.segment_samples(config.data, codec),

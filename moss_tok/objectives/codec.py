@@ -7,59 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moss_tok import sharding, storage
-from moss_tok.codec import init as codec_init
-from moss_tok.codec import pretrained
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
 from moss_tok.evaluation import sweep
-from moss_tok.language import pretrained as language_models
-from moss_tok.language.config import LanguageConfig
 from moss_tok.language.generate import Language
-from moss_tok.language.text import Tokenizer
-from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives import audio, code_use, losses, text
+from moss_tok.objectives.base import COUNTS, CodecBasedObjective
 from moss_tok.objectives.config import CodecSettings
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import (
-    Batch,
-    Evaluation,
-    Objective,
-    Progress,
-    Say,
-    Term,
-    TrainingData,
-)
-
-COUNTS = "code_counts"  # entry of the extra state
+from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, TrainingData
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecObjective(Objective):
-    """Mel, waveform, commitment and codebook losses, and the cross-entropy of the text.
-
-    Attributes:
-      settings: See `CodecSettings`.
-      codec: The codec to train.
-      compute: Compute settings of the models.
-      num_samples: S, samples of a segment, whole frames.
-      trainable: "all" or "decoder".
-      fresh: Whether codebooks start from initial values, not from `init_from`.
-      language: The language model that reads the codes; None without one.
-      tokenizer: Tokenizer of its texts.
-    """
+class CodecObjective(CodecBasedObjective):
+    """Mel, waveform, commitment and codebook losses, and the cross-entropy of the text."""
 
     settings: CodecSettings
-    codec: CodecConfig
-    compute: ComputeConfig
-    num_samples: int
-    trainable: str = "all"
-    fresh: bool = True
-    language: LanguageConfig | None = None
-    tokenizer: Tokenizer | None = dataclasses.field(default=None, compare=False)
-
-    param_folders = (text.FOLDER,)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -72,84 +36,14 @@ class CodecObjective(Objective):
         return (*names, *self.masked_terms)
 
     @property
-    def masked_terms(self) -> tuple[str, ...]:
-        """The text term, because only some recordings have a text."""
-        return (text.TERM,) if self.language else ()
-
-    # ------------------------------------------------------------------- parameters and state
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Parameters of the codec, and of the language model as "language"."""
-        params = codec_init.init_boxed(self.codec, key)
-        if self.language is not None:
-            language_key = jax.random.fold_in(key, 3)
-            params |= {text.FOLDER: language_models.init_boxed(self.language, language_key)}
-        return params
-
-    def init_extra(self, key: jax.Array) -> dict[str, Any]:
-        """Counts of codes [Q, K]."""
-        del key
-        return {COUNTS: code_use.zero_counts(self.codec.quantizer)}
-
-    def trained(self, params: dict[str, Any]) -> dict[str, Any]:
-        """All parameters, or those of the decoder."""
-        return params if self.trainable == "all" else {self.trainable: params[self.trainable]}
-
-    @property
     def group_rates(self) -> dict[str, float]:
         """Learning-rate factors; codebooks and the language model have their own."""
-        rates = {"codebooks": self.settings.codebook_learning_rate, "network": 1.0}
-        if self.language:
-            rates["language"] = self.settings.text.language_learning_rate
-        return rates
-
-    def group(self, path: tuple[str, ...]) -> str:
-        """See `group_rates`."""
-        if path[0] == text.FOLDER:
-            return "language"
-        return "codebooks" if path[-1] == "codebooks" else "network"
-
-    # ------------------------------------------------------------------- the step
-
-    def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Audio [C, S], of which the first "length" samples are valid, and texts."""
-        shapes = {
-            "wav": ((self.codec.num_channels, self.num_samples), jnp.float32),
-            "length": ((), jnp.int32),
-        }
-        if self.language is not None:
-            shapes |= text.item_shapes(self.settings.text)
-        return shapes
+        return super().group_rates | {"codebooks": self.settings.codebook_learning_rate}
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        """Draws "in_use" [B, Q], the quantizers in use, and frames to hide from the language model.
-
-        "turn" selects the mel windows of this step.
-        """
-        batch = batch | {"turn": jnp.full(len(batch["length"]), step % self.settings.mel_turns)}
-        num_frames = self.codec.num_frames(batch["wav"].shape[-1])
-        lengths = self.codec.num_frames(batch["length"])
-        return batch | self.draw(key, batch["position"], num_frames, lengths)
-
-    def draw(
-        self, key: jax.Array, positions: jax.Array, num_frames: int, lengths: jax.Array
-    ) -> Batch:
-        """Random draws for items at `positions` [B] with `lengths` [B] valid frames of T."""
-        num_quantizers = self.codec.quantizer.num_quantizers
-        share = self.settings.codes.quantizer_dropout
-        dropout_key, _ = jax.random.split(key)
-        drawn = {"in_use": code_use.draw_dropout(num_quantizers, share, dropout_key, positions)}
-        mask = self.settings.text.language_mask
-        if self.language is not None and mask:
-            mask_key = jax.random.fold_in(key, 2)
-            drawn["hidden"] = text.draw_hidden_frames(
-                mask, num_frames, mask_key, positions, lengths
-            )
-        return drawn
-
-    def masks(self, batch: Batch) -> dict[str, jax.Array]:
-        """The text term counts for recordings that have a text."""
-        return {text.TERM: batch["text_length"] > 0} if self.language else {}
+        """Adds "turn", which selects the mel windows of this step."""
+        turn = jnp.full(len(batch["length"]), step % self.settings.mel_turns)
+        return super().prepare(key, step, batch | {"turn": turn})
 
     def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Reconstructions "wav_hat", losses of codes and text; for `finish`: codes, projections."""
@@ -161,11 +55,7 @@ class CodecObjective(Objective):
             quantized, part["in_use"], part["length"], self.codec.hop_length
         )
         if self.language is not None:
-            frames = quantized.latents if self.language.audio == "codes" else latents
-            num_frames = self.codec.num_frames(part["length"])
-            outputs[text.TERM] = text.cross_entropy(
-                self.language, self.compute, params[text.FOLDER], frames, num_frames, part
-            )
+            outputs[text.TERM] = self.text_loss(params, latents, quantized, part)
         return outputs, (quantized.codes, quantized.projected)
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
@@ -217,8 +107,7 @@ class CodecObjective(Objective):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
         codes, projected = code_use.join_parts(*seen)
-        used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
-        counts = code_use.add_counts(extra[COUNTS], codes, used)
+        counts = self.counts(codes, batch, extra)
         every = self.settings.codes.reseed_every
         if not every or self.trainable != "all":
             return {COUNTS: counts}, trees
@@ -227,6 +116,7 @@ class CodecObjective(Objective):
         due = (step % every == 0) & (step >= first)
         _, reseed_key = jax.random.split(key)
         books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
+        used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
         vectors = code_use.by_quantizer(projected), code_use.by_quantizer(used)
         books, counts = jax.lax.cond(
             due, code_use.reseed, lambda *x: x[:2], books, counts, *vectors, reseed_key
@@ -236,58 +126,6 @@ class CodecObjective(Objective):
             quantizer = tree["quantizer"] | {"codebooks": books[name]}
             changed[name] = tree | {"quantizer": quantizer}
         return {COUNTS: counts}, changed
-
-    # ------------------------------------------------------------------- on the host
-
-    def files(self) -> dict[str, str]:
-        """The configs of the codec and of the language model."""
-        files = {"config.json": self.codec.to_json()}
-        if self.language is not None:
-            files |= language_models.files(self.language, self.tokenizer)
-        return files
-
-    def start(
-        self, init_from: str, params: Any, extra: Any, say: Say
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The codec of `init_from`; the language model of `init_from` or of published weights."""
-        start_params: dict[str, Any] = {}
-        parts = []
-        if init_from:
-            start_params = load_codec(init_from, params)
-            parts.append("generator")
-        start_extra = self.start_extra(init_from, extra)
-        parts += sorted(start_extra)
-        if self.language is not None:
-            head, from_init = text.start_params(
-                self.settings.text, self.language, self.tokenizer, init_from, params[text.FOLDER]
-            )
-            if head is not None:
-                start_params[text.FOLDER] = head
-            if from_init:
-                parts.append("language model")
-        if init_from:
-            say(f"starting from the {' and '.join(parts)} of {init_from}")
-        return start_params, start_extra
-
-    def start_extra(self, init_from: str, extra: Any) -> dict[str, Any]:
-        """Entries of the extra state that `init_from` has."""
-        del init_from, extra
-        return {}
-
-    def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
-        """Opens recordings, as segments."""
-        texts = self.settings.text
-        shape = audio.segment_shape(self.num_samples, self.codec, self.tokenizer, texts)
-        return audio.find_data(config, shape, texts, mirror, say)
-
-    def summary(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Usage of the codebooks."""
-        return code_use.summary(extra[COUNTS])
-
-    def progress(self, values: dict[str, Any]) -> str:
-        """Mean perplexity of the codebooks."""
-        perplexities = values["codebook_perplexity"]
-        return f"perplexity {sum(perplexities) / len(perplexities):.0f}"
 
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
@@ -312,15 +150,6 @@ class CodecObjective(Objective):
         return Evaluation(
             table | scores, "\n\n".join([*texts, distances]), samples, self.codec.sample_rate
         )
-
-
-def load_codec(path: str, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the codec at `path`, with the shardings of `shapes`."""
-    params = {}
-    for name, tree in pretrained.load(path).params.items():
-        shardings = jax.tree.map(lambda x: x.sharding, shapes[name])
-        params[name] = sharding.whole(tree, shardings)
-    return params
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> CodecObjective:

@@ -28,6 +28,8 @@ _COMPRESSION = 0.3  # exponent on magnitudes
 _SOFT_MAGNITUDE = 1e-2  # no compression far below it, because it would amplify rounding errors
 
 
+# Not nn.WeightNorm, for the reasons in codec/quantizer.py; its scale could not start as the norm of
+# the kernel either, so a signal would not keep its size.
 class WeightNormConv(nn.Module):
     """Weight-normalised convolution with bias over the axes between batch and channels.
 

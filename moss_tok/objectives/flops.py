@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moss_tok.codec.config import CodecConfig, PatchConfig, TransformerConfig
 from moss_tok.language.config import LanguageConfig
 from moss_tok.objectives.adversarial import AdversarialObjective
-from moss_tok.objectives.codec import CodecObjective
+from moss_tok.objectives.base import CodecBasedObjective
 from moss_tok.objectives.discriminators import Discriminators, make_discriminators
 from moss_tok.objectives.recognition import RecognitionObjective
 
@@ -79,7 +79,7 @@ def discriminator_flops(objective: AdversarialObjective) -> float:
     return total
 
 
-def item_flops(objective: CodecObjective) -> float:
+def item_flops(objective: CodecBasedObjective) -> float:
     """Useful FLOPs of a training step per item; a backward pass counts as two forward passes.
 
     The discriminators run on recordings and reconstructions with gradients of their parameters

@@ -11,13 +11,16 @@ from moss_tok.codec.model import CodecModel
 from moss_tok.evaluation import sweep
 from moss_tok.language.generate import Language
 from moss_tok.objectives import audio, text
-from moss_tok.objectives.codec import CodecObjective
+from moss_tok.objectives.base import CodecBasedObjective
+from moss_tok.objectives.config import RecognitionSettings
 from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, TrainingData
 
 
 @dataclasses.dataclass(frozen=True)
-class RecognitionObjective(CodecObjective):
+class RecognitionObjective(CodecBasedObjective):
     """Only the cross-entropy of the text; no audio is decoded."""
+
+    settings: RecognitionSettings
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -29,11 +32,7 @@ class RecognitionObjective(CodecObjective):
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
         latents, quantized = apply(part["wav"], part["in_use"], method="quantize")
-        frames = quantized.latents if self.language.audio == "codes" else latents
-        num_frames = self.codec.num_frames(part["length"])
-        loss = text.cross_entropy(
-            self.language, self.compute, params[text.FOLDER], frames, num_frames, part
-        )
+        loss = self.text_loss(params, latents, quantized, part)
         return {text.TERM: loss}, (quantized.codes, quantized.projected)
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:

@@ -3,22 +3,6 @@
 `load` reads a model, `speak` returns audio, and `stream` yields it while it is sampled.
 """
 
-from moss_tok import import_on_use
+import lazy_loader
 
-_MODULES = {
-    "Channel": "moss_tok.speech.sampling",
-    "Request": "moss_tok.speech.layout",
-    "Sampling": "moss_tok.speech.sampling",
-    "Speech": "moss_tok.speech.steps",
-    "SpeechConfig": "moss_tok.speech.config",
-    "Spoken": "moss_tok.speech.generate",
-    "SpokenAudio": "moss_tok.speech.speaking",
-    "load": "moss_tok.speech.pretrained",
-    "speak": "moss_tok.speech.speaking",
-    "stream": "moss_tok.speech.speaking",
-    "with_prompt": "moss_tok.speech.speaking",
-}
-
-__all__ = sorted(_MODULES)
-
-__getattr__ = import_on_use(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

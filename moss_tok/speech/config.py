@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from moss_tok.errors import check_choice, check_types
+from moss_tok.errors import check_choice, check_positive, check_types
 from moss_tok.json_files import from_fields, parse_json_object
 from moss_tok.nn.blocks import BlockConfig
 
@@ -39,17 +39,8 @@ class StackConfig:
     head_norm: bool = True
 
     def __post_init__(self):
-        check_types(self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and value <= 0:
-                raise ValueError(f"{field.name} must be positive, got {value!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        check_positive(self, "num_layers")
+        _ = self.block  # checks the other values
 
     @property
     def block(self) -> BlockConfig:

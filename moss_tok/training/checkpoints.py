@@ -1,9 +1,9 @@
 """Saving and restoring the train state; each saved step is a checkpoint for `moss_tok.load`.
 
-A saved step holds the objective's files (config.json, ...), `params/` (the averaged weights, if
-there is an average), a folder for each part of the parameters or of the extra state that the
-objective stores separately (`language/`, `discriminators/`), and `state/`: everything else that a
-training step changes.
+A saved step holds the objective's files (config.json, ...), `training.json`, `params/` (the
+averaged weights, if there is an average), a folder for each part of the parameters or of the extra
+state that the objective stores separately (`language/`, `discriminators/`), and `state/`:
+everything else that a training step changes.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moss_tok import checkpoint, sharding, storage
+from moss_tok.training import provenance
 from moss_tok.training.config import RunConfig
 from moss_tok.training.objective import Objective, Say
 from moss_tok.training.state import TrainState
@@ -21,18 +22,33 @@ _STATE = "state"
 _COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 
 
+# Orbax's CheckpointManager and Composite are not used. Composite puts everything, config.json too,
+# into a folder per item, so a step would no longer be a checkpoint for `moss_tok.load`, and older
+# workdirs could not be resumed; nor could files.json, by which truncated copies are noticed, be
+# written before the atomic rename. CheckpointManager takes the newest step alone; here, a broken
+# one is set aside and all processes go back to the same earlier one.
 class Checkpoints:
     """The saved steps of a run, WORKDIR/checkpoints/STEP; a context manager.
 
     Saves run in the background; leaving the context waits for them.
     """
 
-    def __init__(self, workdir: storage.Path, config: RunConfig, objective: Objective):
-        """Opens the folder of steps and removes unfinished saves of a killed run."""
+    def __init__(
+        self,
+        workdir: storage.Path,
+        config: RunConfig,
+        objective: Objective,
+        training: dict[str, Any],
+    ):
+        """Opens the folder of steps and removes unfinished saves of a killed run.
+
+        `training` says what produces the checkpoints, see `provenance.describe`.
+        """
         self._folder = storage.absolute(workdir) / checkpoint.STEPS_FOLDER
         self._config = config
         self._objective = objective
         self._files = objective.files()
+        self._training = training
         # The handler writes into the folder immediately, so the folder has to exist.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(checkpoint.CheckpointHandler(), async_options=options)
@@ -69,13 +85,15 @@ class Checkpoints:
         self.wait()
         with storage.named_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
-        folder = self._folder / checkpoint.step_name(int(state.step))
+        step = int(state.step)
+        folder = self._folder / checkpoint.step_name(step)
+        texts = {checkpoint.TRAINING_NAME: provenance.to_text(self._training, step)}
         trees = _folders(self._objective, state)
         trees[_STATE] = _flat(_rest(self._objective, state))
         self._check_space(trees)
         try:
             with storage.named_errors(folder):
-                self._saver.save(folder, args=checkpoint.CheckpointArgs(self._files, trees))
+                self._saver.save(folder, args=checkpoint.CheckpointArgs(self._files | texts, trees))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(

@@ -8,7 +8,13 @@ from typing import Any
 
 from moss_tok import settings
 from moss_tok.mesh import parse_mesh
-from moss_tok.nn.compute import ATTENTION, DTYPES, REMAT, ComputeConfig
+from moss_tok.nn.compute import (
+    ATTENTION,
+    DTYPES,
+    MATMUL_PRECISIONS,
+    REMAT,
+    ComputeConfig,
+)
 from moss_tok.settings import count, setting, weight
 
 
@@ -110,8 +116,8 @@ class OptimizerConfig:
     )
     ema_decay: float = setting(
         0.999,
-        "decay rate of the exponential moving average of the weights, which is what is evaluated "
-        "and exported; 0: no average",
+        "decay rate of the exponential moving average of the weights, which is evaluated and "
+        "exported instead of the weights; 0: no average",
         at_least=0,
         below=1,
     )
@@ -147,6 +153,12 @@ class DevicesConfig:
         "parameters stay in float32",
         choices=DTYPES,
     )
+    precision: str = setting(
+        "default",
+        "matmul precision: default (that of the device), high, highest, or BF16_BF16_F32 (bfloat16 "
+        "operands, float32 sums: fast on CPUs with AMX)",
+        choices=MATMUL_PRECISIONS,
+    )
     attention: str = setting(
         "auto",
         "attention implementation: auto (chosen by device), dense, blocked, splash (TPU) or "
@@ -159,6 +171,12 @@ class DevicesConfig:
         "but matrix products) or full (everything)",
         choices=REMAT,
     )
+    unroll_layers: int = count(
+        1,
+        "number of layers per iteration of the loop over the layers of a stage; more: fewer "
+        "copies, longer compilation",
+        at_least=1,
+    )
 
     def __post_init__(self):
         settings.check(self)
@@ -167,7 +185,9 @@ class DevicesConfig:
     @property
     def compute(self) -> ComputeConfig:
         """Compute settings of models during training."""
-        return ComputeConfig(self.dtype, "default", self.attention, self.remat)
+        return ComputeConfig(
+            self.dtype, self.precision, self.attention, self.remat, self.unroll_layers
+        )
 
 
 @dataclasses.dataclass(frozen=True)

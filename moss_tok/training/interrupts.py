@@ -16,6 +16,9 @@ class StoppedError(Exception):
     """SIGTERM came during an evaluation."""
 
 
+# Not multihost_utils.reached_preemption_sync_point: without jax.distributed it never reports a
+# signal, so a run of one process would die without a checkpoint and without code 143; and it is
+# asked once per step, so a signal could not interrupt an evaluation.
 class StopSignal:
     """Records whether SIGTERM came; a context manager. Works in the main thread only."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from moss_tok import sharding, storage
-from moss_tok.training import checkpoints, progress, start, writer
+from moss_tok.training import checkpoints, progress, provenance, start, writer
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.interrupts import StoppedError, StopSignal, Trace
 from moss_tok.training.objective import Batch, Objective, TrainingData
@@ -48,7 +48,8 @@ def train(config: TrainConfig, objective: Objective) -> bool:
         progress.say(f"warning: the learning rate is 0 from step {decayed} (decay_steps) on")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        saver = stack.enter_context(checkpoints.Checkpoints(workdir, config.run, objective))
+        steps = checkpoints.Checkpoints(workdir, config.run, objective, provenance.describe(config))
+        saver = stack.enter_context(steps)
         state = start.first_state(recipe, config.run.init_from, shapes, saver, progress.say)
         first = int(state.step)
         log = None

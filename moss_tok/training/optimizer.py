@@ -1,5 +1,6 @@
 """AdamW with a schedule, weight decay on matrices, and groups with their own learning rates."""
 
+import functools
 from typing import Any
 
 import jax
@@ -42,10 +43,15 @@ def decayed_leaves(boxed: Any) -> Any:
     return jax.tree.map(lambda x: isinstance(x, Matrix), boxed, is_leaf=is_box)
 
 
+@functools.lru_cache(maxsize=16)
+def param_shapes(objective: Objective) -> Any:
+    """Boxed ShapeDtypeStructs of the parameters; traced only once, which takes a second."""
+    return jax.eval_shape(objective.init, jax.random.key(0))
+
+
 def of_objective(config: OptimizerConfig, objective: Objective) -> optax.GradientTransformation:
     """The optimizer of the trained parameters: clipping by global norm, then AdamW per group."""
-    boxed = jax.eval_shape(objective.init, jax.random.key(0))
-    decayed = objective.trained(decayed_leaves(boxed))
+    decayed = objective.trained(decayed_leaves(param_shapes(objective)))
     groups = {}
     for name, factor in objective.group_rates.items():
         groups[name] = adamw(config, factor * config.learning_rate, decayed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from moss_tok import settings, sharding, storage
+from moss_tok import checkpoint, settings, sharding, storage
 from moss_tok.audio import files
 from moss_tok.json_files import read_json_object
 from moss_tok.training.checkpoints import Checkpoints
@@ -13,7 +13,7 @@ from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import Say
 from moss_tok.training.state import Recipe, TrainState, init_state
 
-_CONFIG_NAME = "train_config.json"
+_CONFIG_NAME = checkpoint.RUN_CONFIG_NAME
 
 
 def check_same_run(workdir: storage.Path, config: TrainConfig) -> None:

@@ -149,7 +149,7 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
       ValueError: A large parameter would be replicated, see `sharding.param_shardings`.
     """
     key = jax.random.key(recipe.seed)
-    boxed = jax.eval_shape(recipe.objective.init, key)
+    boxed = optimizer.param_shapes(recipe.objective)
     extra = jax.eval_shape(recipe.objective.init_extra, key)
     for tree in extra.values():
         if isinstance(tree, dict):  # partitioned parameters, in boxes

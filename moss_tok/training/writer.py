@@ -15,7 +15,7 @@ from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.evaluation import report
-from moss_tok.json_files import read_json_lines
+from moss_tok.json_files import read_log
 from moss_tok.training.optimizer import learning_rate
 from moss_tok.training.state import Recipe, TrainState
 
@@ -142,4 +142,4 @@ def _open(path: Path, step: int) -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All complete lines of metrics.jsonl or evaluation.jsonl."""
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+    return [row for row in read_log(path) if isinstance(row.get("step"), int)]

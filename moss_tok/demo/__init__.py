@@ -1,0 +1,1 @@
+"""The demo: a page on this machine that reconstructs files and the microphone, `moss-tok demo`."""

@@ -1,0 +1,55 @@
+"""Products of activations with weights, at a chosen precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BF16 = "BF16_BF16_F32"  # bfloat16 operands, float32 sums: a dot algorithm of jax.lax
+
+
+def einsum(
+    spec: str, x: jax.Array, weights: jax.Array, precision: str, out_dtype: str | None = None
+) -> jax.Array:
+    """`jnp.einsum` of two operands, each of whose axes is in two of the three terms of `spec`.
+
+    Args:
+      spec: Such as "btd,df->btf".
+      x: Activations.
+      weights: Weights.
+      precision: Matmul precision of jax.lax. With "BF16_BF16_F32", the operands are rounded to
+        bfloat16, and so are those of the two products of the backward pass.
+      out_dtype: Type of the result; None: that of the operands.
+
+    Returns:
+      The product.
+    """
+    if precision == BF16:
+        dtype = out_dtype or jnp.result_type(x, weights)
+        return _bf16_einsum(spec, x, weights).astype(dtype)
+    return jnp.einsum(spec, x, weights, precision=precision, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bf16_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    # The casts are explicit because XLA for CPUs computes a dot with this algorithm in float32, but
+    # uses the matrix unit (AMX) for bfloat16 operands with a float32 result.
+    a = a.astype(jnp.bfloat16)
+    b = b.astype(jnp.bfloat16)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _bf16_einsum_fwd(spec, a, b):
+    return _bf16_einsum(spec, a, b), (a, b)
+
+
+def _bf16_einsum_bwd(spec, operands, gradient):
+    a, b = operands
+    terms, out = spec.split("->")
+    a_term, b_term = terms.split(",")
+    a_gradient = _bf16_einsum(f"{out},{b_term}->{a_term}", gradient, b)
+    b_gradient = _bf16_einsum(f"{out},{a_term}->{b_term}", gradient, a)
+    return a_gradient.astype(a.dtype), b_gradient.astype(b.dtype)
+
+
+_bf16_einsum.defvjp(_bf16_einsum_fwd, _bf16_einsum_bwd)

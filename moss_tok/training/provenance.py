@@ -1,0 +1,105 @@
+"""What produced a checkpoint: the content of training.json beside the weights.
+
+It says how the run was set up (flags, seed, data and its licences, machine), and what it started
+from. Each checkpoint adds its number of steps. `moss-tok convert` copies the file.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from moss_tok import checkpoint, settings, storage
+from moss_tok.data import sources
+from moss_tok.json_files import parse_json_object, read_lines
+from moss_tok.training.config import TrainConfig
+
+_OWN_ENTRIES = ("seed", "train_data", "init_from")  # described elsewhere than under "flags"
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """What produces the checkpoints of a run, as fields of training.json."""
+    fields = {
+        "flags": _changed_flags(config),
+        "seed": config.run.seed,
+        "train_data": _describe_data(config.data.train_data),
+        "machine": _describe_machine(),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
+    }
+    if config.run.init_from:
+        fields["init_from"] = _describe_start(config.run.init_from)
+    return fields
+
+
+def _changed_flags(config: TrainConfig) -> dict[str, Any]:
+    """The flags that change the result and do not have their default value."""
+    values = settings.flatten(config)
+    flags = {}
+    for field in settings.leaf_fields_of(config):
+        value = values[field.name]
+        is_default = value == settings.flag_default(field)
+        if not field.metadata["free"] and not is_default and field.name not in _OWN_ENTRIES:
+            flags[field.name] = checkpoint.short_name(value)
+    return flags
+
+
+def _describe_data(train_data: str) -> list[dict[str, Any]]:
+    if not train_data:
+        return [{"name": "built-in"}]
+    return [_describe_source(name, weight) for name, weight in sources.parse(train_data)]
+
+
+def _describe_source(name: str, weight: float | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"name": os.path.basename(name.rstrip("/"))}
+    if weight is not None:
+        fields["weight"] = weight
+    path = storage.to_path(name)
+    if path.is_file() and path.suffix == ".jsonl":
+        fields["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        fields |= _summarize_manifest(read_lines(path))
+    return fields
+
+
+def _summarize_manifest(lines: list[str]) -> dict[str, Any]:
+    """Number, minutes and licences (with the minutes of each) of the recordings for training."""
+    count = 0
+    minutes: dict[str, float] = collections.Counter()
+    for line in lines:
+        row = parse_json_object(line) if line.strip() else {"split": ""}
+        if row.get("split", "train") == "train":
+            count += 1
+            licence = row.get("licence") or row.get("license") or "not stated"
+            minutes[str(licence)] += (row.get("duration_s") or 0) / 60
+    return {
+        "recordings": count,
+        "minutes": round(sum(minutes.values()), 1),
+        "licences": {name: round(value, 1) for name, value in sorted(minutes.items())},
+    }
+
+
+def _describe_machine() -> dict[str, Any]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_cores": os.cpu_count(),
+        "processor": platform.machine(),
+    }
+
+
+def _describe_start(init_from: str) -> dict[str, Any]:
+    """The name of the weights that a run starts from, and what produced them, if that is known."""
+    name = {"name": os.path.basename(init_from.rstrip("/"))}
+    try:
+        return name | checkpoint.read_training(checkpoint.find_checkpoint(init_from))
+    except (ValueError, OSError):  # a resumed run does not need them any more
+        return name
+
+
+def to_text(fields: dict[str, Any], steps: int) -> str:
+    """The text of training.json in the checkpoint after some steps."""
+    return json.dumps({"steps": steps} | fields, indent=2) + "\n"

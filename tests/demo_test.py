@@ -1,0 +1,280 @@
+"""The demo: its server, and its page in a headless browser (skipped without Chromium)."""
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from helpers import RATE
+
+pytest.importorskip("aiohttp", reason="the extra `demo` is not installed")
+
+from aiohttp import WSMsgType
+from aiohttp.test_utils import TestClient, TestServer
+
+from moss_tok.cli.main import main
+from moss_tok.codec import pretrained
+from moss_tok.demo import server, sound
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WIDE = {"width": 1280, "height": 900}
+NARROW = {"width": 390, "height": 844}
+SCREENSHOTS = os.environ.get("MOSS_TOK_SCREENSHOTS")  # folder to keep pictures of the page in
+
+
+def noise(seconds=1.0, scale=0.1):
+    return scale * np.random.default_rng(0).standard_normal(int(seconds * RATE))
+
+
+def wav_bytes(samples, rate=RATE):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV")
+    return buffer.getvalue()
+
+
+def serve(codec, check):
+    """Runs `check`, a coroutine function of a client, against a server."""
+
+    async def run():
+        app = server.Demo(codec, "tiny", "a test").app()
+        async with TestClient(TestServer(app)) as client:
+            return await check(client)
+
+    return asyncio.run(run())
+
+
+def test_a_recording(micro):
+    async def check(client):
+        upload = await client.post("/recordings?name=a.wav", data=wav_bytes(noise()))
+        fields = await upload.json()
+        assert fields["seconds"] == fields["file_seconds"] == 1.0
+        assert fields["num_frames"] == 500
+        base = f"/recordings/{fields['id']}"
+        original, rate = soundfile.read(
+            io.BytesIO(await (await client.get(f"{base}/0.wav")).read())
+        )
+        np.testing.assert_allclose(original, noise(), atol=1e-4)
+        assert rate == RATE
+        few = await (await client.get(f"{base}/1.wav")).read()
+        many = await (await client.get(f"{base}/3.wav")).read()
+        assert few != many
+        values = await (await client.get(f"{base}/3")).json()
+        assert values["bitrate"] == micro.config.bitrate(3)
+        assert set(values["distances"]) == {"mel_loss", "stft", "stoi"}
+        for name in ("0.png", "3.png", "2.codes.png"):
+            response = await client.get(f"{base}/{name}")
+            assert (await response.read()).startswith(b"\x89PNG")
+            assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        codec = await (await client.get("/codec")).json()
+        assert (codec["num_quantizers"], codec["sample_rate"], codec["note"]) == (3, RATE, "a test")
+        assert "<title>" in await (await client.get("/")).text()
+        return [
+            await error(client.get(f"{base}/4.wav")),
+            await error(client.get("/recordings/x/1")),
+        ]
+
+    too_many, unknown = serve(micro, check)
+    assert too_many == "num_quantizers must be 1..3, got 4"
+    assert unknown == "this recording is not kept any more: load it again"
+
+
+async def error(request):
+    """The error sentence of a response."""
+    response = await request
+    assert response.status == 400
+    return (await response.json())["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "a.wav: the file is empty"),
+        (b"hello", "a.wav: not audio"),
+        (b"<!DOCTYPE html><html>", "a.wav: "),
+        (wav_bytes(noise())[:3000], "a.wav: truncated"),
+        (wav_bytes(np.zeros(800)), "a.wav: the recording is silent (-120 dB)"),
+    ],
+)
+def test_bad_recordings_get_one_sentence(micro, data, message):
+    async def check(client):
+        return await error(client.post("/recordings?name=a.wav", data=data))
+
+    line = serve(micro, check)
+    assert line.startswith(message)
+    assert "\n" not in line
+
+
+def test_long_recordings_are_cut(micro, monkeypatch):
+    monkeypatch.setattr(sound, "MAX_SECONDS", 0.5)
+    recording = sound.read(micro, wav_bytes(noise(2.0)), "a.wav")
+    assert (recording.seconds, recording.wav.shape) == (2.0, (1, RATE // 2))
+
+
+def test_live_audio_is_the_reconstruction(micro):
+    samples = noise(0.1).astype(np.float32)
+
+    async def check(client):
+        async with client.ws_connect("/live?quantizers=2") as live:
+            assert await live.receive_json() == {"ready": True}
+            async with client.ws_connect("/live?quantizers=2") as second:
+                message = await second.receive_json()
+                assert message == {"error": "another page is live: stop it there first"}
+            parts = []
+            for block in np.split(samples, 8):  # of 100 samples, 6 1/4 frames
+                await live.send_bytes(block.tobytes())
+            while sum(map(len, parts)) < samples.size // 16 * 16:
+                message = await live.receive()
+                if message.type == WSMsgType.BINARY:
+                    parts.append(np.frombuffer(message.data, "<f4"))
+                else:
+                    fields = message.json()
+                    assert len(fields["codes"]) == 2
+                    assert fields["encode_ms"] > 0
+        async with client.ws_connect("/live?quantizers=9") as live:
+            assert (await live.receive_json())["error"].startswith("num_quantizers must be 1..3")
+        return np.concatenate(parts)
+
+    live = serve(micro, check)
+    recording = sound.read(micro, wav_bytes(samples), "a.wav")
+    expected = sound.reconstruct(micro, recording, 2)[0]
+    np.testing.assert_allclose(live, expected[: live.size], atol=2e-3)  # 16 bit in the file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, micro):
+    folder = tmp_path_factory.mktemp("demo") / "tiny"
+    pretrained.save(folder, micro.config, micro.params)
+    return folder
+
+
+def test_busy_port(checkpoint, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["demo", "--checkpoint", str(checkpoint), "--port", str(port)]) == 2
+    message = f"error: port {port} cannot be used (Address already in use): choose another"
+    assert capsys.readouterr().err.startswith(message)
+    assert main(["demo", "--checkpoint", str(checkpoint), "--port", "99999"]) == 2
+    assert "port 99999 cannot be used (not a port number)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint):
+    """The address of a demo in another process."""
+    argv = [sys.executable, "-m", "moss_tok", "demo", "--checkpoint", str(checkpoint), "--port=0"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium whose microphone is a beep each second."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium")
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+             "--no-sandbox", "--autoplay-policy=no-user-gesture-required"]  # fmt: skip
+    with playwright.sync_playwright() as run:
+        chromium = run.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, address, viewport=WIDE, **options):
+    """The page, the addresses that it asks for, and the errors of its scripts."""
+    page = browser.new_context(viewport=viewport, bypass_csp=True, **options).new_page()
+    page.set_default_timeout(120_000)
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    return page, asked, errors
+
+
+def screenshot(page, name):
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+
+
+def no_sideways_scrolling(page):
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_a_file_on_the_page(browser, address, tmp_path, viewport):
+    (tmp_path / "noise.wav").write_bytes(wav_bytes(noise(1.5)))
+    (tmp_path / "zeros.wav").write_bytes(wav_bytes(np.zeros(RATE)))
+    page, asked, errors = open_page(browser, address, viewport)
+    page.set_input_files("#choose", tmp_path / "noise.wav")
+    page.wait_for_selector("#result[data-shown='3']")
+    page.fill("#quantizers", "1")
+    page.wait_for_selector("#result[data-shown='1']")
+    assert "1 of 3 · 2 kbit/s" in page.inner_text("#bitrate")
+    assert "mel " in page.inner_text("#distances")
+    for track in ("original", "reconstruction", "codes"):
+        assert page.evaluate(f"document.querySelector('#{track} img').naturalWidth") > 10
+    page.click("#reconstruction .view")
+    page.wait_for_function("document.querySelector('#reconstruction audio').currentTime > 0")
+    assert page.inner_text("#file-message", timeout=1000) == "" or not page.is_visible(
+        "#file-message"
+    )
+    page.set_input_files("#choose", tmp_path / "zeros.wav")
+    page.wait_for_selector("#file-message.bad")
+    assert page.inner_text("#file-message") == "zeros.wav: the recording is silent (-120 dB)"
+    assert no_sideways_scrolling(page)
+    assert all(url.startswith((address, f"blob:{address}")) for url in asked)
+    assert not errors
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_live_on_the_page(browser, address, viewport):
+    page, asked, errors = open_page(
+        browser, f"{address}#live", viewport, permissions=["microphone"]
+    )
+    page.click("#start")
+    page.wait_for_function("document.getElementById('latency').textContent.endsWith('ms')")
+    page.wait_for_timeout(1000)
+    assert float(page.inner_text("#encode").removesuffix(" ms")) > 0
+    assert float(page.inner_text("#latency").removesuffix(" ms")) > 2  # a frame
+    page.click("#start")
+    assert page.inner_text("#start") == "Start"
+    assert no_sideways_scrolling(page)
+    assert all(url.startswith((address, address.replace("http", "ws"))) for url in asked)
+    assert not errors
+
+
+def test_recording_on_the_page(browser, address):
+    page, _, errors = open_page(browser, address, permissions=["microphone"])
+    page.click("#record")
+    page.wait_for_function("document.getElementById('record').textContent.includes('1 s')")
+    page.click("#record")
+    page.wait_for_selector("#result[data-shown='3']")
+    assert page.inner_text("#file-name") == "recording.wav"
+    assert not errors
+
+
+def test_no_microphone(address):
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as run:
+        chromium = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, _, _ = open_page(chromium, f"{address}#live", permissions=["microphone"])
+        page.click("#start")
+        page.wait_for_selector("#live-message.bad")
+        assert page.inner_text("#live-message") == "No microphone was found."
+        assert page.inner_text("#start") == "Start"
+        chromium.close()
