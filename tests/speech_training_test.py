@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import CODEC, init_params, leaves_equal, plain_sgd, rows_without_timing, train
+from helpers import CODEC, ROOT, init_params, leaves_equal, plain_sgd, rows_without_timing, train
 
 from moss_tok import sharding
 from moss_tok.codec import pretrained as codecs
 from moss_tok.codec.inference import Codec
+from moss_tok.codec.presets import preset
 from moss_tok.data import codes, speech_batches
 from moss_tok.language.text import ByteTokenizer
-from moss_tok.objectives.config import build_objective, configure
+from moss_tok.objectives.config import all_fields, build_objective, configure
 from moss_tok.objectives.speech import draw_dropout
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
@@ -302,6 +303,23 @@ def test_meshes_train_alike(folder, monkeypatch):
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
     norm = optax.tree.norm(gradients)
     assert 0 < norm and optax.tree.norm(optax.tree.sub(gradients, others)) <= 1e-5 * norm
+
+
+def test_the_full_size_step_traces(folder):
+    """The flagfile of the published shapes, as far as shapes tell."""
+    text = (ROOT / "experiments" / "tts_1.7b.flags").read_text()
+    lines = [line[2:].split("=") for line in text.splitlines() if line.startswith("--")]
+    kinds = {name: type(field.default) for name, field in all_fields().items()}
+    numbers = (int, float)
+    flags = {k: kinds[k](v) if kinds[k] in numbers else v for k, v in lines}
+    config = configure(**flags, train_data=str(folder / "codes"), workdir=str(folder / "none"))
+    objective = build_objective(config, codec=preset("v1"))
+    recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    batch = steps.batch_shapes(recipe, config.data.batch_size, sharding.make_mesh("data:1"))
+    state = jax.eval_shape(lambda: states.init_state(recipe))
+    after, metrics = jax.eval_shape(lambda s, b: steps.train_step(recipe, s, b), state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics["loss"].shape == () and objective.config.num_quantizers == 32
 
 
 def test_three_utterances_are_learned_by_heart(folder, tmp_path):
