@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import CODEC, init_params, leaves_equal, plain_sgd, rows_without_timing, train
+from helpers import CODEC, ROOT, init_params, leaves_equal, plain_sgd, rows_without_timing, train
 
 from moss_tok import sharding
 from moss_tok.codec import pretrained as codecs
 from moss_tok.codec.inference import Codec
+from moss_tok.codec.presets import preset
 from moss_tok.data import codes, speech_batches
 from moss_tok.language.text import ByteTokenizer
-from moss_tok.objectives.config import build_objective, configure
+from moss_tok.objectives.config import all_fields, build_objective, configure
 from moss_tok.objectives.speech import draw_dropout
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
@@ -53,6 +54,18 @@ def make_items(number=20):
     return items
 
 
+def three_items():
+    """One recording of each text; of equal size with it, so that batches mix them."""
+    generator = np.random.default_rng(0)
+    items = []
+    for text in TEXTS:
+        found = generator.integers(0, CODEBOOK_SIZE, (NUM_QUANTIZERS, 11 - len(text)))
+        items.append(
+            codes.Item(text, found.astype(np.int16), 0, {"transcript": text, "speaker": "a"})
+        )
+    return items
+
+
 def write_codes(folder, items, fingerprint):
     """As `moss-tok tokenize` does."""
     folder.mkdir()
@@ -72,7 +85,7 @@ def folder(tmp_path_factory):
     part = {name: params[name] for name in ("encoder", "quantizer")}
     fingerprint = codecs.fingerprint(Codec(part, CODEC))
     write_codes(folder / "codes", make_items(), fingerprint)
-    write_codes(folder / "three", make_items(3), fingerprint)
+    write_codes(folder / "three", three_items(), fingerprint)
     write_codes(folder / "others", make_items(), "0123")
     lines = []
     for item in make_items(8):
@@ -253,7 +266,7 @@ def test_what_the_loss_counts(folder):
 
 def test_a_run_resumes_exactly(folder, tmp_path):
     """With references, dropout and a moving average."""
-    changes = {"reference_share": 0.5, "sequence_dropout": 0.5}
+    changes = {"reference_share": 0.5, "train_data": str(folder / "three")}
     whole = flags_of(folder, tmp_path / "whole", **changes)
     assert train(whole)
     parts = flags_of(folder, tmp_path / "parts", **changes)
@@ -292,11 +305,29 @@ def test_meshes_train_alike(folder, monkeypatch):
     assert 0 < norm and optax.tree.norm(optax.tree.sub(gradients, others)) <= 1e-5 * norm
 
 
+def test_the_full_size_step_traces(folder):
+    """The flagfile of the published shapes, as far as shapes tell."""
+    text = (ROOT / "experiments" / "tts_1.7b.flags").read_text()
+    lines = [line[2:].split("=") for line in text.splitlines() if line.startswith("--")]
+    kinds = {name: type(field.default) for name, field in all_fields().items()}
+    numbers = (int, float)
+    flags = {k: kinds[k](v) if kinds[k] in numbers else v for k, v in lines}
+    config = configure(**flags, train_data=str(folder / "codes"), workdir=str(folder / "none"))
+    objective = build_objective(config, codec=preset("v1"))
+    recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    batch = steps.batch_shapes(recipe, config.data.batch_size, sharding.make_mesh("data:1"))
+    state = jax.eval_shape(lambda: states.init_state(recipe))
+    after, metrics = jax.eval_shape(lambda s, b: steps.train_step(recipe, s, b), state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics["loss"].shape == () and objective.config.num_quantizers == 32
+
+
 def test_three_utterances_are_learned_by_heart(folder, tmp_path):
     """Greedy decoding gives back their exact codes, and ends where they end."""
     flags = flags_of(
-        folder, tmp_path / "run", train_data=str(folder / "three"), batch_size=3, num_steps=300,
-        log_every=100, checkpoint_every=300, ema_decay=0.0, sequence_dropout=0.3, beta1=0.9,
+        folder, tmp_path / "run", train_data=str(folder / "three"), batch_size=4, num_steps=200,
+        log_every=100, checkpoint_every=200, ema_decay=0.0, sequence_dropout=0.3, beta1=0.9,
+        learning_rate=5e-3, warmup_steps=20, decay_steps=200,
         eval_data=str(folder / "codes"), num_eval_clips=2,
     )  # fmt: skip
     assert train(flags)
@@ -307,11 +338,11 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
     assert samples[:2] == ["speech_1_recorded.wav", "speech_1_spoken.wav"]
     speech = pretrained.load(tmp_path / "run")
     spoken = generate.generate(speech, [Request(text) for text in TEXTS], GREEDY)
-    for item, result in zip(make_items(3), spoken, strict=True):
+    for item, result in zip(three_items(), spoken, strict=True):
         np.testing.assert_array_equal(result.codes, item.codes)
         assert result.ended
     low = generate.generate(speech, [Request(TEXTS[1])], GREEDY, num_quantizers=2)[0]
-    np.testing.assert_array_equal(low.codes, make_items(3)[1].codes[:2])
+    np.testing.assert_array_equal(low.codes, three_items()[1].codes[:2])
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     is_list = Path(args.text).suffix.lower() in LISTS and Path(args.text).is_file()
     sampling = _sampling(args)
+    _check_output(args, is_list)
     rows = [_Row("", args.text, args.prompt or "", args.prompt_text)]
     if is_list:
         rows = _read_list(args)
-    _check_output(args, is_list)
     speech, codec = _load(args)
     requests = _requests(speech, codec, rows, is_list)
     if is_list:
