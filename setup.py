@@ -52,7 +52,7 @@ setuptools.setup(
     package_data={
         "": ["*.pyi"],
         "moss_tok": ["py.typed"],
-        "moss_tok.assets": ["codec/*", "starter/*"],
+        "moss_tok.assets": ["codec/*"],
         "moss_tok.demo": ["page/*"],
         "moss_tok.evaluation": ["page.html"],
     },

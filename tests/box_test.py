@@ -1,5 +1,6 @@
 """The codec that comes with the package, and the record of what produced a checkpoint."""
 
+import hashlib
 import io
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from helpers import PRETRAIN, RATE, leaves_equal, make_clips, small_run, train
+from helpers import GOLDEN, PRETRAIN, RATE, leaves_equal, make_clips, small_run, train
 
 import moss_tok
 from moss_tok import assets, checkpoint
@@ -198,7 +199,7 @@ def test_a_run_records_what_produced_it(tmp_path, capsys):
 class TestCodecInThePackage:
     def test_size(self):
         files = [path for path in assets.CODEC.iterdir() if path.is_file()]
-        assert sum(path.stat().st_size for path in files) <= 12e6
+        assert sum(path.stat().st_size for path in files) <= 12 * 2**20
         names = {path.name for path in files}
         assert names == {"config.json", "model.safetensors", "training.json"}
 
@@ -210,3 +211,16 @@ class TestCodecInThePackage:
             assert source["licences"]
             assert "not stated" not in source["licences"]
         assert fields["machine"]
+
+    def test_answers_of_the_official_class(self):
+        """Made by experiments/official_answers.py; make them again when the weights change."""
+        answers = dict(np.load(GOLDEN / "codec" / "expected.npz"))
+        weights = (assets.CODEC / "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == str(answers["weights_sha256"])
+        codec = moss_tok.load()
+        wav = answers["wav_int16"].astype(np.float32) / 32768
+        codes = np.asarray(moss_tok.encode(codec, wav[None, None]).codes)[0]
+        np.testing.assert_array_equal(codes, answers["codes"])
+        for number in (4, len(codes)):
+            wav_hat = moss_tok.decode(codec, codes[None, :number]).wav[0, 0]
+            np.testing.assert_allclose(wav_hat, answers[f"audio_{number}"], atol=5e-4)
