@@ -89,6 +89,28 @@ def test_commands_without_a_checkpoint(box, capsys):
         assert line in out.splitlines()
 
 
+def test_compare(box, capsys):
+    assert main(["compare", "in.wav", "compared"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "in.wav: 1.0 s; 500 frames per second"
+    header = next(i for i, line in enumerate(out) if line.split()[:1] == ["quantizers"])
+    rows = [line.split() for line in out[header + 1 : -1]]
+    assert [row[:2] for row in rows] == [["1", "2000"], ["2", "4000"], ["4", "8000"]]
+    assert all(len(row) == 5 for row in rows)
+    names = {"original.wav", "1_quantizer.wav", "2_quantizers.wav", "4_quantizers.wav",
+             "spectrograms.png"}  # fmt: skip
+    assert {path.name for path in Path("compared").iterdir()} == names
+    assert soundfile.info("compared/4_quantizers.wav").frames == RATE
+    assert main(["compare", "in.wav", "compared"]) == 0  # again
+    for argv, message in (
+        (["gone.wav", "x"], "gone.wav: no such file"),
+        (["in.wav", "in.wav"], "in.wav: not a folder"),
+        (["in.wav", "gone/x"], "no such folder: gone"),
+    ):
+        assert main(["compare", *argv]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
 def test_without_the_codec(box, capsys, monkeypatch):
     monkeypatch.setattr(assets, "CODEC", box / "gone")
     for argv in (["info"], ["encode", "in.wav", "a.npz"], ["decode", "a.npz", "a.wav"]):
