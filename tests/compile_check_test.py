@@ -337,7 +337,10 @@ def check(*flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--precision=low"], "precision must be one of highest, high, bfloat16, got 'low'"),
+        (
+            ["--codec_precision=low"],
+            "codec_precision must be one of highest, high, bfloat16, got 'low'",
+        ),
         (["--batch_size=x"], "batch_size"),
     ],
 )

@@ -1,5 +1,6 @@
-"""The real weights, where they are: MOSS_TOK_V1, MOSS_TOK_V2, MOSS_TOK_NANO name directories."""
+"""The real weights, where MOSS_TOK_V1, _V2, _NANO and _TTS name directories."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import moss_tok
 from moss_tok import tensors
 from moss_tok.codec import huggingface
 from moss_tok.convert import convert
+from moss_tok.speech import config as configs
+from moss_tok.speech import huggingface as speech_huggingface
 
 # Parameters, tensors.
 MODELS = {
@@ -31,15 +34,29 @@ def published(request):
 
 def test_names_and_sizes(published):
     name, folder = published
-    parameters, tensors = MODELS[name]
+    parameters, num_tensors = MODELS[name]
     config = huggingface.read_folder_config(folder)
     table = huggingface.tensor_table(config)
-    assert len(table) == len(tensors.tensor_files(folder)) == tensors
+    assert len(table) == len(tensors.tensor_files(folder)) == num_tensors
     assert sum(int(np.prod(t.shape)) for t in table) == parameters
     ours = moss_tok.preset(name)
     assert (config.encoder, config.decoder, config.quantizer) == (
         ours.encoder, ours.decoder, ours.quantizer
     )  # fmt: skip
+
+
+def test_speech_model():
+    """Names and shapes of all tensors, and the settings of the preset."""
+    if "MOSS_TOK_TTS" not in os.environ:
+        pytest.skip("MOSS_TOK_TTS names no directory")
+    folder = Path(os.environ["MOSS_TOK_TTS"])
+    config = speech_huggingface.read_folder_config(folder)
+    table = speech_huggingface.tensor_table(config)
+    read = tensors.read_tensors(folder, tensors.tensor_files(folder), table, wanted=set())
+    assert read == {} and len(table) == 556
+    expected = configs.published("tts-1.7b")
+    ignored = {"official_json": "", "max_positions": expected.max_positions}
+    assert dataclasses.replace(config, **ignored) == expected
 
 
 def test_known_answer_of_v1(published):

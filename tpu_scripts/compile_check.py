@@ -272,11 +272,11 @@ def main() -> None:
     """Compiles and reports the functions of --functions."""
     jax.config.update("jax_enable_compilation_cache", False)  # no device here can run the programs
     topology = flags.FLAGS.topology
-    precision = flags.FLAGS.precision
+    precision = flags.FLAGS.codec_precision
     functions = flags.FLAGS.functions.split(",")
     for function in functions:
         check_choice("functions", function, FUNCTIONS)
-    check_choice("precision", precision, tuple(PRECISIONS))
+    check_choice("codec_precision", precision, tuple(PRECISIONS))
     config = train_flags.config()
     init_from = config.run.init_from
     model = getattr(config.objective, "codec", config.objective).model
@@ -317,7 +317,9 @@ if __name__ == "__main__":
     train_flags.define()
     flags.DEFINE_string("topology", "v5p:2x2x1", "chip and shape of the slice, as in v5p:4x4x4")
     flags.DEFINE_string("functions", ",".join(FUNCTIONS), "functions to compile")
-    flags.DEFINE_string("precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}")
+    flags.DEFINE_string(
+        "codec_precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}"
+    )
     flags.DEFINE_bool(
         "code",
         True,
