@@ -38,7 +38,7 @@ EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
 LANGUAGE = ["tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
 FFMPEG = ["av>=16"]
-TESTS = ["gcp-storage-emulator", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
+TESTS = ["gcp-storage-emulator", "playwright", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
 
 setuptools.setup(
     name="moss_tok",
@@ -52,7 +52,7 @@ setuptools.setup(
     package_data={
         "": ["*.pyi"],
         "moss_tok": ["py.typed"],
-        "moss_tok.assets": ["codec/*", "starter/*"],
+        "moss_tok.assets": ["codec/*"],
         "moss_tok.demo": ["page/*"],
         "moss_tok.evaluation": ["page.html"],
     },

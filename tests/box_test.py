@@ -1,5 +1,6 @@
 """The codec that comes with the package, and the record of what produced a checkpoint."""
 
+import hashlib
 import io
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from helpers import PRETRAIN, RATE, leaves_equal, make_clips, small_run, train
+from helpers import GOLDEN, PRETRAIN, RATE, leaves_equal, make_clips, small_run, train
 
 import moss_tok
 from moss_tok import assets, checkpoint
@@ -86,6 +87,28 @@ def test_commands_without_a_checkpoint(box, capsys):
         f"note          {assets.NOTE}",
     ):
         assert line in out.splitlines()
+
+
+def test_compare(box, capsys):
+    assert main(["compare", "in.wav", "compared"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "in.wav: 1.0 s; 500 frames per second"
+    header = next(i for i, line in enumerate(out) if line.split()[:1] == ["quantizers"])
+    rows = [line.split() for line in out[header + 1 : -1]]
+    assert [row[:2] for row in rows] == [["1", "2000"], ["2", "4000"], ["4", "8000"]]
+    assert all(len(row) == 5 for row in rows)
+    names = {"original.wav", "1_quantizer.wav", "2_quantizers.wav", "4_quantizers.wav",
+             "spectrograms.png"}  # fmt: skip
+    assert {path.name for path in Path("compared").iterdir()} == names
+    assert soundfile.info("compared/4_quantizers.wav").frames == RATE
+    assert main(["compare", "in.wav", "compared"]) == 0  # again
+    for argv, message in (
+        (["gone.wav", "x"], "gone.wav: no such file"),
+        (["in.wav", "in.wav"], "in.wav: not a folder"),
+        (["in.wav", "gone/x"], "no such folder: gone"),
+    ):
+        assert main(["compare", *argv]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_without_the_codec(box, capsys, monkeypatch):
@@ -198,7 +221,7 @@ def test_a_run_records_what_produced_it(tmp_path, capsys):
 class TestCodecInThePackage:
     def test_size(self):
         files = [path for path in assets.CODEC.iterdir() if path.is_file()]
-        assert sum(path.stat().st_size for path in files) <= 12e6
+        assert sum(path.stat().st_size for path in files) <= 12 * 2**20
         names = {path.name for path in files}
         assert names == {"config.json", "model.safetensors", "training.json"}
 
@@ -210,3 +233,16 @@ class TestCodecInThePackage:
             assert source["licences"]
             assert "not stated" not in source["licences"]
         assert fields["machine"]
+
+    def test_answers_of_the_official_class(self):
+        """Made by experiments/official_answers.py; make them again when the weights change."""
+        answers = dict(np.load(GOLDEN / "codec" / "expected.npz"))
+        weights = (assets.CODEC / "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == str(answers["weights_sha256"])
+        codec = moss_tok.load()
+        wav = answers["wav_int16"].astype(np.float32) / 32768
+        codes = np.asarray(moss_tok.encode(codec, wav[None, None]).codes)[0]
+        np.testing.assert_array_equal(codes, answers["codes"])
+        for number in (4, len(codes)):
+            wav_hat = moss_tok.decode(codec, codes[None, :number]).wav[0, 0]
+            np.testing.assert_allclose(wav_hat, answers[f"audio_{number}"], atol=5e-4)

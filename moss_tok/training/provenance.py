@@ -50,7 +50,7 @@ def _changed_flags(config: TrainConfig) -> dict[str, Any]:
 
 def _describe_data(train_data: str) -> list[dict[str, Any]]:
     if not train_data:
-        return [{"name": "built-in"}]
+        return [{"name": "synthetic sounds"}]
     return [_describe_source(name, weight) for name, weight in sources.parse(train_data)]
 
 

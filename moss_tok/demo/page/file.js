@@ -185,6 +185,7 @@ function setUpRecording(codec, load) {
       button.textContent = `Stop (${seconds.toFixed(0)} s)`;
       if (seconds >= codec.max_seconds) stop();
     };
+    microphone.node.port.postMessage({ begin: true });
   }
 
   function stop() {

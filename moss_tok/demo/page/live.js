@@ -5,6 +5,7 @@ import { openMicrophone } from "./microphone.js";
 
 const BLOCK_SECONDS = 0.01;
 const RESERVE_SECONDS = 0.03; // samples that wait, so that small delays are not heard
+const MAX_BEHIND_SECONDS = 1; // then blocks are left out
 const FLOOR_DB = -95;
 const CEILING_DB = -25;
 
@@ -48,6 +49,7 @@ class Session {
     this.numQuantizers = numQuantizers;
     this.onEnd = onEnd;
     this.means = {};
+    this.numBehind = 0; // samples that were sent and have not come back
   }
 
   async start() {
@@ -67,7 +69,9 @@ class Session {
 
   receive(data) {
     if (typeof data !== "string") {
-      this.microphone.node.port.postMessage({ samples: new Float32Array(data) });
+      const samples = new Float32Array(data);
+      this.numBehind -= samples.length;
+      this.microphone.node.port.postMessage({ samples });
       return;
     }
     const fields = JSON.parse(data);
@@ -87,18 +91,30 @@ class Session {
     source.connect(input);
     node.connect(output).connect(this.volume).connect(context.destination);
     this.setVolume();
-    node.port.postMessage({ reserve: Math.round(RESERVE_SECONDS * context.sampleRate) });
+    const reserve = Math.round(RESERVE_SECONDS * context.sampleRate);
     node.port.onmessage = ({ data }) => {
-      if (this.socket.readyState === WebSocket.OPEN) this.socket.send(data.block);
+      this.send(data.block);
       if (data.latency !== null) {
         this.showMean("latency", (1000 * data.latency) / context.sampleRate, 0);
       }
     };
+    node.port.postMessage({ begin: true, reserve });
     this.pictures = [
       new Scrolling($("live-input"), input), new Scrolling($("live-output"), output),
     ];
     show("live-message");
     this.draw();
+  }
+
+  // Leaves the block out if the demo is far behind, so that the latency stays bounded.
+  send(block) {
+    if (this.numBehind > MAX_BEHIND_SECONDS * this.codec.sample_rate) {
+      this.microphone.node.port.postMessage({ leftOut: block.length });
+      show("live-message", "This machine is too slow for this codec: parts are left out.");
+    } else if (this.socket.readyState === WebSocket.OPEN) {
+      this.numBehind += block.length;
+      this.socket.send(block);
+    }
   }
 
   setVolume() {

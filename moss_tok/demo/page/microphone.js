@@ -6,8 +6,8 @@ const REASONS = {
   NotReadableError: "The microphone is used by another program.",
 };
 
-// Opens the microphone. node.port sends Float32Array blocks of blockSize samples as {block}; and
-// takes {samples} to play, see worklet.js. Throws an error with one sentence.
+// Opens the microphone. After {begin: true}, node.port sends Float32Array blocks of blockSize samples
+// as {block}; it takes {samples} to play, see worklet.js. Throws an error with one sentence.
 export async function openMicrophone(sampleRate, blockSize) {
   if (!navigator.mediaDevices?.getUserMedia || !window.AudioWorkletNode) {
     throw new Error("This browser cannot record: open the page as http://127.0.0.1 in a current one.");

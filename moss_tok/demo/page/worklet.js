@@ -1,7 +1,7 @@
-// Sends what it hears in blocks, and plays the samples that come back.
+// After {begin} it sends what it hears in blocks, and plays the samples that come back.
 //
 // Sample i that comes back is sample i that was sent, so the latency is the number of samples
-// captured less the number played.
+// captured since the first one sent, less those played and those left out.
 
 const PATIENCE = 0.25; // seconds of waiting samples beyond the start, after which some are skipped
 
@@ -10,15 +10,20 @@ class Through extends AudioWorkletProcessor {
     super();
     this.block = new Float32Array(options.processorOptions.blockSize);
     this.filled = 0;
-    this.captured = 0;
+    this.began = false;
+    this.captured = 0; // samples since it began
     this.queue = []; // Float32Arrays
     this.waiting = 0; // samples in the queue
     this.at = 0; // of the first array
-    this.played = 0;
+    this.played = 0; // or left out
     this.reserve = 0; // samples that must wait before playing begins
     this.playing = false;
     this.port.onmessage = ({ data }) => {
-      if (data.reserve !== undefined) this.reserve = data.reserve;
+      if (data.begin) {
+        this.began = true;
+        this.reserve = data.reserve ?? 0;
+      }
+      if (data.leftOut) this.played += data.leftOut;
       if (data.samples) {
         this.queue.push(data.samples);
         this.waiting += data.samples.length;
@@ -28,7 +33,7 @@ class Through extends AudioWorkletProcessor {
 
   process([input], [output]) {
     const out = output[0];
-    this.capture(input[0] ?? new Float32Array(out.length));
+    if (this.began) this.capture(input[0] ?? new Float32Array(out.length));
     this.skip();
     if (!this.playing && this.waiting > this.reserve + out.length) this.playing = true;
     if (this.playing && this.waiting < out.length) this.playing = false; // wait for the reserve again
