@@ -174,11 +174,13 @@ def test_a_mixture_follows_its_weights(clips, tmp_path):
         ("gone.array_record", "gone.array_record: no such file"),
         ("bad.array_record", "no ArrayRecord files"),
         ("tests.jsonl", "no files of the split 'train'"),
+        ("song.mp3", "song.mp3: is one recording; name its folder, or a manifest that lists it"),
     ],
 )
 def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     Path("bad.array_record").write_bytes(b"nothing" * 1000)
+    Path("song.mp3").touch()
     Path("tests.jsonl").write_text('{"path": "a.wav", "split": "test", "duration_s": 1}\n')
     with pytest.raises(ValueError, match=message):
         sources.training_mixture(source, SECONDS)

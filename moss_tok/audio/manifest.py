@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import tqdm
 
 from moss_tok import storage
-from moss_tok.audio import files, folders
+from moss_tok.audio import files, folders, kinds
 from moss_tok.errors import is_number
 from moss_tok.json_files import read_json_lines, shorten
 
@@ -63,6 +63,10 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
         return list_files(source, storage.files_under(source))
     if not source.is_file():
         raise ValueError(f"{source}: no such folder or manifest")
+    if source.suffix.lower() in (*kinds.SUFFIXES, *kinds.FFMPEG_SUFFIXES):
+        raise ValueError(
+            f"{source}: is one recording; name its folder, or a manifest that lists it"
+        )
     rows = _read_rows(source)
     if not rows:
         raise ValueError(f"{source}: no lines")
