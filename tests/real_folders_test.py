@@ -122,7 +122,7 @@ NO_OBJECT = 'must be a JSON object like {"path": "a.wav"}, got '
         ("m.jsonl", b'{"path": ' + b"1" * 5000 + b"}", NO_OBJECT),
         ("m.jsonl", TEXT.encode("utf-16"), "must be UTF-8 text, with a JSON object per line"),
         ("m.jsonl", b'{"path": "\xe9.wav"}', "must be UTF-8 text"),
-        ("m.wav", b"RIFF\xff\xff\xff\xff", "must be UTF-8 text"),
+        ("m.wav", b"RIFF\xff\xff\xff\xff", "m.wav: is a recording"),
         ("m.jsonl", b"", "no lines"),
         ("m.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "got 'version https://git-l"),
     ],

@@ -64,9 +64,7 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
     if not source.is_file():
         raise ValueError(f"{source}: no such folder or manifest")
     if source.suffix.lower() in (*kinds.SUFFIXES, *kinds.FFMPEG_SUFFIXES):
-        raise ValueError(
-            f"{source}: is one recording; name its folder, or a manifest that lists it"
-        )
+        raise ValueError(f"{source}: is a recording; name its folder or a manifest")
     rows = _read_rows(source)
     if not rows:
         raise ValueError(f"{source}: no lines")
