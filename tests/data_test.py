@@ -174,7 +174,7 @@ def test_a_mixture_follows_its_weights(clips, tmp_path):
         ("gone.array_record", "gone.array_record: no such file"),
         ("bad.array_record", "no ArrayRecord files"),
         ("tests.jsonl", "no files of the split 'train'"),
-        ("song.mp3", "song.mp3: is a recording; name its folder or a manifest"),
+        ("song.mp3", "song.mp3: is a recording; must be a manifest, with a JSON object per line"),
     ],
 )
 def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):

@@ -63,12 +63,17 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
         return list_files(source, storage.files_under(source))
     if not source.is_file():
         raise ValueError(f"{source}: no such folder or manifest")
-    if source.suffix.lower() in (*kinds.SUFFIXES, *kinds.FFMPEG_SUFFIXES):
-        raise ValueError(f"{source}: is a recording; name its folder or a manifest")
+    refuse_recording(source)
     rows = _read_rows(source)
     if not rows:
         raise ValueError(f"{source}: no lines")
     return _items(source.parent, rows)
+
+
+def refuse_recording(path: storage.Path) -> None:
+    """Raises ValueError if a file that should be a manifest has the name of a recording."""
+    if path.suffix.lower() in (*kinds.SUFFIXES, *kinds.FFMPEG_SUFFIXES):
+        raise ValueError(f"{path}: is a recording; must be a manifest, with a JSON object per line")
 
 
 def list_files(

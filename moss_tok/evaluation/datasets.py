@@ -47,6 +47,7 @@ def read_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    manifest.refuse_recording(path)
     if path.stem.startswith("_") or path.stem == "bps":
         raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
     if storage.printable(path.stem) != path.stem:
