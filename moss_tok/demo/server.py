@@ -14,6 +14,7 @@ and the browser is told to load nothing from elsewhere.
 
 import asyncio
 import collections
+import contextlib
 import secrets
 import socket
 import time
@@ -71,7 +72,8 @@ class Demo:
         self._recordings: collections.OrderedDict[str, sound.Recording] = collections.OrderedDict()
         self._results: dict[tuple[str, int], np.ndarray] = {}
         self._computing = asyncio.Lock()
-        self._is_live = False
+        self._live_page: web.WebSocketResponse | None = None  # the latest
+        self._streaming = asyncio.Lock()
 
     def app(self) -> web.Application:
         """The application."""
@@ -173,22 +175,23 @@ class Demo:
 
         After the streams are compiled the server sends {"ready": true}. For each block that
         completes frames it sends {"codes": [[...], ...], "encode_ms", "decode_ms"} and then the
-        samples, as many as it has encoded. The page closes the socket.
+        samples, as many as it has encoded. The page closes the socket. A page that starts ends the
+        one before it.
         """
         response = web.WebSocketResponse(max_msg_size=2**20)
         await response.prepare(request)
-        if self._is_live:
-            await response.send_json({"error": "another page is live: stop it there first"})
+        earlier = self._live_page
+        self._live_page = response
+        with contextlib.suppress(OSError):  # a page that was closed meanwhile
+            if earlier is not None and not earlier.closed:
+                await earlier.send_json({"error": "Live audio was started on another page."})
+                await earlier.close()
+            async with self._streaming:
+                try:
+                    await self._stream(response, int(request.query.get("quantizers", 0)))
+                except ValueError as error:
+                    await response.send_json({"error": str(error)})
             await response.close()
-            return response
-        self._is_live = True
-        try:
-            await self._stream(response, int(request.query.get("quantizers", 0)))
-        except ValueError as error:
-            await response.send_json({"error": str(error)})
-        finally:
-            self._is_live = False
-        await response.close()
         return response
 
     async def _stream(self, response: web.WebSocketResponse, num_quantizers: int) -> None:
