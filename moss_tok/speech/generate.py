@@ -137,6 +137,8 @@ class _Prompt:
     def of(cls, speech: Speech, request: Request) -> "_Prompt":
         config = speech.config
         layout.check_text(config, speech.tokenizer, request.text)
+        if request.reference_text:
+            layout.check_text(config, speech.tokenizer, request.reference_text)
         positions = layout.prompt(config, speech.tokenizer, request)
         size = len(positions.text)
         limit = most_frames(config, request.text)
