@@ -81,16 +81,21 @@ class BatchEncoder:
             self._launch(size, self._buckets.pop(size), found)
 
     def flush(self, found: Found) -> None:
-        """Encodes the remaining recordings in few shapes: a quarter of a batch, a sixteenth, ...
+        """Encodes the remaining recordings in few shapes: full batches and eighths of them.
 
-        Leftovers join the next longer bucket when padding costs less than idle devices.
+        Compiling another shape takes longer than computing some empty rows. Recordings join the
+        next longer bucket when that padding costs less than empty rows.
         """
-        left, least, sizes = [], self._mesh.size, sorted(self._buckets)
-        for size, longer in zip(sizes, [*sizes[1:], None], strict=False):
-            bucket, left, rows = left + self._buckets[size], [], self._batch_size(size)
+        left: list[tuple[str, np.ndarray]] = []
+        sizes = sorted(self._buckets)
+        for size, longer in zip(sizes, [*sizes[1:], None], strict=True):
+            bucket = [*left, *self._buckets[size]]
+            left = []
+            rows = self._batch_size(size)
+            eighth = max(rows // 8 // self._mesh.size, 1) * self._mesh.size
             while bucket:
-                while rows > max(len(bucket), least):
-                    rows = max(rows // 4 // least, 1) * least
+                if len(bucket) < rows:
+                    rows = eighth
                 missing = rows - len(bucket)
                 if longer and missing * size > len(bucket) * (longer - size):
                     left = bucket
