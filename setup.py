@@ -8,7 +8,7 @@ CODEC = [
     "absl-py",
     "etils[epath]",
     "flax>=0.12",
-    "jax>=0.10,!=0.11.*",  # 0.11 can hang in FFTs on CPUs
+    "jax>=0.10",
     "lazy_loader>=0.4",
     "librosa>=0.10",
     "ml_dtypes",

@@ -71,10 +71,11 @@ def parse_run(text: str) -> Benchmark:
 def compile_step(run: Benchmark) -> Any:
     """Compiles the step of a run, for a batch on one device."""
     began = time.perf_counter()
-    shapes = batch_shapes(run.recipe, run.batch_size, sharding.make_mesh("data:1"))
+    mesh = sharding.make_mesh("data:1")
+    shapes = batch_shapes(run.recipe, run.batch_size, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     state = jax.eval_shape(functools.partial(init_state, run.recipe))
-    step = train_step.lower(run.recipe, state, shapes).compile()
+    step = train_step.lower(run.recipe, state, shapes).compile(sharding.compiler_options(mesh))
     seconds = time.perf_counter() - began
     print(f"{run.text}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
     return step

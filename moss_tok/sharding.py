@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
@@ -266,10 +267,19 @@ _WITHOUT_SPARSE_CORES = {
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # also during norms
 }
 
+# An FFT on a thread of XLA's CPU pool waits for other threads of the same pool; when each of them
+# runs an FFT, all wait forever. 0.11.0 and 0.12.0 do not split FFTs on these threads.
+_JAXLIB_FFT_HANGS = ("0.11.1", "0.11.2")
+
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
-    """Compiler options of `jax.jit` for programs on this mesh."""
+    """Compiler options of `jax.jit` for programs on this mesh.
+
+    On CPUs, jaxlib 0.11.1 and 0.11.2 need them for every program with several FFTs.
+    """
     device = mesh.devices.flat[0]
+    if device.platform == "cpu" and jaxlib.__version__.startswith(_JAXLIB_FFT_HANGS):
+        return {"xla_cpu_multi_thread_eigen": False}
     if device.platform != "tpu":
         return {}
     if device.device_kind in ("TPU v4", "TPU v5 lite"):

@@ -10,9 +10,14 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
-    # jax 0.12 has no such flag.
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.12" else ""),
+    # From 0.11.1 on, jaxlib has no such flag.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11.1" else "")
+    # For the training steps that are jitted without `sharding.compiler_options`.
+    + (" --xla_cpu_multi_thread_eigen=false" if "0.11.1" <= version("jaxlib") < "0.12" else "")
+    if os.environ["JAX_PLATFORMS"] == "cpu"
+    else "",
 )
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 # Equal programs are compiled once, also by the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
@@ -34,6 +39,15 @@ from moss_tok.language import config as language_config
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_configure(config):
+    """Starts jax while output is not captured: an unknown flag in XLA_FLAGS ends the process."""
+    distributes = getattr(config.option, "numprocesses", None)
+    if distributes and os.environ["JAX_PLATFORMS"] != "cpu":
+        return  # a TPU belongs to one process, here the worker
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        jax.devices()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 """Every logical axis has a rule, and parameters land on the mesh as the rules say."""
 
 import dataclasses
+import functools
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import optax
 import pytest
@@ -216,6 +221,32 @@ def test_microbatches_are_split_over_the_mesh(batch_size, asked, found):
     mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
     fitted = steps.fit_microbatches(recipe, mesh, batch_size)
     assert fitted == dataclasses.replace(recipe, num_microbatches=found)
+
+
+@pytest.mark.parametrize(("version", "is_safe"), [("0.11.0", True), ("0.11.2", False)])
+def test_ffts_do_not_wait_for_each_other(monkeypatch, version, is_safe):
+    """With jaxlib 0.11.1 and 0.11.2, this program hangs on CPUs without the options."""
+    monkeypatch.setattr(jaxlib, "__version__", version)
+    options = sharding.compiler_options(sharding.make_mesh("data:1"))
+    assert options == ({} if is_safe else {"xla_cpu_multi_thread_eigen": False})
+    if not is_safe:
+
+        @functools.partial(jax.jit, compiler_options=options)
+        def ffts(x):
+            rows = [jnp.sin(x + i).reshape(-1, 2**i) for i in range(5, 12)]
+            return [jnp.abs(jnp.fft.rfft(row)).sum() for row in rows]
+
+        for _ in range(10):
+            jax.block_until_ready(ffts(jnp.ones(2**18)))
+
+
+def test_an_unknown_flag_of_xla_is_reported():
+    """XLA ends the process; pytest would keep the message to itself."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", __file__]
+    environment = os.environ | {"XLA_FLAGS": "--xla_unknown=1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode != 0
+    assert "Unknown flag in XLA_FLAGS: --xla_unknown=1" in found.stderr
 
 
 @pytest.mark.parametrize("address", ["host", ":1", "host:", "host:0", "host:65536", "host:x"])
