@@ -5,18 +5,25 @@ import tempfile
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOSS_TOK_TEST_PLATFORM", "cpu")
-# Eight devices; and most of the time goes into compiling, so it is told not to try hard.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-    # From 0.11.1 on, jaxlib has no such flag.
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11.1" else "")
-    # For the training steps that are jitted without `sharding.compiler_options`.
-    + (" --xla_cpu_multi_thread_eigen=false" if "0.11.1" <= version("jaxlib") < "0.12" else "")
-    if os.environ["JAX_PLATFORMS"] == "cpu"
-    else "",
-)
+
+
+def _cpu_flags() -> str:
+    """Eight devices; and most of the time goes into compiling, so it is told not to try hard."""
+    flags = [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+    jaxlib = version("jaxlib")
+    if jaxlib < "0.11.1":  # later versions do not know it
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    elif jaxlib < "0.12":  # for steps that are jitted without `sharding.compiler_options`
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    return " ".join(flags)
+
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("XLA_FLAGS", _cpu_flags())
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 # Equal programs are compiled once, also by the processes that tests start.
