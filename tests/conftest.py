@@ -2,28 +2,12 @@
 
 import os
 import tempfile
-from importlib.metadata import version
+
+import xla_flags
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOSS_TOK_TEST_PLATFORM", "cpu")
-
-
-def _cpu_flags() -> str:
-    """Eight devices; and most of the time goes into compiling, so it is told not to try hard."""
-    flags = [
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-    jaxlib = version("jaxlib")
-    if jaxlib < "0.11.1":  # later versions do not know it
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    elif jaxlib < "0.12":  # for steps that are jitted without `sharding.compiler_options`
-        flags.append("--xla_cpu_multi_thread_eigen=false")
-    return " ".join(flags)
-
-
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ.setdefault("XLA_FLAGS", _cpu_flags())
+    os.environ.setdefault("XLA_FLAGS", xla_flags.for_cpus())
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 # Equal programs are compiled once, also by the processes that tests start.

@@ -1,0 +1,18 @@
+"""Flags of XLA for tests on CPUs; imported before jax."""
+
+from importlib.metadata import version
+
+
+def for_cpus() -> str:
+    """Eight devices; and most of the time goes into compiling, so it is told not to try hard."""
+    flags = [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+    jaxlib = version("jaxlib")
+    if jaxlib < "0.11.1":  # later versions do not know it
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    elif jaxlib < "0.12":  # for steps that are jitted without `sharding.compiler_options`
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    return " ".join(flags)
