@@ -88,7 +88,7 @@ class BatchEncoder:
         """
         left: list[tuple[str, np.ndarray]] = []
         sizes = sorted(self._buckets)
-        for size, longer in zip(sizes, [*sizes[1:], None], strict=True):
+        for size, longer in zip(sizes, [*sizes[1:], None], strict=False):  # no sizes: [None]
             bucket = [*left, *self._buckets[size]]
             left = []
             rows = self._batch_size(size)
