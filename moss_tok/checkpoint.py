@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,22 @@ def step_name(step: int) -> str:
 def saved_steps(workdir: storage.Path) -> list[int]:
     """Training steps with a complete checkpoint in `workdir`, in ascending order."""
     return sorted(int(p.name) for p in step_folders(workdir) if is_complete(p))
+
+
+def read_newest(workdir: storage.Path, read: Callable[[storage.Path], Any]) -> Any:
+    """`read` of the newest complete checkpoint in `workdir` that it can read; None without any.
+
+    The newest may be damaged, see `training.checkpoints`. Raises the error of the oldest if none
+    can be read.
+    """
+    steps = saved_steps(workdir)
+    for step in reversed(steps):
+        try:
+            return read(workdir / STEPS_FOLDER / step_name(step))
+        except (ValueError, OSError):
+            if step == steps[0]:
+                raise
+    return None
 
 
 def step_folders(workdir: storage.Path) -> list[storage.Path]:

@@ -17,8 +17,8 @@ from moss_tok.codec.inference import Codec
 from moss_tok.codec.presets import preset
 from moss_tok.data import codes, speech_batches
 from moss_tok.language.text import ByteTokenizer
+from moss_tok.objectives import code_use
 from moss_tok.objectives.config import all_fields, build_objective, configure
-from moss_tok.objectives.speech import draw_dropout
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
 from moss_tok.speech.layout import Request
@@ -171,7 +171,7 @@ def test_json_lines(folder):
     sample = speech_batches.sample(shape, source[2])
     expected = layout.prompt(shape.config, BYTES, Request("six two", source[2].codes[:, :4]))
     assert sample.positions.text[: sample.first].tolist() == expected.text.tolist()
-    with pytest.raises(ValueError, match=r"bad.jsonl, item 2: audio_codes must be lists"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: audio_codes must be lists"):
         speech_batches.read_set(codes.open_source(folder / "bad.jsonl"), "train", shape)
 
 
@@ -226,16 +226,24 @@ def test_the_chat_layout():
         layout.check_text(config, tokenizer, "Hi<|im_end|>")
 
 
-def test_dropout_draws_prefixes():
+def test_dropout_draws_prefixes(folder):
     positions = np.arange(4000)
-    drawn = np.asarray(draw_dropout(4, 0.5, jax.random.key(0), positions))
+
+    def draw(share, num_quantizers=4, largest=3):
+        key = jax.random.key(0)
+        return np.asarray(code_use.draw_dropout(num_quantizers, share, key, positions, largest))
+
+    drawn = draw(0.5)
     numbers = drawn.sum(-1)
     assert (np.diff(drawn.astype(int), axis=-1) <= 0).all()
     shares = np.bincount(numbers, minlength=5) / len(numbers)
     np.testing.assert_allclose(shares, [0, 1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.03)
-    assert np.asarray(draw_dropout(4, 0.0, jax.random.key(0), positions)).all()
-    assert not np.asarray(draw_dropout(4, 1.0, jax.random.key(0), positions)).all(-1).any()
-    assert np.asarray(draw_dropout(1, 1.0, jax.random.key(0), positions)).all()
+    assert draw(0.0).all()
+    assert not draw(1.0).all(-1).any()
+    assert draw(1.0, 1, 1).all()
+    (batch,) = some_batches(folder, 1)
+    dropped = objective_of(folder, sequence_dropout=1.0).prepare(jax.random.key(0), 0, batch)
+    assert not dropped["in_use"].all(-1).any()
 
 
 def test_what_the_loss_counts(folder):

@@ -62,15 +62,9 @@ class AudioData:
 def codec_of_run(config: TrainConfig) -> CodecConfig:
     """The codec of the newest checkpoint in the workdir, else of `init_from`, else of `model`."""
     model = getattr(config.objective, "codec", config.objective).model
-    workdir = storage.to_path(config.run.workdir)
-    steps = checkpoint.saved_steps(workdir)
-    for step in reversed(steps):  # the newest may be broken, see `Checkpoints.restore_latest`
-        folder = workdir / checkpoint.STEPS_FOLDER / checkpoint.step_name(step)
-        try:
-            return pretrained.load_config(folder)
-        except (ValueError, OSError):
-            if step == steps[0]:
-                raise
+    codec = checkpoint.read_newest(storage.to_path(config.run.workdir), pretrained.load_config)
+    if codec is not None:
+        return codec
     if not config.run.init_from:
         return load_codec_config(model or "tiny")
     codec = pretrained.load_config(config.run.init_from)

@@ -17,7 +17,7 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives import audio, code_use, text
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Objective, Say, TrainingData
+from moss_tok.training.objective import Batch, Objective, Say, TrainingData, Update
 
 COUNTS = "code_counts"  # entry of the extra state
 
@@ -138,19 +138,10 @@ class CodecBasedObjective(Objective):
             self.language, self.compute, params[text.FOLDER], frames, num_frames, part
         )
 
-    def finish(
-        self,
-        key: jax.Array,
-        step: jax.Array,
-        batch: Batch,
-        seen: Any,
-        extra: dict[str, Any],
-        trees: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes; `seen` has the codes and projected vectors."""
-        del key, step
-        codes, _ = code_use.join_parts(*seen)
-        return {COUNTS: self.counts(codes, batch, extra)}, trees
+        codes, _ = code_use.join_parts(*update.seen)
+        return {COUNTS: self.counts(codes, update.batch, update.extra)}, update.trees
 
     def counts(self, codes: jax.Array, batch: Batch, extra: dict[str, Any]) -> jax.Array:
         """Counts of codes [Q, K], with those of this batch, codes [B, Q, T]."""

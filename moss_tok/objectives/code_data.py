@@ -1,13 +1,14 @@
 """Training data of codes, from folders of `moss-tok tokenize`."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from moss_tok import checkpoint, storage
 from moss_tok.codec import pretrained
 from moss_tok.data import code_batches
-from moss_tok.data.code_batches import CodeSet, CodeShape
-from moss_tok.data.codes import CodeSource, Item
+from moss_tok.data.code_batches import CodeSet, CodeShape, Source
+from moss_tok.data.codes import Item
 from moss_tok.data.config import CodeDataConfig
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import Batch, Say
@@ -63,31 +64,60 @@ class CodeData:
         return [part.source[index] for part, index in pairs[::every]]
 
 
-def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
-    """Opens the folders of codes; creates the workdir after checking that all data exists.
+def find_sets(
+    config: TrainConfig,
+    check_sources: Callable[[Sequence[Source]], None],
+    read_set: Callable[[Source, str], Any],
+    check_sets: Callable[[Sequence[Any]], None],
+) -> tuple[tuple[Any, ...], tuple[float, ...], tuple[Any, ...]]:
+    """Opens the sources of a run; creates the workdir after checking that all data exists.
+
+    Args:
+      config: The run.
+      check_sources: Raises ValueError if one of all sources does not fit.
+      read_set: Reads a split of a source.
+      check_sets: Raises ValueError if there is nothing to learn from in one of the training sets.
+
+    Returns:
+      The sets for training, their weights, and the sets for evaluation.
 
     Raises:
-      ValueError: No such folder, codes of another codec than `init_from`, or no text to learn from.
+      ValueError: No such source, no evaluation recordings, or one of the checks.
     """
     data = config.data
-    code_sources, weights = code_batches.find_sources(data.train_data)
-    held_out = code_sources
+    sources, weights = code_batches.find_sources(data.train_data)
+    held_out = sources
     if data.eval_data:
         held_out, _ = code_batches.find_sources(data.eval_data)
-    _check_codec(config, [*code_sources, *held_out])
-    sets = tuple(code_batches.read_set(source, "train", shape) for source in code_sources)
-    _check_texts(sets, shape, say)
+    check_sources([*sources, *held_out])
+    sets = tuple(read_set(source, "train") for source in sources)
+    check_sets(sets)
     weights = [len(part) if w is None else w for part, w in zip(sets, weights, strict=True)]
-    test_sets = tuple(code_batches.read_set(source, "test", shape) for source in held_out)
-    if data.eval_data and config.run.num_eval_clips and not any(map(len, test_sets)):
-        raise ValueError(f"eval_data {data.eval_data}: no recordings of the split 'test'")
+    test_sets: tuple[Any, ...] = ()
+    if config.run.num_eval_clips:
+        test_sets = tuple(read_set(source, "test") for source in held_out)
+        if data.eval_data and not any(map(len, test_sets)):
+            raise ValueError(f"eval_data {data.eval_data}: no recordings of the split 'test'")
     storage.to_path(config.run.workdir).mkdir(parents=True, exist_ok=True)
-    return CodeData(
-        data, sets, tuple(weights), test_sets, config.run.num_eval_clips, shape, config.run.seed
+    return sets, tuple(weights), test_sets
+
+
+def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
+    """Opens folders of codes, see `find_sets`.
+
+    Raises:
+      ValueError: Codes of another codec than `init_from`, or no text to learn from.
+    """
+    parts = find_sets(
+        config,
+        lambda sources: _check_codec(config, sources),
+        lambda source, split: code_batches.read_set(source, split, shape),
+        lambda sets: _check_texts(sets, shape, say),
     )
+    return CodeData(config.data, *parts, config.run.num_eval_clips, shape, config.run.seed)
 
 
-def _check_codec(config: TrainConfig, code_sources: Sequence[CodeSource]) -> None:
+def _check_codec(config: TrainConfig, code_sources: Sequence[Source]) -> None:
     """Checks that all codes are of the codec of `init_from`; a resumed run has done so before."""
     if checkpoint.saved_steps(storage.to_path(config.run.workdir)):
         return

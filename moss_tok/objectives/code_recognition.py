@@ -19,7 +19,14 @@ from moss_tok.objectives import audio, code_data, code_use, text
 from moss_tok.objectives.base import COUNTS
 from moss_tok.objectives.recognition import RecognitionObjective
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Evaluation, Progress, Say, TrainingData
+from moss_tok.training.objective import (
+    Batch,
+    Evaluation,
+    Progress,
+    Say,
+    TrainingData,
+    Update,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +60,14 @@ class CodeRecognitionObjective(RecognitionObjective):
         )
         return {text.TERM: loss}, part["codes"]
 
-    def finish(
-        self,
-        key: jax.Array,
-        step: jax.Array,
-        batch: Batch,
-        seen: Any,
-        extra: dict[str, Any],
-        trees: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes."""
-        del key, step, seen
+        batch = update.batch
         num_frames = batch["codes"].shape[-1]
         valid = jnp.arange(num_frames) < batch["length"][:, None]
         used = batch["in_use"][..., None] & valid[:, None]
-        return {COUNTS: code_use.add_counts(extra[COUNTS], batch["codes"], used)}, trees
+        counts = code_use.add_counts(update.extra[COUNTS], batch["codes"], used)
+        return {COUNTS: counts}, update.trees
 
     def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
         """Opens folders of codes; ValueError if they are of another codec."""

@@ -22,17 +22,22 @@ def zero_counts(quantizer: QuantizerConfig) -> jax.Array:
 
 
 def draw_dropout(
-    num_quantizers: int, share: float, key: jax.Array, positions: jax.Array
+    num_quantizers: int,
+    share: float,
+    key: jax.Array,
+    positions: jax.Array,
+    largest: int | None = None,
 ) -> jax.Array:
     """Which quantizers each item uses: bool [B, Q].
 
-    An item uses all quantizers, or with probability `share` only the first n, n uniform in 1..Q.
+    An item uses all quantizers, or with probability `share` only the first n, n uniform in
+    1..`largest` (default: Q).
     The draw of an item depends only on its position in the global batch, not on how that is split.
     """
 
     def draw(position):
         number_key, share_key = jax.random.split(jax.random.fold_in(key, position))
-        number = jax.random.randint(number_key, (), 1, num_quantizers + 1)
+        number = jax.random.randint(number_key, (), 1, (largest or num_quantizers) + 1)
         dropped = jax.random.uniform(share_key) < share
         return jnp.arange(num_quantizers) < jnp.where(dropped, number, num_quantizers)
 

@@ -16,7 +16,15 @@ from moss_tok.objectives import audio, code_use, losses, text
 from moss_tok.objectives.base import COUNTS, CodecBasedObjective
 from moss_tok.objectives.config import CodecSettings
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, TrainingData
+from moss_tok.training.objective import (
+    Batch,
+    Evaluation,
+    Progress,
+    Say,
+    Term,
+    TrainingData,
+    Update,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +104,18 @@ class CodecObjective(CodecBasedObjective):
         turns = [functools.partial(of_turn, turn) for turn in range(s.mel_turns)]
         return jax.lax.switch(part["turn"][0], turns, wav_hat)
 
-    def finish(
-        self,
-        key: jax.Array,
-        step: jax.Array,
-        batch: Batch,
-        seen: Any,
-        extra: dict[str, Any],
-        trees: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
-        codes, projected = code_use.join_parts(*seen)
-        counts = self.counts(codes, batch, extra)
+        batch, trees = update.batch, update.trees
+        codes, projected = code_use.join_parts(*update.seen)
+        counts = self.counts(codes, batch, update.extra)
         every = self.settings.codes.reseed_every
         if not every or self.trainable != "all":
             return {COUNTS: counts}, trees
         # Trained codebooks are not changed before the counts are reliable.
         first = 0 if self.fresh else code_use.COUNTED_STEPS
-        due = (step % every == 0) & (step >= first)
-        _, reseed_key = jax.random.split(key)
+        due = (update.step % every == 0) & (update.step >= first)
+        _, reseed_key = jax.random.split(update.key)
         books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
         used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
         vectors = code_use.by_quantizer(projected), code_use.by_quantizer(used)

@@ -18,7 +18,7 @@ from moss_tok.data.codes import Item
 from moss_tok.data.speech_batches import SpeechShape
 from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.objectives import speech_data
+from moss_tok.objectives import code_use, speech_data
 from moss_tok.objectives.config import SpeechSettings
 from moss_tok.speech import generate, pretrained
 from moss_tok.speech.config import SpeechConfig
@@ -90,9 +90,10 @@ class SpeechObjective(Objective):
         Progressive Sequence Dropout, source: arXiv 2602.10934.
         """
         del step
-        in_use = draw_dropout(
-            self.config.num_quantizers, self.settings.sequence_dropout, key, batch["position"]
-        )
+        num_quantizers = self.config.num_quantizers
+        share = self.settings.sequence_dropout
+        largest = max(1, num_quantizers - 1)
+        in_use = code_use.draw_dropout(num_quantizers, share, key, batch["position"], largest)
         in_use &= jnp.arange(in_use.shape[1]) < batch["num_quantizers"][:, None]
         counts = self.count_tokens(batch | {"in_use": in_use})
         scale = len(in_use) / jnp.maximum(counts.sum(0), 1)
@@ -203,8 +204,6 @@ class SpeechObjective(Objective):
         shape = self.shape()
         sums = np.zeros(3)
         counts = np.zeros(3)
-        function = jax.jit(lambda params, part: (self.cross_entropies(params, part),
-                                                 self.count_tokens(part)))  # fmt: skip
         for start in range(0, len(items), _EVALUATED_AT_ONCE):
             rows = [speech_batches.sample(shape, x) for x in items[start:][:_EVALUATED_AT_ONCE]]
             longest = max(len(row.positions.text) for row in rows)
@@ -214,7 +213,7 @@ class SpeechObjective(Objective):
             part = {name: np.stack([row[name] for row in found]) for name in found[0]}
             numbers = part["num_quantizers"][:, None]
             part["in_use"] = np.arange(self.config.num_quantizers) < numbers
-            batch_sums, batch_counts = function(params, part)
+            batch_sums, batch_counts = _sums(self, params, part)
             sums += np.asarray(batch_sums).sum(0)
             counts += np.asarray(batch_counts).sum(0)
             for _ in rows:
@@ -247,22 +246,12 @@ class SpeechObjective(Objective):
         return samples, codec.config.sample_rate, "spoken (recorded): " + "; ".join(lengths)
 
 
-def draw_dropout(
-    num_quantizers: int, share: float, key: jax.Array, positions: jax.Array
-) -> jax.Array:
-    """Which quantizers each sequence has: bool [B, Q].
-
-    All of them, or with probability `share` only the first K, K uniform in 1..Q-1. The draw of an
-    item depends only on its position in the global batch.
-    """
-
-    def draw(position):
-        number_key, share_key = jax.random.split(jax.random.fold_in(key, position))
-        number = jax.random.randint(number_key, (), 1, max(2, num_quantizers))
-        dropped = jax.random.uniform(share_key) < share
-        return jnp.arange(num_quantizers) < jnp.where(dropped, number, num_quantizers)
-
-    return jax.vmap(draw)(positions)
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(
+    objective: SpeechObjective, params: dict[str, Any], part: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropies and numbers of tokens, [B, 3] each."""
+    return objective.cross_entropies(params, part), objective.count_tokens(part)
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> SpeechObjective:

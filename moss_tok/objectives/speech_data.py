@@ -7,11 +7,12 @@ from moss_tok import checkpoint, storage
 from moss_tok.codec import pretrained as codecs
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
-from moss_tok.data import code_batches, speech_batches
+from moss_tok.data import speech_batches
 from moss_tok.data.code_batches import Source
 from moss_tok.data.speech_batches import SpeechSet, SpeechShape
 from moss_tok.language import text
 from moss_tok.language.text import Tokenizer
+from moss_tok.objectives import code_data
 from moss_tok.objectives.code_data import CodeData
 from moss_tok.objectives.config import SpeechSettings
 from moss_tok.speech import config as configs
@@ -33,30 +34,23 @@ class SpeechData(CodeData):
 
 
 def find_data(config: TrainConfig, shape: SpeechShape, say: Say) -> SpeechData:
-    """Opens folders and files of codes; creates the workdir after checking that all data exists.
+    """Opens folders and files of codes, see `code_data.find_sets`.
 
     Raises:
-      ValueError: No such source, codes of another codec, or nothing to learn from.
+      ValueError: Codes of another codec, or nothing to learn from.
     """
-    data = config.data
-    sources, weights = code_batches.find_sources(data.train_data)
-    held_out = sources
-    if data.eval_data:
-        held_out, _ = code_batches.find_sources(data.eval_data)
-    for source in dict.fromkeys([*sources, *held_out]):
-        _check_codec(source, shape.config.codec, say)
-    sets = tuple(speech_batches.read_set(source, "train", shape) for source in sources)
-    _check_sets(sets, shape, say)
-    weights = [len(part) if w is None else w for part, w in zip(sets, weights, strict=True)]
-    test_sets: tuple[SpeechSet, ...] = ()
-    if config.run.num_eval_clips:
-        test_sets = tuple(speech_batches.read_set(source, "test", shape) for source in held_out)
-        if data.eval_data and not any(map(len, test_sets)):
-            raise ValueError(f"eval_data {data.eval_data}: no recordings of the split 'test'")
-    storage.to_path(config.run.workdir).mkdir(parents=True, exist_ok=True)
-    return SpeechData(
-        data, sets, tuple(weights), test_sets, config.run.num_eval_clips, shape, config.run.seed
+
+    def check_sources(sources: Sequence[Source]) -> None:
+        for source in dict.fromkeys(sources):
+            _check_codec(source, shape.config.codec, say)
+
+    parts = code_data.find_sets(
+        config,
+        check_sources,
+        lambda source, split: speech_batches.read_set(source, split, shape),
+        lambda sets: _check_sets(sets, shape, say),
     )
+    return SpeechData(config.data, *parts, config.run.num_eval_clips, shape, config.run.seed)
 
 
 def _check_codec(source: Source, fingerprint: str, say: Say) -> None:
@@ -99,15 +93,9 @@ def find_model(
     Raises:
       ValueError: A model or codec does not exist, or they do not fit.
     """
-    workdir = storage.to_path(config.run.workdir)
-    steps = checkpoint.saved_steps(workdir)
-    for step in reversed(steps):  # the newest may be broken, see `Checkpoints.restore_latest`
-        folder = workdir / checkpoint.STEPS_FOLDER / checkpoint.step_name(step)
-        try:
-            return pretrained.load_config(folder)
-        except (ValueError, OSError):
-            if step == steps[0]:
-                raise
+    model = checkpoint.read_newest(storage.to_path(config.run.workdir), pretrained.load_config)
+    if model is not None:
+        return model
     settings = config.objective
     if codec is None and not settings.codec:
         raise ValueError("objective=speech needs codec, the codec of the codes in train_data")

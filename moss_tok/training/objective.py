@@ -49,6 +49,26 @@ class Learned(NamedTuple):
     norms: dict[str, jax.Array]
 
 
+class Update(NamedTuple):
+    """What `Objective.finish` gets after the update of a step.
+
+    Attributes:
+      key: Random key of the step.
+      step: Number of the step, a scalar.
+      batch: The prepared batch.
+      seen: The second result of `outputs` for all microbatches [M, B, ...].
+      extra: The state's `extra`.
+      trees: "params" and, with an average, "ema".
+    """
+
+    key: jax.Array
+    step: jax.Array
+    batch: Batch
+    seen: Any
+    extra: dict[str, Any]
+    trees: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Result of an evaluation.
@@ -173,21 +193,9 @@ class Objective:
         del config, extra, parts, outputs
         return Learned({}, {}, {})
 
-    def finish(
-        self,
-        key: jax.Array,
-        step: jax.Array,
-        batch: Batch,
-        seen: Any,
-        extra: dict[str, Any],
-        trees: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Runs after the update; returns changed entries of `extra`, and `trees` ("params", "ema").
-
-        `seen` is the second result of `outputs` for all microbatches [M, B, ...].
-        """
-        del key, step, batch, seen, extra
-        return {}, trees
+    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Runs after the update; returns changed entries of `extra`, and the `trees`."""
+        return {}, update.trees
 
     # ------------------------------------------------------------------- on the host
 

@@ -14,7 +14,7 @@ import optax
 from moss_tok import sharding
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.training import microbatches, optimizer
-from moss_tok.training.objective import Batch
+from moss_tok.training.objective import Batch, Update
 from moss_tok.training.state import Recipe, Totals, TrainState
 
 
@@ -55,7 +55,8 @@ def train_step(
     transformation = optimizer.of_objective(recipe.optimizer, objective)
     trained, opt_state = optimizer.update(transformation, gradient, state.opt_state, trained)
     trees = _averaged(recipe, state, state.params | trained)
-    finished, trees = objective.finish(key, state.step, batch, seen, extra, trees)
+    update = Update(key, state.step, batch, seen, extra, trees)
+    finished, trees = objective.finish(update)
 
     terms |= learned.terms
     metrics = {name: x.mean() for name, x in terms.items()} | learned.norms
