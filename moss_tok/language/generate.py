@@ -33,14 +33,13 @@ _BATCH_SIZE = 16  # recordings that are transcribed at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are sampled.
+class Choice:
+    """How `choose` takes a token.
 
     Attributes:
       temperature: Sampling temperature; 0 always takes the most likely token.
       top_k: Sample among this many most likely tokens; 0: among all.
       top_p: Of those, sample among the most likely ones that together reach this probability.
-      max_tokens: Largest number of tokens in a text.
 
     Raises:
       ValueError: A value is out of range.
@@ -49,7 +48,6 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    max_tokens: int = 512
 
     def __post_init__(self):
         if not 0 <= self.temperature <= 100:
@@ -58,6 +56,23 @@ class Sampling:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Choice):
+    """How the tokens of a text are sampled.
+
+    Attributes:
+      max_tokens: Largest number of tokens in a text.
+
+    Raises:
+      ValueError: A value is out of range.
+    """
+
+    max_tokens: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
         if not 1 <= self.max_tokens <= 65536:
             raise ValueError(f"max_tokens must be 1..65536, got {self.max_tokens}")
 
@@ -340,7 +355,7 @@ def generate(
     return jnp.maximum(tokens, 0), sizes
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+def choose(logits: jax.Array, key: jax.Array, sampling: Choice) -> jax.Array:
     """Samples a token [B] for each row of logits [B, V]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

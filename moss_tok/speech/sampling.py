@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moss_tok.language.generate import choose
+from moss_tok.language.generate import Choice, choose
 from moss_tok.speech.config import SpeechConfig
 
 # Longest time that slow speech takes, in seconds: pauses at both ends, a letter of an alphabet, and
@@ -14,17 +14,16 @@ from moss_tok.speech.config import SpeechConfig
 _PAUSES = 1.5
 _LETTER = 0.2
 _SYMBOL = 0.6
-_FIRST_IDEOGRAPH = 0x2E80  # of Unicode; scripts of syllables and words begin here
+FIRST_IDEOGRAPH = 0x2E80  # of Unicode; scripts of syllables and words, without spaces, begin here
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel:
+class Channel(Choice):
     """How a group of channels is sampled. The defaults are the official ones of the codes.
 
+    At temperature 0 there is no penalty.
+
     Attributes:
-      temperature: Sampling temperature; 0 always takes the most likely code, without penalty.
-      top_k: Sample among this many most likely codes; 0: among all.
-      top_p: Of those, sample among the most likely ones that together reach this probability.
       repetition_penalty: Divides the logits, or multiplies negative ones, of codes that the channel
         has had before; 1: none.
 
@@ -38,12 +37,7 @@ class Channel:
     repetition_penalty: float = 1.1
 
     def __post_init__(self):
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature must be 0..100, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        super().__post_init__()
         if not 0.1 <= self.repetition_penalty <= 10:
             raise ValueError(f"repetition_penalty must be 0.1..10, got {self.repetition_penalty}")
 
@@ -98,6 +92,6 @@ def most_frames(config: SpeechConfig, text: str) -> int:
     seconds = _PAUSES
     for character in text:
         if character.isalnum():
-            is_letter = character.isalpha() and ord(character) < _FIRST_IDEOGRAPH
+            is_letter = character.isalpha() and ord(character) < FIRST_IDEOGRAPH
             seconds += _LETTER if is_letter else _SYMBOL
     return math.ceil(seconds * config.frame_rate)

@@ -12,11 +12,10 @@ from moss_tok.codec.live import DecoderStream
 from moss_tok.speech import generate
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import Request
-from moss_tok.speech.sampling import DEFAULT, Sampling
+from moss_tok.speech.sampling import DEFAULT, FIRST_IDEOGRAPH, Sampling
 from moss_tok.speech.steps import Speech
 
 _SILENCE_DB = -60.0  # a prompt below this level is silent
-_FIRST_IDEOGRAPH = 0x2E80  # of Unicode; scripts that need no space between words begin here
 
 
 class SpokenAudio(NamedTuple):
@@ -78,7 +77,7 @@ def with_prompt(
         return Request(text, codes, prompt_text, details=details)
     if not prompt_text:
         return Request(text, codes, details=details)
-    joint = "" if ord(prompt_text[-1]) >= _FIRST_IDEOGRAPH or prompt_text[-1].isspace() else " "
+    joint = "" if ord(prompt_text[-1]) >= FIRST_IDEOGRAPH or prompt_text[-1].isspace() else " "
     return Request(f"{prompt_text}{joint}{text}", beginning=codes, details=details)
 
 
