@@ -106,6 +106,7 @@ def test_compare(box, capsys):
         (["gone.wav", "x"], "gone.wav: no such file"),
         (["in.wav", "in.wav"], "in.wav: not a folder"),
         (["in.wav", "gone/x"], "no such folder: gone"),
+        (["in.wav", "."], ". is not empty, and has no earlier comparison to replace"),
     ):
         assert main(["compare", *argv]) == 2
         assert capsys.readouterr().err == f"error: {message}\n"
@@ -113,6 +114,10 @@ def test_compare(box, capsys):
 
 def test_without_the_codec(box, capsys, monkeypatch):
     monkeypatch.setattr(assets, "CODEC", box / "gone")
+    for command in (["speak", "hello", "a.wav"], ["transcribe", "in.wav"]):
+        with pytest.raises(SystemExit, match="2"):  # these need another checkpoint in any case
+            main(command)
+        assert "the following arguments are required: --checkpoint" in capsys.readouterr().err
     for argv in (["info"], ["encode", "in.wav", "a.npz"], ["decode", "a.npz", "a.wav"]):
         assert main(argv) == 2
         error = capsys.readouterr().err

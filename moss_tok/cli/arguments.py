@@ -13,19 +13,20 @@ from typing import Any
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def add_codec(parser: argparse.ArgumentParser) -> None:
+def add_codec(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Adds --checkpoint and --num-quantizers."""
-    add_checkpoint(parser)
+    add_checkpoint(parser, required)
     add_num_quantizers(parser)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds --checkpoint."""
+def add_checkpoint(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Adds --checkpoint; unless it is required, the default is the codec in the package."""
+    default = "" if required else " (default: the small codec that comes with moss_tok)"
     parser.add_argument(
         "--checkpoint",
+        required=required,
         metavar="C",
-        help="checkpoint, training workdir, official directory or Hugging Face Hub id (default: "
-        "the small codec that comes with moss_tok)",
+        help=f"checkpoint, training workdir, official directory or Hugging Face Hub id{default}",
     )
 
 

@@ -12,6 +12,7 @@ from moss_tok.cli import arguments
 EXAMPLE = "moss-tok compare speech.flac compared"
 
 _MAX_SECONDS = 30.0
+_PICTURE = "spectrograms.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    import matplotlib.figure  # noqa: F401  without it, fail before anything is written
+
     import moss_tok
     from moss_tok.audio import files
     from moss_tok.evaluation import sweep
 
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: not a folder")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"no such folder: {output.parent}")
+    _check_output(output)
     seconds = files.duration_seconds(args.input)
     codec = moss_tok.load(args.checkpoint)
     config = codec.config
@@ -50,7 +50,17 @@ def run(args: argparse.Namespace) -> None:
     reconstructions = sweep.reconstruct(codec, wav, sweep.bitrates(config))
     print("\n".join(_table(config, wav, reconstructions)))
     _write(output, config, wav, reconstructions)
-    print(f"listen: {output}/*.wav, see {output}/spectrograms.png")
+    print(f"listen: {output}/*.wav, see {output}/{_PICTURE}")
+
+
+def _check_output(output: Path) -> None:
+    """Raises ValueError unless the folder is new, empty or of an earlier comparison."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: not a folder")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"no such folder: {output.parent}")
+    if output.exists() and any(output.iterdir()) and not (output / _PICTURE).exists():
+        raise ValueError(f"{output} is not empty, and has no earlier comparison to replace")
 
 
 def _table(config: Any, wav: Any, reconstructions: dict[int, Any]) -> list[str]:
@@ -67,15 +77,17 @@ def _table(config: Any, wav: Any, reconstructions: dict[int, Any]) -> list[str]:
 
 
 def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any]) -> None:
-    """Writes the audio files and the picture."""
+    """Writes the picture, by which a folder is known as a comparison, and then the audio files."""
     from moss_tok.audio import files
     from moss_tok.evaluation import report, sweep
 
-    output.mkdir(exist_ok=True)
-    files.write(output / "original.wav", wav, config.sample_rate)
+    audio = {"original.wav": wav}
     pictures = {"original": wav}
     for number, wav_hat in reconstructions.items():
         name = sweep.system_name(number)
-        files.write(output / f"{name.replace(' ', '_')}.wav", wav_hat, config.sample_rate)
+        audio[f"{name.replace(' ', '_')}.wav"] = wav_hat
         pictures[f"{name}, {config.bitrate(number):.0f} bit/s"] = wav_hat
-    report.save_spectrograms(output / "spectrograms.png", pictures, config.sample_rate)
+    output.mkdir(exist_ok=True)
+    report.save_spectrograms(output / _PICTURE, pictures, config.sample_rate)
+    for name, samples in audio.items():
+        files.write(output / name, samples, config.sample_rate)

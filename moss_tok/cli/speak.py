@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wav, flac or ogg file; for a file of texts: a folder of wav; -: standard output, "
         "while the speech is sampled",
     )
-    arguments.add_codec(parser)
+    arguments.add_codec(parser, required=True)
     parser.add_argument(
         "--codec",
         metavar="C",
@@ -224,9 +224,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 def _codec_of_run(checkpoint: str) -> str:
     """The codec in the settings of a training workdir."""
     from moss_tok import storage
+    from moss_tok.checkpoint import RUN_CONFIG_NAME
     from moss_tok.json_files import read_json_object
 
-    path = storage.to_path(checkpoint) / "train_config.json"
+    path = storage.to_path(checkpoint) / RUN_CONFIG_NAME
     codec = read_json_object(path).get("codec") if path.is_file() else None
     if not codec:
         raise ValueError(f"{checkpoint} does not say which codec it speaks with: give --codec")

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="audio, or codes (.npz) written by moss-tok encode; or a folder of either, for which "
         "each line is the file's name, a tab and the text",
     )
-    arguments.add_codec(parser)
+    arguments.add_codec(parser, required=True)
     parser.add_argument(
         "--task",
         default="transcribe",
