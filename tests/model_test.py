@@ -10,7 +10,7 @@ import pytest
 import moss_tok
 from moss_tok.codec.model import CodecModel, deinterleave, interleave, patchify, unpatchify
 from moss_tok.nn import products
-from moss_tok.nn.compute import ComputeConfig
+from moss_tok.nn.compute import BF16_PRODUCTS, ComputeConfig
 
 
 def test_patches_are_channel_major():
@@ -66,7 +66,7 @@ def test_bfloat16_products():
         return jnp.einsum("btnh,dnh->btd", x, weights, precision="highest")
 
     def product(x, weights):
-        return products.einsum("btnh,dnh->btd", x, weights, products.BF16)
+        return products.einsum("btnh,dnh->btd", x, weights, BF16_PRODUCTS)
 
     weights = weights[:5]
     expected, pull = jax.vjp(plain, rounded(x), rounded(weights))

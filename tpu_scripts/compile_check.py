@@ -42,7 +42,7 @@ from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.presets import load_codec_config
 from moss_tok.errors import check_choice
 from moss_tok.language.config import LanguageConfig
-from moss_tok.nn.compute import PRECISIONS, ComputeConfig
+from moss_tok.nn.compute import BF16_PRODUCTS, PRECISIONS, ComputeConfig
 from moss_tok.nn.kernels import splash_block
 from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives import flops
@@ -185,9 +185,8 @@ def kernel_costs(
     """
     total = hlo.Costs()
     half = compute.dtype == "bfloat16"
-    passes = (
-        1 if half or compute.precision == "default" else PASSES["highest"]
-    )  # kernels have no high
+    is_single = half or compute.precision in ("default", BF16_PRODUCTS)
+    passes = 1 if is_single else PASSES["highest"]  # kernels have no high
     for name, times in kernels.items():
         if stage := re.search(r"(encoder|decoder)/stage_(\d+)", name):
             side, number = stage[1], int(stage[2])

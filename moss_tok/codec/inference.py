@@ -97,6 +97,17 @@ def bucket_frames(num_frames: int, per_octave: int = 8) -> int:
     return -(-num_frames // step) * step
 
 
+def batch_rows(num_left: int, full: int, multiple: int = 1) -> int:
+    """Rows of the next batch of a bucket: all of a full one, else an eighth, some of them empty.
+
+    So each length needs two programs. Compiling more takes longer than computing empty rows.
+    `multiple` divides the result and `full`.
+    """
+    if num_left >= full:
+        return full
+    return max(full // 8 // multiple, 1) * multiple
+
+
 def is_long(seconds: float) -> bool:
     """Whether audio of this length is computed in chunks."""
     return seconds > WHOLE_SECONDS

@@ -105,8 +105,25 @@ def quantizer_fingerprint(codec: Codec) -> str:
     It is the same whichever component was loaded, in either official layout, and after fine-tuning
     the decoder alone.
     """
-    config = dataclasses.replace(codec.config, layout="v1")
-    return _digest(config, codec.params["quantizer"])
+    return _quantizer_digest(codec.config, _Same(codec.params["quantizer"]))
+
+
+class _Same:
+    """A tree as a key of a cache: equal to itself only."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tree is other.tree
+
+    def __hash__(self) -> int:
+        return id(self.tree)
+
+
+@functools.lru_cache(maxsize=1)  # commands ask for it once per file
+def _quantizer_digest(config: CodecConfig, quantizer: _Same) -> str:
+    return _digest(dataclasses.replace(config, layout="v1"), quantizer.tree)
 
 
 def _digest(config: CodecConfig, params: Any) -> str:

@@ -81,21 +81,18 @@ class BatchEncoder:
             self._launch(size, self._buckets.pop(size), found)
 
     def flush(self, found: Found) -> None:
-        """Encodes the remaining recordings in few shapes: full batches and eighths of them.
+        """Encodes the remaining recordings in few shapes, see `inference.batch_rows`.
 
-        Compiling another shape takes longer than computing some empty rows. Recordings join the
-        next longer bucket when that padding costs less than empty rows.
+        Recordings join the next longer bucket when that padding costs less than empty rows.
         """
         left: list[tuple[str, np.ndarray]] = []
         sizes = sorted(self._buckets)
         for size, longer in zip(sizes, [*sizes[1:], None], strict=False):  # no sizes: [None]
             bucket = [*left, *self._buckets[size]]
             left = []
-            rows = self._batch_size(size)
-            eighth = max(rows // 8 // self._mesh.size, 1) * self._mesh.size
+            full = self._batch_size(size)
             while bucket:
-                if len(bucket) < rows:
-                    rows = eighth
+                rows = inference.batch_rows(len(bucket), full, self._mesh.size)
                 missing = rows - len(bucket)
                 if longer and missing * size > len(bucket) * (longer - size):
                     left = bucket

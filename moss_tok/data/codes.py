@@ -85,9 +85,9 @@ class LineSource:
         self._starts = []
         position = 0
         with self._copy.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    self._starts.append((position, len(line)))
+                    self._starts.append((position, len(line), number))
                 position += len(line)
 
     def __repr__(self) -> str:
@@ -100,12 +100,12 @@ class LineSource:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Item:
-        start, size = self._starts[index]
+        start, size, number = self._starts[index]
         with self._copy.open("rb") as file:
             file.seek(start)
             line = file.read(size)
         try:
-            fields = parse_json_object(line.decode())
+            fields = parse_json_object(line.decode("utf-8-sig"))
             codes = frame_major("audio_codes", fields.pop("audio_codes", None))
             reference = fields.pop("ref_audio_codes", None)
             if reference is not None:
@@ -113,7 +113,7 @@ class LineSource:
             if not isinstance(fields.get("text"), str):
                 raise ValueError(f"text must be a string, got {fields.get('text')!r}")
         except ValueError as error:
-            raise ValueError(f"{self.folder}, item {index + 1}: {error}") from error
+            raise ValueError(f"{self.folder}:{number}: {error}") from error
         fields["transcript"] = fields.pop("text")
         return Item(str(fields.pop("id", index)), codes, 0, fields)
 

@@ -12,7 +12,13 @@ import numpy as np
 from moss_tok.audio import files
 from moss_tok.codec import codes
 from moss_tok.codec.config import CodecConfig
-from moss_tok.codec.inference import Codec, bucket_frames, decode_batch, encode_batch
+from moss_tok.codec.inference import (
+    Codec,
+    batch_rows,
+    bucket_frames,
+    decode_batch,
+    encode_batch,
+)
 from moss_tok.evaluation import metrics
 from moss_tok.evaluation.baselines import Baseline
 from moss_tok.evaluation.datasets import Dataset
@@ -118,20 +124,15 @@ class _Batch(NamedTuple):
 
 
 def _batches(works: Sequence[_Work], config: CodecConfig) -> Iterator[_Batch]:
-    """Batches in few shapes: full ones and eighths of them, in two lengths per octave.
-
-    Compiling another shape takes longer than computing the padding.
-    """
+    """Batches in few shapes, because compiling takes long: two lengths per octave."""
     buckets: dict[int, list[_Work]] = {}
     for work in works:
         frames = config.num_frames(round(work.seconds * config.sample_rate))
         buckets.setdefault(bucket_frames(max(1, frames), 2), []).append(work)
     for size, bucket in buckets.items():
-        rows = max(1, min(_MAX_BATCH_SIZE, int(_BATCH_SECONDS * config.frame_rate / size)))
-        small = max(1, rows // 8)
+        full = max(1, min(_MAX_BATCH_SIZE, int(_BATCH_SECONDS * config.frame_rate / size)))
         while bucket:
-            if len(bucket) < rows:
-                rows = small
+            rows = batch_rows(len(bucket), full)
             yield _Batch(bucket[:rows], rows, size)
             bucket = bucket[rows:]
 

@@ -7,7 +7,8 @@ from moss_tok.errors import check_choice
 ATTENTION = ("auto", "dense", "blocked", "splash", "cudnn")
 REMAT = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
-MATMUL_PRECISIONS = ("default", "high", "highest", "BF16_BF16_F32")
+BF16_PRODUCTS = "BF16_BF16_F32"  # bfloat16 operands, float32 sums: a dot algorithm of jax.lax
+MATMUL_PRECISIONS = ("default", "high", "highest", BF16_PRODUCTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moss_tok import sharding
+from moss_tok.nn.compute import BF16_PRODUCTS
 
 _RESIDUALS = "attention"  # name of the residuals of the splash kernel's backward pass
 _LANES = 128  # block sizes of the splash kernel are multiples of this
@@ -79,9 +80,10 @@ def splash(q, k, v, *, window, precision):
         residual_checkpoint_name=_RESIDUALS,
         interpret=not devices_are("tpu"),
     )
-    precision = precision or "default"
-    if precision == "high":  # Pallas does not support it
-        precision = "highest"
+    # Pallas does not support the other two; bfloat16 products are the default on TPUs.
+    precision = {None: "default", BF16_PRODUCTS: "default", "high": "highest"}.get(
+        precision, precision
+    )
     with jax.default_matmul_precision(precision):
         out = jax.vmap(kernel)(
             pad_frames(q * dim**-0.5, padding), pad_frames(k, padding), pad_frames(v, padding)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BF16 = "BF16_BF16_F32"  # bfloat16 operands, float32 sums: a dot algorithm of jax.lax
+from moss_tok.nn.compute import BF16_PRODUCTS
 
 
 def einsum(
@@ -24,7 +24,7 @@ def einsum(
     Returns:
       The product.
     """
-    if precision == BF16:
+    if precision == BF16_PRODUCTS:
         dtype = out_dtype or jnp.result_type(x, weights)
         return _bf16_einsum(spec, x, weights).astype(dtype)
     return jnp.einsum(spec, x, weights, precision=precision, preferred_element_type=out_dtype)
