@@ -2,7 +2,8 @@
 
     python experiments/benchmark_training.py tiny:batch_size=8 nano:stage=adversarial,dtype=bfloat16
 
-A run is a preset and flags of train.py. All runs are compiled at the same time, then timed one by
+A run is a preset, or a JSON file of a codec, and flags of train.py. `flagfile=FILE` takes the flags
+of a file, without its model and data. All runs are compiled at the same time, then timed one by
 one, on random audio that is already on the device, so that only the step is measured. Utilisation
 is the step's rate of useful FLOPs (moss_tok/objectives/flops.py) over the rate of a large matrix
 product in the same process. The peak is the memory that XLA reserves for state, batch and step.
@@ -15,13 +16,13 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moss_tok import settings, sharding
-from moss_tok.codec.presets import preset
 from moss_tok.objectives import flops
 from moss_tok.objectives.config import all_fields, build_objective, configure
 from moss_tok.training.state import Recipe, init_state
@@ -50,19 +51,36 @@ class Benchmark:
     batch_size: int
 
 
+def read_flagfile(path: str) -> list[str]:
+    """The lines FLAG=VALUE of a flagfile."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        flag = line.removeprefix("--").partition("=")[0]
+        if line.startswith("--") and flag not in ("model", "train_data", "workdir", "init_from"):
+            lines.append(line.removeprefix("--"))
+    return lines
+
+
 def parse_run(text: str) -> Benchmark:
-    """Reads PRESET:FLAG=VALUE,..."""
+    """Reads MODEL:FLAG=VALUE,..."""
     name, _, flags = text.partition(":")
     types = {name: type(settings.flag_default(field)) for name, field in all_fields().items()}
     values = {"model": name}
+    pairs = []
     try:
-        for flag, _, value in (pair.partition("=") for pair in flags.split(",") if pair):
+        for pair in filter(None, flags.split(",")):
+            if pair.startswith("flagfile="):
+                pairs += read_flagfile(pair.removeprefix("flagfile="))
+            else:
+                pairs.append(pair)
+        for pair in pairs:
+            flag, _, value = pair.partition("=")
             if flag not in types:
                 raise ValueError(f"unknown flag {flag!r}; flags are train.py's, as FLAG=VALUE")
             values[flag] = types[flag](value)
         config = configure(**values)
-        objective = build_objective(config, codec=preset(name))
-    except ValueError as error:
+        objective = build_objective(config)
+    except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
     return Benchmark(text, recipe, config.data.batch_size)
@@ -107,7 +125,7 @@ def measure(run: Benchmark, step: Any, num_steps: int) -> float:
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=parse_run, help="PRESET:FLAG=VALUE,...")
+    parser.add_argument("runs", nargs="+", type=parse_run, help="MODEL:FLAG=VALUE,...")
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
     parser.add_argument("--matmul_dtype", default="float32")

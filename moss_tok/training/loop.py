@@ -123,7 +123,10 @@ class Run:
             stopped = previous_metrics is not None and self._check(step - 1, previous_metrics)
             last = step == config.num_steps or stopped
             if not last:
+                began = time.perf_counter()
                 batch = self._put(batches)  # while the step runs
+                if metrics["loss"].is_ready():
+                    self._rates.add_wait(time.perf_counter() - began)
             self._bar.update()
             if step % config.log_every == 0 or step == config.num_steps:
                 state = self._log_line(step, state)

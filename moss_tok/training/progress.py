@@ -9,6 +9,8 @@ import tqdm
 from moss_tok import sharding
 from moss_tok.training.objective import Objective
 
+_LONG_WAIT = 0.1  # share of the time; more workers would help
+
 
 class Rates:
     """Training speed since the last line of the log."""
@@ -16,15 +18,27 @@ class Rates:
     def __init__(self, step: int):
         self._step = step
         self._began = time.perf_counter()
+        self._waited = 0.0
 
     def since_last(self, step: int, batch_seconds: float) -> dict[str, float]:
-        """Steps per second and seconds of audio per second since the last call; starts again."""
-        per_second = (step - self._step) / (time.perf_counter() - self._began)
-        self.__init__(step)
-        return {
+        """Steps and seconds of audio per second, and the share of waiting; starts again."""
+        elapsed = time.perf_counter() - self._began
+        per_second = (step - self._step) / elapsed
+        values = {
             "steps_per_second": per_second,
             "audio_seconds_per_second": per_second * batch_seconds,
+            "data_wait_share": self._waited / elapsed,
         }
+        self.__init__(step)
+        return values
+
+    def add_wait(self, seconds: float) -> None:
+        """Counts time in which a batch was read and the step before it came to its end.
+
+        The devices may have been idle for a part of this time, so the share of waiting for data is
+        an upper bound.
+        """
+        self._waited += seconds
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time that was not spent on training."""
@@ -41,6 +55,8 @@ def line(step: int, num_steps: int, values: dict[str, Any], objective: Objective
     parts.append(objective.progress(values))
     speed = values["audio_seconds_per_second"]
     parts.append(f"{speed:.0f} s of audio per s, {minutes:.1f} min left")
+    if values["data_wait_share"] >= _LONG_WAIT:
+        parts.append(f"{values['data_wait_share']:.0%} of the time waiting for data")
     return " ".join(part for part in parts if part)
 
 
