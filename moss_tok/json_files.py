@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a JSONL file, blank ones included.
 
-    As editors and spreadsheets write them, lines may end in CR LF, and the file may begin with a
-    byte-order mark.
+    Lines may end in CR LF, and the file may begin with a byte-order mark, because editors and
+    spreadsheets write such files.
 
     Raises:
       ValueError: The file is not UTF-8 text.
@@ -60,8 +61,8 @@ def parse_json_line(line: str, place: str, example: str = "") -> dict[str, Any]:
     try:
         return parse_json_object(line)
     except ValueError as error:
-        like = f" like {example}" if example else ""
-        message = f"must be a JSON object{like}, got {shorten(line)} ({error})"
+        expected = f"a JSON object like {example}" if example else "a JSON object"
+        message = f"must be {expected}, got {shorten(line)} ({error})"
         raise ValueError(f"{place}: {message}") from error
 
 
@@ -94,13 +95,21 @@ def read_json_lines(
     return rows
 
 
+def format_json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of a JSONL file with these objects."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    return "".join(lines)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file to which a program appends; [] if there is no file.
 
     Broken lines are skipped, because a process that was killed may leave one.
     """
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
+    for line in path.read_text(errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(parse_json_object(line))
     return rows
@@ -117,14 +126,17 @@ def from_fields(cls: type, fields: dict[str, Any], what: str) -> Any:
     Raises:
       ValueError: A key is unknown, or a key without default is missing.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(fields.keys() - known):
-        accepted = ", ".join(sorted(known))
-        raise ValueError(f"unknown key {unknown[0]!r} in {what}; accepted: {accepted}")
+    known = set()
     required = set()
     for field in dataclasses.fields(cls):
+        known.add(field.name)
         if field.default is dataclasses.MISSING:
             required.add(field.name)
-    if missing := sorted(required - fields.keys()):
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        accepted = ", ".join(sorted(known))
+        raise ValueError(f"unknown key {unknown[0]!r} in {what}; accepted: {accepted}")
+    missing = sorted(required - fields.keys())
+    if missing:
         raise ValueError(f"missing key {missing[0]!r} in {what}")
     return cls(**fields)

@@ -7,6 +7,7 @@ recording is padded to the length of another, and memory does not grow with the 
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,18 +20,19 @@ import numpy as np
 from moss_tok import sharding
 from moss_tok.audio import files
 from moss_tok.codec import inference
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
 
 _LARGEST_BATCH = 64  # recordings per device
 SLOT_SECONDS = 10.0  # chunk of a long recording; on average half of its last chunk is padding
 
-# By recording: its codes [Q, T] int16, and its samples per channel.
-Found = dict[str, tuple[np.ndarray, int]]
-# A recording in blocks [C, S].
+# Recording id -> codes [Q, T] int16, number of samples per channel.
+CodesById = dict[str, tuple[np.ndarray, int]]
+# Reads a recording in blocks [C, S].
 Blocks = Callable[[], Iterable[np.ndarray]]
 # Receives the codes of a batch, [Q, T] int16 per row.
-Take = Callable[[Sequence[np.ndarray]], None]
+_Store = Callable[[Sequence[np.ndarray]], None]
 
 
 @dataclasses.dataclass
@@ -52,6 +54,24 @@ class Statistics:
     shapes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
+class _Running(NamedTuple):
+    """A batch that the devices compute.
+
+    Attributes:
+      began: Time at which it was started.
+      ended: Will hold the time at which it was done.
+      lengths: Samples of each row, [B].
+      codes: [B, Q, T].
+      store: Receives the codes.
+    """
+
+    began: float
+    ended: Future
+    lengths: np.ndarray
+    codes: jax.Array
+    store: _Store
+
+
 class BatchEncoder:
     """Collects recordings into batches; one batch is encoded while the next is read."""
 
@@ -60,10 +80,12 @@ class BatchEncoder:
         self._mesh = sharding.make_mesh("data:-1", jax.local_devices())
         self._rows = sharding.batch_sharding(self._mesh)
         params = jax.device_put(codec.params, sharding.replicated(self._mesh))
-        self._codec, self._config = codec.replace(params=params), codec.config
-        self._num_quantizers, self._seconds = num_quantizers, batch_seconds
+        self._codec = codec.replace(params=params)
+        self._config = codec.config
+        self._num_quantizers = num_quantizers
+        self._device_batch_seconds = batch_seconds
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
-        self._running: tuple[float, np.ndarray, Any, Future, Take] | None = None
+        self._running: _Running | None = None
         # Notes when a batch is done, not when its result is used.
         self._watch = ThreadPoolExecutor(1)
         self.statistics = Statistics()
@@ -71,71 +93,88 @@ class BatchEncoder:
     @property
     def batch_seconds(self) -> float:
         """Audio of a batch on all devices."""
-        return self._seconds * self._mesh.size
+        return self._device_batch_seconds * self._mesh.size
 
-    def add(self, key: str, wav: np.ndarray, found: Found) -> None:
-        """Adds a recording [C, S] to a batch, which is encoded once it is full. See `flush`."""
-        size = inference.bucket_frames(self._config.num_frames(wav.shape[1]))
-        self._buckets[size].append((key, wav))
-        if len(self._buckets[size]) == self._batch_size(size):
-            self._launch(size, self._buckets.pop(size), found)
+    def add(self, key: str, wav: np.ndarray, encoded: CodesById) -> None:
+        """Adds a recording [C, S] to a batch. A full batch is encoded; `flush` encodes the others.
 
-    def flush(self, found: Found) -> None:
+        Args:
+          key: Id of the recording.
+          wav: Its audio, [C, S].
+          encoded: Receives the codes.
+        """
+        num_frames = inference.bucket_frames(self._config.num_frames(wav.shape[1]))
+        self._buckets[num_frames].append((key, wav))
+        if len(self._buckets[num_frames]) == self._batch_size(num_frames):
+            self._encode_bucket(num_frames, self._buckets.pop(num_frames), encoded)
+
+    def flush(self, encoded: CodesById) -> None:
         """Encodes the remaining recordings in few shapes, see `inference.batch_rows`.
 
         Recordings join the next longer bucket when that padding costs less than empty rows.
         """
-        left: list[tuple[str, np.ndarray]] = []
+        remaining: list[tuple[str, np.ndarray]] = []
         sizes = sorted(self._buckets)
-        for size, longer in zip(sizes, [*sizes[1:], None], strict=False):  # no sizes: [None]
-            bucket = [*left, *self._buckets[size]]
-            left = []
-            full = self._batch_size(size)
+        for index, num_frames in enumerate(sizes):
+            longer = sizes[index + 1] if index + 1 < len(sizes) else num_frames
+            is_last = longer == num_frames
+            bucket = remaining + self._buckets[num_frames]
+            remaining = []
             while bucket:
-                rows = inference.batch_rows(len(bucket), full, self._mesh.size)
-                missing = rows - len(bucket)
-                if longer and missing * size > len(bucket) * (longer - size):
-                    left = bucket
+                batch_size = self._batch_size(num_frames)
+                num_rows = inference.batch_rows(len(bucket), batch_size, self._mesh.size)
+                empty_frames = (num_rows - len(bucket)) * num_frames
+                added_frames = len(bucket) * (longer - num_frames)
+                if empty_frames > added_frames and not is_last:
+                    remaining = bucket
                     break
-                self._launch(size, bucket[:rows], found, rows)
-                bucket = bucket[rows:]
+                self._encode_bucket(num_frames, bucket[:num_rows], encoded, num_rows)
+                bucket = bucket[num_rows:]
         self._buckets.clear()
         self._collect()
 
-    def _batch_size(self, size: int) -> int:
-        rows = int(self._seconds * self._config.frame_rate / size)
+    def _batch_size(self, num_frames: int) -> int:
+        """Rows of a full batch on all devices."""
+        rows = int(self._device_batch_seconds * self._config.frame_rate / num_frames)
         return self._mesh.size * min(max(1, rows), _LARGEST_BATCH)
 
-    def _launch(
-        self, size: int, bucket: list[tuple[str, np.ndarray]], found: Found, rows: int = 0
+    def _encode_bucket(
+        self,
+        num_frames: int,
+        bucket: list[tuple[str, np.ndarray]],
+        encoded: CodesById,
+        num_rows: int = 0,
     ) -> None:
-        keys, wavs = zip(*bucket, strict=True)
-        nothing = [np.zeros_like(wavs[0][:, :0])] * (rows - len(bucket))
-        wav, lengths = _batch([*wavs, *nothing], size * self._config.hop_length)
-
-        def take(rows):
-            for key, length, codes in zip(keys, lengths, rows, strict=False):
-                found[key] = codes, int(length)
+        """Starts to encode recordings as one batch of at least `num_rows` rows of `num_frames`."""
+        keys = [key for key, _ in bucket]
+        wavs = [wav for _, wav in bucket]
+        empty = np.zeros_like(wavs[0][:, :0])
+        num_empty = num_rows - len(bucket)
+        wav, lengths = _batch(wavs + [empty] * num_empty, num_frames * self._config.hop_length)
 
         def encode(wav, lengths):
             return inference.encode(self._codec, wav, lengths, self._num_quantizers).codes
 
-        self._compute(encode, wav, lengths, take)
+        def store(rows):
+            for key, length, codes in zip(keys, lengths, rows, strict=False):
+                encoded[key] = codes, int(length)
+
+        self._compute(encode, wav, lengths, store)
 
     def encode_long(
         self,
         recordings: Sequence[tuple[str, Blocks]],
         pool: ThreadPoolExecutor,
-        found: Found,
+        encoded: CodesById,
         progress: Callable[[float], Any] = lambda seconds: None,
     ) -> dict[str, Exception]:
         """Encodes recordings of any length as streams.
 
         Args:
-          recordings: Names, and functions that read the blocks. Longest first leaves the fewest
-            slots idle at the end.
+          recordings: Ids, and functions that read the blocks. Longest first leaves the fewest slots
+            idle at the end.
           pool: Threads that read one chunk ahead.
-          found: Receives the codes.
+          encoded: Receives the codes.
           progress: Called with the seconds of audio that were read.
 
         Returns:
@@ -143,101 +182,151 @@ class BatchEncoder:
         """
         if not recordings:
             return {}
-        c, num_slots = self._config, self._num_slots(len(recordings))
-        size = c.hop_length * max(1, round(SLOT_SECONDS * c.frame_rate))
-        waiting, failed = iter(recordings), {}
-        idle = _Chunk(None, np.zeros((c.num_channels, 0), np.float32), False)
-        feeds = [_chunks_of_slot(waiting, size, failed) for _ in range(num_slots)]
-        ahead = [pool.submit(next, feed, idle) for feed in feeds]
+        config = self._config
+        slots = _Slots(config, recordings, self._num_slots(len(recordings)), pool)
         parts: dict[str | None, list[np.ndarray]] = collections.defaultdict(list)
         num_samples: collections.Counter = collections.Counter()
-        state = init_encoder_stream(self._codec, num_slots)
-        while (chunks := [future.result() for future in ahead]) != [idle] * num_slots:
-            ahead = [pool.submit(next, feed, idle) for feed in feeds]
+        state = init_encoder_stream(self._codec, slots.num_slots)
+
+        def step(begins, wav, lengths):
+            nonlocal state
+            state = reset_streams(state, np.array(begins))
+            state, codes = encode_step(self._codec, state, wav, lengths, self._num_quantizers)
+            return codes
+
+        def store(keys, rows):
+            for key, codes in zip(keys, rows, strict=True):
+                parts[key].append(codes)
+
+        for chunks in slots.chunks():
             keys, wavs, begins = zip(*chunks, strict=True)
-            wav, lengths = _batch(wavs, size)
-            num_samples.update(dict(zip(keys, lengths.tolist(), strict=True)))
-            progress(lengths.sum() / c.sample_rate)
-
-            def take(rows, keys=keys):
-                for key, codes in zip(keys, rows, strict=True):
-                    parts[key].append(codes)
-
-            def step(wav, lengths, begins=begins):
-                nonlocal state
-                state = reset_streams(state, np.array(begins))
-                state, codes = encode_step(self._codec, state, wav, lengths, self._num_quantizers)
-                return codes
-
-            self._compute(step, wav, lengths, take)
+            wav, lengths = _batch(wavs, slots.chunk_samples)
+            for key, length in zip(keys, lengths.tolist(), strict=True):
+                num_samples[key] += length
+            progress(lengths.sum() / config.sample_rate)
+            step_chunks = functools.partial(step, begins)
+            self._compute(step_chunks, wav, lengths, functools.partial(store, keys))
         self._collect()
-        for key in parts.keys() - failed.keys() - {idle.key}:
-            found[key] = np.concatenate(parts[key], axis=1), num_samples[key]
-        return failed
+        for key in parts.keys() - slots.errors.keys() - {_IDLE}:
+            encoded[key] = np.concatenate(parts[key], axis=1), num_samples[key]
+        return slots.errors
 
     def _num_slots(self, num_recordings: int) -> int:
         """Slots of all devices: a power of two per device, and at least eight recordings per slot.
 
         With fewer recordings per slot, most slots would be idle while the last one ends.
         """
-        most = min(num_recordings / 8 / self._mesh.size, self._seconds / SLOT_SECONDS)
-        return self._mesh.size * 2 ** max(0, math.floor(math.log2(most)))
+        max_slots = min(
+            num_recordings / 8 / self._mesh.size,
+            self._device_batch_seconds / SLOT_SECONDS,
+        )
+        return self._mesh.size * 2 ** max(0, math.floor(math.log2(max_slots)))
 
     def _compute(
-        self, function: Callable[..., jax.Array], wav: np.ndarray, lengths: np.ndarray, take: Take
+        self,
+        function: Callable[..., jax.Array],
+        wav: np.ndarray,
+        lengths: np.ndarray,
+        store: _Store,
     ) -> None:
-        """Waits for the batch before, takes its codes, and starts this one."""
+        """Waits for the previous batch, stores its codes, and starts this one."""
         placed = jax.device_put((wav, lengths), self._rows)
         self._collect()
         began = time.perf_counter()
         with jax.set_mesh(self._mesh):  # kernels ask for it
-            out = function(*placed)
-        self._running = began, lengths, out, self._watch.submit(_time_of, out), take
-        self.statistics.audio_seconds += lengths.sum() / self._config.sample_rate
-        self.statistics.padded_seconds += lengths.size * wav.shape[2] / self._config.sample_rate
-        self.statistics.shapes[lengths.size, wav.shape[2] // self._config.hop_length] += 1
+            codes = function(*placed)
+        ended = self._watch.submit(_wait_until_ready, codes)
+        self._running = _Running(began, ended, lengths, codes, store)
+        num_samples = wav.shape[2]
+        sample_rate = self._config.sample_rate
+        self.statistics.audio_seconds += lengths.sum() / sample_rate
+        self.statistics.padded_seconds += lengths.size * num_samples / sample_rate
+        self.statistics.shapes[lengths.size, num_samples // self._config.hop_length] += 1
 
     def _collect(self) -> None:
-        """Waits for the batch that is running, if any, and takes its codes."""
+        """Waits for the running batch, if any, and stores its codes."""
         if self._running is None:
             return
-        began, lengths, out, ended, take = self._running
-        self.statistics.device_seconds += ended.result() - began
-        counts = [self._config.num_frames(int(length)) for length in lengths]
-        rows = np.asarray(out).astype(np.int16)
-        take([codes[:, :count] for codes, count in zip(rows, counts, strict=True)])
+        batch = self._running
+        self.statistics.device_seconds += batch.ended.result() - batch.began
+        rows = []
+        for codes, length in zip(np.asarray(batch.codes), batch.lengths, strict=True):
+            num_frames = self._config.num_frames(int(length))
+            rows.append(codes[:, :num_frames].astype(np.int16))
+        batch.store(rows)
         self._running = None
 
 
-def _batch(wavs: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Audio [C, S] as [B, C, size] float32, and lengths [B]."""
+def _batch(wavs: Sequence[np.ndarray], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks audio [C, S] to [B, C, num_samples] float32; returns it and the lengths [B]."""
     lengths = np.array([wav.shape[1] for wav in wavs], np.int32)
-    return inference.stack(wavs, size).astype(np.float32, copy=False), lengths
+    return inference.stack(wavs, num_samples).astype(np.float32, copy=False), lengths
+
+
+def _wait_until_ready(array: jax.Array) -> float:
+    """Waits until an array has been computed; returns the time."""
+    jax.block_until_ready(array)
+    return time.perf_counter()
 
 
 class _Chunk(NamedTuple):
-    """A part of a recording, and whether it is the first. Without a key the slot is idle."""
+    """A part of a recording, and whether it is the first; `key` is _IDLE for an idle slot."""
 
     key: str | None
     wav: np.ndarray
     begins: bool
 
 
-def _chunks_of_slot(
-    waiting: Iterator[tuple[str, Blocks]], size: int, failed: dict[str, Exception]
-) -> Iterator[_Chunk]:
-    """Chunks of `size` samples of one recording after the other."""
-    for key, blocks in waiting:
-        begins = True
-        try:
-            for chunk in files.rechunk(blocks(), size):
-                yield _Chunk(key, chunk, begins)
-                begins = False
-        except (ValueError, OSError) as error:
-            failed[key] = error
+_IDLE = None  # key of the chunks of a slot without a recording
 
 
-def _time_of(out: jax.Array) -> float:
-    """The time at which an array has been computed."""
-    jax.block_until_ready(out)
-    return time.perf_counter()
+class _Slots:
+    """Slots in which recordings are encoded chunk by chunk, one after the other.
+
+    Attributes:
+      num_slots: Number of slots.
+      chunk_samples: Samples of a chunk, per channel.
+      errors: Why recordings could not be read, by id.
+    """
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        recordings: Sequence[tuple[str, Blocks]],
+        num_slots: int,
+        pool: ThreadPoolExecutor,
+    ):
+        self.num_slots = num_slots
+        self.chunk_samples = config.hop_length * max(1, round(SLOT_SECONDS * config.frame_rate))
+        self.errors: dict[str, Exception] = {}
+        self._waiting = iter(recordings)
+        self._idle = _Chunk(_IDLE, np.zeros((config.num_channels, 0), np.float32), False)
+        self._pool = pool
+
+    def chunks(self) -> Iterator[list[_Chunk]]:
+        """Yields the next chunk of every slot until all slots are idle.
+
+        Threads read the following chunks while the caller encodes these.
+        """
+        slots = [self._read_slot() for _ in range(self.num_slots)]
+        futures = self._read_ahead(slots)
+        while True:
+            chunks = [future.result() for future in futures]
+            if all(chunk is self._idle for chunk in chunks):
+                return
+            futures = self._read_ahead(slots)
+            yield chunks
+
+    def _read_ahead(self, slots: Sequence[Iterator[_Chunk]]) -> list[Future]:
+        return [self._pool.submit(next, slot, self._idle) for slot in slots]
+
+    def _read_slot(self) -> Iterator[_Chunk]:
+        """The chunks of one recording after the other."""
+        for key, blocks in self._waiting:
+            begins = True
+            try:
+                for wav in files.rechunk(blocks(), self.chunk_samples):
+                    yield _Chunk(key, wav, begins)
+                    begins = False
+            except (ValueError, OSError) as error:
+                self.errors[key] = error

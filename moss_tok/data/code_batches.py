@@ -1,9 +1,9 @@
 """Batches of codes: batch number i is a pure function of the seed and i, packed by length.
 
-Recordings are drawn in a shuffled order, source by source as their weights say. A window of some
-batches is sorted by length and cut into batches, whose order is shuffled again. Which recordings a
-batch holds follows from an index of all lengths, so a resumed run reads nothing twice, and every
-process knows the shape of a batch without reading the rows of others.
+Each source is shuffled, and recordings are drawn from the sources in proportion to their weights.
+A window of some batches is sorted by length and cut into batches, whose order is shuffled again.
+An index of all lengths determines which recordings a batch has. So a resumed run reads nothing
+twice, and every process knows the shape of a batch without reading the rows of other processes.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from moss_tok.data.codes import CodeSource, Item, LineSource, open_source
 from moss_tok.data.config import CodeDataConfig
 from moss_tok.language.text import Tokenizer
 
-_WINDOW_BATCHES = 32  # that are packed together
-_BUCKETS_PER_OCTAVE = 2  # lengths; a step is compiled for each
+_WINDOW_BATCHES = 32  # number of batches that are packed together
+_BUCKETS_PER_OCTAVE = 2  # lengths per octave; a step is compiled for each
 
 Batch = dict[str, np.ndarray]
 Source = CodeSource | LineSource
@@ -33,13 +33,13 @@ Member = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class CodeShape:
-    """What recordings are made into.
+    """The sizes of batches of codes, and the limits of the recordings in them.
 
     Attributes:
       num_quantizers: Q of the codec; recordings with fewer are padded.
       max_frames: Longest recording; longer ones are not used.
       frame_rate: Frames per second.
-      tokenizer: For texts.
+      tokenizer: Tokenizer of the texts.
       max_text_tokens: Longest text; recordings with a longer one are not used.
     """
 
@@ -55,10 +55,10 @@ class CodeSet:
     """The recordings of one split of a source that have a text and are short enough.
 
     Attributes:
-      source: All recordings.
-      indices: Which of them.
-      num_frames: Length of each of these.
-      num_texts: How many of the split have a text.
+      source: All recordings of the source.
+      indices: Index in `source` of each recording of the set.
+      num_frames: Frames of each recording of the set.
+      num_texts: Number of recordings of the split with a text.
     """
 
     source: Source
@@ -80,24 +80,33 @@ def read_set(source: Source, split: str, shape: CodeShape) -> CodeSet:
         if item.metadata.get("split", "train") != split or not text:
             continue
         num_texts += 1
-        size = item.codes.shape[1]
-        if size <= shape.max_frames and len(shape.tokenizer.encode(text)) <= shape.max_text_tokens:
+        item_frames = item.codes.shape[1]
+        num_tokens = len(shape.tokenizer.encode(text))
+        if item_frames <= shape.max_frames and num_tokens <= shape.max_text_tokens:
             indices.append(index)
-            num_frames.append(size)
+            num_frames.append(item_frames)
     return CodeSet(source, np.array(indices, int), np.array(num_frames, int), num_texts)
 
 
 def find_sources(text: str) -> tuple[list[Source], list[float | None]]:
-    """The sources of SOURCE[:WEIGHT],... and their weights; ValueError where one is no such."""
-    names, weights = zip(*sources.parse(text), strict=True)
-    return [open_source(name) for name in names], list(weights)
+    """The sources of SOURCE[:WEIGHT],... and their weights.
+
+    Raises:
+      ValueError: A source has no codes.
+    """
+    opened = []
+    weights = []
+    for name, weight in sources.parse(text):
+        opened.append(open_source(name))
+        weights.append(weight)
+    return opened, weights
 
 
 class PackedBatches:
     """The batches of a mixture, by number: a data source for grain.
 
-    A subclass says what one item of a batch is. A member of a batch is a tuple of integers: the
-    number of the set, the place in it, and what `draw` adds.
+    A subclass defines the items of a batch. A member of a batch is a tuple of integers: the number
+    of the set, the index of a recording in the set, and any others that `draw` adds.
     """
 
     def __init__(
@@ -108,28 +117,29 @@ class PackedBatches:
         seed: int,
         rows: Sequence[int] | None = None,
     ):
-        """Of these rows of each batch; default: all."""
+        """The batches that mix `sets` by `weights`; of each, the given rows (default: all)."""
         self._sets = tuple(sets)
         self._batch_size = batch_size
         self._seed = seed
         self._rows = range(batch_size) if rows is None else rows
         parts = []
-        for number, part in enumerate(sets):
-            indices = grain.MapDataset.range(len(part)).seed(seed + number).shuffle().repeat()
-            parts.append(indices.map(functools.partial(_numbered, number)))
+        for set_number, part in enumerate(sets):
+            indices = grain.MapDataset.range(len(part)).seed(seed + set_number)
+            add_number = functools.partial(_add_set_number, set_number)
+            parts.append(indices.shuffle().repeat().map(add_number))
         self._order = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
         self._window = functools.lru_cache(maxsize=4)(self._plan_window)
 
     def __len__(self) -> int:
         return len(self._order) // self._batch_size
 
-    def draw(self, part: int, place: int, number: int) -> Member:
-        """The member for a recording; `number` counts all draws of the run."""
-        del number
-        return part, place
+    def draw(self, set_number: int, index: int, draw_number: int) -> Member:
+        """The member for a recording of a set; `draw_number` counts all draws of the run."""
+        del draw_number
+        return set_number, index
 
     def size(self, member: Member) -> int:
-        """Its length, for the packing."""
+        """The length of a member, by which members are packed."""
         raise NotImplementedError
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
@@ -137,54 +147,65 @@ class PackedBatches:
         raise NotImplementedError
 
     def read(self, member: Member) -> Any:
-        """What `arrays` makes arrays of; raises an error if it cannot be read."""
+        """The item of a member. Raises an error if it cannot be read."""
         raise NotImplementedError
 
     def arrays(self, item: Any | None, shape: tuple[int, ...]) -> Batch:
-        """The arrays of an item; None: one that could not be read."""
+        """The arrays of an item; `item` is None if it could not be read."""
         raise NotImplementedError
 
     def members(self, number: int) -> list[Member]:
         """The members of a batch, shortest first."""
-        window, place = divmod(number, _WINDOW_BATCHES)
-        return self._window(window)[place]
+        window, index = divmod(number, _WINDOW_BATCHES)
+        return self._window(window)[index]
 
     def _plan_window(self, window: int) -> list[list[Member]]:
+        """The batches of a window."""
         size = _WINDOW_BATCHES * self._batch_size
-        numbers = range(window * size, (window + 1) * size)
-        drawn = [self.draw(*self._order[number], number) for number in numbers]
-        drawn.sort(key=self.size)
-        batches = [drawn[i : i + self._batch_size] for i in range(0, size, self._batch_size)]
+        members = []
+        for draw_number in range(window * size, (window + 1) * size):
+            set_number, index = self._order[draw_number]
+            members.append(self.draw(set_number, index, draw_number))
+        members.sort(key=self.size)
+        batches = []
         order = np.random.default_rng((self._seed, window)).permutation(_WINDOW_BATCHES)
-        return [batches[i] for i in order]
+        for number in order:
+            start = number * self._batch_size
+            batches.append(members[start : start + self._batch_size])
+        return batches
 
     def __getitem__(self, number: int) -> Batch:
         members = self.members(number)
         shape = self.shape(members)
-        items = [self._item(members[row], shape) | {"position": np.int32(row)}
-                 for row in self._rows]  # fmt: skip
-        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+        rows = []
+        for row in self._rows:
+            arrays = self._read_arrays(members[row], shape)
+            rows.append(arrays | {"position": np.int32(row)})
+        return {name: np.stack([arrays[name] for arrays in rows]) for name in rows[0]}
 
-    def _item(self, member: Member, shape: tuple[int, ...]) -> Batch:
+    def _read_arrays(self, member: Member, shape: tuple[int, ...]) -> Batch:
         failed = np.full((1, 2), -1, np.int64)
         item = None
         try:
             item = self.read(member)
-        except Exception:  # what ArrayRecord and msgpack raise on damaged files
-            part, place, *_ = member
-            failed[0] = part, int(self._sets[part].indices[place])
+        except Exception:  # ArrayRecord and msgpack raise many types on damaged files
+            set_number, index, *_ = member
+            failed[0] = set_number, int(self._sets[set_number].indices[index])
         return {"failed": failed} | self.arrays(item, shape)
 
 
-def bucket_size(members_size: int, most: int) -> int:
-    """A length for the arrays of a batch: one of few, because a step is compiled for each."""
-    return min(bucket_frames(members_size, _BUCKETS_PER_OCTAVE), most)
+def bucket_size(length: int, max_length: int) -> int:
+    """The length of a batch's arrays for members of up to `length`.
+
+    It is one of a few lengths, because a step is compiled for each.
+    """
+    return min(bucket_frames(length, _BUCKETS_PER_OCTAVE), max_length)
 
 
 class CodeBatches(PackedBatches):
     """Batches of recordings, which are codes with a text.
 
-    A recording that cannot be read becomes one of no frames and without text.
+    A recording that cannot be read becomes one without frames and text.
     """
 
     def __init__(
@@ -196,42 +217,45 @@ class CodeBatches(PackedBatches):
         seed: int,
         rows: Sequence[int] | None = None,
     ):
-        """Of these rows of each batch; default: all."""
+        """As `PackedBatches`, with arrays of the sizes in `shape`."""
         super().__init__(sets, weights, batch_size, seed, rows)
         self._shape = shape
 
     def size(self, member: Member) -> int:
-        """Frames."""
-        part, place = member
-        return int(self._sets[part].num_frames[place])
+        """Number of frames."""
+        set_number, index = member
+        return int(self._sets[set_number].num_frames[index])
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
-        """T."""
+        """(T,)."""
         longest = max(map(self.size, members))
         return (bucket_size(longest, self._shape.max_frames),)
 
     def read(self, member: Member) -> Item:
         """The recording."""
-        part, place = member
-        return self._sets[part].source[int(self._sets[part].indices[place])]
+        set_number, index = member
+        recordings = self._sets[set_number]
+        return recordings.source[int(recordings.indices[index])]
 
     def arrays(self, item: Item | None, shape: tuple[int, ...]) -> Batch:
         """See `batches`."""
-        (num_frames,) = shape
-        shape = self._shape
-        codes = np.zeros((shape.num_quantizers, num_frames), np.int32)
+        (padded_frames,) = shape
+        codes = np.zeros((self._shape.num_quantizers, padded_frames), np.int32)
         tokens: list[int] = []
-        task, domain, size, num_quantizers = TASKS[0], "other", 0, 1
+        task = TASKS[0]
+        domain = "other"
+        num_frames = 0
+        num_quantizers = 1
         if item is not None:
-            num_quantizers, size = item.codes.shape
-            codes[:num_quantizers, :size] = item.codes
+            num_quantizers, num_frames = item.codes.shape
+            codes[:num_quantizers, :num_frames] = item.codes
             text, task = manifest.read_text(item.metadata)
-            tokens = shape.tokenizer.encode(text)
+            tokens = self._shape.tokenizer.encode(text)
             domain = str(item.metadata.get("domain"))
-        padding = shape.max_text_tokens - len(tokens)
+        padding = self._shape.max_text_tokens - len(tokens)
         return {
             "codes": codes,
-            "length": np.int32(size),
+            "length": np.int32(num_frames),
             "num_quantizers": np.int32(num_quantizers),
             "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
             "text": np.pad(np.array(tokens, np.int32), (0, padding)),
@@ -240,8 +264,8 @@ class CodeBatches(PackedBatches):
         }
 
 
-def _numbered(number: int, index: int) -> tuple[int, int]:
-    return number, int(index)
+def _add_set_number(set_number: int, index: int) -> tuple[int, int]:
+    return set_number, int(index)
 
 
 def batches(
@@ -256,23 +280,25 @@ def batches(
     """Endless batches from number `start` on.
 
     Args:
-      config: batch_size.
-      sets: What to draw from.
-      weights: The share of each.
-      shape: What recordings are made into.
-      seed: Of the order.
-      start: Batches already consumed.
-      rows: Which rows of each batch to make; default: all.
+      config: Only `batch_size` is used.
+      sets: Recordings to draw from.
+      weights: The share of each set.
+      shape: Sizes of the arrays.
+      seed: Seed of the order.
+      start: Number of batches already consumed.
+      rows: Rows of each batch to make; default: all.
 
     Returns:
       Iterator over {"codes": int32 [B, Q, T], zero past "length" and "num_quantizers": int32 [B];
-      T is one of few sizes; "domain", "position", "failed", "text", "text_length", "task": as
-      `pipeline.batches` has them}. It has `close()`.
+      T is one of few sizes; "domain", "position", "failed", "text", "text_length", "task": as in
+      `pipeline.batches`}. It has `close()`.
     """
-    return iterate(CodeBatches(sets, weights, config.batch_size, shape, seed, rows), start)
+    packed = CodeBatches(sets, weights, config.batch_size, shape, seed, rows)
+    return iterate(packed, start)
 
 
-def iterate(made: PackedBatches, start: int) -> Iterator[Batch]:
+def iterate(packed: PackedBatches, start: int) -> Iterator[Batch]:
     """Endless batches from number `start` on; the iterator has `close()`."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.source(made)[start:].to_iter_dataset(options))
+    dataset = grain.MapDataset.source(packed)[start:]
+    return iter(dataset.to_iter_dataset(options))

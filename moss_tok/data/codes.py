@@ -25,10 +25,10 @@ class Item:
     """The codes of one recording.
 
     Attributes:
-      id: Of the recording in its data set.
+      id: Id of the recording in its data set.
       codes: [Q, T] int16.
       num_samples: Samples per channel at the codec's rate.
-      metadata: Domain, transcript and what else was known.
+      metadata: Domain, transcript and other known properties.
     """
 
     id: str
@@ -74,7 +74,7 @@ class LineSource:
 
     Attributes:
       folder: The file.
-      settings: Empty: such a file does not say which codec made its codes.
+      settings: {}, because such a file does not say which codec made its codes.
     """
 
     def __init__(self, path: str | storage.Path):
@@ -82,34 +82,35 @@ class LineSource:
         self.folder = storage.to_path(path)
         self.settings: dict[str, Any] = {}
         (self._copy,) = records.local_copies([self.folder])
-        self._starts = []
-        position = 0
+        self._lines: list[tuple[int, int, int]] = []  # (first byte, number of bytes, line number)
+        first_byte = 0
         with self._copy.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    self._starts.append((position, len(line), number))
-                position += len(line)
+                    self._lines.append((first_byte, len(line), number))
+                first_byte += len(line)
 
     def __repr__(self) -> str:
         return f"LineSource({str(self.folder)!r}, {summary.count(len(self), 'item')})"
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._lines)
 
     def __iter__(self) -> Iterator[Item]:
-        return (self[i] for i in range(len(self)))
+        for index in range(len(self)):
+            yield self[index]
 
     def __getitem__(self, index: int) -> Item:
-        start, size, number = self._starts[index]
+        first_byte, num_bytes, number = self._lines[index]
         with self._copy.open("rb") as file:
-            file.seek(start)
-            line = file.read(size)
+            file.seek(first_byte)
+            line = file.read(num_bytes)
         try:
             fields = parse_json_object(line.decode("utf-8-sig"))
-            codes = frame_major("audio_codes", fields.pop("audio_codes", None))
+            codes = from_lists("audio_codes", fields.pop("audio_codes", None))
             reference = fields.pop("ref_audio_codes", None)
             if reference is not None:
-                fields[REFERENCE] = frame_major("ref_audio_codes", reference)
+                fields[REFERENCE] = from_lists("ref_audio_codes", reference)
             if not isinstance(fields.get("text"), str):
                 raise ValueError(f"text must be a string, got {fields.get('text')!r}")
         except ValueError as error:
@@ -121,8 +122,12 @@ class LineSource:
 REFERENCE = "reference"  # key of the metadata: codes [Q, T] of another recording of the speaker
 
 
-def frame_major(name: str, lists: Any) -> np.ndarray:
-    """Codes [Q, T] int16 from lists [T, Q]; ValueError calls bad ones `name`."""
+def from_lists(name: str, lists: Any) -> np.ndarray:
+    """Codes [Q, T] int16 from lists [T, Q], which the fine-tuning file has under the key `name`.
+
+    Raises:
+      ValueError: The value is no such list.
+    """
     try:
         codes = np.array(lists)
     except ValueError:  # rows of different lengths
@@ -144,13 +149,14 @@ class CodeSource:
     """Random access to the items of a folder of shards: a data source for grain.
 
     Attributes:
-      settings: What plan.json says: "codec", its fingerprint; "num_quantizers"; "format"; ...
+      settings: The content of plan.json: "codec", its fingerprint; "num_quantizers"; "format"; ...
     """
 
     def __init__(self, folder: str | storage.Path):
-        """Opens the shards. Raises ValueError where there are none, or not all of them.
+        """Opens the shards. Shards in buckets are copied first.
 
-        Those in buckets are copied first.
+        Raises:
+          ValueError: The folder has no plan.json, or not all shards.
         """
         self.folder = storage.to_path(folder)
         plan = self.folder / PLAN
@@ -158,18 +164,21 @@ class CodeSource:
             raise ValueError(f"{folder}: no {PLAN}, so no output of moss-tok tokenize")
         self.settings = read_json_object(plan)
         paths = sorted(self.folder.glob("codes-*-of-*"))
-        wanted = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 0
-        if len(paths) != wanted or not paths:
-            raise ValueError(f"{folder}: {len(paths)} of {wanted or 'its'} shards are there")
+        if not paths:
+            raise ValueError(f"{folder}: 0 of its shards are there")
+        num_shards = int(paths[0].stem.rsplit("-", 1)[1])
+        if len(paths) != num_shards:
+            raise ValueError(f"{folder}: {len(paths)} of {num_shards} shards are there")
         paths = records.local_copies(paths)
-        self._lines: list[tuple[str, str]] | None = None  # (place, text)
+        self._lines: list[tuple[str, str]] | None = None  # ("FILE:NUMBER", text)
         if self.settings["format"] == "jsonl":
             self._lines = []
             for path in paths:
-                lines = enumerate(read_lines(path), 1)
-                self._lines += [(f"{path}:{number}", line) for number, line in lines]
+                for number, line in enumerate(read_lines(path), 1):
+                    self._lines.append((f"{path}:{number}", line))
         else:
-            filled = [str(p) for p in paths if p.stat().st_size]
+            # An empty file is a shard without records.
+            filled = [str(path) for path in paths if path.stat().st_size]
             self._source = ArrayRecordDataSource(filled) if filled else []
 
     def __repr__(self) -> str:
@@ -179,7 +188,8 @@ class CodeSource:
         return len(self._source if self._lines is None else self._lines)
 
     def __iter__(self) -> Iterator[Item]:
-        return (self[i] for i in range(len(self)))
+        for index in range(len(self)):
+            yield self[index]
 
     def __getitem__(self, index: int) -> Item:
         if self._lines is not None:
@@ -196,9 +206,9 @@ def read_codes(folder: str | storage.Path) -> CodeSource:
     """The items of a folder that `moss-tok tokenize` has written.
 
     Returns:
-      `CodeSource`; `grain.MapDataset.source(read_codes(folder))` trains on it.
+      A data source for grain: `grain.MapDataset.source(read_codes(folder))`.
 
     Raises:
-      ValueError: No such output, or an unfinished one.
+      ValueError: The folder is no output of `moss-tok tokenize`, or the run is not finished.
     """
     return CodeSource(folder)

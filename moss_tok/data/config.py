@@ -9,7 +9,7 @@ from moss_tok.settings import count, setting
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What segments of audio and recordings as codes have in common."""
+    """The settings that training on audio and training on codes share."""
 
     train_data: str = setting(
         "",
@@ -102,7 +102,7 @@ class CodeDataConfig(DataConfig):
 
 PLAN = "plan.json"  # identifies a folder of codes
 LINES_SUFFIX = ".jsonl"
-_HEAD_BYTES = 2**20  # of a file, in which the first line names its fields
+_HEAD_BYTES = 2**20  # read from a JSONL file; the keys of its first line are in them
 _WEIGHT = re.compile(r":[^:/]*$")
 
 
@@ -129,7 +129,7 @@ def data_settings(train_data: str) -> type:
 
 
 def _holds_codes(name: str) -> bool:
-    """Whether it is a folder that `moss-tok tokenize` wrote, or JSON lines with audio_codes."""
+    """Whether a source is a folder of `moss-tok tokenize`, or JSON lines with audio_codes."""
     if not name:
         return False
     path = storage.to_path(name)

@@ -21,7 +21,7 @@ from moss_tok.audio import files
 from moss_tok.json_files import read_json_object
 
 _PARTS = "parts"
-_SILENT_SECONDS = 3600  # the process of another host has ended if its file is older than this
+_MAX_AGE_SECONDS = 3600  # a process of another host has ended if its file is older than this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +67,23 @@ def check_folder(folder: str | Path, plan_name: str) -> None:
     path = storage.to_local_path(folder)
     if not str(folder) or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {str(folder)!r}")
-    names = {file.name for file in path.iterdir()} if path.exists() else set()
-    # Another process may be about to write the plan.
+    if not path.exists():
+        return
+    names = [file.name for file in path.iterdir()]
+    # A folder with temporary files only is new: another process may be about to write the plan.
     is_new = all(name.startswith(files.INCOMPLETE) for name in names)
     if plan_name not in names and not is_new:
         raise ValueError(f"{folder}: exists and is not empty, and has no {plan_name} to resume")
 
 
-def begin(folder: Path, plan_name: str, plan: dict[str, Any], other: str) -> None:
+def begin(folder: Path, plan_name: str, plan: dict[str, Any], other_content: str) -> None:
     """Writes the plan, or checks that the folder has the same one.
 
     Args:
       folder: The folder of the job.
       plan_name: Name of the file with the plan.
       plan: The plan.
-      other: What a folder with another plan holds, for the error message.
+      other_content: What a folder with another plan holds, for the error message.
 
     Raises:
       ValueError: The folder holds something else.
@@ -89,24 +91,31 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other: str) -> Non
     check_folder(folder, plan_name)
     path = folder / plan_name
     if path.exists():
-        before = read_json_object(path)
-        changes = []
-        for key, value in plan.items():
-            if before.get(key) != value:
-                changes.append(f"{key} was {before.get(key)}, now {value}")
-        if changes:
-            raise ValueError(f"{folder} holds {other}: {'; '.join(changes)}")
+        _check_plan(folder, read_json_object(path), plan, other_content)
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_text(path, json.dumps(plan, indent=2) + "\n")
+    files.write_text(path, json.dumps(plan, indent=2) + "\n")
 
 
-def digest(parts: Iterable[Any]) -> str:
+def _check_plan(
+    folder: Path, stored: dict[str, Any], plan: dict[str, Any], other_content: str
+) -> None:
+    """Raises ValueError if the stored plan differs from `plan`."""
+    changes = []
+    for key, value in plan.items():
+        if stored.get(key) != value:
+            changes.append(f"{key} was {stored.get(key)}, now {value}")
+    if changes:
+        raise ValueError(f"{folder} holds {other_content}: {'; '.join(changes)}")
+
+
+def digest(values: Iterable[Any]) -> str:
     """A short hash of JSON values; depends on their order."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        hashed.update(json.dumps(part, sort_keys=True).encode() + b"\n")
-    return hashed.hexdigest()[:16]
+    sha = hashlib.sha256()
+    for value in values:
+        line = json.dumps(value, sort_keys=True) + "\n"
+        sha.update(line.encode())
+    return sha.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -122,7 +131,7 @@ def new_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(exist_ok=True)
         yield temporary
         temporary.rename(path)
-    except (OSError, RuntimeError) as error:  # the latter from ArrayRecord, on a full disk
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError on a full disk
         raise ValueError(f"{path}: could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,11 +148,12 @@ def remove_abandoned(folder: Path) -> None:
 def _is_abandoned(path: Path) -> bool:
     _, host, process = path.name.rsplit("@", 2)
     if host != socket.gethostname():
-        return time.time() - path.stat().st_mtime > _SILENT_SECONDS
+        age_seconds = time.time() - path.stat().st_mtime
+        return age_seconds > _MAX_AGE_SECONDS
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # a process of another user
         return False
-    return int(process) == os.getpid()  # an earlier process had the number of this one
+    return int(process) == os.getpid()  # an earlier process had the same id as this one

@@ -1,9 +1,9 @@
 """The training pipeline: batch number i is a pure function of the seed and i.
 
-So the data position is one integer, the number of batches consumed, and a resumed run sees the same
-batches as an undisturbed one, with any number of threads, workers or processes. Nothing after the
-shuffle filters: an item that is silent or cannot be read is replaced by draws that depend on its
-index alone.
+So the data position is one integer, the number of batches consumed. A resumed run sees the same
+batches as a run without interruption, with any number of threads, workers or processes. No item is
+filtered out after the shuffle: if an item is silent or cannot be read, another one is drawn, and
+that draw depends only on the index of the first one.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
 
-_LINGER_SECONDS = 120.0
-_TRIES = 8  # draws for an item before a silent one is taken, or padding where none can be read
+_LINGER_SECONDS = 120.0  # during which a worker works on after SIGTERM
+_TRIES = 8  # draws for an item; then a silent one is used, or padding if none could be read
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentShape:
-    """What segments are cut into.
+    """The sizes of the arrays of segments.
 
     Attributes:
       num_samples: S, per channel.
       sample_rate: Hz.
       num_channels: C.
-      tokenizer: For texts; None: none are made.
-      max_text_tokens: Longest text; a segment with a longer one counts as without.
+      tokenizer: Tokenizer of the texts; None: batches have no texts.
+      max_text_tokens: Longest text; a longer text is left out.
     """
 
     num_samples: int
@@ -70,63 +70,67 @@ class Segment(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         """An item of a batch, see `batches`."""
-        index, wav, text = int(element), None, ("", TASKS[0])
-        domain = "other"
+        index = int(element)
+        segment = _ReadSegment(np.zeros((self._shape.num_channels, 0), np.float32))
         failed = np.full((_TRIES, 2), -1, np.int64)
         for attempt in range(_TRIES):
             try:
-                wav, domain, text = self._read(index, rng)
+                segment = self._read(index, rng)
             except (ValueError, OSError):
                 failed[attempt] = self._number, index
             else:
-                if files.level_db(wav) >= self._config.silence_db:
+                if files.level_db(segment.wav) >= self._config.silence_db:
                     break
             index = int(rng.integers(len(self._source)))
-        if wav is None:
-            wav = np.zeros((self._shape.num_channels, 0), np.float32)
-        wav = self._augment(wav, rng)
+        wav = self._augment(segment.wav, rng)
         padding = self._shape.num_samples - wav.shape[-1]
-        tokens = {} if self._shape.tokenizer is None else self._tokens(*text)
-        return tokens | {
+        domain = segment.domain if segment.domain in DOMAINS else "other"
+        arrays = {
             "wav": np.pad(wav, ((0, 0), (0, padding))),
             "length": np.int32(wav.shape[-1]),
-            "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
+            "domain": np.int32(DOMAINS.index(domain)),
             "failed": failed,
         }
+        if self._shape.tokenizer is not None:
+            arrays |= self._tokens(segment.text, segment.task)
+        return arrays
 
     def _tokens(self, text: str, task: str) -> Batch:
-        limit = self._shape.max_text_tokens
+        max_tokens = self._shape.max_text_tokens
         tokens = self._shape.tokenizer.encode(text)
-        if len(tokens) > limit:
+        if len(tokens) > max_tokens:
             tokens = []
+        padding = max_tokens - len(tokens)
         return {
-            "text": np.pad(np.array(tokens, np.int32), (0, limit - len(tokens))),
+            "text": np.pad(np.array(tokens, np.int32), (0, padding)),
             "text_length": np.int32(len(tokens)),
             "task": np.int32(TASKS.index(task)),
         }
 
-    def _read(
-        self, index: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, str, tuple[str, str]]:
-        """Audio, domain, text and task; no text where the segment is a part of the recording."""
+    def _read(self, index: int, rng: np.random.Generator) -> "_ReadSegment":
+        """Reads a random segment of an item, or all of it if it is shorter."""
         recording = self._source[index]
+        num_samples = self._shape.num_samples
         rate = self._shape.sample_rate
         if self._config.augment_speed:
             speed = 1 + rng.uniform(-self._config.augment_speed, self._config.augment_speed)
-            rate = round(rate / speed)  # the rate that it is read at; it is treated as the old one
-        seconds = self._shape.num_samples / rate
+            # Resampled to this rate and played at sample_rate, the segment changes its speed.
+            rate = round(rate / speed)
+        seconds = num_samples / rate
         start = rng.uniform(0, max(0.0, recording.duration_seconds - seconds))
         wav = files.read_segment(recording.audio, start, seconds, rate)
-        wav = files.to_channels(wav, self._shape.num_channels)[:, : self._shape.num_samples]
+        wav = files.to_channels(wav, self._shape.num_channels)[:, :num_samples]
         if self._config.augment_shift_seconds:
-            room = self._config.augment_shift_seconds * self._shape.sample_rate
-            room = min(self._shape.num_samples - wav.shape[1], round(room))
-            wav = np.pad(wav, ((0, 0), (int(rng.integers(room + 1)), 0)))
-        text = recording.text if recording.duration_seconds <= seconds else ""
-        return wav, recording.domain, (text, recording.task)
+            max_shift = round(self._config.augment_shift_seconds * self._shape.sample_rate)
+            max_shift = min(num_samples - wav.shape[1], max_shift)
+            shift = int(rng.integers(max_shift + 1))
+            wav = np.pad(wav, ((0, 0), (shift, 0)))
+        is_whole = recording.duration_seconds <= seconds
+        text = recording.text if is_whole else ""
+        return _ReadSegment(wav, recording.domain, text, recording.task)
 
     def _augment(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Changes the sound, then the level, as far as the peak stays within full scale."""
+        """Changes the sound, then the level; a gain never lifts the peak above full scale."""
         equalizer_db = self._config.augment_equalizer_db
         noise = self._config.augment_noise_db
         gain_db = self._config.augment_gain_db
@@ -142,38 +146,56 @@ class Segment(grain.transforms.RandomMap):
             wav = wav * np.float32(min(1.0, peak / np.abs(wav).max()))
         if not (gain_db or loudness):
             return wav
-        change = rng.uniform(-gain_db, gain_db)
+        change_db = rng.uniform(-gain_db, gain_db)
         if loudness:
-            change += rng.uniform(*loudness) - files.level_db(wav)
-        return wav * np.float32(min(10 ** (change / 20), max(1.0, 1 / np.abs(wav).max())))
+            change_db += rng.uniform(*loudness) - files.level_db(wav)
+        max_gain = max(1.0, 1 / np.abs(wav).max())
+        return wav * np.float32(min(10 ** (change_db / 20), max_gain))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadSegment:
+    """Audio [C, S] of a recording, S at most that of a batch; `text` is "" for a part of one."""
+
+    wav: np.ndarray
+    domain: str = "other"
+    text: str = ""
+    task: str = TASKS[0]
 
 
 def _equalize(
-    wav: np.ndarray, sample_rate: int, most_db: float, rng: np.random.Generator
+    wav: np.ndarray, sample_rate: int, max_db: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Random gains an octave apart, linear in between, without a delay; wav [C, S]."""
-    octaves = np.log2(np.maximum(np.fft.rfftfreq(wav.shape[1], 1 / sample_rate), 1.0))
+    """Applies random gains an octave apart, linear in between, without a delay; wav [C, S]."""
+    frequencies = np.fft.rfftfreq(wav.shape[1], 1 / sample_rate)
+    octaves = np.log2(np.maximum(frequencies, 1.0))
     edges = np.arange(np.ceil(np.log2(sample_rate / 2)), 4, -1)[::-1]  # from 32 Hz on
-    gains_db = np.interp(octaves, edges, rng.uniform(-most_db, most_db, len(edges)))
-    return _filtered(wav, 10 ** (gains_db / 20))
+    edge_gains_db = rng.uniform(-max_db, max_db, len(edges))
+    gains_db = np.interp(octaves, edges, edge_gains_db)
+    return _filter(wav, 10 ** (gains_db / 20))
 
 
 def _add_noise(wav: np.ndarray, ratio_db: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise, of a colour between white and pink, that much below the mean power of wav [C, S]."""
+    """Adds noise between white and pink, `ratio_db` below the mean power of wav [C, S]."""
     noise = rng.standard_normal(wav.shape, np.float32)
     bins = np.maximum(np.arange(wav.shape[1] // 2 + 1), 1.0)
-    noise = _filtered(noise, bins ** rng.uniform(-0.5, 0.0))
-    power, noise_power = (np.mean(np.square(x, dtype=np.float64)) for x in (wav, noise))
-    return wav + noise * np.float32(np.sqrt(power / noise_power) * 10 ** (-ratio_db / 20))
+    noise = _filter(noise, bins ** rng.uniform(-0.5, 0.0))
+    amplitude = np.sqrt(_mean_power(wav) / _mean_power(noise)) * 10 ** (-ratio_db / 20)
+    return wav + noise * np.float32(amplitude)
 
 
-def _filtered(wav: np.ndarray, gains: np.ndarray) -> np.ndarray:
+def _mean_power(wav: np.ndarray) -> float:
+    return np.mean(np.square(wav, dtype=np.float64))
+
+
+def _filter(wav: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Multiplies the spectrum of wav [C, S] by gains [S // 2 + 1]."""
     spectrum = np.fft.rfft(wav, axis=1) * gains
     return np.fft.irfft(spectrum, wav.shape[1], axis=1).astype(np.float32)
 
 
 class _Rows:
-    """The items of some rows of each batch, as a source."""
+    """A data source with the items of some rows of each batch."""
 
     def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._dataset = dataset
@@ -189,7 +211,7 @@ class _Rows:
 
 
 def _end_with_parent() -> None:
-    """Ends a worker process when its parent is gone, however that ended."""
+    """Ends a worker process when its parent has ended for any reason."""
     parent = multiprocessing.parent_process()
     if parent is None or getattr(_end_with_parent, "watching", False):
         return
@@ -226,19 +248,19 @@ def batches(
     """Endless batches from number `start` on.
 
     Args:
-      config: batch_size, augmentation, num_workers.
-      mixture: What to draw from; within a source of files, longer ones are drawn more often.
-      shape: What segments are cut into.
-      seed: Of the order and of what is drawn.
-      start: Batches already consumed.
-      rows: Which rows of each batch to make; default: all.
+      config: Batch size, augmentation and number of workers.
+      mixture: Sources to draw from; within a source of files, longer files are drawn more often.
+      shape: Sizes of the arrays.
+      seed: Seed of the order and of all random draws.
+      start: Number of batches already consumed.
+      rows: Rows of each batch to make; default: all.
 
     Returns:
       Iterator over {"wav": float32 [B, C, S], zero past "length": int32 [B]; "domain": int32 [B],
-      indices into DOMAINS; "position": int32 [B], places in the global batch; "failed": [B, 8, 2],
-      (source, index) of what could not be read on the way to each item, -1 where nothing}. With a
-      tokenizer also {"text": int32 [B, max_text_tokens]; "text_length": int32 [B], 0 where there
-      is none; "task": int32 [B], indices into TASKS}. It has `close()`.
+      indices into DOMAINS; "position": int32 [B], rows of the global batch; "failed": [B, 8, 2],
+      (source, index) of items that could not be read in an attempt, else -1}. With a tokenizer
+      also {"text": int32 [B, max_text_tokens]; "text_length": int32 [B], 0 without a text; "task":
+      int32 [B], indices into TASKS}. It has `close()`.
     """
     parts = []
     for number, source in enumerate(mixture.sources):
@@ -247,10 +269,10 @@ def batches(
         parts.append(indices.shuffle().repeat().random_map(segment))
     dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
 
-    def place(index: int, item: Batch) -> Batch:
+    def add_position(index: int, item: Batch) -> Batch:
         return item | {"position": np.int32(index % config.batch_size)}
 
-    dataset = dataset.map_with_index(place)
+    dataset = dataset.map_with_index(add_position)
     if rows is not None and len(rows) < config.batch_size:
         dataset = grain.MapDataset.source(_Rows(dataset, config.batch_size, rows))
     dataset = dataset.batch(len(rows or range(config.batch_size)))[start:]

@@ -1,8 +1,8 @@
-"""Prepares audio for training: a folder or manifest into balanced ArrayRecord shards.
+"""Prepares audio for training: turns a folder or manifest into balanced ArrayRecord shards.
 
-The list of recordings alone determines the shard of each recording, and a shard appears only when
-it is complete. So an interrupted preparation can be resumed, and any number of processes or
-machines (`run_beam`) can share the work.
+The list of recordings determines the shard of each recording, and a shard appears only when it is
+complete. So an interrupted preparation can be resumed, and any number of processes or machines
+(`run_beam`) can share the work.
 """
 
 import collections
@@ -26,12 +26,13 @@ from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
 from moss_tok.data.jobs import Plan, Shard
-from moss_tok.json_files import read_json_lines
+from moss_tok.json_files import format_json_lines, read_json_lines
 
 _PLAN = "prepare.json"
 _PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
 _SILENCE_DB = -60.0
-_DEEP = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAC_20", "ALAC_24", "ALAC_32")
+# Subtypes with more than 16 bits; their records have 24 bits.
+_DEEP_SUBTYPES = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAC_20", "ALAC_24", "ALAC_32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record: FLAC bytes and what goes into the manifest."""
+    """One record: the bytes of a FLAC file, and the fields of its line in the manifest."""
 
     audio: bytes = dataclasses.field(repr=False)
     metadata: dict[str, Any]
@@ -95,19 +96,21 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
         raise ValueError(f"{item.path}: silent")
     name = record_name(item)
     metadata = item.metadata | {"domain": item.domain, "split": item.split}
-    cut = seconds > settings.max_seconds and not manifest.read_text(item.metadata)[0]
-    resampled = settings.sample_rate not in (0, rate)
+    text, _ = manifest.read_text(item.metadata)
+    is_cut = seconds > settings.max_seconds and not text
+    is_resampled = settings.sample_rate not in (0, rate)
     subtype = files.subtype(audio)
     is_flac = is_flac and audio.data[:4] == b"fLaC"  # the name may be wrong
-    if is_flac and not (cut or resampled):
+    if is_flac and not (is_cut or is_resampled):
         return [_record(audio.data, name, seconds, metadata)]
-    if resampled:
-        wav, rate = files.resample(wav, rate, settings.sample_rate), settings.sample_rate
-    parts = np.array_split(wav, math.ceil(seconds / settings.max_seconds) if cut else 1, axis=-1)
+    if is_resampled:
+        wav = files.resample(wav, rate, settings.sample_rate)
+        rate = settings.sample_rate
+    num_parts = math.ceil(seconds / settings.max_seconds) if is_cut else 1
     prepared = []
-    for number, part in enumerate(parts):
-        data = _flac(part, rate, deep=subtype in _DEEP)
-        part_name = f"{name}_{number:04d}" if cut else name
+    for number, part in enumerate(np.array_split(wav, num_parts, axis=-1)):
+        data = _flac(part, rate, is_deep=subtype in _DEEP_SUBTYPES)
+        part_name = f"{name}_{number:04d}" if is_cut else name
         prepared.append(_record(data, part_name, part.shape[-1] / rate, metadata))
     return prepared
 
@@ -121,13 +124,15 @@ def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -
     return Record(audio, metadata | {"id": name, "duration_s": round(seconds, 6)})
 
 
-def _flac(wav: np.ndarray, rate: int, deep: bool) -> bytes:
+def _flac(wav: np.ndarray, rate: int, is_deep: bool) -> bytes:
     buffer = io.BytesIO()
-    subtype = "PCM_24" if deep else "PCM_16"
+    subtype = "PCM_24" if is_deep else "PCM_16"
     try:
         soundfile.write(buffer, np.clip(wav, -1, 1).T, rate, format="FLAC", subtype=subtype)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
-        raise ValueError(f"no FLAC of {wav.shape[0]} channels at {rate} Hz ({error})") from error
+        raise ValueError(
+            f"FLAC cannot hold {wav.shape[0]} channels at {rate} Hz ({error})"
+        ) from error
     return buffer.getvalue()
 
 
@@ -137,25 +142,41 @@ def make_shards(items: list[AudioItem], settings: Settings) -> list[Shard]:
     The recordings are ordered by a hash of their names, so that a shard is a random sample. Each
     goes into the shard that is shortest so far.
     """
+    items_of_split: dict[str, list[AudioItem]] = collections.defaultdict(list)
+    for item in items:
+        items_of_split[item.split].append(item)
     shards = []
-    for split in sorted({item.split for item in items}):
-        members = sorted((i for i in items if i.split == split), key=_hash)
-        hours = sum(i.duration_seconds for i in members) / 3600
-        count = settings.num_shards or max(1, round(hours / settings.shard_hours))
-        count = min(count, len(members))
-        bins: list[list[AudioItem]] = [[] for _ in range(count)]
-        heap = [(0.0, n) for n in range(count)]
-        for item in members:
-            seconds, n = heap[0]
-            bins[n].append(item)
-            heapq.heapreplace(heap, (seconds + max(item.duration_seconds, 0.01), n))
-        for n, bin_ in enumerate(bins):
-            name = f"{split}-{n:05d}-of-{count:05d}{records.SUFFIX}"
-            shards.append(Shard(name, tuple(bin_)))
+    for split in sorted(items_of_split):
+        split_items = sorted(items_of_split[split], key=_hash_name)
+        num_shards = _count_shards(split_items, settings)
+        for number, shard_items in enumerate(_balance(split_items, num_shards)):
+            name = f"{split}-{number:05d}-of-{num_shards:05d}{records.SUFFIX}"
+            shards.append(Shard(name, tuple(shard_items)))
     return shards
 
 
-def _hash(item: AudioItem) -> bytes:
+def _count_shards(items: list[AudioItem], settings: Settings) -> int:
+    """Number of shards of a split; each has at least one recording."""
+    num_shards = settings.num_shards
+    if not num_shards:
+        hours = sum(item.duration_seconds for item in items) / 3600
+        num_shards = max(1, round(hours / settings.shard_hours))
+    return min(num_shards, len(items))
+
+
+def _balance(items: list[AudioItem], num_shards: int) -> list[list[AudioItem]]:
+    """Puts each item in turn into the shard that is shortest so far."""
+    shards: list[list[AudioItem]] = [[] for _ in range(num_shards)]
+    shortest_first = [(0.0, number) for number in range(num_shards)]  # a heap of (seconds, shard)
+    for item in items:
+        seconds, number = shortest_first[0]
+        shards[number].append(item)
+        seconds += max(item.duration_seconds, 0.01)
+        heapq.heapreplace(shortest_first, (seconds, number))
+    return shards
+
+
+def _hash_name(item: AudioItem) -> bytes:
     return hashlib.sha256(storage.name_bytes(item.path)).digest()
 
 
@@ -173,7 +194,7 @@ def write_shard(plan: Plan, shard: Shard, progress: Callable[[], Any] = lambda: 
     with jobs.new_file(plan.folder / shard.name) as temporary:
         rows = _write_records(temporary, shard, plan.settings, progress)
         listing.parent.mkdir(exist_ok=True)
-        files.write_text(listing, "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(listing, format_json_lines(rows))
         if not any("record" in row for row in rows):
             temporary.write_bytes(b"")  # an ArrayRecord file without records cannot be opened
 
@@ -221,12 +242,19 @@ def make_plan(source: str | Path, destination: str | Path, settings: Settings) -
     for item in items:
         records.check_metadata(record_name(item), item.metadata)
     shards = make_shards(items, settings)
-    described = [[s.name, [(str(i.path), i.split, i.domain, i.metadata) for i in s.items]]
-                 for s in shards]  # fmt: skip
-    text = json.dumps([dataclasses.asdict(settings), described], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    jobs.begin(destination, _PLAN, {"plan": digest}, "a preparation of other files or settings")
+    plan = {"plan": _digest(shards, settings)}
+    jobs.begin(destination, _PLAN, plan, "a preparation of other files or settings")
     return Plan(destination, settings, tuple(shards), _PART)
+
+
+def _digest(shards: list[Shard], settings: Settings) -> str:
+    """A hash of all that determines the content of the shards."""
+    descriptions = []
+    for shard in shards:
+        rows = [(str(item.path), item.split, item.domain, item.metadata) for item in shard.items]
+        descriptions.append([shard.name, rows])
+    text = json.dumps([dataclasses.asdict(settings), descriptions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def finish(plan: Plan) -> dict[str, Any]:
@@ -240,53 +268,68 @@ def finish(plan: Plan) -> dict[str, Any]:
     rejected = []
     for shard in plan.shards:
         for _, row in read_json_lines(plan.part_path(shard)):
-            (rejected if "rejected" in row else rows).append(row)
-    hours: dict[str, float] = collections.defaultdict(float)
-    for row in rows:
-        hours[row["domain"]] += row["duration_s"] / 3600
-    reasons = collections.Counter(row["reason"].split(" (")[0] for row in rejected)
+            if "rejected" in row:
+                rejected.append(row)
+            else:
+                rows.append(row)
+    empty_shards = []
+    for shard in plan.shards:
+        if (folder / shard.name).stat().st_size == 0:
+            empty_shards.append(shard)
     summary = {
-        "hours": {domain: round(h, 4) for domain, h in sorted(hours.items())},
+        "hours": _hours_by_domain(rows),
         "records": len(rows),
-        "shards": sum((folder / shard.name).stat().st_size > 0 for shard in plan.shards),
-        "rejected": dict(reasons.most_common()),
+        "shards": len(plan.shards) - len(empty_shards),
+        "rejected": _count_reasons(rejected),
     }
-    for name, lines in (("manifest.jsonl", rows), ("rejected.jsonl", rejected)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        files.write_text(folder / name, text)
+    files.write_text(folder / "manifest.jsonl", format_json_lines(rows))
+    files.write_text(folder / "rejected.jsonl", format_json_lines(rejected))
     files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not rows:
         raise ValueError(f"all {len(rejected)} files were rejected, see {folder}/rejected.jsonl")
-    for shard in plan.shards:
-        if (folder / shard.name).stat().st_size == 0:
-            (folder / shard.name).unlink()
+    for shard in empty_shards:
+        (folder / shard.name).unlink()
     return summary
+
+
+def _hours_by_domain(rows: list[dict[str, Any]]) -> dict[str, float]:
+    hours: dict[str, float] = collections.defaultdict(float)
+    for row in rows:
+        hours[row["domain"]] += row["duration_s"] / 3600
+    return {domain: round(hours[domain], 4) for domain in sorted(hours)}
+
+
+def _count_reasons(rejected: list[dict[str, Any]]) -> dict[str, int]:
+    """How often files were rejected for each reason, without the details in parentheses."""
+    counts = collections.Counter(row["reason"].split(" (")[0] for row in rejected)
+    return dict(counts.most_common())
 
 
 def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda: None) -> None:
     """Writes the shards in `num_workers` processes; calls `progress` after each recording."""
-    if num_workers == 1:  # a single one need not import everything in another process
+    if num_workers == 1:  # another process would have to import everything again
         for shard in plan.shards:
             write_shard(plan, shard, progress)
         return
     notes.share_with_workers()
     context = multiprocessing.get_context("spawn")
-    done = context.Value("q", 0)
-    seen = 0
-    with context.Pool(num_workers, _start_worker, (done,)) as pool:
-        alone = _without_shards(plan)
-        results = [pool.apply_async(_work, (alone, shard)) for shard in plan.shards]
+    num_done = context.Value("q", 0)
+    num_reported = 0
+    with context.Pool(num_workers, _start_worker, (num_done,)) as pool:
+        worker_plan = _without_shards(plan)
+        results = [pool.apply_async(_work, (worker_plan, shard)) for shard in plan.shards]
         while True:
-            finished = all(r.ready() for r in results)
-            count = done.value
-            for _ in range(count - seen):
+            # Before the counter is read, so that the last recordings are reported, too.
+            is_finished = all(result.ready() for result in results)
+            count = num_done.value
+            for _ in range(count - num_reported):
                 progress()
-            seen = count
-            if finished:
+            num_reported = count
+            if is_finished:
                 break
             results[-1].wait(0.1)
         for result in results:
-            result.get()
+            result.get()  # raises the error of a worker
 
 
 def _without_shards(plan: Plan) -> Plan:
@@ -294,23 +337,29 @@ def _without_shards(plan: Plan) -> Plan:
     return dataclasses.replace(plan, folder=plan.folder.absolute(), shards=())
 
 
-def _start_worker(done: Any) -> None:
-    global _DONE
-    _DONE = done
+def _start_worker(num_done: Any) -> None:
+    global _NUM_DONE
+    _NUM_DONE = num_done
 
 
 def _work(plan: Plan, shard: Shard) -> None:
     def progress():
-        with _DONE.get_lock():
-            _DONE.value += 1
+        with _NUM_DONE.get_lock():
+            _NUM_DONE.value += 1
 
     write_shard(plan, shard, progress)
 
 
 def run_beam(plan: Plan, runner: str, flags: list[str]) -> None:
-    """Writes the shards in an Apache Beam pipeline: `runner` and any further Beam `flags`.
+    """Writes the shards in an Apache Beam pipeline. All workers must share the folder of the plan.
 
-    All workers must share the folder of the plan.
+    Args:
+      plan: The plan of the job.
+      runner: Name of a Beam runner.
+      flags: Other flags of Beam.
+
+    Raises:
+      ValueError: Beam is not installed.
     """
     try:
         import apache_beam as beam
@@ -318,11 +367,11 @@ def run_beam(plan: Plan, runner: str, flags: list[str]) -> None:
     except ImportError as error:
         raise ValueError("Beam is not installed: pip install 'moss_tok[beam]'") from error
     options = PipelineOptions([f"--runner={runner}", *flags])
-    alone = _without_shards(plan)
+    worker_plan = _without_shards(plan)
     with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
             | "shards" >> beam.Create(plan.shards)
             | "spread" >> beam.Reshuffle()
-            | "write" >> beam.Map(lambda shard: write_shard(alone, shard))
+            | "write" >> beam.Map(lambda shard: write_shard(worker_plan, shard))
         )

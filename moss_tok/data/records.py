@@ -28,19 +28,25 @@ def pack(audio: bytes, metadata: dict[str, Any]) -> bytes:
 
 
 def check_metadata(name: str, metadata: dict[str, Any]) -> None:
-    """Raises ValueError unless a record of that name can hold the metadata."""
+    """Raises ValueError unless a record with the id `name` can hold the metadata."""
     try:
         json.dumps(metadata)
         msgpack.packb([name, metadata])
-    except (ValueError, OverflowError, TypeError) as error:  # half a letter, 65 bits, bytes
+    # Causes: a lone surrogate, an integer of more than 64 bits, a value of type bytes.
+    except (ValueError, OverflowError, TypeError) as error:
         raise ValueError(f"{name!r}: its metadata cannot be stored: {error}") from error
 
 
 def unpack(record: bytes, name: str) -> tuple[AudioBytes, dict[str, Any]]:
-    """Audio and metadata of a record; ValueError calls a bad one `name`."""
+    """Audio and metadata of a record; `name` is its name in error messages.
+
+    Raises:
+      ValueError: The record is broken.
+    """
     try:
         fields = msgpack.unpackb(record)
-        audio, metadata = fields["audio"], fields["metadata"]
+        audio = fields["audio"]
+        metadata = fields["metadata"]
     except Exception as error:  # msgpack's errors share no base class
         raise ValueError(f"{name}: no record of audio and metadata ({error})") from error
     if not isinstance(audio, bytes) or not isinstance(metadata, dict):
@@ -52,9 +58,10 @@ class Shards:
     """Random access to the records of several shards; picklable."""
 
     def __init__(self, paths: Sequence[storage.Path]):
-        """Opens the shards. Raises ValueError where one is missing or broken.
+        """Opens the shards. Shards in buckets are copied first: ArrayRecord reads files only.
 
-        Those in buckets are copied first: the reader of ArrayRecord reads files only.
+        Raises:
+          ValueError: A shard is missing or broken.
         """
         self.paths = list(paths)
         for path in self.paths:
@@ -62,22 +69,22 @@ class Shards:
                 raise ValueError(f"{path}: no such file")
         copies = local_copies(self.paths)
         try:
-            self._source = ArrayRecordDataSource([str(p) for p in copies])
+            self._source = ArrayRecordDataSource(list(map(str, copies)))
         except (RuntimeError, ValueError) as error:
-            hints = [storage.pointer_hint(path) for path in copies]
-            reason = next(filter(None, hints), error)
+            hints = filter(None, map(storage.pointer_hint, copies))
+            reason = next(hints, error)
             raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({reason})") from error
 
     def __len__(self) -> int:
         return len(self._source)
 
     def name(self, index: int) -> str:
-        """The name of a record in errors."""
-        where = self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
-        return f"{where}[{index}]"
+        """The name of a record in error messages."""
+        path = self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
+        return f"{path}[{index}]"
 
     def read(self, index: int) -> tuple[AudioBytes, dict[str, Any]]:
-        """Audio and metadata of a record. Raises ValueError where it is broken."""
+        """Audio and metadata of a record. Raises ValueError if it is broken."""
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, IndexError) as error:
@@ -92,23 +99,25 @@ def shard(path: storage.Path) -> Shards:
 
 
 def local_copies(paths: Sequence[storage.Path]) -> list[Path]:
-    """Shards on this machine: those in buckets are copied to a cache first.
+    """Returns local files for shards; shards in buckets are copied to a cache first.
 
-    It is $MOSS_TOK_CACHE, or ~/.cache/moss_tok. Files that it has, of the same size, stay.
+    The cache is the folder $MOSS_TOK_CACHE, or ~/.cache/moss_tok. A file that it has already is
+    used if its size is right.
 
     Raises:
-      ValueError: The disk has no room for them.
+      ValueError: The disk has no room for the copies.
     """
     default = Path.home() / ".cache" / "moss_tok"
     cache = Path(os.environ.get("MOSS_TOK_CACHE", default))
-    copies, missing = [], []
+    copies = []
+    missing = []
     for path in paths:
         copy = Path(path)
         if storage.is_remote(path):
             copy = cache / storage.without_prefix(path)
-            size = storage.size_bytes(path)
-            if not (copy.is_file() and copy.stat().st_size == size):
-                missing.append((path, copy, size))
+            size_bytes = storage.size_bytes(path)
+            if not (copy.is_file() and copy.stat().st_size == size_bytes):
+                missing.append((path, copy, size_bytes))
         copies.append(copy)
     if missing:
         _fetch(cache, missing)
@@ -116,14 +125,19 @@ def local_copies(paths: Sequence[storage.Path]) -> list[Path]:
 
 
 def _fetch(cache: Path, missing: list[tuple[storage.Path, Path, int]]) -> None:
+    """Copies shards to the cache; `missing` lists (shard, copy, size in bytes)."""
     cache.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(size for _, _, size in missing), shutil.disk_usage(cache).free
-    if needed > 0.95 * free:
+    needed_bytes = sum(size_bytes for _, _, size_bytes in missing)
+    free_bytes = shutil.disk_usage(cache).free
+    needed_gb = needed_bytes / 1e9
+    if needed_bytes > 0.95 * free_bytes:
+        first, _, _ = missing[0]
         raise ValueError(
-            f"{missing[0][0]} ...: {needed / 1e9:.1f} GB of shards have to be copied to {cache} "
-            f"($MOSS_TOK_CACHE), where {free / 1e9:.1f} GB are free; or mount them with gcsfuse"
+            f"{first} ...: {needed_gb:.1f} GB of shards have to be copied to {cache} "
+            f"($MOSS_TOK_CACHE), where {free_bytes / 1e9:.1f} GB are free; or mount them with "
+            "gcsfuse"
         )
-    print(f"copying {len(missing)} files, {needed / 1e9:.2f} GB, to {cache}", flush=True)
+    print(f"copying {len(missing)} files, {needed_gb:.2f} GB, to {cache}", flush=True)
     for path, copy, _ in missing:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with storage.named_errors(path), path.open("rb") as source:

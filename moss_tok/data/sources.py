@@ -1,4 +1,4 @@
-"""What training draws from: files and ArrayRecord shards, several of them mixed by weights."""
+"""Sources of training data: files and ArrayRecord shards of audio, and mixtures of them."""
 
 import dataclasses
 import glob
@@ -35,12 +35,12 @@ class Recording:
 
 
 class FileSource:
-    """Random access to segments: an item counts once per whole segment of its length."""
+    """Random access to segments of files: an item counts once per whole segment of its length."""
 
     def __init__(self, items: Sequence[AudioItem], segment_seconds: float):
-        counts = [max(1, int(item.duration_seconds // segment_seconds)) for item in items]
         self._items = list(items)
-        self._owners = np.repeat(np.arange(len(items)), counts)
+        counts = [max(1, int(item.duration_seconds // segment_seconds)) for item in items]
+        self._owners = np.repeat(np.arange(len(items)), counts)  # segment -> item
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -48,10 +48,14 @@ class FileSource:
     def __getitem__(self, index: int) -> Recording:
         return open_item(self._items[self._owners[index]])
 
-    def texts(self, seconds: float) -> list[str]:
-        """Those of recordings that are no longer than that."""
-        items = (item for item in self._items if item.duration_seconds <= seconds)
-        return [text for item in items if (text := manifest.read_text(item.metadata)[0])]
+    def texts(self, max_seconds: float) -> list[str]:
+        """The texts of all recordings of at most `max_seconds` that have one."""
+        texts = []
+        for item in self._items:
+            text, _ = manifest.read_text(item.metadata)
+            if text and item.duration_seconds <= max_seconds:
+                texts.append(text)
+        return texts
 
     def name(self, index: int) -> str:
         """The name of a segment's file in the log."""
@@ -59,7 +63,7 @@ class FileSource:
 
 
 class RecordSource:
-    """Random access to the records of shards; each counts once, as their lengths are unknown."""
+    """Random access to the records of shards; each counts once, because lengths are unknown."""
 
     def __init__(self, paths: Sequence[storage.Path]):
         self._shards = records.Shards(paths)
@@ -80,7 +84,7 @@ Source = FileSource | RecordSource
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Sources and the share of each in what is drawn."""
+    """Sources, and weights in proportion to which they are drawn from."""
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -90,46 +94,55 @@ class Mixture:
 
 
 def open_item(item: AudioItem) -> Recording:
-    """The recording of an item; a record's audio is read. Raises ValueError where that fails."""
-    if item.record is None:
-        text = manifest.read_text(item.metadata)
-        return Recording(item.path, item.domain, item.duration_seconds, *text)
-    return _recording(*records.shard(item.path).read(item.record))
+    """The recording of an item. A record is read from its shard.
+
+    Raises:
+      ValueError: The record cannot be read.
+    """
+    if item.record is not None:
+        audio, metadata = records.shard(item.path).read(item.record)
+        return _recording(audio, metadata)
+    text, task = manifest.read_text(item.metadata)
+    return Recording(item.path, item.domain, item.duration_seconds, text, task)
 
 
 def item_name(item: AudioItem) -> str:
-    """What messages call an item."""
+    """The name of an item in messages: "FILE" or "SHARD[NUMBER]"."""
     return str(item.path) if item.record is None else f"{item.path}[{item.record}]"
 
 
 def _recording(audio: files.AudioBytes, metadata: dict) -> Recording:
+    domain = str(metadata.get("domain", "audio"))
     duration = metadata.get("duration_s")
     if not isinstance(duration, (int, float)):
         duration = files.duration_seconds(audio)
-    return Recording(audio, str(metadata.get("domain", "audio")), float(duration),
-                     *manifest.read_text(metadata))  # fmt: skip
+    text, task = manifest.read_text(metadata)
+    return Recording(audio, domain, float(duration), text, task)
 
 
 def parse(text: str) -> list[tuple[str, float | None]]:
     """Splits SOURCE[:WEIGHT],... into sources and weights; a weight is a number after the colon.
 
     Raises:
-      ValueError: An empty source, a weight that is not positive, or weights for some only.
+      ValueError: A source is empty, a weight is not positive, or only some sources have weights.
     """
-    found = []
+    sources = []
     for part in text.split(","):
-        name, weight = part.strip(), None
+        name = part.strip()
+        weight = None
         head, colon, tail = name.rpartition(":")
         if colon and _is_float(tail):
-            name, weight = head, float(tail)
+            name = head
+            weight = float(tail)
         if not name:
             raise ValueError(f"empty source in {text!r}; accepted: SOURCE[:WEIGHT],...")
         if weight is not None and not 0 < weight < float("inf"):
             raise ValueError(f"{part.strip()}: the weight must be positive, got {tail}")
-        found.append((name, weight))
-    if len({weight is None for _, weight in found}) > 1:
+        sources.append((name, weight))
+    num_weights = sum(weight is not None for _, weight in sources)
+    if num_weights not in (0, len(sources)):
         raise ValueError(f"give all sources a weight or none, got {text!r}")
-    return found
+    return sources
 
 
 def _is_float(text: str) -> bool:
@@ -141,14 +154,19 @@ def _is_float(text: str) -> bool:
 
 
 def training_mixture(text: str, segment_seconds: float) -> Mixture:
-    """The train splits of the sources in `text`; without weights each counts by its size.
+    """The train splits of the sources in `text`.
+
+    Args:
+      text: SOURCE[:WEIGHT],...; without a weight, a source counts by its size.
+      segment_seconds: Length of a segment.
 
     Raises:
-      ValueError: A source that does not exist, is broken, or has nothing to train on.
+      ValueError: A source does not exist, is broken, or has nothing to train on.
     """
-    sources, weights = [], []
+    sources = []
+    weights = []
     for name, weight in parse(text):
-        shards, items = _find(name, "train")
+        shards, items = _locate_split(name, "train")
         source = RecordSource(shards) if shards else FileSource(items, segment_seconds)
         if not len(source):
             raise ValueError(f"{name}: no files of the split 'train'")
@@ -157,34 +175,49 @@ def training_mixture(text: str, segment_seconds: float) -> Mixture:
     return Mixture(tuple(sources), tuple(weights))
 
 
-def evaluation_items(text: str, most: int) -> list[AudioItem]:
-    """Up to `most` recordings, evenly spread, of the sources' test splits; weights are ignored."""
+def evaluation_items(text: str, max_items: int) -> list[AudioItem]:
+    """Up to `max_items` recordings, evenly spread over the test splits of the sources in `text`.
+
+    Weights are ignored.
+    """
     parts: list[Sequence[AudioItem] | storage.Path] = []
     for name, _ in parse(text):
-        shards, items = _find(name, "test")
+        shards, items = _locate_split(name, "test")
         parts += [*shards, items]
-    lengths = [len(records.shard(p)) if not isinstance(p, list) else len(p) for p in parts]
-    ends, total = np.cumsum(lengths), sum(lengths)
+    lengths = [len(_records_or_items(part)) for part in parts]
+    ends = np.cumsum(lengths)
+    total = sum(lengths)
     chosen = []
-    for place in np.linspace(0, total - 1, min(most, total)).round().astype(int):
-        n = int(np.searchsorted(ends, place, side="right"))
-        part, number = parts[n], int(place - ends[n] + lengths[n])
-        shard = not isinstance(part, list)
-        chosen.append(AudioItem(part, "test", "audio", 0.0, number) if shard else part[number])
+    for index in np.linspace(0, total - 1, min(max_items, total)).round().astype(int):
+        number = int(np.searchsorted(ends, index, side="right"))
+        part = parts[number]
+        index_in_part = int(index - ends[number] + lengths[number])
+        if isinstance(part, list):
+            chosen.append(part[index_in_part])
+        else:
+            chosen.append(AudioItem(part, "test", "audio", 0.0, index_in_part))
     return chosen
 
 
-def _find(name: str, split: str) -> tuple[list[storage.Path], list[AudioItem]]:
-    """`locate`, one split."""
+def _records_or_items(
+    part: Sequence[AudioItem] | storage.Path,
+) -> Sequence[AudioItem] | records.Shards:
+    return part if isinstance(part, list) else records.shard(part)
+
+
+def _locate_split(name: str, split: str) -> tuple[list[storage.Path], list[AudioItem]]:
+    """The shards, or else the items, of one split; see `locate`."""
     shards, items = locate(name)
-    return [p for p in shards if _shard_split(p) == split], _of_split(items, split)
+    shards = [path for path in shards if _shard_split(path) == split]
+    items = [item for item in items if item.split == split]
+    return shards, items
 
 
 def locate(name: str) -> tuple[list[storage.Path], list[AudioItem]]:
     """The shards, or else the items, of a folder, manifest, shard or glob pattern.
 
     Raises:
-      ValueError: Nothing there, or a broken manifest.
+      ValueError: There is nothing at `name`, or a manifest is broken.
     """
     path = storage.to_path(name)
     if path.is_dir():
@@ -197,21 +230,21 @@ def locate(name: str) -> tuple[list[storage.Path], list[AudioItem]]:
             raise ValueError(f"{name}: no such files")
     else:
         return [], manifest.find_items(path)
-    if shards := [p for p in paths if p.suffix == records.SUFFIX]:
+    shards = [path for path in paths if path.suffix == records.SUFFIX]
+    if shards:
         return shards, []
-    manifests = [p for p in paths if p.suffix == ".jsonl"]
-    items = [item for p in manifests for item in manifest.find_items(p)]
+    items = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            items += manifest.find_items(path)
     if items:
         return [], items
-    paths = [p for p in paths if p.suffix or not p.is_dir()]
-    return [], manifest.list_files(paths[0].parents[-1] if paths else path, paths, name)
-
-
-def _of_split(items: list[AudioItem], split: str) -> list[AudioItem]:
-    return [item for item in items if item.split == split]
+    audio = [path for path in paths if path.suffix or not path.is_dir()]
+    top = audio[0].parents[-1] if audio else storage.to_path(name)
+    return [], manifest.list_files(top, audio, name)
 
 
 def _shard_split(path: storage.Path) -> str:
-    """Shards are called SPLIT-00000-of-00010.array_record; by any other name they are "train"."""
+    """The split of a shard: SPLIT of SPLIT-00000-of-00010.array_record, "train" of other names."""
     match = _SHARD_NAME.fullmatch(path.name)
     return match[1] if match else "train"

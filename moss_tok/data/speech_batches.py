@@ -1,10 +1,12 @@
 """Batches of sequences of a speech model, from codes with texts.
 
-They are packed as those of `code_batches`; which reference a recording gets is a function of the
-seed and of the number of its draw, so a resumed run gets the same ones.
+They are packed as in `code_batches`. The reference of a recording is a function of the seed and of
+the number of the draw, so a resumed run gets the same references.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,16 +23,16 @@ from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
-_TARGET_PARTS = 4  # targets are computed for a multiple of this share of the positions
+_TARGET_PARTS = 4  # the number of targets is a multiple of the positions divided by this number
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeechShape:
-    """What recordings are made into.
+    """The sizes of batches of sequences, and the limits of the recordings in them.
 
     Attributes:
       config: The speech model.
-      tokenizer: Of its texts.
+      tokenizer: Tokenizer of its texts.
       max_frames: Longest recording; longer ones are not used.
       max_text_tokens: Longest text; recordings with a longer one are not used.
       reference_share: Probability that a sequence begins with a reference, another recording of the
@@ -51,18 +53,18 @@ class SpeechShape:
 
 @dataclasses.dataclass(frozen=True)
 class SpeechSet:
-    """The recordings of one split of a source that can be used.
+    """The recordings of one split of a source that have a text and are short enough.
 
     Attributes:
-      source: All recordings.
-      indices: Which of them.
-      num_frames: Length of each of these.
-      sizes: Positions of each with its own reference, or without one.
-      reference_sizes: Positions that each adds where it is the reference; 0: it has a reference of
-        its own.
-      speakers: Places of the recordings of each speaker.
-      speaker_of: Speaker of each; "" where unknown.
-      num_texts: How many of the split have a text.
+      source: All recordings of the source.
+      indices: Index in `source` of each recording of the set.
+      num_frames: Frames of each recording of the set.
+      sizes: Positions of each recording, with the reference in its own metadata if there is one.
+      reference_sizes: Positions that a recording adds to others as their reference; 0 if it cannot
+        be one, because it has a reference in its own metadata.
+      speakers: Indices in this set of the recordings of each speaker.
+      speaker_of: Speaker of each recording; "" if unknown.
+      num_texts: Number of recordings of the split with a text.
     """
 
     source: Source
@@ -84,8 +86,8 @@ class Sample(NamedTuple):
     Attributes:
       positions: All positions.
       first: Index of the first frame to predict.
-      num_quantizers: Quantizers that it has codes of.
-      domain: Of the recording.
+      num_quantizers: Number of quantizers of its codes.
+      domain: Domain of the recording.
     """
 
     positions: Positions
@@ -95,16 +97,25 @@ class Sample(NamedTuple):
 
 
 def request_of(item: Item, reference: Item | None = None) -> Request:
-    """What a recording says and how; `reference` is another recording of the speaker."""
+    """The request for which a recording is the answer.
+
+    Args:
+      item: The recording.
+      reference: Another recording of the speaker; None: the one in the metadata of `item`, if any.
+    """
     metadata = item.metadata
     text, _ = manifest.read_text(metadata)
-    details = {name: str(metadata[name]) for name in FORM if metadata.get(name) is not None}
+    details = {}
+    for name in FORM:
+        if metadata.get(name) is not None:
+            details[name] = str(metadata[name])
     if reference is not None:
         reference_text, _ = manifest.read_text(reference.metadata)
         return Request(text, reference.codes, reference_text, details=details)
     codes = metadata.get(REFERENCE)
-    reference_text = str(metadata.get("ref_text", "")) if codes is not None else ""
-    return Request(text, codes, reference_text, details=details)
+    if codes is None:
+        return Request(text, details=details)
+    return Request(text, codes, str(metadata.get("ref_text", "")), details=details)
 
 
 def read_set(source: Source, split: str, shape: SpeechShape) -> SpeechSet:
@@ -113,32 +124,61 @@ def read_set(source: Source, split: str, shape: SpeechShape) -> SpeechSet:
     Raises:
       ValueError: A recording has a code that the model does not have.
     """
-    config = shape.config
-    rows = []
-    speakers: dict[str, list[int]] = {}
+    indices = []
+    num_frames = []
+    sizes = []
+    reference_sizes = []
+    speaker_of = []
+    speakers: dict[str, list[int]] = collections.defaultdict(list)
     num_texts = 0
     for index, item in enumerate(tqdm.tqdm(source, f"indexing {source.folder}", disable=None)):
-        if item.metadata.get("split", "train") != split:
-            continue
         text, _ = manifest.read_text(item.metadata)
-        num_texts += bool(text)
-        num_frames = item.codes.shape[1]
-        if not text or not 0 < num_frames <= shape.max_frames:
+        if item.metadata.get("split", "train") != split or not text:
             continue
-        if len(shape.tokenizer.encode(text)) > shape.max_text_tokens:
+        num_texts += 1
+        if not _is_short(item, text, shape):
             continue
-        _check_codes(item, source, config)
-        size = len(layout.prompt(config, shape.tokenizer, request_of(item)).text) + num_frames + 1
-        reference_size = 0
-        if REFERENCE not in item.metadata:
-            reference_size = layout.reference_size(config, shape.tokenizer, text, num_frames)
+        _check_codes(item, source, shape.config)
+        reference_size = _reference_size(item, text, shape)
         speaker = str(item.metadata.get("speaker") or "")
         if speaker and reference_size:
-            speakers.setdefault(speaker, []).append(len(rows))
-        rows.append((index, num_frames, size, reference_size, speaker))
-    columns = [np.array([row[i] for row in rows], int) for i in range(4)]
-    places = {name: np.array(found) for name, found in speakers.items()}
-    return SpeechSet(source, *columns, places, tuple(row[4] for row in rows), num_texts)
+            speakers[speaker].append(len(indices))
+        indices.append(index)
+        num_frames.append(item.codes.shape[1])
+        sizes.append(_size(item, shape))
+        reference_sizes.append(reference_size)
+        speaker_of.append(speaker)
+    return SpeechSet(
+        source=source,
+        indices=np.array(indices, int),
+        num_frames=np.array(num_frames, int),
+        sizes=np.array(sizes, int),
+        reference_sizes=np.array(reference_sizes, int),
+        speakers={speaker: np.array(members) for speaker, members in speakers.items()},
+        speaker_of=tuple(speaker_of),
+        num_texts=num_texts,
+    )
+
+
+def _is_short(item: Item, text: str, shape: SpeechShape) -> bool:
+    """Whether a recording has frames, and neither too many of them nor too long a text."""
+    if not 0 < item.codes.shape[1] <= shape.max_frames:
+        return False
+    return len(shape.tokenizer.encode(text)) <= shape.max_text_tokens
+
+
+def _size(item: Item, shape: SpeechShape) -> int:
+    """Positions of a recording: the prompt, the frames, and the end of speech."""
+    prompt = layout.prompt(shape.config, shape.tokenizer, request_of(item))
+    return len(prompt.text) + item.codes.shape[1] + 1
+
+
+def _reference_size(item: Item, text: str, shape: SpeechShape) -> int:
+    """See `SpeechSet.reference_sizes`."""
+    if REFERENCE in item.metadata:
+        return 0
+    num_frames = item.codes.shape[1]
+    return layout.reference_size(shape.config, shape.tokenizer, text, num_frames)
 
 
 def _check_codes(item: Item, source: Source, config: SpeechConfig) -> None:
@@ -151,7 +191,10 @@ def _check_codes(item: Item, source: Source, config: SpeechConfig) -> None:
 
 
 class SpeechBatches(PackedBatches):
-    """Batches of sequences; a member's third number is the place of its reference, or -1."""
+    """Batches of sequences.
+
+    The third number of a member is the index in the set of its reference, or -1 without one.
+    """
 
     def __init__(
         self,
@@ -162,44 +205,50 @@ class SpeechBatches(PackedBatches):
         seed: int,
         rows: Sequence[int] | None = None,
     ):
-        """Of these rows of each batch; default: all."""
+        """As `PackedBatches`, with sequences of the model in `shape`."""
         super().__init__(sets, weights, batch_size, seed, rows)
         self._shape = shape
 
-    def draw(self, part: int, place: int, number: int) -> Member:
+    def draw(self, set_number: int, index: int, draw_number: int) -> Member:
         """Draws another recording of the speaker, with probability `reference_share`."""
-        recordings = self._sets[part]
-        alike = recordings.speakers.get(recordings.speaker_of[place], ())
-        if self._shape.reference_share and len(alike) > 1 and recordings.reference_sizes[place]:
-            generator = np.random.default_rng((self._seed, number, 1))
+        recordings = self._sets[set_number]
+        same_speaker = recordings.speakers.get(recordings.speaker_of[index], ())
+        has_choice = len(same_speaker) > 1 and recordings.reference_sizes[index] > 0
+        if self._shape.reference_share and has_choice:
+            generator = np.random.default_rng((self._seed, draw_number, 1))
             if generator.random() < self._shape.reference_share:
-                return part, place, int(generator.choice(alike[alike != place]))
-        return part, place, -1
+                others = same_speaker[same_speaker != index]
+                return set_number, index, int(generator.choice(others))
+        return set_number, index, -1
 
     def size(self, member: Member) -> int:
-        """Positions."""
-        part, place, reference = member
-        recordings = self._sets[part]
-        added = recordings.reference_sizes[reference] if reference >= 0 else 0
-        return int(recordings.sizes[place] + added)
+        """Number of positions."""
+        set_number, index, reference = member
+        recordings = self._sets[set_number]
+        size = int(recordings.sizes[index])
+        if reference >= 0:
+            size += int(recordings.reference_sizes[reference])
+        return size
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
-        """T, and how many of them are computed as targets."""
+        """(T, F): positions, and how many of them are computed as targets."""
         num_positions = code_batches.bucket_size(max(map(self.size, members)), 2**31)
-        longest = max(self._sets[part].num_frames[place] for part, place, _ in members)
-        share = -(-num_positions // _TARGET_PARTS)
-        num_targets = -(-(int(longest) + 1) // share) * share
+        longest = 0  # frames
+        for set_number, index, _ in members:
+            longest = max(longest, int(self._sets[set_number].num_frames[index]))
+        step = math.ceil(num_positions / _TARGET_PARTS)
+        num_targets = math.ceil((longest + 1) / step) * step
         return num_positions, min(num_targets, num_positions)
 
     def read(self, member: Member) -> Sample:
         """The sequence."""
-        part, place, reference = member
-        recordings = self._sets[part]
-        item = recordings.source[int(recordings.indices[place])]
-        other = None
-        if reference >= 0:
-            other = recordings.source[int(recordings.indices[reference])]
-        return sample(self._shape, item, other)
+        set_number, index, reference_index = member
+        recordings = self._sets[set_number]
+        item = recordings.source[int(recordings.indices[index])]
+        reference = None
+        if reference_index >= 0:
+            reference = recordings.source[int(recordings.indices[reference_index])]
+        return sample(self._shape, item, reference)
 
     def arrays(self, item: Sample | None, shape: tuple[int, ...]) -> Batch:
         """See `batches`."""
@@ -207,33 +256,40 @@ class SpeechBatches(PackedBatches):
 
 
 def sample(shape: SpeechShape, item: Item, reference: Item | None = None) -> Sample:
-    """A recording, and where given a reference, as a sequence."""
-    before = layout.prompt(shape.config, shape.tokenizer, request_of(item, reference))
-    after = layout.speech(shape.config, item.codes)
+    """A recording as a sequence, after a prompt with its text and the reference, if any."""
+    prompt = layout.prompt(shape.config, shape.tokenizer, request_of(item, reference))
+    speech = layout.speech(shape.config, item.codes)
     positions = Positions(
-        np.concatenate([before.text, after.text]), np.concatenate([before.codes, after.codes], 1)
+        np.concatenate([prompt.text, speech.text]),
+        np.concatenate([prompt.codes, speech.codes], axis=1),
     )
-    number = min(item.codes.shape[0], shape.config.num_quantizers)
-    return Sample(positions, len(before.text), number, str(item.metadata.get("domain")))
+    num_quantizers = min(item.codes.shape[0], shape.config.num_quantizers)
+    domain = str(item.metadata.get("domain"))
+    return Sample(positions, len(prompt.text), num_quantizers, domain)
 
 
 def arrays(config: SpeechConfig, item: Sample | None, shape: tuple[int, ...]) -> Batch:
-    """The arrays of a sequence, see `batches`; of None, one without targets."""
+    """The arrays of a sequence, see `batches`; None becomes a sequence without targets."""
     num_positions, num_targets = shape
     text = np.zeros(num_positions, np.int32)
     codes = np.full((config.num_quantizers, num_positions), config.codebook_size, np.int32)
-    first, size, number, domain = 1, 1, 1, "other"
+    first = 1
+    length = 1
+    num_quantizers = 1
+    domain = "other"
     if item is not None:
-        first, number, domain = item.first, item.num_quantizers, item.domain
-        size = len(item.positions.text)
-        text[:size] = item.positions.text
-        codes[:, :size] = item.positions.codes
+        first = item.first
+        length = len(item.positions.text)
+        num_quantizers = item.num_quantizers
+        domain = item.domain
+        text[:length] = item.positions.text
+        codes[:, :length] = item.positions.codes
     return {
         "text": text,
         "codes": codes,
         "first": np.int32(first),
-        "length": np.int32(size),
-        "num_quantizers": np.int32(number),
+        "length": np.int32(length),
+        "num_quantizers": np.int32(num_quantizers),
         "targets": np.zeros(num_targets, np.int8),
         "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
     }
@@ -251,20 +307,19 @@ def batches(
     """Endless batches from number `start` on.
 
     Args:
-      sets: What to draw from.
-      weights: The share of each.
+      sets: Recordings to draw from.
+      weights: The share of each set.
       batch_size: Sequences in a batch.
-      shape: What recordings are made into.
-      seed: Of the order and of the references.
-      start: Batches already consumed.
-      rows: Which rows of each batch to make; default: all.
+      shape: Sizes of the arrays.
+      seed: Seed of the order and of the references.
+      start: Number of batches already consumed.
+      rows: Rows of each batch to make; default: all.
 
     Returns:
       Iterator over {"text": int32 [B, T]; "codes": int32 [B, Q, T]; "first": int32 [B], index of
       the first frame to predict; "length": int32 [B], valid positions, the last of which is the
       end of speech; "num_quantizers": int32 [B]; "targets": zeros [B, F], F positions of each item
-      are predicted; "domain", "position", "failed": as `pipeline.batches` has them}. It has
-      `close()`.
+      are predicted; "domain", "position", "failed": as in `pipeline.batches`}. It has `close()`.
     """
-    made = SpeechBatches(sets, weights, batch_size, shape, seed, rows)
-    return code_batches.iterate(made, start)
+    packed = SpeechBatches(sets, weights, batch_size, shape, seed, rows)
+    return code_batches.iterate(packed, start)

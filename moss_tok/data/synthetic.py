@@ -3,7 +3,6 @@
 Four kinds: harmonic tones (music), sweeps and noise bursts (sound), vowel-like formants (speech).
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import scipy.signal
 
 from moss_tok.audio import files
+from moss_tok.json_files import format_json_lines
 
 MANIFEST = "manifest.jsonl"
 _SECONDS = 4.0
@@ -43,8 +43,7 @@ def write_dataset(folder: Path, sample_rate: int, num_clips: int = 240, seed: in
         files.write(folder / name, _finish(make(rng, sample_rate), rng)[None], sample_rate)
         split = "test" if i // len(kinds) % 10 == 9 else "train"
         rows.append({"path": name, "split": split, "domain": domain, "duration_s": _SECONDS})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    files.write_text(manifest, text)
+    files.write_text(manifest, format_json_lines(rows))
     return manifest
 
 
@@ -59,14 +58,19 @@ def _time(sample_rate: int) -> np.ndarray:
 
 def _notes(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     """Overlapping notes with decaying harmonics."""
-    t, wav = _time(sample_rate), np.zeros(int(_SECONDS * sample_rate))
+    t = _time(sample_rate)
+    wav = np.zeros(t.size)
     for onset in np.sort(rng.uniform(0, _SECONDS - 0.3, rng.integers(4, 12))):
         f0 = 55 * 2 ** (rng.integers(0, 48) / 12)
-        brightness, decay = rng.uniform(0.8, 2.5), rng.uniform(1, 6)
-        local = np.maximum(t - onset, 0)
-        envelope = np.where(t >= onset, np.minimum(local / 0.01, 1) * np.exp(-decay * local), 0)
-        for k in range(1, int(min(30, sample_rate / 2.2 / f0)) + 1):
-            wav += envelope * np.sin(2 * np.pi * f0 * k * local) / k**brightness
+        brightness = rng.uniform(0.8, 2.5)
+        decay = rng.uniform(1, 6)
+        seconds = np.maximum(t - onset, 0)  # since the onset
+        attack = np.minimum(seconds / 0.01, 1)
+        envelope = np.where(t >= onset, attack * np.exp(-decay * seconds), 0)
+        num_harmonics = int(min(30, sample_rate / 2.2 / f0))
+        for k in range(1, num_harmonics + 1):
+            harmonic = np.sin(2 * np.pi * f0 * k * seconds)
+            wav += envelope * harmonic / k**brightness
     return wav
 
 
@@ -76,16 +80,19 @@ def _sweep(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     ends = (low, high) if rng.random() < 0.5 else (high, low)
     t = _time(sample_rate)
     wav = scipy.signal.chirp(t, ends[0], _SECONDS, ends[1], method="logarithmic")
-    return wav * (1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.5, 6) * t))
+    tremolo = 1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.5, 6) * t)
+    return wav * tremolo
 
 
 def _vowels(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     """A pulse train with vibrato through formant filters; syllables with pauses."""
     t = _time(sample_rate)
-    f0 = rng.uniform(90, 250) * (1 + 0.03 * np.sin(2 * np.pi * rng.uniform(3, 7) * t))
+    f0 = rng.uniform(90, 250)
+    f0 = f0 * (1 + 0.03 * np.sin(2 * np.pi * rng.uniform(3, 7) * t))  # vibrato
     f0 *= 1 + 0.15 * np.interp(t, np.linspace(0, _SECONDS, 8), rng.uniform(-1, 1, 8))
     phase = np.cumsum(f0) / sample_rate
-    source = np.diff(np.floor(phase), prepend=0) + 0.02 * rng.standard_normal(t.size)
+    pulses = np.diff(np.floor(phase), prepend=0)
+    source = pulses + 0.02 * rng.standard_normal(t.size)
     wav = np.zeros_like(t)
     edges = np.linspace(0, t.size, rng.integers(8, 16)).astype(int)
     for start, end in zip(edges[:-1], edges[1:], strict=True):
@@ -109,8 +116,9 @@ def _bursts(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
         band = [low, min(low * rng.uniform(1.3, 4), sample_rate / 2.1)]
         sos = scipy.signal.butter(2, band, "bandpass", fs=sample_rate, output="sos")
         noise = scipy.signal.sosfilt(sos, rng.standard_normal(t.size))
-        local = np.maximum(t - onset, 0)
-        wav += np.where(t >= onset, noise * np.exp(-rng.uniform(2, 30) * local), 0)
+        seconds = np.maximum(t - onset, 0)  # since the onset
+        decay = np.exp(-rng.uniform(2, 30) * seconds)
+        wav += np.where(t >= onset, noise * decay, 0)
     return wav
 
 

@@ -13,14 +13,13 @@ several machines can share the work. OUTPUT holds
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,14 +29,14 @@ from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import inference, pretrained
 from moss_tok.codec.inference import Codec
 from moss_tok.data import codes, jobs, records, sources
-from moss_tok.data.batches import BatchEncoder, Found, Statistics
+from moss_tok.data.batches import BatchEncoder, CodesById, Statistics
 from moss_tok.data.config import PLAN
 from moss_tok.data.jobs import Plan, Shard
+from moss_tok.data.reading import Errors, Items, Reader, read_item
 from moss_tok.errors import check_choice, is_number
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json_lines, read_json_object
 
 FORMATS = ("arrayrecord", "jsonl")
-_MAX_AHEAD = 1000  # recordings read ahead; some may be longer than their metadata says
 _PART = ".json"  # suffix of a shard's part
 
 
@@ -66,10 +65,6 @@ class Settings:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
 
-Items = Sequence[tuple[str, AudioItem]]  # recordings with their ids
-Failed = dict[str, Exception]  # why recordings could not be read, by id
-
-
 def find_items(source: str) -> list[tuple[str, AudioItem]]:
     """The recordings of a folder, manifest or ArrayRecord set, each with a unique id.
 
@@ -79,26 +74,31 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     if not source:
         raise ValueError("no source of recordings was given")
     path = storage.to_path(source)
+    root = str(path if path.is_dir() else path.parent)
+    items = _list_items(source, path)
+    ids = _unique_ids(items, root)
+    for item_id, count in collections.Counter(ids).items():
+        if count > 1:
+            raise ValueError(f"{source}: {item_id!r} is there more than once")
+    return list(zip(ids, items, strict=True))
+
+
+def _list_items(source: str, path: storage.Path) -> list[AudioItem]:
     listing = path / "manifest.jsonl"
     if path.is_dir() and listing.is_file():
-        found = manifest.find_items(listing)
-    else:
-        shards, items = sources.locate(source)
-        found = items or [_record(p, n) for p in shards for n in range(len(records.shard(p)))]
-    root = str(path if path.is_dir() else path.parent)
-    named = [(_id(item, root), item) for item in found]
-    names = collections.Counter(name for name, _ in named)
-    # `prepare` names records by their files, which may have one name in several folders.
-    several = {name for name, item in named if names[name] > 1 and item.record is not None}
-    named = [(_place(item, root) if name in several else name, item) for name, item in named]
-    names = collections.Counter(name for name, _ in named)
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{source}: {repeated[0]!r} is there more than once")
-    return named
+        return manifest.find_items(listing)
+    shards, items = sources.locate(source)
+    if items:
+        return items
+    items = []
+    for shard in shards:
+        for number in range(len(records.shard(shard))):
+            items.append(_record(shard, number))
+    return items
 
 
 def _record(path: storage.Path, number: int) -> AudioItem:
-    metadata, duration = {}, None
+    metadata = {}
     try:
         audio, metadata = records.shard(path).read(number)
         duration = metadata.get("duration_s")
@@ -110,13 +110,33 @@ def _record(path: storage.Path, number: int) -> AudioItem:
     return AudioItem(path, "", domain, float(duration), number, metadata)
 
 
+def _unique_ids(items: Sequence[AudioItem], root: str) -> list[str]:
+    """The ids that the items' metadata gives; paths for items without one.
+
+    `prepare` takes the ids of records from file names, which may occur in several folders. Records
+    that share an id get their paths instead.
+    """
+    ids = [_id(item, root) for item in items]
+    counts = collections.Counter(ids)
+    shared_by_records = set()
+    for item_id, item in zip(ids, items, strict=True):
+        if counts[item_id] > 1 and item.record is not None:
+            shared_by_records.add(item_id)
+    for index, item in enumerate(items):
+        if ids[index] in shared_by_records:
+            ids[index] = _relative_name(item, root)
+    return ids
+
+
 def _id(item: AudioItem, root: str) -> str:
-    name = item.metadata.get("id")
-    return name if isinstance(name, str) and name else _place(item, root)
+    item_id = item.metadata.get("id")
+    if isinstance(item_id, str) and item_id:
+        return item_id
+    return _relative_name(item, root)
 
 
-def _place(item: AudioItem, root: str) -> str:
-    """The path of an item relative to the folder of the data set."""
+def _relative_name(item: AudioItem, root: str) -> str:
+    """The path of an item relative to `root`, the folder of the data set."""
     name = sources.item_name(item)
     return storage.printable(name.removeprefix(f"{root.rstrip('/')}/"))
 
@@ -131,19 +151,14 @@ def make_plan(codec: Codec, items: Items, folder: str | Path, settings: Settings
       ValueError: `folder` holds other codes, or an item has a name or metadata that cannot be
         stored.
     """
-    for name, item in items:
-        records.check_metadata(name, item.metadata)
+    for item_id, item in items:
+        records.check_metadata(item_id, item.metadata)
     folder = storage.to_local_path(folder)
-    ordered = sorted(items, key=lambda item: (item[1].duration_seconds, item[0]))
-    seconds = np.cumsum([item.duration_seconds for _, item in ordered])
-    numbers = (seconds / (3600 * settings.shard_hours)).astype(int)
-    groups: dict[int, list[tuple[str, AudioItem]]] = collections.defaultdict(list)
-    for number, item in zip(numbers, ordered, strict=True):
-        groups[number].append(item)
-    suffix = records.SUFFIX if settings.format == "arrayrecord" else ".jsonl"
-    names = [f"codes-{n:05d}-of-{len(groups):05d}{suffix}" for n in range(len(groups))]
-    content = ((name, item.duration_seconds, _metadata(item)) for name, item in ordered)
-    written = {
+    by_length = sorted(items, key=lambda pair: (pair[1].duration_seconds, pair[0]))
+    content = []
+    for item_id, item in by_length:
+        content.append((item_id, item.duration_seconds, _metadata(item)))
+    fields = {
         "codec": pretrained.fingerprint(codec),
         "data": jobs.digest(content),
         "num_items": len(items),
@@ -157,10 +172,24 @@ def make_plan(codec: Codec, items: Items, folder: str | Path, settings: Settings
         "hop_length": codec.config.hop_length,
         "codebook_size": codec.config.quantizer.codebook_size,
     }
-    jobs.begin(folder, PLAN, written, "codes of another run")
-    pairs = zip(names, sorted(groups), strict=True)
-    shards = tuple(Shard(name, tuple(groups[n])) for name, n in pairs)
-    return Plan(folder, settings, shards, _PART)
+    jobs.begin(folder, PLAN, fields, "codes of another run")
+    return Plan(folder, settings, _divide(by_length, settings), _PART)
+
+
+def _divide(by_length: Items, settings: Settings) -> tuple[Shard, ...]:
+    """Divides recordings, shortest first, into shards of about `shard_hours` of audio."""
+    groups: dict[int, list[tuple[str, AudioItem]]] = collections.defaultdict(list)
+    seconds = 0.0
+    for item_id, item in by_length:
+        seconds += item.duration_seconds
+        group = int(seconds / (3600 * settings.shard_hours))
+        groups[group].append((item_id, item))
+    suffix = records.SUFFIX if settings.format == "arrayrecord" else ".jsonl"
+    shards = []
+    for number, group in enumerate(sorted(groups)):
+        name = f"codes-{number:05d}-of-{len(groups):05d}{suffix}"
+        shards.append(Shard(name, tuple(groups[group])))
+    return tuple(shards)
 
 
 def check_share(shard_index: int, num_shards: int) -> None:
@@ -195,116 +224,86 @@ def run(
     settings = plan.settings
     encoder = BatchEncoder(codec, settings.num_quantizers, settings.batch_seconds)
     with ThreadPoolExecutor(settings.num_workers) as pool:
-        reader = _Reader(codec, pool, progress)
+        reader = Reader(codec, pool, progress)
         for shard in plan.shards[shard_index::num_shards]:
             if plan.is_done(shard):
                 progress(sum(item.duration_seconds for _, item in shard.items))
-            else:
-                _write_shard(plan, shard, *reader.encode(encoder, shard.items))
+                continue
+            encoded, errors = reader.encode(encoder, shard.items)
+            _write_shard(plan, shard, encoded, errors)
     encoder.statistics.seconds = time.perf_counter() - began
     return encoder.statistics
 
 
-def _write_shard(plan: Plan, shard: Shard, found: Found, failed: Failed) -> None:
+class _Row(NamedTuple):
+    """A recording as it is written: `codes` are [Q, T] int16."""
+
+    item_id: str
+    item: AudioItem
+    codes: np.ndarray
+    num_samples: int
+
+
+def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -> None:
     """Writes the codes of a shard, then its part, which `finish` reads."""
     rows = []
     failures = []
-    for key, item in shard.items:
-        if key in found:
-            rows.append((key, item, *found[key]))
-        if key in failed:
-            reason = str(failed[key])
-            failures.append({"id": key, "path": sources.item_name(item), "reason": reason})
+    ids = []
+    num_frames = 0
+    for item_id, item in shard.items:
+        if item_id in encoded:
+            array, num_samples = encoded[item_id]
+            rows.append(_Row(item_id, item, array, num_samples))
+            ids.append(item_id)
+            num_frames += array.shape[1]
+        if item_id in errors:
+            reason = str(errors[item_id])
+            failures.append({"id": item_id, "path": sources.item_name(item), "reason": reason})
+    ids += [row["id"] for row in failures]
     with jobs.new_file(plan.folder / shard.name) as path:
         _WRITERS[plan.settings.format](path, rows)
     part = {
         "num_items": len(rows),
-        "num_frames": sum(x.shape[1] for _, _, x, _ in rows),
-        "ids": jobs.digest([key for key, *_ in rows] + [row["id"] for row in failures]),
+        "num_frames": num_frames,
+        "ids": jobs.digest(ids),
         "failures": failures,
     }
     with jobs.new_file(plan.part_path(shard)) as path:
         path.write_text(json.dumps(part) + "\n")
 
 
-def _read(item: AudioItem, sample_rate: int, num_channels: int) -> np.ndarray:
-    """The audio of an item, as `moss-tok encode` reads it."""
-    return files.read(sources.open_item(item).audio, sample_rate, num_channels)
-
-
-class _Reader:
-    """Reads the recordings of a shard ahead of the encoder."""
-
-    def __init__(self, codec: Codec, pool: ThreadPoolExecutor, progress: Callable[[float], Any]):
-        self._shape = codec.config.sample_rate, codec.config.num_channels
-        self._pool, self._progress = pool, progress
-
-    def encode(self, encoder: BatchEncoder, items: Items) -> tuple[Found, Failed]:
-        """The codes of the recordings that can be read, and the errors of the others."""
-        found: Found = {}
-        failed: Failed = {}
-        long = []
-        for key, item, audio in self._read_ahead(3 * encoder.batch_seconds, items):
-            try:
-                wav = audio and audio.result()
-            except (ValueError, OSError) as error:
-                failed[key] = error
-            else:
-                if wav is None or inference.is_long(wav.shape[1] / self._shape[0]):
-                    long.append((key, functools.partial(self._blocks, item)))
-                    continue
-                encoder.add(key, wav, found)
-            self._progress(item.duration_seconds)
-        encoder.flush(found)
-        failed |= encoder.encode_long(long[::-1], self._pool, found, self._progress)
-        return found, failed
-
-    def _read_ahead(
-        self, seconds: float, items: Items
-    ) -> Iterator[tuple[str, AudioItem, Future | None]]:
-        """Recordings, read up to `seconds` of audio ahead; None for the audio of long ones."""
-        waiting: collections.deque[tuple[str, AudioItem, Future | None]] = collections.deque()
-        ahead = 0.0
-        for key, item in items:
-            is_long = inference.is_long(item.duration_seconds)
-            waiting.append(
-                (key, item, None if is_long else self._pool.submit(_read, item, *self._shape))
-            )
-            ahead += 0 if is_long else item.duration_seconds
-            while waiting and (ahead > seconds or len(waiting) > _MAX_AHEAD):
-                _, first, audio = waiting[0]
-                ahead -= first.duration_seconds if audio else 0
-                yield waiting.popleft()
-        yield from waiting
-
-    def _blocks(self, item: AudioItem) -> Iterator[np.ndarray]:
-        audio = sources.open_item(item).audio
-        return files.read_blocks(audio, *self._shape, inference.CHUNK_SECONDS)
-
-
-def _write_array_record(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
+def _write_array_record(path: Path, rows: Sequence[_Row]) -> None:
     if not rows:  # an ArrayRecord file without records cannot be opened
         path.touch()
         return
     with codes.Writer(path) as writer:
-        for key, item, array, num_samples in rows:
-            writer.write(codes.Item(key, array, num_samples, _metadata(item)))
+        for row in rows:
+            metadata = _metadata(row.item)
+            writer.write(codes.Item(row.item_id, row.codes, row.num_samples, metadata))
 
 
-def _write_jsonl(path: Path, rows: Sequence[tuple[str, AudioItem, np.ndarray, int]]) -> None:
+def _write_jsonl(path: Path, rows: Sequence[_Row]) -> None:
     with path.open("w") as file:
-        for key, item, array, num_samples in rows:
-            ours = {"id": key, "audio": str(item.path), "num_samples": num_samples}
-            fields = ours | _metadata(item) | ours
+        for row in rows:
+            reserved = {
+                "id": row.item_id,
+                "audio": str(row.item.path),
+                "num_samples": row.num_samples,
+            }
+            # These keys come first, and metadata with the same names does not replace them.
+            fields = reserved | _metadata(row.item) | reserved
             if "text" not in fields and isinstance(fields.get("transcript"), str):
-                fields["text"] = fields["transcript"]  # what the fine-tuning calls it
-            fields["audio_codes"] = array.T.tolist()
+                fields["text"] = fields["transcript"]  # the fine-tuning reads this key
+            fields["audio_codes"] = row.codes.T.tolist()
             file.write(json.dumps(fields) + "\n")
 
 
 def _metadata(item: AudioItem) -> dict[str, Any]:
-    fields = {k: v for k, v in item.metadata.items() if k not in ("id", "audio_codes")}
-    return {"domain": item.domain, "split": item.split} | fields
+    fields = {"domain": item.domain, "split": item.split}
+    for name, value in item.metadata.items():
+        if name not in ("id", "audio_codes"):
+            fields[name] = value
+    return fields
 
 
 _WRITERS = {"arrayrecord": _write_array_record, "jsonl": _write_jsonl}
@@ -321,56 +320,77 @@ def finish(plan: Plan) -> dict[str, Any] | None:
     """
     if not all(plan.is_done(shard) for shard in plan.shards):
         return None
-    parts = [read_json_object(plan.part_path(shard)) for shard in plan.shards]
-    failures = [row for part in parts for row in part["failures"]]
-    num_items = sum(part["num_items"] for part in parts)
-    for part, shard in zip(parts, plan.shards, strict=True):
-        missing = dict.fromkeys(row["id"] for row in part["failures"])
-        done = [key for key, _ in shard.items if key not in missing]
-        if part["num_items"] != len(done) or part["ids"] != jobs.digest([*done, *missing]):
-            raise ValueError(
-                f"{plan.folder / shard.name}: the plan has {len(shard.items)} recordings, the "
-                f"shard {part['num_items']} and {len(missing)} failures, or other recordings"
-            )
+    num_items = 0
+    num_frames = 0
+    failures = []
+    for shard in plan.shards:
+        part = read_json_object(plan.part_path(shard))
+        _check_part(plan, shard, part)
+        num_items += part["num_items"]
+        num_frames += part["num_frames"]
+        failures += part["failures"]
     jobs.remove_abandoned(plan.folder)
     summary = {
         "num_items": num_items,
         "num_failures": len(failures),
-        "num_frames": sum(part["num_frames"] for part in parts),
+        "num_frames": num_frames,
         "num_shards": len(plan.shards),
     }
-    text = "".join(json.dumps(row) + "\n" for row in failures)
-    files.write_text(plan.folder / "failures.jsonl", text)
+    files.write_text(plan.folder / "failures.jsonl", format_json_lines(failures))
     files.write_text(plan.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _check_part(plan: Plan, shard: Shard, part: dict[str, Any]) -> None:
+    """Raises ValueError unless a shard has exactly the recordings of the plan."""
+    failed_ids = [row["id"] for row in part["failures"]]
+    not_encoded = set(failed_ids)
+    encoded_ids = [item_id for item_id, _ in shard.items if item_id not in not_encoded]
+    has_all = part["num_items"] == len(encoded_ids)
+    if not has_all or part["ids"] != jobs.digest(encoded_ids + failed_ids):
+        raise ValueError(
+            f"{plan.folder / shard.name}: the plan has {len(shard.items)} recordings, the "
+            f"shard {part['num_items']} and {len(failed_ids)} failures, or other recordings"
+        )
 
 
 def wait(plan: Plan, poll_seconds: float = 5.0) -> dict[str, Any]:
     """Waits until the other processes of this run have written their shards; calls `finish`.
 
-    jax.distributed gives the others five minutes after the first process ends, and ends all of them
-    if one has died.
+    This process must not end earlier: five minutes after the first process ends, jax.distributed
+    ends the others. It also ends all processes if one has died.
     """
-    while (summary := finish(plan)) is None:
+    while True:
+        summary = finish(plan)
+        if summary is not None:
+            return summary
         time.sleep(poll_seconds)
-    return summary
 
 
 def verify(
     codec: Codec, plan: Plan, number: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, int, int]]:
-    """Encodes random items again, each alone: yields (id, differing codes, total codes).
+    """Encodes random items again, each without a batch, and compares the codes.
 
-    `share` is (i, n): this process verifies the i-th of n parts of the items.
+    Args:
+      codec: The codec of the run.
+      plan: The plan of a finished job.
+      number: Items to encode again, in all processes together.
+      share: (i, n): this process verifies the i-th of n parts of these items.
+
+    Yields:
+      (id, number of codes that differ, number of codes) of each item.
     """
-    owners = {}
+    audio_items: dict[str, AudioItem] = {}
     for shard in plan.shards:
-        owners.update(shard.items)
+        audio_items.update(shard.items)
     source = codes.read_codes(plan.folder)
-    c = codec.config
+    config = codec.config
     order = np.random.default_rng(0).permutation(len(source))[:number]
-    for index in order[share[0] :: share[1]]:
+    first, step = share
+    for index in order[first::step]:
         item = source[int(index)]
-        wav = _read(owners[item.id], c.sample_rate, c.num_channels)
-        alone = inference.encode_one(codec, wav, plan.settings.num_quantizers)
-        yield item.id, int((alone != item.codes).sum()), item.codes.size
+        wav = read_item(audio_items[item.id], config.sample_rate, config.num_channels)
+        encoded = inference.encode_one(codec, wav, plan.settings.num_quantizers)
+        num_different = int((encoded != item.codes).sum())
+        yield item.id, num_different, item.codes.size

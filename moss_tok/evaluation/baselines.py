@@ -1,4 +1,4 @@
-"""Other codecs to compare with: Opus and Codec2 by their tools, and folders of reconstructions."""
+"""Other codecs to compare with: Opus and Codec2 through their tools, or a folder of audio."""
 
 import collections
 import dataclasses
@@ -77,7 +77,7 @@ def check_name(name: str) -> str:
     """Returns the name of a codec, which becomes a folder of the output.
 
     Raises:
-      ValueError: It is no name of a folder, or the name of the report's folder.
+      ValueError: It is not a valid name of a folder, or it is the name of the report's folder.
     """
     if not name.strip(".") or "/" in name or name == "report":
         raise ValueError(

@@ -61,8 +61,9 @@ def read_dataset(path: str | Path) -> Dataset:
             audio, seconds = _find_audio(fields, path.parent)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        output_name = f"{len(items):06d}_{_safe_stem(audio)}.flac"
         domain = storage.printable(str(fields.get("domain") or ""))
-        items.append((audio, f"{len(items):06d}_{_safe_stem(audio)}.flac", domain))
+        items.append((audio, output_name, domain))
         text, task = manifest.read_text(fields)
         texts.append(text if task == TASKS[0] else "")
         lengths.append(seconds)
@@ -73,10 +74,11 @@ def read_dataset(path: str | Path) -> Dataset:
 
 def _find_audio(fields: dict[str, Any], folder: Path) -> tuple[Path, float]:
     """The path of the recording that a line names, and its length in seconds."""
-    name = next((fields[key] for key in _AUDIO_KEYS if fields.get(key)), None)
-    if name is None:
+    names = [fields[key] for key in _AUDIO_KEYS if fields.get(key)]
+    if not names:
         raise ValueError(f"no audio path; accepted keys: {', '.join(_AUDIO_KEYS)}")
-    audio = folder / os.path.expanduser(str(name))  # Path.expanduser refuses a file called ~a.wav
+    # Not Path.expanduser, which refuses a file called ~a.wav.
+    audio = folder / os.path.expanduser(str(names[0]))
     if not audio.is_file():
         raise ValueError(f"no such file: {audio}")
     seconds = files.duration_seconds(audio)
@@ -86,6 +88,6 @@ def _find_audio(fields: dict[str, Any], folder: Path) -> tuple[Path, float]:
 
 
 def _safe_stem(audio: Path) -> str:
-    """The file's name without suffix, shortened, in letters that every file system takes."""
+    """The file's name without suffix, shortened, in characters that every file system accepts."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", audio.stem[:_MAX_STEM_BYTES])
     return stem.strip("._") or "audio"

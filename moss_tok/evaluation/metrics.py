@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.signal
 
-_RATE = 16000
+_RATE = 16000  # Hz
 _PACKAGES = {"pesq-nb": "pesq", "pesq-wb": "pesq", "sdr": "mir_eval"}  # in the extra `eval`
-_BLOCKS_AT_ONCE = 4096  # of the resampler, to bound its memory
+_BLOCKS_AT_ONCE = 4096  # blocks that the resampler computes at once; this bounds its memory
 _MEL_WINDOWS = ((2048, 150), (512, 80))  # window length in samples, number of mel bands
 
 
@@ -40,8 +40,8 @@ def compute(
       Name -> value; a value that is not finite becomes 0.
 
     Raises:
-      ValueError: An unknown metric, arrays that are not [C, S] or are empty, a metric that is not
-        defined for them (such as PESQ without speech), or a missing package.
+      ValueError: A metric is unknown, its package is missing, an array is empty or not [C, S], or a
+        metric is not defined for these signals (such as PESQ without speech).
     """
     values, errors = compute_each(reference, synthesis, sample_rate, metrics)
     if errors:
@@ -69,22 +69,33 @@ def compute_each(
       Name -> value, and name -> why the metric is not defined.
 
     Raises:
-      ValueError: An unknown metric, a missing package, or arrays that are not [C, S] or are empty.
+      ValueError: A metric is unknown, its package is missing, or an array is empty or not [C, S].
     """
     check(metrics)
-    pair = [np.asarray(x, np.float32) for x in (reference, synthesis)]
-    if any(x.ndim != 2 or x.size == 0 for x in pair):
-        raise ValueError(f"need audio of the shape [C, S], got {[x.shape for x in pair]}")
-    size = min(-(-x.shape[-1] * _RATE // sample_rate) for x in pair)
-    mono = [resample(x, sample_rate, _RATE).mean(0)[:size] for x in pair]
+    reference = np.asarray(reference, np.float32)
+    synthesis = np.asarray(synthesis, np.float32)
+    for wav in (reference, synthesis):
+        if wav.ndim != 2 or wav.size == 0:
+            shapes = [reference.shape, synthesis.shape]
+            raise ValueError(f"need audio of the shape [C, S], got {shapes}")
+    reference = _to_mono(reference, sample_rate)
+    synthesis = _to_mono(synthesis, sample_rate)
+    size = min(reference.size, synthesis.size)
     values = {}
     errors = {}
     for name in metrics:
         try:
-            values[name] = _finite(METRICS[name](*mono))
+            value = METRICS[name](reference[:size], synthesis[:size])
         except ValueError as error:
             errors[name] = str(error)
+        else:
+            values[name] = _finite(value)
     return values, errors
+
+
+def _to_mono(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Audio [C, S] as one channel at 16 kHz, [S']."""
+    return resample(wav, sample_rate, _RATE).mean(0)
 
 
 def _finite(value: float) -> float:
@@ -99,7 +110,9 @@ def _sinc_kernels(rate_in: int, rate_out: int) -> tuple[np.ndarray, int]:
     taps = np.arange(-width, width + rate_in) / rate_in
     phases = -np.arange(rate_out)[:, None] / rate_out
     t = np.clip((taps + phases) * cutoff, -6, 6)
-    return np.sinc(t) * np.cos(t * np.pi / 12) ** 2 * cutoff / rate_in, width
+    window = np.cos(t * np.pi / 12) ** 2
+    kernels = np.sinc(t) * window * cutoff / rate_in
+    return kernels, width
 
 
 def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -113,7 +126,7 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     rate_in //= divisor
     rate_out //= divisor
     kernels, width = _sinc_kernels(rate_in, rate_out)
-    size = -(-wav.shape[-1] * rate_out // rate_in)
+    size = -(-wav.shape[-1] * rate_out // rate_in)  # rounded up
     wav = np.pad(wav.astype(np.float64), ((0, 0), (width, width + rate_in)))
     windows = np.lib.stride_tricks.sliding_window_view(wav, kernels.shape[1], axis=-1)
     windows = windows[:, ::rate_in]  # [C, blocks, taps], a view; einsum copies a part at a time
@@ -126,7 +139,10 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
 
 
 def _spectrum(wav: np.ndarray, window_length: int) -> np.ndarray:
-    """Magnitudes [F, T]: square root of the periodic Hann window, centred, ends reflected."""
+    """Magnitudes [F, T] of centred windows: square roots of periodic Hann windows.
+
+    The signal is reflected at its ends.
+    """
     hop = window_length // 4
     half = window_length // 2
     window = np.sqrt(scipy.signal.get_window("hann", window_length))
@@ -134,7 +150,8 @@ def _spectrum(wav: np.ndarray, window_length: int) -> np.ndarray:
         raise ValueError(f"needs more than {half} samples at 16 kHz, got {wav.size}")
     wav = np.pad(wav.astype(np.float64), half, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(wav, window_length)[::hop]
-    return np.abs(np.fft.rfft(frames * window)).T
+    spectrum = np.fft.rfft(frames * window)
+    return np.abs(spectrum).T
 
 
 @functools.lru_cache(maxsize=8)
@@ -144,25 +161,33 @@ def _mel_matrix(window_length: int, num_mels: int) -> np.ndarray:
     return librosa.filters.mel(sr=_RATE, n_fft=window_length, n_mels=num_mels, fmax=_RATE / 2)
 
 
-def _spectral_distance(reference: np.ndarray, synthesis: np.ndarray, mel: bool) -> float:
-    total = 0.0
-    for window_length, num_mels in _MEL_WINDOWS:
-        pair = [_spectrum(x, window_length) for x in (reference, synthesis)]
-        if mel:
-            pair = [_mel_matrix(window_length, num_mels) @ x for x in pair]
-        logs = [np.log10(np.maximum(x, 1e-5) ** 2) for x in pair]
-        total += np.abs(logs[0] - logs[1]).mean() + np.abs(pair[0] - pair[1]).mean()
-    return total
+def _l1(a: np.ndarray, b: np.ndarray) -> float:
+    return np.abs(a - b).mean()
+
+
+def _log_power(magnitudes: np.ndarray) -> np.ndarray:
+    return np.log10(np.maximum(magnitudes, 1e-5) ** 2)
 
 
 def mel_loss(reference: np.ndarray, synthesis: np.ndarray) -> float:
     """Mel distance of 16 kHz mono signals: L1 of log10 power plus L1, summed over two windows."""
-    return _spectral_distance(reference, synthesis, mel=True)
+    total = 0.0
+    for window_length, num_mels in _MEL_WINDOWS:
+        matrix = _mel_matrix(window_length, num_mels)
+        mels = matrix @ _spectrum(reference, window_length)
+        mels_hat = matrix @ _spectrum(synthesis, window_length)
+        total += _l1(_log_power(mels), _log_power(mels_hat)) + _l1(mels, mels_hat)
+    return total
 
 
 def stft(reference: np.ndarray, synthesis: np.ndarray) -> float:
     """Distance of 16 kHz mono signals as in `mel_loss`, on STFT magnitudes without mel bands."""
-    return _spectral_distance(reference, synthesis, mel=False)
+    total = 0.0
+    for window_length, _ in _MEL_WINDOWS:
+        spectrum = _spectrum(reference, window_length)
+        spectrum_hat = _spectrum(synthesis, window_length)
+        total += _l1(_log_power(spectrum), _log_power(spectrum_hat)) + _l1(spectrum, spectrum_hat)
+    return total
 
 
 def stoi(reference: np.ndarray, synthesis: np.ndarray) -> float:
@@ -190,8 +215,10 @@ def spectral_convergence(reference: np.ndarray, synthesis: np.ndarray) -> float:
 
     with warnings.catch_warnings():  # librosa warns of signals shorter than a window
         warnings.filterwarnings("ignore", message="n_fft=")
-        pair = [np.abs(librosa.stft(x)) for x in (reference, synthesis)]
-    return np.linalg.norm(pair[0] - pair[1]) / (np.linalg.norm(pair[0]) + 1e-12)
+        spectrum = np.abs(librosa.stft(reference))
+        spectrum_hat = np.abs(librosa.stft(synthesis))
+    distance = np.linalg.norm(spectrum - spectrum_hat)
+    return distance / (np.linalg.norm(spectrum) + 1e-12)
 
 
 def sdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
@@ -207,12 +234,12 @@ def sdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
 def sisdr(reference: np.ndarray, synthesis: np.ndarray) -> float:
     """Scale-invariant signal-to-distortion ratio in dB."""
     # The protocol's 1e-10 matter in silence and at high ratios: 0.005 dB at 24 dB.
-    r = reference / (np.linalg.norm(reference) + 1e-10)
-    s = synthesis / (np.linalg.norm(synthesis) + 1e-10)
-    projected = np.dot(r, s) * r
-    error = np.mean(np.square(s - projected)) + 1e-10
+    reference = reference / (np.linalg.norm(reference) + 1e-10)
+    synthesis = synthesis / (np.linalg.norm(synthesis) + 1e-10)
+    projected = np.dot(reference, synthesis) * reference
+    error_power = np.mean(np.square(synthesis - projected)) + 1e-10
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(np.mean(np.square(r)) / error)
+        return 10 * np.log10(np.mean(np.square(reference)) / error_power)
 
 
 METRICS = {

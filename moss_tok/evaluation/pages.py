@@ -1,4 +1,4 @@
-"""HTML pages to look at and listen to: of an evaluation, or of a training run."""
+"""HTML pages with plots, tables and audio of an evaluation or of a training run."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ _MAX_BITRATES = 4  # per system
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Versions of a recording to compare by ear: (name, audio file, spectrogram file)."""
+    """Versions of a recording to listen to: (name, audio file, spectrogram file)."""
 
     title: str
     versions: tuple[tuple[str, Path, Path], ...]
@@ -51,10 +51,11 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Writes a page that needs no network, only the files beside it, on screens of any width."""
+    """Writes a page for screens of any width. It needs no network, only the files beside it."""
 
     def link(file: Path) -> str:
-        return quote(Path(os.path.relpath(file, path.parent)).as_posix())
+        relative = Path(os.path.relpath(file, path.parent))
+        return quote(relative.as_posix())
 
     environment = jinja2.Environment(
         autoescape=True,
@@ -88,15 +89,24 @@ def write_evaluation(output: Path) -> Path:
         pictures.append((f"{name}: quality over bitrate", picture))
         tables.append((name, results.to_cells(rows)))
     for caption, bits in results.read_entropy(output):
-        head = ["quantizer", *map(str, range(1, len(bits) + 1))]
-        tables.append((caption, [head, ["bits", *(f"{b:.1f}" for b in bits)]]))
-    systems = sorted({row.system for rows in table.values() for row in rows})
-    note = "Lower is better: mel_loss, stft, spectral_convergence, wer, cer. Higher: all others."
+        head = ["quantizer"]
+        values = ["bits"]
+        for number, value in enumerate(bits, 1):
+            head.append(str(number))
+            values.append(f"{value:.1f}")
+        tables.append((caption, [head, values]))
+    systems = set()
+    for rows in table.values():
+        systems |= {row.system for row in rows}
+    note = (
+        "Lower is better for mel_loss, stft, spectral_convergence, wer and cer; higher is better "
+        "for all others."
+    )
     page = Page(
         title=f"Evaluation: {output.absolute().name}",
         notes=[note],
         pictures=pictures,
-        clips=_clips(output, systems, folder),
+        clips=_clips(output, sorted(systems), folder),
         tables=tables,
     )
     write_page(output / "report.html", page)
@@ -107,7 +117,10 @@ def _curves(rows: Sequence[results.Result]) -> dict[str, list[report.Point]]:
     """A curve per codec; a system without a bitrate is a curve of its own."""
     curves: dict[str, list[report.Point]] = {}
     for row in rows:
-        means = {name: row.means[name] for name in results.COLUMNS if name in row.means}
+        means = {}
+        for name in results.COLUMNS:
+            if name in row.means:
+                means[name] = row.means[name]
         label = row.system if row.bps is None else _codec_of(row.system)
         curves.setdefault(label, []).append((row.bps, means))
     return curves
@@ -149,7 +162,8 @@ def _draw_versions(
             continue
         picture = folder / f"{_shortened(f'{system}_{name}'.replace('/', '_'))}.png"
         if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
-            report.save_spectrogram(picture, *files.read_native(audio))
+            wav, sample_rate = files.read_native(audio)
+            report.save_spectrogram(picture, wav, sample_rate)
         versions.append((system, audio, picture))
     return tuple(versions)
 
@@ -174,14 +188,17 @@ def _choose_bitrates(systems: Sequence[str]) -> list[str]:
 
 
 def _numbers(system: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", system.rpartition("/")[2])]
+    """The numbers in the name of a bitrate: [8] of "MODEL/rvq8"."""
+    bitrate = system.rpartition("/")[2]
+    return list(map(int, re.findall(r"\d+", bitrate)))
 
 
 def _spread(items: Sequence[Any], maximum: int) -> list[Any]:
     """At most `maximum` of the items, evenly spread, the first and last included."""
     if len(items) <= maximum:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (maximum - 1))] for i in range(maximum)]
+    step = (len(items) - 1) / (maximum - 1)
+    return [items[round(number * step)] for number in range(maximum)]
 
 
 def write_run(workdir: Path) -> Path:
@@ -195,15 +212,16 @@ def write_run(workdir: Path) -> Path:
         raise ValueError(f"{workdir}: no train_config.json, so no workdir of train.py")
     rows = [row for row in read_log(workdir / "metrics.jsonl") if "step" in row]
     curves = workdir / "curves.png"
-    if importlib.util.find_spec("matplotlib"):  # otherwise those of the last evaluation stay
+    if importlib.util.find_spec("matplotlib"):  # otherwise the file of the last evaluation stays
         report.save_curves(curves, rows)
     tables = _evaluation_tables(read_log(workdir / "evaluation.jsonl"))
-    settings = sorted(read_json_object(config).items())
-    setting_rows = [[name, str(value)] for name, value in settings]
-    tables.append(("Settings", [["", "value"], *setting_rows]))
+    settings = [["", "value"]]
+    for name, value in sorted(read_json_object(config).items()):
+        settings.append([name, str(value)])
+    tables.append(("Settings", settings))
     page = Page(
         title=f"Run: {workdir.absolute().name}",
-        notes=_speed(rows),
+        notes=_progress_notes(rows),
         pictures=[("Losses and codebooks", curves)] if curves.exists() else [],
         clips=_samples(workdir / "samples"),
         tables=tables,
@@ -220,15 +238,18 @@ def _evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[l
     last = complete[-1]
     tables = []
     for domain, systems in last["table"].items():
-        names = list(dict.fromkeys(name for means in systems.values() for name in means))
-        cells = [["", *names]]
+        metrics: dict[str, None] = {}  # of all systems, in order
+        for means in systems.values():
+            metrics |= dict.fromkeys(means)
+        cells = [["", *metrics]]
         for system, means in systems.items():
-            cells.append([system, *(results.format_value(means, name) for name in names)])
+            values = [results.format_value(means, name) for name in metrics]
+            cells.append([system, *values])
         tables.append((f"{domain}, step {last['step']}", cells))
     return tables
 
 
-def _speed(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _progress_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Notes about the last logged step."""
     if not rows:
         return ["No step has been logged yet."]
@@ -236,8 +257,9 @@ def _speed(rows: Sequence[dict[str, Any]]) -> list[str]:
     loss = last.get("loss")
     loss_note = f"loss {loss:.4g}." if is_number(loss) else "no finite loss."
     notes = [f"Step {last['step']}, {loss_note}"]
-    if "audio_seconds_per_second" in last:
-        notes.append(f"{last['audio_seconds_per_second']:.3g} s of audio per s at the end.")
+    speed = last.get("audio_seconds_per_second")
+    if speed is not None:
+        notes.append(f"Speed at the end: {speed:.3g} s of audio per second.")
     return notes
 
 
@@ -245,19 +267,24 @@ def _samples(folder: Path) -> list[Clip]:
     """The samples that training has written, a clip per domain."""
     groups: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*_*.wav")):
-        groups.setdefault(file.name.partition("_")[0], []).append(file)
+        domain = file.name.partition("_")[0]
+        groups.setdefault(domain, []).append(file)
     clips = []
     for domain, group in groups.items():
-        # The input first, then descending bitrates.
-        group.sort(key=lambda file: (not file.stem.endswith("_input"), -_num_quantizers(file)))
         versions = []
-        for file in group:
+        for file in sorted(group, key=_version_order):
             picture = file.with_suffix(".png")
-            report.save_spectrogram(picture, *files.read_native(file))
+            wav, sample_rate = files.read_native(file)
+            report.save_spectrogram(picture, wav, sample_rate)
             name = file.stem.partition("_")[2].replace("_", " ")
             versions.append((name, file, picture))
         clips.append(Clip(domain, tuple(versions)))
     return clips
+
+
+def _version_order(file: Path) -> tuple[bool, int]:
+    """Sorts the input first, then reconstructions from many to few quantizers."""
+    return not file.stem.endswith("_input"), -_num_quantizers(file)
 
 
 def _num_quantizers(file: Path) -> int:

@@ -1,4 +1,7 @@
-"""Reconstructed data sets: references, reconstructions and codes of each file, resumable."""
+"""Reconstructs data sets: references, reconstructions and codes of each file.
+
+An interrupted run resumes.
+"""
 
 import glob
 import hashlib
@@ -33,17 +36,24 @@ def check_output(output: str) -> None:
     path = Path(output)
     if not output or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {output!r}")
-    if not any(p.is_file() and not p.name.startswith(files.INCOMPLETE) for p in path.rglob("*")):
-        return  # empty, or folders that an interrupted run had just made
-    if not (any(path.glob("*/*/manifest.json")) or any(path.glob("*/*/*/manifest.json"))):
+    has_results = any(path.glob("*/*/manifest.json")) or any(path.glob("*/*/*/manifest.json"))
+    if _has_files(path) and not has_results:
         raise ValueError(f"{path} is not empty, and has no results to resume")
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder has files; the temporary files of an interrupted run do not count."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith(files.INCOMPLETE):
+            return True
+    return False
 
 
 def parse_numbers(text: str, maximum: int) -> list[int]:
     """Parses numbers of quantizers: "all", or numbers and ranges as in "1,2,4,8..16".
 
     Raises:
-      ValueError: Another form, or a number that is not 1..maximum.
+      ValueError: The text has another form, or a number is not 1..maximum.
     """
     if text == "all":
         return list(range(1, maximum + 1))
@@ -82,23 +92,23 @@ def reconstruct(
     """
     # All bitrates share the codes, so manifests of other bitrates must be of this run, too.
     for path in folder.glob(f"rvq*/{glob.escape(dataset.name)}/manifest.json"):
-        n = path.parents[1].name.removeprefix("rvq")
-        number = int(n) if n.isdecimal() else None
+        suffix = path.parents[1].name.removeprefix("rvq")
+        number = int(suffix) if suffix.isdecimal() else None
         _check_manifest(path, _describe(dataset, model, number))
-    for n in numbers:
-        _begin(_rated_folder(folder, n, dataset), _describe(dataset, model, n))
+    for number in numbers:
+        _begin(_rate_folder(folder, number, dataset), _describe(dataset, model, number))
     (folder / "codes" / dataset.name).mkdir(parents=True, exist_ok=True)
-    works = _list_works(dataset, numbers, folder)
-    works.sort(key=lambda work: work.seconds)
+    tasks = _list_tasks(dataset, numbers, folder)
+    tasks.sort(key=lambda task: task.seconds)
     # Finished files stay in the batches: the rounding of a file depends on its batch.
-    for batch in _batches(works, codec.config):
-        has_codes = all(_code_file(folder, dataset, work.name).exists() for work in batch.works)
-        if not has_codes or any(work.missing for work in batch.works):
+    for batch in _batches(tasks, codec.config):
+        if any(_is_incomplete(task, folder, dataset) for task in batch.tasks):
             _reconstruct_batch(codec, batch, folder, dataset)
-        yield from (work.name for work in batch.works)
+        for task in batch.tasks:
+            yield task.name
 
 
-class _Work(NamedTuple):
+class _Task(NamedTuple):
     """A recording, its FLAC file's name, and the numbers of quantizers not yet decoded from."""
 
     seconds: float
@@ -107,34 +117,44 @@ class _Work(NamedTuple):
     missing: list[int]
 
 
-def _list_works(dataset: Dataset, numbers: Sequence[int], folder: Path) -> list[_Work]:
-    works = []
+def _list_tasks(dataset: Dataset, numbers: Sequence[int], folder: Path) -> list[_Task]:
+    tasks = []
     for (audio, name, _), seconds in zip(dataset.items, dataset.seconds, strict=True):
-        missing = [n for n in numbers if not _is_written(_rated_folder(folder, n, dataset), name)]
-        works.append(_Work(seconds, audio, name, missing))
-    return works
+        missing = []
+        for number in numbers:
+            if not _is_written(_rate_folder(folder, number, dataset), name):
+                missing.append(number)
+        tasks.append(_Task(seconds, audio, name, missing))
+    return tasks
+
+
+def _is_incomplete(task: _Task, folder: Path, dataset: Dataset) -> bool:
+    """Whether codes or reconstructions of a recording are missing."""
+    return bool(task.missing) or not _code_file(folder, dataset, task.name).exists()
 
 
 class _Batch(NamedTuple):
     """Recordings of similar length, the rows of the batch, and the frames of a row."""
 
-    works: list[_Work]
-    rows: int
+    tasks: list[_Task]
+    num_rows: int
     num_frames: int
 
 
-def _batches(works: Sequence[_Work], config: CodecConfig) -> Iterator[_Batch]:
+def _batches(tasks: Sequence[_Task], config: CodecConfig) -> Iterator[_Batch]:
     """Batches in few shapes, because compiling takes long: two lengths per octave."""
-    buckets: dict[int, list[_Work]] = {}
-    for work in works:
-        frames = config.num_frames(round(work.seconds * config.sample_rate))
-        buckets.setdefault(bucket_frames(max(1, frames), 2), []).append(work)
-    for size, bucket in buckets.items():
-        full = max(1, min(_MAX_BATCH_SIZE, int(_BATCH_SECONDS * config.frame_rate / size)))
+    buckets: dict[int, list[_Task]] = {}
+    for task in tasks:
+        task_frames = config.num_frames(round(task.seconds * config.sample_rate))
+        num_frames = bucket_frames(max(1, task_frames), per_octave=2)
+        buckets.setdefault(num_frames, []).append(task)
+    for num_frames, bucket in buckets.items():
+        batch_size = int(_BATCH_SECONDS * config.frame_rate / num_frames)
+        batch_size = max(1, min(_MAX_BATCH_SIZE, batch_size))
         while bucket:
-            rows = batch_rows(len(bucket), full)
-            yield _Batch(bucket[:rows], rows, size)
-            bucket = bucket[rows:]
+            num_rows = batch_rows(len(bucket), batch_size)
+            yield _Batch(bucket[:num_rows], num_rows, num_frames)
+            bucket = bucket[num_rows:]
 
 
 def reconstruct_by(
@@ -162,25 +182,26 @@ def reconstruct_by(
         "channels": num_channels,
         "bps": baseline.bps,
     }
-    rated = folder / dataset.name
-    _begin(rated, _describe(dataset, model, None))
+    rate_folder = folder / dataset.name
+    _begin(rate_folder, _describe(dataset, model, None))
     for audio, name, _ in dataset.items:
-        if not _is_written(rated, name):
+        if not _is_written(rate_folder, name):
             wav = _read_reference(audio, sample_rate, num_channels)
             wav_hat = baseline.code(audio, wav, sample_rate)[:, : wav.shape[1]]
-            wav_hat = np.pad(wav_hat, ((0, 0), (0, wav.shape[1] - wav_hat.shape[1])))
-            _write_pair(rated, name, wav, wav_hat, sample_rate)
+            padding = wav.shape[1] - wav_hat.shape[1]
+            wav_hat = np.pad(wav_hat, ((0, 0), (0, padding)))
+            _write_pair(rate_folder, name, wav, wav_hat, sample_rate)
         yield name
 
 
-def _begin(rated: Path, description: dict[str, Any]) -> None:
+def _begin(rate_folder: Path, description: dict[str, Any]) -> None:
     """Makes the folder of a system and data set; ValueError if it holds other results."""
-    file = rated / "manifest.json"
+    file = rate_folder / "manifest.json"
     _check_manifest(file, description)
-    rated.mkdir(parents=True, exist_ok=True)
+    rate_folder.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(description, indent=2, sort_keys=True) + "\n")
     for kind in ("gt_audios", "syn_audios"):
-        (rated / kind).mkdir(exist_ok=True)
+        (rate_folder / kind).mkdir(exist_ok=True)
 
 
 def _check_manifest(file: Path, description: dict[str, Any]) -> None:
@@ -196,28 +217,33 @@ def _read_reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndar
     return files.to_channels(wav, num_channels)
 
 
-def _write_pair(rated: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, rate: int) -> None:
-    files.write(rated / "gt_audios" / name, wav, rate)
-    files.write(rated / "syn_audios" / name, wav_hat, rate)
+def _write_pair(
+    rate_folder: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, sample_rate: int
+) -> None:
+    files.write(rate_folder / "gt_audios" / name, wav, sample_rate)
+    files.write(rate_folder / "syn_audios" / name, wav_hat, sample_rate)
 
 
 def _reconstruct_batch(codec: Codec, batch: _Batch, folder: Path, dataset: Dataset) -> None:
     """Writes the codes of recordings, and their missing reconstructions."""
     config = codec.config
     wavs = []
-    for work in batch.works:
-        wavs.append(_read_reference(work.audio, config.sample_rate, config.num_channels))
-    empty = [np.zeros((config.num_channels, 0), np.float32)] * (batch.rows - len(wavs))
-    arrays = encode_batch(codec, [*wavs, *empty], num_frames=batch.num_frames)
-    for wav, array, work in zip(wavs, arrays, batch.works, strict=False):
-        codes.write(_code_file(folder, dataset, work.name), array, wav.shape[1], codec)
-    for n in sorted({n for work in batch.works for n in work.missing}):
-        rated = _rated_folder(folder, n, dataset)
-        decoded = decode_batch(codec, arrays, n, batch.num_frames)
-        for wav, wav_hat, work in zip(wavs, decoded, batch.works, strict=False):
-            if n in work.missing:
+    missing: set[int] = set()
+    for task in batch.tasks:
+        wavs.append(_read_reference(task.audio, config.sample_rate, config.num_channels))
+        missing.update(task.missing)
+    num_empty = batch.num_rows - len(wavs)
+    empty = np.zeros((config.num_channels, 0), np.float32)
+    arrays = encode_batch(codec, wavs + [empty] * num_empty, num_frames=batch.num_frames)
+    for wav, array, task in zip(wavs, arrays, batch.tasks, strict=False):
+        codes.write(_code_file(folder, dataset, task.name), array, wav.shape[1], codec)
+    for number in sorted(missing):
+        rate_folder = _rate_folder(folder, number, dataset)
+        wavs_hat = decode_batch(codec, arrays, number, batch.num_frames)
+        for wav, wav_hat, task in zip(wavs, wavs_hat, batch.tasks, strict=False):
+            if number in task.missing:
                 wav_hat = wav_hat[:, : wav.shape[1]]
-                _write_pair(rated, work.name, wav, wav_hat, config.sample_rate)
+                _write_pair(rate_folder, task.name, wav, wav_hat, config.sample_rate)
 
 
 def read_codes(folder: Path, dataset: Dataset, name: str, codec: Codec) -> np.ndarray:
@@ -239,12 +265,13 @@ def _code_file(folder: Path, dataset: Dataset, name: str) -> Path:
     return folder / "codes" / dataset.name / Path(name).with_suffix(".npz").name
 
 
-def _rated_folder(folder: Path, number: int, dataset: Dataset) -> Path:
+def _rate_folder(folder: Path, number: int, dataset: Dataset) -> Path:
     return folder / f"rvq{number}" / dataset.name
 
 
-def _is_written(rated: Path, name: str) -> bool:
-    return all((rated / kind / name).exists() for kind in ("gt_audios", "syn_audios"))
+def _is_written(rate_folder: Path, name: str) -> bool:
+    has_reference = (rate_folder / "gt_audios" / name).exists()
+    return has_reference and (rate_folder / "syn_audios" / name).exists()
 
 
 def _describe(dataset: Dataset, model: dict[str, Any], number: int | None) -> dict[str, Any]:

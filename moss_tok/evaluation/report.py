@@ -1,5 +1,6 @@
 """Plots: spectrograms, training curves, metrics over bitrates."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from moss_tok.audio import files
 
-_MAX_SECONDS = 4.0  # of a spectrogram: in a longer one pitch cannot be seen
+_MAX_SECONDS = 4.0  # length of a spectrogram; in a longer one pitch cannot be seen
 
 
 def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int) -> np.ndarray:
@@ -27,23 +28,17 @@ def save_spectrograms(path: Path, wavs: dict[str, np.ndarray], sample_rate: int)
 
 
 def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the losses, norms and codebook use in rows of metrics.jsonl; no file without rows."""
+    """Draws the losses, norms and codebook use in rows of metrics.jsonl.
+
+    Without rows, no file is written.
+    """
     names = _curve_names(rows)
     if not names:
         return
-    num_rows = -(-len(names) // 2)
+    num_rows = math.ceil(len(names) / 2)
     figure, axes = _figure(num_rows, (11, 2.0 * num_rows), num_columns=2)
     for axis, name in zip(axes, names, strict=False):
-        logged = [row for row in rows if isinstance(row.get(name), (float, list))]
-        values = np.asarray([row[name] for row in logged])
-        steps = [row["step"] for row in logged]
-        axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
-        axis.set(ylabel=name.replace("_", " "))
-        if name.endswith(("loss", "_norm")) and (values > 0).all():
-            axis.set(yscale="log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:.3g}")
-        axis.grid(alpha=0.3)
+        _draw_curve(axis, rows, name)
     for axis in axes[max(0, len(names) - 2) : len(names)]:  # the lowest of each column
         axis.set(xlabel="step")
         axis.tick_params(labelbottom=True)
@@ -52,11 +47,36 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
+def _draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Draws the values of a metric, one or several per step, over the steps."""
+    steps = []
+    logged = []
+    for row in rows:
+        if isinstance(row.get(name), (float, list)):
+            steps.append(row["step"])
+            logged.append(row[name])
+    values = np.asarray(logged)
+    axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
+    axis.set(ylabel=name.replace("_", " "))
+    if name.endswith(("loss", "_norm")) and (values > 0).all():
+        axis.set(yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.3g}")
+    axis.grid(alpha=0.3)
+
+
 def _curve_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    # From all rows, in order: a row may lack the loss of texts.
-    logged = dict.fromkeys(name for row in rows for name in row)
-    names = [name for name in logged if name.endswith(("loss", "_norm")) and "/" not in name]
-    names += [name for name in ("codebook_perplexity", "dead_codes") if name in logged]
+    """The metrics to draw, in the order in which they were first logged."""
+    logged: dict[str, None] = {}
+    for row in rows:  # all rows, because a row may lack the loss of texts
+        logged |= dict.fromkeys(row)
+    names = []
+    for name in logged:
+        if name.endswith(("loss", "_norm")) and "/" not in name:
+            names.append(name)
+    for name in ("codebook_perplexity", "dead_codes"):
+        if name in logged:
+            names.append(name)
     return names
 
 
@@ -99,18 +119,17 @@ def save_rates(path: Path, curves: dict[str, Sequence[Point]], domain: str) -> N
       domain: Domain of the recordings. Published values for "speech", "music" and "sound" are drawn
         hollow and dotted; they were measured on other recordings.
     """
-    names = list(dict.fromkeys(m for rows in curves.values() for _, means in rows for m in means))
+    names = _metric_names(curves)
     if not names:
         return
-    systems = [*curves, *_PUBLISHED_SYSTEMS]
-    colors = {system: f"C{i}" for i, system in enumerate(systems)}  # the same for every metric
-    num_rows = -(-len(names) // 2)
+    colors = {}  # the same for every metric
+    for number, system in enumerate([*curves, *_PUBLISHED_SYSTEMS]):
+        colors[system] = f"C{number}"
+    num_rows = math.ceil(len(names) / 2)
     figure, axes = _figure(num_rows, (11, 3.0 * num_rows), num_columns=2)
     for axis, name in zip(axes, names, strict=False):
-        for system, rows in curves.items():
-            points = [(bps, means[name]) for bps, means in rows if name in means]
-            if points:
-                _draw_system(axis, points, system, colors[system])
+        for system, points in curves.items():
+            _draw_system(axis, points, name, system, colors[system])
         if (domain, name) in _PUBLISHED_COLUMNS:
             _draw_published(axis, _PUBLISHED_COLUMNS[domain, name], colors)
         axis.set(ylabel=name, xlabel="bit/s", xscale="log")
@@ -123,10 +142,25 @@ def save_rates(path: Path, curves: dict[str, Sequence[Point]], domain: str) -> N
     _save(figure, path)
 
 
-def _draw_system(
-    axis: Any, points: Sequence[tuple[float | None, float]], system: str, color: str
-) -> None:
-    rates, values = zip(*points, strict=True)
+def _metric_names(curves: dict[str, Sequence[Point]]) -> list[str]:
+    """The metrics of all points, in the order in which they first occur."""
+    names: dict[str, None] = {}
+    for points in curves.values():
+        for _, means in points:
+            names |= dict.fromkeys(means)
+    return list(names)
+
+
+def _draw_system(axis: Any, points: Sequence[Point], name: str, system: str, color: str) -> None:
+    """Draws a metric of a system over the bitrate."""
+    rates = []
+    values = []
+    for bps, means in points:
+        if name in means:
+            rates.append(bps)
+            values.append(means[name])
+    if not rates:
+        return
     if rates[0] is None:
         axis.axhline(values[0], linestyle="--", color=color, label=system)
     else:
@@ -135,20 +169,24 @@ def _draw_system(
 
 def _draw_published(axis: Any, column: int, colors: dict[str, str]) -> None:
     for system in _PUBLISHED_SYSTEMS:
-        rows = [row for row in _PUBLISHED if row[0] == system]
-        rates = [row[1] for row in rows]
-        values = [row[column] for row in rows]
+        rates = []
+        values = []
+        for row in _PUBLISHED:
+            if row[0] == system:
+                rates.append(row[1])
+                values.append(row[column])
         label = f"{system}, published"
         axis.plot(rates, values, ":o", fillstyle="none", color=colors[system], label=label)
 
 
 def _draw_legend(figure: Any, axes: Sequence[Any]) -> None:
     """Draws one legend for all axes, with each label once."""
-    lines = {}
+    line_of = {}
     for axis in axes:
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            lines[label] = line
-    figure.legend(lines.values(), lines.keys(), fontsize="small", loc="outside upper left", ncols=5)
+        lines, labels = axis.get_legend_handles_labels()
+        line_of |= zip(labels, lines, strict=True)
+    location = "outside upper left"
+    figure.legend(line_of.values(), line_of.keys(), fontsize="small", loc=location, ncols=5)
 
 
 def save_spectrogram(path: Path, wav: np.ndarray, sample_rate: int) -> None:
@@ -161,12 +199,19 @@ def save_spectrogram(path: Path, wav: np.ndarray, sample_rate: int) -> None:
 def _draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
     middle = wav.shape[-1] // 2
     half = int(_MAX_SECONDS / 2 * sample_rate)
-    wav = wav[:, max(0, middle - half) : middle + half].mean(0)
-    wav = np.pad(wav, (0, max(0, 2048 - wav.size)))  # at least two windows
+    mono = wav[:, max(0, middle - half) : middle + half].mean(0)
+    padding = max(0, 2048 - mono.size)  # at least two windows
+    mono = np.pad(mono, (0, padding))
     # Noise of 1e-5, since digital silence has no logarithm.
-    noise = np.random.default_rng(0).normal(0, 1e-5, wav.size)
+    noise = np.random.default_rng(0).normal(0, 1e-5, mono.size)
     axis.specgram(
-        wav + noise, NFFT=1024, Fs=sample_rate, noverlap=768, vmin=-130, vmax=-30, cmap="magma"
+        mono + noise,
+        NFFT=1024,
+        Fs=sample_rate,
+        noverlap=768,
+        vmin=-130,
+        vmax=-30,
+        cmap="magma",
     )
 
 
@@ -177,7 +222,8 @@ def _figure(num_rows: int, size: tuple[float, float], num_columns: int = 1) -> t
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel()
+    axes = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)
+    return figure, axes.ravel()
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -60,8 +60,9 @@ def write_results(
     for domain, rows in _by_domain(dataset, scores).items():
         means = _means(rows, metric_names)
         entry.setdefault("_domains", {}).setdefault(domain, {}).update(means)
-    errors = {name: _list_errors(scores, name) for name in metric_names}
-    entry["_metric_errors"] = entry.get("_metric_errors", {}) | errors
+    errors = entry.setdefault("_metric_errors", {})
+    for name in metric_names:
+        errors[name] = _list_errors(scores, name)
     if bps is not None:
         results.setdefault("_meta", {})["bps"] = bps
     _write_results(path, results)
@@ -99,8 +100,10 @@ def _list_errors(scores: Scores, metric_name: str) -> list[str]:
 
 
 def _first_error(scores: Scores, metric_name: str) -> str:
-    return next(row["_errors"][metric_name] for row in scores.values()
-                if metric_name in row["_errors"])  # fmt: skip
+    for row in scores.values():
+        if metric_name in row["_errors"]:
+            return row["_errors"][metric_name]
+    return "no file was scored"
 
 
 def _read_means(path: Path) -> dict[str, dict[str, Any]]:
@@ -133,20 +136,22 @@ def _write_results(path: Path, results: dict[str, Any]) -> None:
 def write_entropy(folder: Path, dataset: Dataset, codec: Codec) -> np.ndarray:
     """Bits per code that each quantizer uses on a data set, [Q]: the entropy of its histogram.
 
-    They are written into OUTPUT/MODEL/entropy.json, by data set. Too little audio gives too low
-    values: a codebook of 1024 entries needs about ten thousand frames.
+    OUTPUT/MODEL/entropy.json gets them under the name of the data set. Too little audio gives too
+    low values: a codebook of 1024 entries needs about ten thousand frames.
     """
-    size = codec.config.quantizer.codebook_size
-    counts = np.zeros((codec.config.quantizer.num_quantizers, size), np.int64)
+    config = codec.config.quantizer
+    counts = np.zeros((config.num_quantizers, config.codebook_size), np.int64)
     for name in dataset.output_names():
         codes = reconstruction.read_codes(folder, dataset, name, codec)
-        counts += np.stack([np.bincount(row, minlength=size) for row in codes])
+        for quantizer, row in enumerate(codes):
+            counts[quantizer] += np.bincount(row, minlength=config.codebook_size)
     shares = counts / counts.sum(1, keepdims=True)
     logs = np.log2(np.where(shares > 0, shares, 1))
     bits = np.abs((shares * logs).sum(1))
     path = folder / "entropy.json"
-    known = read_json_object(path) if path.exists() else {}
-    files.write_text(path, json.dumps(known | {dataset.name: bits.tolist()}) + "\n")
+    entropy = read_json_object(path) if path.exists() else {}
+    entropy[dataset.name] = bits.tolist()
+    files.write_text(path, json.dumps(entropy) + "\n")
     return bits
 
 
@@ -159,7 +164,7 @@ def read_entropy(output: Path) -> Iterator[tuple[str, list[float]]]:
 
 
 def read_results(output: Path) -> dict[str, list[Result]]:
-    """Reads all results.json under `output`, those of the official toolkit and baselines included.
+    """Reads all results.json under `output`, also those of the official toolkit and of baselines.
 
     Returns:
       Data set, or "data set, domain" -> results, sorted by system and bitrate.
@@ -174,7 +179,8 @@ def read_results(output: Path) -> dict[str, list[Result]]:
                 continue
             table.setdefault(name, []).append(Result(system, bps, entry))
             for domain, means in entry.get("_domains", {}).items():
-                table.setdefault(f"{name}, {domain}", []).append(Result(system, bps, means))
+                result = Result(system, bps, means)
+                table.setdefault(f"{name}, {domain}", []).append(result)
     for rows in table.values():
         rows.sort(key=lambda row: (row.system.rpartition("/")[0], row.bps or 0))
     return table
@@ -182,10 +188,13 @@ def read_results(output: Path) -> dict[str, list[Result]]:
 
 def to_cells(rows: Sequence[Result]) -> list[list[str]]:
     """A table of the results on a data set; its first row holds the column heads."""
-    used = [name for name in COLUMNS if any(name in row.means for row in rows)]
-    table = [["", "bit/s", *used]]
+    columns = []
+    for name in COLUMNS:
+        if any(name in row.means for row in rows):
+            columns.append(name)
+    table = [["", "bit/s", *columns]]
     for row in rows:
-        values = [format_value(row.means, name) for name in used]
+        values = [format_value(row.means, name) for name in columns]
         table.append([row.system, str(row.bps or ""), *values])
     return table
 
@@ -197,19 +206,28 @@ def format_value(means: dict[str, float], name: str) -> str:
 
 def write_summary(output: Path) -> str:
     """Writes all results under `output` as summary.csv and summary.md; returns the latter."""
+    lines = []
     table: list[list[Any]] = [["dataset", "system", "bps", *COLUMNS]]
-    text = []
     for name, rows in read_results(output).items():
-        head, *body = ["| " + " | ".join(cells) + " |" for cells in to_cells(rows)]
-        text += [f"## {name}", "", head, "|---" * (head.count("|") - 1) + "|", *body, ""]
+        lines += [f"## {name}", "", *_markdown_table(to_cells(rows)), ""]
         for row in rows:
             values = [row.means.get(column) for column in COLUMNS]
             table.append([name, row.system, row.bps, *values])
     for caption, bits in read_entropy(output):
-        values = " ".join(f"{b:.1f}" for b in bits)
-        text += [f"{caption}, by quantizer: {values}", ""]
-    with io.StringIO(newline="") as lines:
-        csv.writer(lines).writerows(table)
-        files.write_text(output / "summary.csv", lines.getvalue())
-    files.write_text(output / "summary.md", "\n".join(text))
-    return "\n".join(text)
+        values = " ".join(f"{value:.1f}" for value in bits)
+        lines += [f"{caption}, by quantizer: {values}", ""]
+    with io.StringIO(newline="") as text:
+        csv.writer(text).writerows(table)
+        files.write_text(output / "summary.csv", text.getvalue())
+    markdown = "\n".join(lines)
+    files.write_text(output / "summary.md", markdown)
+    return markdown
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first row holds the column heads."""
+    lines = []
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return lines

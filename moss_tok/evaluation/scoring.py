@@ -1,10 +1,10 @@
-"""Scores reconstructed files, resumable: metrics of each pair, in several processes."""
+"""Computes the metrics of reconstructed files in several processes; an interrupted run resumes."""
 
 import contextlib
 import functools
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,38 +33,52 @@ def score(
       metric_names: Metrics to compute.
       num_workers: Number of processes.
       progress: Called after each file.
+
+    Returns:
+      The scores of all files of the data set.
     """
     path = folder / "scores.jsonl"
     scores = read_scores(path)
     missing = {}
     for name in dataset.output_names():
-        known = scores.get(name, {})
-        errors = known.get("_errors", {})
-        missing_metrics = [m for m in metric_names if m not in known and m not in errors]
+        missing_metrics = _missing_metrics(scores.get(name, {}), metric_names)
         if missing_metrics:
             missing[name] = missing_metrics
         else:
             progress()
-    if not missing:
-        return {name: scores.get(name, {"_errors": {}}) for name in dataset.output_names()}
-    # Rewritten, since an interrupted run may have left an incomplete last line.
-    files.write_text(path, "".join(_to_line(name, row) for name, row in scores.items()))
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("a"))
-        apply = map
-        if num_workers > 1:  # a single one need not import everything in another process
-            notes.share_with_workers()
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
-            apply = pool.map
-        work = apply(functools.partial(_score, folder), missing, missing.values())
-        for name, (values, errors) in zip(missing, work, strict=True):
-            row = scores.setdefault(name, {})
-            row |= values | {"_errors": row.get("_errors", {}) | errors}
-            file.write(_to_line(name, values | {"_errors": errors}))
-            file.flush()
-            progress()
-    return {name: scores[name] for name in dataset.output_names()}
+    if missing:
+        # The file is rewritten, because an interrupted run may have left an incomplete last line.
+        lines = [_to_line(name, row) for name, row in scores.items()]
+        files.write_text(path, "".join(lines))
+        with path.open("a") as file, _pool(num_workers) as map_in_processes:
+            results = map_in_processes(
+                functools.partial(_score, folder), missing.keys(), missing.values()
+            )
+            for name, (values, errors) in zip(missing, results, strict=True):
+                row = scores.setdefault(name, {})
+                row |= values | {"_errors": row.get("_errors", {}) | errors}
+                file.write(_to_line(name, values | {"_errors": errors}))
+                file.flush()
+                progress()
+    return {name: scores.get(name, {"_errors": {}}) for name in dataset.output_names()}
+
+
+def _missing_metrics(row: dict[str, Any], metric_names: Sequence[str]) -> list[str]:
+    """The metrics for which a row has neither a value nor an error."""
+    known = row.keys() | row.get("_errors", {}).keys()
+    return [name for name in metric_names if name not in known]
+
+
+@contextlib.contextmanager
+def _pool(num_workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A function like `map` that computes in several processes."""
+    if num_workers <= 1:  # another process would have to import everything again
+        yield map
+        return
+    notes.share_with_workers()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        yield pool.map
 
 
 def read_scores(path: Path) -> Scores:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moss_tok import summary
 from moss_tok.audio import files
 from moss_tok.audio.manifest import TASKS, AudioItem
 from moss_tok.codec.config import CodecConfig
@@ -56,9 +57,11 @@ def read_clips(
             say(f"warning: {error}; not evaluated")
             continue
         # The transcript of a longer recording does not fit its first 20 seconds.
-        whole = recording.task == TASKS[0] and recording.duration_seconds <= _MAX_SECONDS
-        text = recording.text if whole else ""
-        clips.append(Clip(files.to_channels(wav, config.num_channels), recording.domain, text))
+        is_whole = recording.duration_seconds <= _MAX_SECONDS
+        has_transcript = recording.task == TASKS[0] and is_whole
+        text = recording.text if has_transcript else ""
+        wav = files.to_channels(wav, config.num_channels)
+        clips.append(Clip(wav, recording.domain, text))
     if not clips:
         raise ValueError("none of the evaluation recordings can be read")
     return clips
@@ -66,8 +69,12 @@ def read_clips(
 
 def bitrates(config: CodecConfig) -> list[int]:
     """Numbers of quantizers to evaluate: powers of two, and all quantizers."""
-    num_quantizers = config.quantizer.num_quantizers
-    return [n for n in (1, 2, 4, 8, 16, 32) if n < num_quantizers] + [num_quantizers]
+    numbers = []
+    number = 1
+    while number < min(config.quantizer.num_quantizers, 64):
+        numbers.append(number)
+        number *= 2
+    return [*numbers, config.quantizer.num_quantizers]
 
 
 def samples(codec: Codec, clips: Sequence[Clip]) -> dict[str, dict[str, np.ndarray]]:
@@ -81,15 +88,15 @@ def samples(codec: Codec, clips: Sequence[Clip]) -> dict[str, dict[str, np.ndarr
     chosen = sorted({numbers[0], middle, numbers[-1]}, reverse=True)
     wavs = {}
     for domain, clip in sorted(longest.items()):
-        reconstructions = reconstruct(codec, clip.wav, chosen)
         wavs[domain] = {"input": clip.wav}
-        wavs[domain] |= {system_name(n): reconstructions[n] for n in chosen}
+        for number, wav in reconstruct(codec, clip.wav, chosen).items():
+            wavs[domain][system_name(number)] = wav
     return wavs
 
 
 def system_name(num_quantizers: int) -> str:
-    """Name in tables of the codec with so many quantizers, such as "2 quantizers"."""
-    return f"{num_quantizers} quantizer{'s' if num_quantizers > 1 else ''}"
+    """Name in tables of the codec with this number of quantizers, such as "2 quantizers"."""
+    return summary.count(num_quantizers, "quantizer")
 
 
 def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[int, np.ndarray]:
@@ -99,8 +106,13 @@ def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[i
     doublings = max(0, math.ceil(math.log2(size / codec.config.sample_rate)))
     padded_size = codec.config.sample_rate * 2**doublings
     padded = np.pad(wav, ((0, 0), (0, padded_size - size)))
-    codes = np.asarray(encode(codec, padded[None], np.array([size])).codes)[0]
-    return {n: np.clip(decode_one(codec, codes, n)[:, :size], -1, 1) for n in numbers}
+    encoded = encode(codec, padded[None], np.array([size]))
+    codes = np.asarray(encoded.codes)[0]
+    reconstructions = {}
+    for number in numbers:
+        wav_hat = decode_one(codec, codes, number)[:, :size]
+        reconstructions[number] = np.clip(wav_hat, -1, 1)
+    return reconstructions
 
 
 def evaluate(
@@ -119,16 +131,16 @@ def evaluate(
       numbers: Numbers of quantizers; each is a system called "n quantizers".
       progress: Called after each clip.
     """
-    rate = codec.config.sample_rate
+    sample_rate = codec.config.sample_rate
     futures = []
     scores = collections.defaultdict(list)
     with ThreadPoolExecutor(2) as pool:  # NumPy's transforms release the interpreter lock
         for clip in clips:
             wavs = {"silence": np.zeros_like(clip.wav), "shaped noise": shaped_noise(clip.wav)}
-            for n, wav in reconstruct(codec, clip.wav, numbers).items():
-                wavs[system_name(n)] = wav
+            for number, wav in reconstruct(codec, clip.wav, numbers).items():
+                wavs[system_name(number)] = wav
             for system, wav in wavs.items():
-                future = pool.submit(_score, clip, wav, rate)
+                future = pool.submit(_score, clip, wav, sample_rate)
                 futures.append((clip.domain, system, future))
             progress()
         for domain, system, future in futures:
@@ -141,11 +153,11 @@ def evaluate(
 
 def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means of the metrics over the clips for which they are defined."""
-    means = {}
-    for name in sorted({name for row in rows for name in row}):
-        values = [row[name] for row in rows if name in row]
-        means[name] = float(np.mean(values))
-    return means
+    values = collections.defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values[name].append(value)
+    return {name: float(np.mean(values[name])) for name in sorted(values)}
 
 
 def _score(clip: Clip, wav: np.ndarray, rate: int) -> dict[str, float]:
@@ -168,11 +180,14 @@ def shaped_noise(wav: np.ndarray, seed: int = 0) -> np.ndarray:
 def format_table(table: Table) -> str:
     """The table as Markdown, a row per system."""
     columns = []
+    heads = []
     for domain in sorted(table):
         first_means = next(iter(table[domain].values()))
-        columns += [(domain, metric) for metric in first_means]
+        for metric in first_means:
+            columns.append((domain, metric))
+            heads.append(f"{domain} {metric}")
     lines = [
-        "| | " + " | ".join(f"{domain} {metric}" for domain, metric in columns) + " |",
+        "| | " + " | ".join(heads) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for system in next(iter(table.values())):

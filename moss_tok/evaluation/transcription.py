@@ -5,6 +5,7 @@ In `moss-tok evaluate` the transcripts go into OUTPUT/MODEL/rvqN/DATASET/texts.j
 
 import importlib.util
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -48,18 +49,18 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
     check_installed()
     import jiwer
 
-    said = []
-    understood = []
+    scored_references = []
+    scored_hypotheses = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         normalized = normalize(reference)
         if normalized:
-            said.append(normalized)
-            understood.append(normalize(hypothesis))
-    if not said:
+            scored_references.append(normalized)
+            scored_hypotheses.append(normalize(hypothesis))
+    if not scored_references:
         raise ValueError("error rates need at least one reference with a word")
     return {
-        "wer": float(jiwer.wer(said, understood)),
-        "cer": float(jiwer.cer(said, understood)),
+        "wer": float(jiwer.wer(scored_references, scored_hypotheses)),
+        "cer": float(jiwer.cer(scored_references, scored_hypotheses)),
     }
 
 
@@ -75,9 +76,13 @@ def has_words(texts: Sequence[str]) -> bool:
 
 
 def _sampling(language: Language, references: Sequence[str]) -> Sampling:
-    """Greedy decoding of up to twice the longest reference; multiples of 256 for few compiles."""
+    """Greedy decoding of up to twice the longest reference, at most 65536 tokens.
+
+    The number of tokens is a multiple of 256, for few compiles.
+    """
     longest = max(len(language.tokenizer.encode(text)) for text in references)
-    return Sampling(max_tokens=256 * min(256, max(1, -(-longest // 128))))
+    num_blocks = math.ceil(2 * longest / 256)
+    return Sampling(max_tokens=256 * min(256, max(1, num_blocks)))
 
 
 def evaluate(
@@ -103,16 +108,17 @@ def evaluate(
     are_codes = np.issubdtype(recordings[0].dtype, np.integer)
     transcribe = transcribe_codes if are_codes else transcribe_wavs
     sampling = _sampling(language, texts)
-    normalized = [normalize(text) for text in texts]
     table = {}
-    understood: list[str] = []
+    transcripts: list[str] = []
     for number in numbers:
-        understood = transcribe(codec, language, recordings, number, sampling=sampling)
-        pairs = zip(normalized, understood, strict=True)
-        exact = [said == normalize(text) for said, text in pairs]
-        rates = error_rates(texts, understood)
-        table[sweep.system_name(number)] = rates | {"exact": float(np.mean(exact))}
-    return table, understood
+        transcripts = transcribe(codec, language, recordings, number, sampling=sampling)
+        num_exact = 0
+        for text, transcript in zip(texts, transcripts, strict=True):
+            num_exact += normalize(text) == normalize(transcript)
+        row = error_rates(texts, transcripts)
+        row["exact"] = num_exact / len(texts)
+        table[sweep.system_name(number)] = row
+    return table, transcripts
 
 
 def write_dataset(
@@ -124,8 +130,9 @@ def write_dataset(
 ) -> None:
     """Writes error rates and transcripts of a data set reconstructed from its first n codes.
 
-    The rates go into results.json as "wer" and "cer". Recordings without a text do not count. A
-    language model that takes latents transcribes the references, once for all n.
+    results.json gets the rates as "wer" and "cer". Recordings without a text do not count. A
+    language model that takes latents transcribes the references; these do not depend on n, so it
+    does so once.
 
     Args:
       codec: The codec.
@@ -144,21 +151,21 @@ def write_dataset(
             names.append(name)
             texts.append(text)
     sampling = _sampling(language, texts)
-    understood = None
+    transcripts = None
     for number in numbers:
         system = folder / f"rvq{number}"
         if language.config.audio == "codes":
-            arrays = [reconstruction.read_codes(folder, dataset, n, codec) for n in names]
-            understood = transcribe_codes(codec, language, arrays, number, sampling=sampling)
-        elif understood is None:
+            arrays = [reconstruction.read_codes(folder, dataset, name, codec) for name in names]
+            transcripts = transcribe_codes(codec, language, arrays, number, sampling=sampling)
+        elif transcripts is None:
             paths = [system / dataset.name / "gt_audios" / name for name in names]
-            understood = _transcribe_files(codec, language, paths, sampling)
+            transcripts = _transcribe_files(codec, language, paths, sampling)
         lines = []
-        for name, text, transcript in zip(names, texts, understood, strict=True):
+        for name, text, transcript in zip(names, texts, transcripts, strict=True):
             row = {"name": name, "text": text, "understood": transcript}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         files.write_text(system / dataset.name / "texts.jsonl", "".join(lines))
-        results.write_means(system, dataset, error_rates(texts, understood))
+        results.write_means(system, dataset, error_rates(texts, transcripts))
 
 
 def _transcribe_files(
@@ -167,6 +174,9 @@ def _transcribe_files(
     """Transcribes files at the codec's rate, a limited number at once to save memory."""
     texts = []
     for start in range(0, len(paths), _MAX_RECORDINGS):
-        wavs = [files.read_native(path)[0] for path in paths[start : start + _MAX_RECORDINGS]]
+        wavs = []
+        for path in paths[start : start + _MAX_RECORDINGS]:
+            wav, _ = files.read_native(path)
+            wavs.append(wav)
         texts += transcribe_wavs(codec, language, wavs, sampling=sampling)
     return texts
