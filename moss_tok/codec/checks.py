@@ -146,7 +146,7 @@ def _has_shape(x: Any, shape: tuple[str | int, ...]) -> bool:
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ValueError unless `x` is floating point; for integers it says how to convert them."""
+    """Raises ValueError unless `x` is floating point; the message says how to convert integers."""
     if jnp.issubdtype(x.dtype, jnp.floating):  # np.issubdtype does not know bfloat16
         return
     hint = ""
@@ -203,17 +203,21 @@ def _to_array(name: str, x: Any, accepted: str) -> np.ndarray | jax.Array:
     try:
         if isinstance(x, jax.Array):
             return x
-        if isinstance(x, (list, tuple)):
-            is_on_host = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-        else:  # torch tensors in GPU memory, for example, have both attributes
-            is_on_host = hasattr(x, "__array__") and not hasattr(x, "__cuda_array_interface__")
-        return np.asarray(x) if is_on_host else jnp.asarray(x)
+        return np.asarray(x) if _is_on_host(x) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        # Text, lists of unequal lengths, torch tensors that require gradients.
+        # Causes: text, lists of unequal lengths, torch tensors that require gradients.
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name} must be an array, {accepted}, got {type(x).__name__} ({reason})"
         ) from error
+
+
+def _is_on_host(x: Any) -> bool:
+    """Whether the data of an array-like value is in host memory."""
+    if isinstance(x, (list, tuple)):
+        return not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    # Torch tensors in GPU memory, for example, have both attributes.
+    return hasattr(x, "__array__") and not hasattr(x, "__cuda_array_interface__")
 
 
 def _to_int32(integers: np.ndarray | jax.Array) -> jax.Array:
@@ -243,7 +247,10 @@ def _valid_parts(
     values = _host_values(given)
     if values is None:
         return []
-    return [row[..., :end] for row, end in zip(values, ends, strict=True)]
+    parts = []
+    for row, end in zip(values, ends, strict=True):
+        parts.append(row[..., :end])
+    return parts
 
 
 def is_whole(value: Any) -> bool:
