@@ -1,4 +1,4 @@
-"""The protocol of objectives, which is all that the other modules of training know of them.
+"""The protocol of objectives. The other modules of training use objectives only through it.
 
 An objective is one module in `moss_tok/objectives/` and one entry in the registry there. The class
 `Objective` has the default methods.
@@ -36,7 +36,7 @@ class Term(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """Result of `Objective.train_extra`.
+    """Result of `Objective.train_extra`, which trains models in the extra state.
 
     Attributes:
       extra: Updated entries of the state's `extra`.
@@ -50,7 +50,7 @@ class Learned(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What `Objective.finish` gets after the update of a step.
+    """The argument of `Objective.finish`: the results of a step.
 
     Attributes:
       key: Random key of the step.
