@@ -87,8 +87,8 @@ class AdversarialObjective(CodecObjective):
         num_parts = wav_hat.shape[0]
 
         def loss(params_of_one, name, part, wav_hat):
-            # Both signals in one call: half as many convolutions, each of which takes a TPU's
-            # compiler seconds.
+            # Both signals are in one call. This halves the number of convolutions, and the compiler
+            # for TPUs needs seconds for each of them.
             real, fake = self.features(name, params_of_one, part, part["wav"], wav_hat)
             per_item = losses.discriminator_loss(real, fake) / len(params)
             return per_item.mean() / num_parts, per_item
@@ -149,7 +149,7 @@ class AdversarialObjective(CodecObjective):
             total, values = combine(terms, part)
             return total.mean() / num_parts, values
 
-        total = None
+        total = None  # (gradient, terms)
         for name in params:
             result = jax.grad(loss, has_aux=True)(wav_hat, name)
             total = result if total is None else jax.tree.map(jnp.add, total, result)
@@ -169,20 +169,31 @@ class AdversarialObjective(CodecObjective):
         wav = jnp.where(valid[:, None], wav, 0)
         wav = wav / jnp.maximum(peak, _QUIETEST_PEAK)[:, None, None, None]
         models = make_discriminators(self.adversarial.discriminators, self.compute.dtype)
-        features = models[name].apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
-        features = [x.reshape(*wav.shape[:2], *x.shape[1:]) for x in features]
-        return [[x[:, i] for x in features] for i in range(len(wavs))]
+        layers = models[name].apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
+        features: list[losses.Features] = [[] for _ in wavs]
+        for layer in layers:
+            layer = layer.reshape(*wav.shape[:2], *layer.shape[1:])  # [B, W, ...]
+            for number, of_wav in enumerate(features):
+                of_wav.append(layer[:, number])
+        return features
 
     def start_extra(self, init_from: str, extra: Any) -> dict[str, Any]:
         """The discriminators of `init_from`, if it has any."""
-        params = checkpoints.load_folder(init_from, FOLDER, extra[FOLDER]) if init_from else None
+        if not init_from:
+            return {}
+        params = checkpoints.load_folder(init_from, FOLDER, extra[FOLDER])
         return {} if params is None else {FOLDER: params}
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> AdversarialObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec to train; default: that of the workdir or of the settings.
+    Args:
+      config: The run.
+      codec: The codec to train; default: that of the workdir or of the settings.
+
+    Raises:
+      ValueError: A model does not exist or does not fit.
     """
     settings = config.objective
     codec = codec or audio.codec_of_run(config)

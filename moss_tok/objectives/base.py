@@ -1,4 +1,4 @@
-"""What the objectives on a codec share: its parameters, batches, and counts of its codes."""
+"""The base of the objectives on a codec: its parameters, its batches, and counts of its codes."""
 
 import dataclasses
 from typing import Any
@@ -27,11 +27,11 @@ class CodecBasedObjective(Objective):
     """Parameters, batches, extra state and files of a codec, with or without a language model.
 
     Attributes:
-      settings: With `codes` and `text`, see `CodesSettings` and `TextSettings`.
+      settings: Settings with the fields `codes` and `text`, see `CodesSettings`, `TextSettings`.
       codec: The codec.
       compute: Compute settings of the models.
       num_samples: S, samples of a segment, whole frames.
-      trainable: What is trained: "all", "decoder" or "language".
+      trainable: The part that is trained: "all", "decoder" or "language".
       fresh: Whether codebooks start from initial values, not from `init_from`.
       language: The language model that reads the codes; None without one.
       tokenizer: Tokenizer of its texts.
@@ -69,14 +69,16 @@ class CodecBasedObjective(Objective):
         return {COUNTS: code_use.zero_counts(self.codec.quantizer)}
 
     def trained(self, params: dict[str, Any]) -> dict[str, Any]:
-        """All parameters, or those of one part."""
-        return params if self.trainable == "all" else {self.trainable: params[self.trainable]}
+        """All parameters, or the parameters of one part."""
+        if self.trainable == "all":
+            return params
+        return {self.trainable: params[self.trainable]}
 
     @property
     def group_rates(self) -> dict[str, float]:
         """Learning-rate factors; codebooks and the language model have their own.
 
-        Groups of which nothing is trained have an entry in the optimizer's state, too.
+        Groups without trained parameters have an entry in the optimizer's state, too.
         """
         rates = {"codebooks": 1.0, "network": 1.0}
         if self.language:
@@ -113,14 +115,15 @@ class CodecBasedObjective(Objective):
     ) -> Batch:
         """Random draws for items at `positions` [B] with `lengths` [B] valid frames of T."""
         num_quantizers = self.codec.quantizer.num_quantizers
-        share = self.settings.codes.quantizer_dropout
+        dropout = self.settings.codes.quantizer_dropout
         dropout_key, _ = jax.random.split(key)
-        drawn = {"in_use": code_use.draw_dropout(num_quantizers, share, dropout_key, positions)}
-        mask = self.settings.text.language_mask
-        if self.language is not None and mask:
+        in_use = code_use.draw_dropout(num_quantizers, dropout, dropout_key, positions)
+        drawn = {"in_use": in_use}
+        share = self.settings.text.language_mask
+        if self.language is not None and share:
             mask_key = jax.random.fold_in(key, 2)
             drawn["hidden"] = text.draw_hidden_frames(
-                mask, num_frames, mask_key, positions, lengths
+                share, num_frames, mask_key, positions, lengths
             )
         return drawn
 
@@ -141,7 +144,8 @@ class CodecBasedObjective(Objective):
     def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes; `seen` has the codes and projected vectors."""
         codes, _ = code_use.join_parts(*update.seen)
-        return {COUNTS: self.counts(codes, update.batch, update.extra)}, update.trees
+        counts = self.counts(codes, update.batch, update.extra)
+        return {COUNTS: counts}, update.trees
 
     def counts(self, codes: jax.Array, batch: Batch, extra: dict[str, Any]) -> jax.Array:
         """Counts of codes [Q, K], with those of this batch, codes [B, Q, T]."""

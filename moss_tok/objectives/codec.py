@@ -97,7 +97,7 @@ class CodecObjective(CodecBasedObjective):
                 s.mel_floor_db,
             )  # fmt: skip
             scale = len(s.mel_windows) / len(windows)
-            return {name: scale * x for name, x in of_windows.items()}
+            return {name: scale * loss for name, loss in of_windows.items()}
 
         if s.mel_turns == 1:
             return of_turn(0, wav_hat)
@@ -106,7 +106,8 @@ class CodecObjective(CodecBasedObjective):
 
     def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
         """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
-        batch, trees = update.batch, update.trees
+        batch = update.batch
+        trees = update.trees
         codes, projected = code_use.join_parts(*update.seen)
         counts = self.counts(codes, batch, update.extra)
         every = self.settings.codes.reseed_every
@@ -114,13 +115,23 @@ class CodecObjective(CodecBasedObjective):
             return {COUNTS: counts}, trees
         # Trained codebooks are not changed before the counts are reliable.
         first = 0 if self.fresh else code_use.COUNTED_STEPS
-        due = (update.step % every == 0) & (update.step >= first)
+        is_due = (update.step % every == 0) & (update.step >= first)
         _, reseed_key = jax.random.split(update.key)
         books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
         used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
-        vectors = code_use.by_quantizer(projected), code_use.by_quantizer(used)
+
+        def leave_unchanged(books, counts, *_):
+            return books, counts
+
         books, counts = jax.lax.cond(
-            due, code_use.reseed, lambda *x: x[:2], books, counts, *vectors, reseed_key
+            is_due,
+            code_use.reseed,
+            leave_unchanged,
+            books,
+            counts,
+            code_use.by_quantizer(projected),
+            code_use.by_quantizer(used),
+            reseed_key,
         )
         changed = {}
         for name, tree in trees.items():
@@ -138,25 +149,32 @@ class CodecObjective(CodecBasedObjective):
         codec = Codec(codec_params, self.codec)
         clips = sweep.read_clips(data.items, codec, say)
         table = {}
-        texts = []
+        paragraphs = []
         if head is not None:
             language = Language(head, self.language, self.tokenizer)
-            table, words = audio.score_text(
-                codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
-            )
-            if words:
-                texts.append(words)
+            table, paragraph = audio.score_clips_text(codec, language, clips)
+            if paragraph:
+                paragraphs.append(paragraph)
         samples = sweep.samples(codec, clips)
-        scores, distances = audio.score_audio(codec, clips, progress)
+        audio_table, paragraph = audio.score_audio(codec, clips, progress)
+        paragraphs.append(paragraph)
         return Evaluation(
-            table | scores, "\n\n".join([*texts, distances]), samples, self.codec.sample_rate
+            table=table | audio_table,
+            text="\n\n".join(paragraphs),
+            samples=samples,
+            sample_rate=self.codec.sample_rate,
         )
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> CodecObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec to train; default: that of the workdir or of the settings.
+    Args:
+      config: The run.
+      codec: The codec to train; default: that of the workdir or of the settings.
+
+    Raises:
+      ValueError: A model does not exist or does not fit.
     """
     codec = codec or audio.codec_of_run(config)
     return CodecObjective(**arguments(config, config.objective, codec), settings=config.objective)

@@ -51,7 +51,5 @@ class RecognitionObjective(CodecBasedObjective):
         codec = Codec(codec_params, self.codec)
         clips = sweep.read_clips(data.items, codec, say)
         language = Language(head, self.language, self.tokenizer)
-        table, words = audio.score_text(
-            codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
-        )
-        return Evaluation(table, words or "no recording has a text")
+        table, paragraph = audio.score_clips_text(codec, language, clips)
+        return Evaluation(table, paragraph or "no recording has a text")
