@@ -50,8 +50,10 @@ class SelfAttention(nn.Module):
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
-        # Three products instead of one, whose result TPUs would copy part by part.
-        q, k, v = (einsum("btd,dnh->bnth", x, qkv[:, i], precision) for i in range(3))
+        # Three products, because TPUs would copy the parts of a single one.
+        q = einsum("btd,dnh->bnth", x, qkv[:, 0], precision)
+        k = einsum("btd,dnh->bnth", x, qkv[:, 1], precision)
+        v = einsum("btd,dnh->bnth", x, qkv[:, 2], precision)
         q = rope.apply_rope(q, table)
         k = rope.apply_rope(k, table)
         if past is None:
@@ -116,8 +118,8 @@ class Block(nn.Module):
     def _layer_scale(self, name: str) -> tuple[jax.Array | None, jax.Array | int]:
         """The scale of the branch's output weights, and the scale of its output.
 
-        LayerScale is folded into the output weights if these are cast anyway. Its gradient then
-        comes from that of the weights, so no activations are kept for it: less memory traffic.
+        LayerScale is folded into the output weights if these are cast anyway. Its gradient is then
+        computed from the gradient of the weights, which saves activation memory.
         """
         init = nn.initializers.constant(self.config.layer_scale)
         init = nn.with_logical_partitioning(init, ("norm",))

@@ -18,11 +18,9 @@ from moss_tok.codec.inference import (
     Codec,
     bucket_frames,
     encode,
-    prefix_mask,
     stack,
-    valid_mask,
-    zero_past,
 )
+from moss_tok.codec.masks import prefix_mask, valid_mask, zero_past
 from moss_tok.errors import check_choice
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead, empty_cache
