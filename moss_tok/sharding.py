@@ -108,7 +108,9 @@ def split_items(x: jax.Array) -> jax.Array:
 
 
 def dividing_axes(
-    mesh: jax.sharding.AbstractMesh, logical_name: str, size: int
+    mesh: jax.sharding.AbstractMesh,
+    logical_name: str,
+    size: int,
 ) -> tuple[str, ...] | None:
     """The mesh axes over which RULES splits a logical axis; None if they do not divide `size`."""
     axes = _as_tuple(dict(RULES)[logical_name])
@@ -301,7 +303,9 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
 
 
 def fitting(
-    mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: Sequence[int]
+    mesh: jax.sharding.Mesh,
+    names: Sequence[str | None],
+    shape: Sequence[int],
 ) -> NamedSharding:
     """Sharding of an array whose axes have logical names.
 

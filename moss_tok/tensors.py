@@ -104,7 +104,10 @@ def _open(file: Path):
 
 
 def read_tensors(
-    path: Path, files: dict[str, Path], table: Iterable[Tensor], wanted: set[str]
+    path: Path,
+    files: dict[str, Path],
+    table: Iterable[Tensor],
+    wanted: set[str],
 ) -> dict[str, Any]:
     """Reads some tensors of a table into a tree of float32 numpy arrays.
 
@@ -193,7 +196,9 @@ def _put(
 
 
 def write_tensors(
-    path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file. Raises OSError if that fails."""
     try:

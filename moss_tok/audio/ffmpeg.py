@@ -181,7 +181,10 @@ class FfmpegDecoder:
                     yield packet
 
     def _decode(
-        self, history: collections.deque[Any], number: int, packets: Iterable[Any]
+        self,
+        history: collections.deque[Any],
+        number: int,
+        packets: Iterable[Any],
     ) -> Iterator[np.ndarray]:
         """Yields blocks [S, C] of packets.
 

@@ -54,7 +54,10 @@ def read_native(path: Source) -> tuple[np.ndarray, int]:
 
 
 def read_blocks(
-    path: Source, sample_rate: int, num_channels: int, seconds: float
+    path: Source,
+    sample_rate: int,
+    num_channels: int,
+    seconds: float,
 ) -> Iterator[np.ndarray]:
     """Reads like `read`, in blocks of about `seconds`; memory does not grow with the file.
 
@@ -111,7 +114,10 @@ def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def read_segment(
-    source: Source, start_seconds: float, seconds: float, sample_rate: int
+    source: Source,
+    start_seconds: float,
+    seconds: float,
+    sample_rate: int,
 ) -> np.ndarray:
     """Reads a part of a file, at most `seconds` long, and decodes little more than that.
 

@@ -63,7 +63,9 @@ def _is_hidden(parts: tuple[str, ...]) -> bool:
 
 
 def _list_left_out(
-    num_hidden: int, num_for_ffmpeg: int, suffix_counts: collections.Counter[str]
+    num_hidden: int,
+    num_for_ffmpeg: int,
+    suffix_counts: collections.Counter[str],
 ) -> str:
     """Text that lists the files that are left out; "" if there are none."""
     parts = []

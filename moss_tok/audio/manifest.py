@@ -77,7 +77,9 @@ def refuse_recording(path: storage.Path) -> None:
 
 
 def list_files(
-    root: storage.Path, paths: Sequence[storage.Path], pattern: str = ""
+    root: storage.Path,
+    paths: Sequence[storage.Path],
+    pattern: str = "",
 ) -> list[AudioItem]:
     """The audio files among `paths` under `root`; a note lists the others, see `folders.select`.
 

@@ -20,7 +20,9 @@ def check_part(codec: Any, name: str) -> None:
 
 
 def check_wav(
-    wav: Any, shape: tuple[str | int, ...], lengths: Any = None
+    wav: Any,
+    shape: tuple[str | int, ...],
+    lengths: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Checks audio and its lengths, and converts them to JAX arrays.
 
@@ -47,7 +49,10 @@ def check_wav(
 
 
 def check_codes(
-    codes: Any, shape: tuple[str | int, ...], codebook_size: int, lengths: Any = None
+    codes: Any,
+    shape: tuple[str | int, ...],
+    codebook_size: int,
+    lengths: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Checks codes and their lengths, and converts them to JAX arrays.
 
@@ -75,7 +80,9 @@ def check_codes(
 
 
 def check_recordings(
-    name: str, recordings: Any, shape: tuple[str | int, ...]
+    name: str,
+    recordings: Any,
+    shape: tuple[str | int, ...],
 ) -> list[np.ndarray | jax.Array]:
     """Converts unbatched recordings to arrays. Raises ValueError unless each has the shape."""
     arrays = []
@@ -118,7 +125,11 @@ def _read_lengths(lengths: Any, x: jax.Array) -> tuple[jax.Array, np.ndarray | N
 
 
 def check_shape(
-    name: str, x: Any, shape: tuple[str | int, ...], hint: str = "", may_be_empty: bool = False
+    name: str,
+    x: Any,
+    shape: tuple[str | int, ...],
+    hint: str = "",
+    may_be_empty: bool = False,
 ) -> None:
     """Raises ValueError unless `x` has the shape.
 
@@ -235,7 +246,9 @@ def _host_values(given: np.ndarray | jax.Array) -> np.ndarray | None:
 
 
 def _valid_parts(
-    array: jax.Array, given: np.ndarray | jax.Array, ends: np.ndarray | None
+    array: jax.Array,
+    given: np.ndarray | jax.Array,
+    ends: np.ndarray | None,
 ) -> list[np.ndarray]:
     """The valid values of each item; an empty list if they cannot be read without waiting."""
     if ends is None or isinstance(array, jax.core.Tracer):

@@ -106,7 +106,10 @@ def _shapes_of(arrays: _Arrays) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _signature(
-    codec: Codec, function: str, arguments: list[Any], exported: jax_export.Exported
+    codec: Codec,
+    function: str,
+    arguments: list[Any],
+    exported: jax_export.Exported,
 ) -> dict[str, Any]:
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return {
@@ -119,7 +122,11 @@ def _signature(
 
 
 def write(
-    folder: Path, function: str, program: bytes, params: _Arrays, signature: dict[str, Any]
+    folder: Path,
+    function: str,
+    program: bytes,
+    params: _Arrays,
+    signature: dict[str, Any],
 ) -> None:
     """Writes the results of `export` into an existing folder."""
     (folder / f"{function}.jaxexport").write_bytes(program)
@@ -151,7 +158,10 @@ def _check_size(params: _Arrays) -> None:
 
 
 def _flat_function(
-    codec: Codec, function: str, num_quantizers: int, chunk_frames: int
+    codec: Codec,
+    function: str,
+    num_quantizers: int,
+    chunk_frames: int,
 ) -> tuple[Callable[..., Any], list[Any]]:
     """A function over flat dicts and arrays, and the shapes of its arguments except `params`."""
     config = codec.config

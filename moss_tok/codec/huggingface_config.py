@@ -177,7 +177,10 @@ def _read_patch(module: dict[str, Any], prefix: str) -> PatchConfig:
 
 
 def _read_transformer(
-    module: dict[str, Any], prefix: str, rate: float, fields: dict[str, Any]
+    module: dict[str, Any],
+    prefix: str,
+    rate: float,
+    fields: dict[str, Any],
 ) -> TransformerConfig:
     """One stage, whose frame rate is `rate` Hz; `fields` are those of the whole config.json."""
     known = {"module_type", "context_duration"} | _FIXED.keys() | _SIZES.keys() | _OPTIONAL.keys()
@@ -212,7 +215,10 @@ def _build(cls: type, prefix: str, **values: Any) -> Any:
 
 
 def _with_projections(
-    stage: TransformerConfig, prefix: str, layout: str, names: set[str] | None
+    stage: TransformerConfig,
+    prefix: str,
+    layout: str,
+    names: set[str] | None,
 ) -> TransformerConfig:
     """The stage with its projections, which its tensors determine, or without them its layout."""
     projections = {}

@@ -149,7 +149,10 @@ def to_device(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(
-    path: str | Path, config: CodecConfig, params: Any, files: dict[str, str] | None = None
+    path: str | Path,
+    config: CodecConfig,
+    params: Any,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Writes a codec, and other text files by name, as a new checkpoint; see `checkpoint.save`."""
     texts = {"config.json": config.to_json()} | (files or {})

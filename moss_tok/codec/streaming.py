@@ -123,7 +123,10 @@ def encode_step(
 
 
 def decode_step(
-    codec: Codec, state: StreamState, codes: jax.Array, lengths: jax.Array | None = None
+    codec: Codec,
+    state: StreamState,
+    codes: jax.Array,
+    lengths: jax.Array | None = None,
 ) -> tuple[StreamState, jax.Array]:
     """Decodes the next chunk of each stream.
 

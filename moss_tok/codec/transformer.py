@@ -93,7 +93,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: Cache | None, table: jax.Array, span: Span | None
+        self,
+        x: jax.Array,
+        past: Cache | None,
+        table: jax.Array,
+        span: Span | None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the keys and values of a chunk as in `SelfAttention`."""
         norm = functools.partial(
@@ -135,7 +139,11 @@ class LongChunkBlock(Block):
     """
 
     def __call__(
-        self, carry: tuple[jax.Array, Cache], index: jax.Array, table: jax.Array, span: Span
+        self,
+        carry: tuple[jax.Array, Cache],
+        index: jax.Array,
+        table: jax.Array,
+        span: Span,
     ) -> tuple[tuple[jax.Array, Cache], None]:
         """Updates the carry: [B, T, D], and the cache of all layers; this is layer `index`."""
         x, cache = carry
@@ -152,7 +160,10 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+        self,
+        x: jax.Array,
+        cache: Cache | None = None,
+        span: Span | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, input_dim] -> [B, T, output_dim], and the next cache (None without a cache).
 

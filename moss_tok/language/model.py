@@ -39,7 +39,10 @@ class LanguageModel(nn.Module):
         return self.embedding[tokens].astype(self.compute.dtype)
 
     def __call__(
-        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+        self,
+        x: jax.Array,
+        cache: Cache | None = None,
+        span: Span | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Maps embeddings [B, T, D] to hidden states [B, T, D], the input of `logits`.
 

@@ -83,7 +83,10 @@ def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def find(
-    model: str, tokenizer: str, latents_dim: int, audio: str
+    model: str,
+    tokenizer: str,
+    latents_dim: int,
+    audio: str,
 ) -> tuple[LanguageConfig, Tokenizer]:
     """Returns the config and the tokenizer of a new language model.
 

@@ -100,7 +100,10 @@ def _table(c: LanguageConfig) -> Iterator[Tensor]:
 
 
 def block_rows(
-    c: BlockConfig, num_layers: int, prefix: str, path: tuple[str, ...]
+    c: BlockConfig,
+    num_layers: int,
+    prefix: str,
+    path: tuple[str, ...],
 ) -> Iterator[Tensor]:
     """Rows of the tensors of blocks, whose names begin with `prefix`, for both directions.
 
@@ -156,7 +159,10 @@ def _attention_rows(c: BlockConfig, prefix: str, path, layer: int) -> Iterator[T
 
 
 def mlp_rows(
-    dims: tuple[int, int, int], prefix: str, path: tuple[str, ...], row: int | None = None
+    dims: tuple[int, int, int],
+    prefix: str,
+    path: tuple[str, ...],
+    row: int | None = None,
 ) -> Iterator[Tensor]:
     """Rows of a SwiGLU layer of widths `dims`: input, inner, output; for both directions."""
     input_dim, inner_dim, output_dim = dims

@@ -74,7 +74,10 @@ def parameter(
 
 
 def scan_layers(
-    block: type[nn.Module], num_layers: int, remat: str = "none", unroll: int = 1
+    block: type[nn.Module],
+    num_layers: int,
+    remat: str = "none",
+    unroll: int = 1,
 ) -> type[nn.Module]:
     """Stacks `num_layers` copies of `block` under one scan, so that compile time is constant.
 

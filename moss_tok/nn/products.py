@@ -9,7 +9,11 @@ from moss_tok.nn.compute import BF16_PRODUCTS
 
 
 def einsum(
-    spec: str, x: jax.Array, weights: jax.Array, precision: str, out_dtype: str | None = None
+    spec: str,
+    x: jax.Array,
+    weights: jax.Array,
+    precision: str,
+    out_dtype: str | None = None,
 ) -> jax.Array:
     """`jnp.einsum` of two operands. Each axis must occur in exactly two of the terms of `spec`.
 

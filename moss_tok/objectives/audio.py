@@ -22,7 +22,7 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.objectives import text
 from moss_tok.objectives.config import TextSettings
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Progress, Say
+from moss_tok.training.objective import Batch, Params, Progress, Say
 
 _NUM_EXAMPLES = 5  # texts that are shown beside the error rates
 
@@ -145,7 +145,9 @@ def _synthetic_manifest(workdir: storage.Path, mirror: storage.Mirror, sample_ra
 
 
 def score_audio(
-    codec: Codec, clips: Sequence[sweep.Clip], progress: Progress
+    codec: Codec,
+    clips: Sequence[sweep.Clip],
+    progress: Progress,
 ) -> tuple[sweep.Table, str]:
     """Distances of reconstructions at several bitrates, as a table and as text."""
     with progress(len(clips), "clip") as done:
@@ -155,7 +157,10 @@ def score_audio(
 
 
 def score_text(
-    codec: Codec, language: Language, recordings: Sequence[np.ndarray], texts: Sequence[str]
+    codec: Codec,
+    language: Language,
+    recordings: Sequence[np.ndarray],
+    texts: Sequence[str],
 ) -> tuple[sweep.Table, str]:
     """Error rates of recognised texts, as a table and as text with some examples.
 
@@ -188,7 +193,9 @@ def score_text(
 
 
 def score_clips_text(
-    codec: Codec, language: Language, clips: Sequence[sweep.Clip]
+    codec: Codec,
+    language: Language,
+    clips: Sequence[sweep.Clip],
 ) -> tuple[sweep.Table, str]:
     """`score_text` of clips."""
     wavs = [clip.wav for clip in clips]
@@ -196,7 +203,7 @@ def score_clips_text(
     return score_text(codec, language, wavs, texts)
 
 
-def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], Any | None]:
+def split_params(params: Params) -> tuple[Params, Any | None]:
     """The parameters of the codec, and of the language model, if there is one."""
     codec = dict(params)
     language = codec.pop(text.FOLDER, None)
@@ -204,7 +211,10 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], Any | None]:
 
 
 def segment_shape(
-    num_samples: int, codec: CodecConfig, tokenizer: Tokenizer | None, texts: TextSettings
+    num_samples: int,
+    codec: CodecConfig,
+    tokenizer: Tokenizer | None,
+    texts: TextSettings,
 ) -> SegmentShape:
     """Shape of the segments that a codec is trained on."""
     return SegmentShape(

@@ -20,11 +20,15 @@ from moss_tok.objectives.base import COUNTS
 from moss_tok.objectives.recognition import RecognitionObjective
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import (
+    Arrays,
     Batch,
     Evaluation,
+    Extra,
+    Params,
     Progress,
     Say,
     TrainingData,
+    Trees,
     Update,
 )
 
@@ -51,7 +55,7 @@ class CodeRecognitionObjective(RecognitionObjective):
         drawn["in_use"] &= levels < batch["num_quantizers"][:, None]
         return batch | drawn
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """The cross-entropy of the text; for `finish`, the codes."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
@@ -61,7 +65,7 @@ class CodeRecognitionObjective(RecognitionObjective):
         )
         return {text.TERM: loss}, part["codes"]
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Updates the counts of codes."""
         batch = update.batch
         num_frames = batch["codes"].shape[-1]
@@ -86,7 +90,11 @@ class CodeRecognitionObjective(RecognitionObjective):
         )
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Error rates of texts recognised from held-out codes."""
         del say, progress

@@ -17,12 +17,16 @@ from moss_tok.objectives.base import COUNTS, CodecBasedObjective
 from moss_tok.objectives.config import CodecSettings
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import (
+    Arrays,
     Batch,
     Evaluation,
+    Extra,
+    Params,
     Progress,
     Say,
     Term,
     TrainingData,
+    Trees,
     Update,
 )
 
@@ -53,7 +57,7 @@ class CodecObjective(CodecBasedObjective):
         turn = jnp.full(len(batch["length"]), step % self.settings.mel_turns)
         return super().prepare(key, step, batch | {"turn": turn})
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """Reconstructions "wav_hat", losses of codes and text; for `finish`: codes, projections."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
@@ -66,7 +70,7 @@ class CodecObjective(CodecBasedObjective):
             outputs[text.TERM] = self.text_loss(params, latents, quantized, part)
         return outputs, (quantized.codes, quantized.projected)
 
-    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+    def terms(self, part: Batch, outputs: Arrays) -> dict[str, Term]:
         """Loss terms; spectra, waveforms and codes of padding are ignored."""
         s = self.settings
         mel_losses = self.mel_losses(part, outputs["wav_hat"])
@@ -86,7 +90,7 @@ class CodecObjective(CodecBasedObjective):
             terms["waveform_loss"] = Term(loss, s.waveform_weight)
         return terms
 
-    def mel_losses(self, part: Batch, wav_hat: jax.Array) -> dict[str, jax.Array]:
+    def mel_losses(self, part: Batch, wav_hat: jax.Array) -> Arrays:
         """`losses.reconstruction_losses` of the windows of this turn, scaled to all windows."""
         s = self.settings
 
@@ -104,7 +108,7 @@ class CodecObjective(CodecBasedObjective):
         turns = [functools.partial(of_turn, turn) for turn in range(s.mel_turns)]
         return jax.lax.switch(part["turn"][0], turns, wav_hat)
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
         batch = update.batch
         trees = update.trees
@@ -140,7 +144,11 @@ class CodecObjective(CodecBasedObjective):
         return {COUNTS: counts}, changed
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Distances at several bitrates, samples, and error rates of the language model."""
         if not data.items:

@@ -152,7 +152,8 @@ def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
 
 
 def make_discriminators(
-    config: DiscriminatorSettings, dtype: str = "float32"
+    config: DiscriminatorSettings,
+    dtype: str = "float32",
 ) -> dict[str, nn.Module]:
     """All discriminators, by the names of their parameters in `Discriminators`."""
     channels = config.discriminator_channels

@@ -92,7 +92,10 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def quantizer_losses(
-    quantized: Quantized, in_use: jax.Array, lengths: jax.Array, hop_length: int
+    quantized: Quantized,
+    in_use: jax.Array,
+    lengths: jax.Array,
+    hop_length: int,
 ) -> dict[str, jax.Array]:
     """Commitment and codebook losses per item [B]: means over frames, summed over quantizers.
 

@@ -32,7 +32,11 @@ def item_shapes(settings: TextSettings) -> dict[str, tuple[tuple[int, ...], Any]
 
 
 def draw_hidden_frames(
-    share: float, num_frames: int, key: jax.Array, positions: jax.Array, lengths: jax.Array
+    share: float,
+    num_frames: int,
+    key: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
 ) -> jax.Array:
     """Frames to hide from the language model: two random spans of each item.
 
@@ -82,7 +86,8 @@ def term(settings: TextSettings, value: jax.Array) -> Term:
 
 
 def find_model(
-    settings: TextSettings, codec: CodecConfig
+    settings: TextSettings,
+    codec: CodecConfig,
 ) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
     """The language model of a run and its tokenizer; (None, None) without one.
 

@@ -15,7 +15,7 @@ from moss_tok import sharding, storage
 from moss_tok.training import checkpoints, progress, provenance, start, writer
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.interrupts import StoppedError, StopSignal, Trace
-from moss_tok.training.objective import Batch, Objective, TrainingData
+from moss_tok.training.objective import Arrays, Batch, Objective, TrainingData
 from moss_tok.training.state import Recipe, TrainState, state_shapes, zero_totals
 from moss_tok.training.step import sharded_train_step
 
@@ -140,7 +140,7 @@ class Run:
         self._bar.close()
         return state
 
-    def _put(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
+    def _put(self, batches: Iterator[Batch]) -> Arrays:
         """Sends the next batch to the devices; warns of files that could not be read."""
         try:
             batch = next(batches)
@@ -156,11 +156,11 @@ class Run:
         batch["failed_reads"] = np.sum(is_failure, -1, np.int32)
         return sharding.global_batch(self._mesh, self._batch_size, batch)
 
-    def _stop_flags(self) -> dict[str, jax.Array]:
+    def _stop_flags(self) -> Arrays:
         flags = {"stop": np.full(self._num_rows, self.stop.received)}
         return sharding.global_batch(self._mesh, self._batch_size, flags)
 
-    def _check(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+    def _check(self, step: int, metrics: Arrays) -> bool:
         """Returns whether to stop the run.
 
         Raises:

@@ -68,7 +68,10 @@ def of_objective(config: OptimizerConfig, objective: Objective) -> optax.Gradien
 
 
 def update(
-    optimizer: optax.GradientTransformation, gradient: Any, opt_state: Any, params: Any
+    optimizer: optax.GradientTransformation,
+    gradient: Any,
+    opt_state: Any,
+    params: Any,
 ) -> tuple[Any, Any]:
     """Updated parameters and optimizer state."""
     updates, opt_state = optimizer.update(gradient, opt_state, params)

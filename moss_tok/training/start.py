@@ -66,7 +66,11 @@ def write_config(workdir: storage.Path, config: TrainConfig) -> None:
 
 
 def first_state(
-    recipe: Recipe, init_from: str, shapes: TrainState, saver: Checkpoints, say: Say
+    recipe: Recipe,
+    init_from: str,
+    shapes: TrainState,
+    saver: Checkpoints,
+    say: Say,
 ) -> TrainState:
     """The state of the newest checkpoint; without one, a new state, from `init_from` if set."""
     state = saver.restore_latest(shapes, say)

@@ -12,7 +12,7 @@ from moss_tok import sharding, summary
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.training import optimizer
 from moss_tok.training.config import OptimizerConfig
-from moss_tok.training.objective import Objective
+from moss_tok.training.objective import Arrays, Extra, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Totals:
     """
 
     steps: jax.Array
-    metrics: dict[str, jax.Array]
+    metrics: Arrays
     domain_items: jax.Array
-    domain_terms: dict[str, jax.Array]
+    domain_terms: Arrays
     skipped: jax.Array
     skipped_in_row: jax.Array
     failed_reads: jax.Array
@@ -80,7 +80,7 @@ class TrainState:
     params: Any
     ema: Any
     opt_state: Any
-    extra: dict[str, Any]
+    extra: Extra
     totals: Totals
 
     def __repr__(self) -> str:

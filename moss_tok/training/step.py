@@ -14,14 +14,16 @@ import optax
 from moss_tok import sharding
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.training import microbatches, optimizer
-from moss_tok.training.objective import Batch, Update
+from moss_tok.training.objective import Arrays, Batch, Extra, Trees, Update
 from moss_tok.training.state import Recipe, Totals, TrainState
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_step(
-    recipe: Recipe, state: TrainState, batch: Batch
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Arrays]:
     """Updates `state` on a batch; updates that are not finite are skipped and counted.
 
     Args:
@@ -83,7 +85,7 @@ def sharded_train_step(recipe: Recipe, shapes: TrainState, batch_size: int) -> A
     mesh = shapes.step.sharding.mesh
     recipe = fit_microbatches(recipe, mesh, batch_size)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Arrays]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention reads it
             return train_step(recipe, state, batch)
 
@@ -135,8 +137,11 @@ def _shares(mask: jax.Array) -> jax.Array:
 
 
 def _output_gradient(
-    recipe: Recipe, extra: dict[str, Any], parts: Batch, outputs: Batch
-) -> tuple[Batch, dict[str, jax.Array]]:
+    recipe: Recipe,
+    extra: Extra,
+    parts: Batch,
+    outputs: Batch,
+) -> tuple[Batch, Arrays]:
     """Gradient of the loss with respect to outputs, and each term per item [M, B]."""
 
     def gradient_of_part(_, inputs):
@@ -148,7 +153,7 @@ def _output_gradient(
     return results
 
 
-def _averaged(recipe: Recipe, state: TrainState, params: Any) -> dict[str, Any]:
+def _averaged(recipe: Recipe, state: TrainState, params: Any) -> Trees:
     """The new parameters, and their moving average if there is one."""
     if state.ema is None:
         return {"params": params}
@@ -162,7 +167,10 @@ def _averaged(recipe: Recipe, state: TrainState, params: Any) -> dict[str, Any]:
 
 
 def _add_totals(
-    totals: Totals, metrics: dict[str, jax.Array], terms: dict[str, jax.Array], domain: jax.Array
+    totals: Totals,
+    metrics: Arrays,
+    terms: Arrays,
+    domain: jax.Array,
 ) -> Totals:
     in_domain = jax.nn.one_hot(domain, len(DOMAINS))  # [M, B, domains]
     sums = {}
@@ -177,8 +185,11 @@ def _add_totals(
 
 
 def _apply_if_finite(
-    state: TrainState, changed: dict[str, Any], metrics: dict[str, jax.Array], batch: Batch
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    state: TrainState,
+    changed: dict[str, Any],
+    metrics: Arrays,
+    batch: Batch,
+) -> tuple[TrainState, Arrays]:
     """Applies the changes if all metrics are finite; otherwise only counts the skipped update."""
     values = jnp.stack(list(metrics.values()))
     is_finite = jnp.isfinite(values).all()

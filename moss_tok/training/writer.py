@@ -99,7 +99,10 @@ class MetricsWriter:
                 self._board.add_scalar(tag, value, step)
 
     def write_evaluation(
-        self, step: int, table: dict[str, dict[str, dict[str, float]]], text: str
+        self,
+        step: int,
+        table: dict[str, dict[str, dict[str, float]]],
+        text: str,
     ) -> None:
         """Writes metric averages {domain: {system: {metric: mean}}}, and `text` for readers."""
         self._files[EVALUATION].close()  # to replace an earlier evaluation of this step
@@ -112,7 +115,10 @@ class MetricsWriter:
                     self._board.add_scalar(f"evaluation_{domain}_{metric}/{system}", value, step)
 
     def write_samples(
-        self, step: int, samples: dict[str, dict[str, np.ndarray]], sample_rate: int
+        self,
+        step: int,
+        samples: dict[str, dict[str, np.ndarray]],
+        sample_rate: int,
     ) -> None:
         """Writes [C, S] audio {domain: {name: wav}} and its spectrograms; files are overwritten."""
         folder = self._workdir / "samples"
