@@ -72,7 +72,9 @@ def shorten(line: str) -> str:
 
 
 def read_json_lines(
-    path: Path, example: str = "", blank_lines: bool = True
+    path: Path,
+    example: str = "",
+    blank_lines: bool = True,
 ) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each after its place "FILE:NUMBER" for error messages.
 

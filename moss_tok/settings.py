@@ -1,7 +1,8 @@
-"""Settings: frozen dataclasses whose fields are the flags of train.py, with what each accepts.
+"""Settings: frozen dataclasses whose fields are the flags of train.py.
 
-A settings class may have others as fields, so that a run is a tree of small classes. `flatten` and
-`build` go between that tree and flat values by name, which is what flags and train_config.json are.
+A settings class may have other settings classes as fields, so a run is a tree of small classes.
+`flatten` converts such a tree to flat values by name, as flags and train_config.json have them, and
+`build` converts them back. Each field knows which values it accepts.
 """
 
 import dataclasses
@@ -14,10 +15,10 @@ from moss_tok.errors import check_choice, check_types
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How the text of a flag becomes a value that is neither a number nor a string.
+    """The text form of a flag whose value is neither a number nor a string.
 
     Attributes:
-      parse: (name of the flag, text) -> value; ValueError where the text is not accepted.
+      parse: (name of the flag, text) -> value. Raises ValueError if the text is not accepted.
       format: The inverse, value -> text.
     """
 
@@ -40,21 +41,29 @@ def setting(
     """A field of a settings class.
 
     Args:
-      default: Its value where the flag is not given.
-      help_text: What `--help` says of it.
-      at_least: Smallest value.
-      above: Every value is larger than this.
-      at_most: Largest value.
-      below: Every value is smaller than this.
+      default: Value if the flag is not given.
+      help_text: Its text in `--help`.
+      at_least: Smallest accepted value.
+      above: Every accepted value is larger than this.
+      at_most: Largest accepted value.
+      below: Every accepted value is smaller than this.
       choices: Accepted values; empty: any.
-      free: Whether it may change when a run is resumed: it does not change what a step computes.
-      kind: How to read its text; default: numbers and strings as they are.
+      free: Whether the value may change when a run is resumed, because it does not change what a
+        step computes.
+      kind: Text form of the value; default: numbers and strings as they are.
     """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    finite = {name: bound for name, bound in bounds.items() if math.isfinite(bound)}
+    bounds = {}
+    if math.isfinite(at_least):
+        bounds["at least"] = at_least
+    if math.isfinite(above):
+        bounds["above"] = above
+    if math.isfinite(at_most):
+        bounds["at most"] = at_most
+    if math.isfinite(below):
+        bounds["below"] = below
     metadata = {
         "help": help_text,
-        "bounds": finite,
+        "bounds": bounds,
         "choices": choices,
         "free": free,
         "kind": kind,
@@ -73,33 +82,46 @@ def count(default: int, help_text: str, at_least: int = 0, free: bool = False) -
 
 
 def _parse_integers(name: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}")
-    return tuple(int(part) for part in parts)
+    numbers = []
+    for part in text.split(","):
+        part = part.strip()
+        if not part:
+            continue
+        if not part.isdecimal():
+            raise ValueError(f"{name} must be whole numbers with commas between, got {text!r}")
+        numbers.append(int(part))
+    return tuple(numbers)
 
 
-INTEGERS = Kind(_parse_integers, lambda numbers: ",".join(str(number) for number in numbers))
+def _format_integers(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+INTEGERS = Kind(_parse_integers, _format_integers)
 
 
 def decibel_range(lowest: float, highest: float) -> Kind:
-    """LOW:HIGH, as (low, high), both in lowest..highest; empty text: None."""
+    """The text form LOW:HIGH of a pair (low, high) in lowest..highest; "" is the form of None."""
 
     def parse(name: str, text: str) -> tuple[float, float] | None:
         if not text:
             return None
+        error = ValueError(
+            f"{name} must be LOW:HIGH with {lowest} <= LOW <= HIGH <= {highest}, got {text!r}"
+        )
         try:
             low, high = map(float, text.split(":"))
         except ValueError:
-            low, high = 1.0, 0.0
+            raise error from None
         if not lowest <= low <= high <= highest:
-            raise ValueError(
-                f"{name} must be LOW:HIGH with {lowest} <= LOW <= HIGH <= {highest}, got {text!r}"
-            )
+            raise error
         return low, high
 
     def format_range(value: tuple[float, float] | None) -> str:
-        return f"{value[0]:g}:{value[1]:g}" if value else ""
+        if value is None:
+            return ""
+        low, high = value
+        return f"{low:g}:{high:g}"
 
     return Kind(parse, format_range)
 
@@ -107,12 +129,13 @@ def decibel_range(lowest: float, highest: float) -> Kind:
 def _parse_steps(name: str, text: str) -> range:
     if not text:
         return range(0)
+    error = ValueError(f"{name} must be FIRST:LAST with 1 <= FIRST <= LAST, got {text!r}")
     try:
         first, last = map(int, text.split(":"))
     except ValueError:
-        first, last = 0, 0
+        raise error from None
     if not 1 <= first <= last:
-        raise ValueError(f"{name} must be FIRST:LAST with 1 <= FIRST <= LAST, got {text!r}")
+        raise error
     return range(first, last + 1)
 
 
@@ -124,10 +147,10 @@ STEPS = Kind(_parse_steps, _format_steps)
 
 
 def check(config: Any) -> None:
-    """Checks the fields of a settings object; to be called by its `__post_init__`.
+    """Checks the fields of a settings object; its `__post_init__` calls this.
 
     Raises:
-      ValueError: A value of another type, out of its bounds, or not one of its choices.
+      ValueError: A value has another type, is out of its bounds, or is not one of its choices.
     """
     check_types(config)
     for field in dataclasses.fields(config):
@@ -145,7 +168,8 @@ _HOLDS = {
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
     bounds = field.metadata["bounds"]
-    if not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+    are_kept = [_HOLDS[name](value, bound) for name, bound in bounds.items()]
+    if not all(are_kept):
         accepted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
         raise ValueError(f"{field.name} must be {accepted}, got {value!r}")
     if field.metadata["choices"]:
@@ -162,7 +186,7 @@ def leaf_fields(cls: type) -> Iterator[dataclasses.Field]:
 
 
 def flag_default(field: dataclasses.Field) -> str | int | float:
-    """The default of a setting as a flag has it."""
+    """The default of a setting, in the form of a flag."""
     return _to_flag(field, field.default)
 
 
@@ -172,7 +196,7 @@ def _to_flag(field: dataclasses.Field, value: Any) -> str | int | float:
 
 
 def flatten(config: Any) -> dict[str, str | int | float]:
-    """The values of all settings by name, as flags have them."""
+    """The values of all settings by name, in the form of flags."""
     values: dict[str, str | int | float] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -184,10 +208,10 @@ def flatten(config: Any) -> dict[str, str | int | float]:
 
 
 def build(cls: type, values: dict[str, Any]) -> Any:
-    """A settings object from values by name, as flags have them; others take their default.
+    """A settings object from values by name, in the form of flags; others take their default.
 
     Raises:
-      ValueError: A value that is not accepted.
+      ValueError: A value is not accepted.
     """
     arguments = {}
     for field in dataclasses.fields(cls):
@@ -208,7 +232,7 @@ def _from_flag(field: dataclasses.Field, value: Any) -> Any:
 
 
 def leaf_fields_of(config: Any) -> Iterator[dataclasses.Field]:
-    """The settings of an object and of the objects in it, as `leaf_fields` of their classes."""
+    """The settings of an object and of the objects in its fields, in order."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

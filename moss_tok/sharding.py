@@ -1,4 +1,4 @@
-"""The device mesh, the table that maps logical axes of parameters onto it, and processes.
+"""The device mesh, the table that maps logical axes to mesh axes, and the processes of a run.
 
 The mesh has the axes ("data", "fsdp", "tensor"). Batches are split over data and fsdp, parameters
 over fsdp and tensor. Every logical name used in the model must be in RULES, because Flax silently
@@ -63,17 +63,19 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
     """
     sizes = parse_mesh(text)
     devices = jax.devices() if devices is None else list(devices)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    count = math.prod(shape)
-    has_rest = -1 in sizes.values()
-    may_be_partial = jax.process_count() == 1 and not has_rest
-    if not 0 < count <= len(devices) or (count != len(devices) and not may_be_partial):
-        multiple = "a multiple of " if has_rest else ""
-        raise ValueError(f"mesh {text!r} needs {multiple}{fixed} devices, there are {len(devices)}")
+    num_fixed = math.prod(size for size in sizes.values() if size != -1)
+    shape = []
+    for size in sizes.values():
+        shape.append(len(devices) // num_fixed if size == -1 else size)
+    num_used = math.prod(shape)
+    is_open = -1 in sizes.values()
+    may_be_partial = jax.process_count() == 1 and not is_open
+    if not 0 < num_used <= len(devices) or (num_used != len(devices) and not may_be_partial):
+        needed = f"a multiple of {num_fixed}" if is_open else num_fixed
+        raise ValueError(f"mesh {text!r} needs {needed} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     try:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:count])
+        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:num_used])
     except (NotImplementedError, AssertionError) as error:  # a TPU slice is a torus
         raise ValueError(f"mesh {text!r} does not fit the torus of the slice: {error}") from error
 
@@ -100,19 +102,32 @@ def split_items(x: jax.Array) -> jax.Array:
     batch_axes = dividing_axes(mesh, "batch", x.shape[0])
     if batch_axes is None:
         return x
-    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes, *others))
+    other_axes = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    spec = PartitionSpec(batch_axes, *other_axes)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def dividing_axes(
-    mesh: jax.sharding.AbstractMesh, logical_name: str, size: int
+    mesh: jax.sharding.AbstractMesh,
+    logical_name: str,
+    size: int,
 ) -> tuple[str, ...] | None:
     """The mesh axes over which RULES splits a logical axis; None if they do not divide `size`."""
-    axes = dict(RULES)[logical_name] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
+    axes = _as_tuple(dict(RULES)[logical_name])
     present = tuple(axis for axis in axes if axis in mesh.shape)
-    parts = math.prod(mesh.shape[axis] for axis in present)
-    return present if present and size % parts == 0 else None
+    if not present or size % _num_parts(mesh, present):
+        return None
+    return present
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of a rule."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _num_parts(mesh: Any, axes: tuple[str, ...]) -> int:
+    """Number of parts into which mesh axes split an array."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def check_batch_size(mesh: jax.sharding.Mesh, batch_size: int) -> None:
@@ -130,10 +145,10 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
     They are sorted, but may have gaps: a mesh follows the torus of a TPU slice, not its hosts.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    local = set()
-    for (rows,) in indices.values():
-        local.update(range(batch_size)[rows])
-    return sorted(local)
+    rows = set()
+    for (device_rows,) in indices.values():
+        rows.update(range(batch_size)[device_rows])
+    return sorted(rows)
 
 
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, batch: Any) -> Any:
@@ -158,7 +173,7 @@ def whole(tree: Any, shardings: Any) -> Any:
 
 
 def on_one_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Gathers a tree of arrays from a mesh, whole, onto the first device of each process."""
+    """Gathers a tree of arrays from a mesh; the first device of each process gets full copies."""
     if mesh.size == 1:
         return tree
     tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
@@ -173,7 +188,7 @@ def connect(coordinator_address: str, num_processes: int, process_id: int) -> No
     """Connects the processes that train together; call it before jax is used.
 
     On TPU slices (also in GKE) and under Slurm, jax reads the settings from the environment;
-    elsewhere the arguments give them. A Slurm process gets one GPU, a process configured by the
+    elsewhere the arguments give them. A Slurm process gets one GPU; a process configured by the
     arguments gets all devices of its host.
 
     Args:
@@ -288,24 +303,22 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
 
 
 def fitting(
-    mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: Sequence[int]
+    mesh: jax.sharding.Mesh,
+    names: Sequence[str | None],
+    shape: Sequence[int],
 ) -> NamedSharding:
     """Sharding of an array whose axes have logical names.
 
     An axis that its mesh axes do not divide stays whole; the next axis in RULES may then use them.
     """
-
-    def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        return size % math.prod(mesh.shape[axis] for axis in axes) == 0
-
     while True:
-        axes = nn.logical_to_mesh_axes(names, RULES)
+        spec = nn.logical_to_mesh_axes(names, RULES)
         divided_names = []
-        for name, size, mesh_axes in zip(names, shape, axes, strict=True):
-            divided_names.append(name if divides(size, mesh_axes) else None)
+        for name, size, axes in zip(names, shape, spec, strict=True):
+            is_divided = size % _num_parts(mesh, _as_tuple(axes)) == 0
+            divided_names.append(name if is_divided else None)
         if divided_names == list(names):
-            return NamedSharding(mesh, axes)
+            return NamedSharding(mesh, spec)
         names = divided_names
 
 
@@ -316,16 +329,22 @@ def param_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
       ValueError: A large parameter would be replicated along fsdp, or on a mesh without fsdp along
         tensor.
     """
-    needed = next((axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1), None)
+    required_axis = None
+    if mesh.shape["fsdp"] > 1:
+        required_axis = "fsdp"
+    elif mesh.shape["tensor"] > 1:
+        required_axis = "tensor"
 
     def sharding(path: Any, box: nn.LogicallyPartitioned) -> NamedSharding:
         shape = box.value.shape
         placed = fitting(mesh, box.names, shape)
-        if needed and needed not in placed.spec and math.prod(shape) >= LARGE:
+        is_large = math.prod(shape) >= LARGE
+        if is_large and required_axis and required_axis not in placed.spec:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
                 f"mesh {dict(mesh.shape)}: {name} {list(shape)} would be replicated along "
-                f"{needed}; choose sizes of fsdp and tensor that divide its axes {box.names}"
+                f"{required_axis}; choose sizes of fsdp and tensor that divide its axes "
+                f"{box.names}"
             )
         return placed
 

@@ -18,7 +18,7 @@ from moss_tok.json_files import read_json_object
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
-_GROUP_SIZE = 64  # tensors per opening of a file
+_GROUP_SIZE = 64  # tensors that are read before a file is opened again
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -30,7 +30,8 @@ class Tensor:
       name: Official name.
       shape: Official shape.
       path: Path of the parameter in our tree.
-      row: Row of a parameter that is stacked over layers or quantizers; None for the whole one.
+      row: Row of a parameter that is stacked over layers or quantizers; None for a parameter that
+        is not stacked.
       to_ours: Converts the official array to our layout.
       to_official: The inverse of `to_ours`.
     """
@@ -58,22 +59,29 @@ def tensor_files(path: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(path / WEIGHTS_NAME), path / WEIGHTS_NAME)
     index = read_json_object(path / INDEX_NAME)
     weight_map = index.get("weight_map")
-    file_names = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) and Path(name).name for name in file_names):
-        raise ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
-    files = {name: path / Path(file).name for name, file in weight_map.items()}
-    for file in sorted(set(files.values())):
-        _check_index(files, file)
+    error = ValueError(f"{path / INDEX_NAME}: weight_map must give a file per tensor")
+    if not isinstance(weight_map, dict):
+        raise error
+    files = {}
+    names_by_file: dict[Path, set[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not Path(file_name).name:
+            raise error
+        files[name] = path / Path(file_name).name
+        names_by_file.setdefault(files[name], set()).add(name)
+    for file in sorted(names_by_file):
+        _check_index(file, names_by_file[file])
     return files
 
 
-def _check_index(files: dict[str, Path], file: Path) -> None:
-    """Raises ValueError unless a file has exactly the tensors that the index `files` gives it."""
+def _check_index(file: Path, indexed: set[str]) -> None:
+    """Raises ValueError unless a file has exactly the tensors `indexed`."""
     stored = set(_names(file))
-    indexed = {name for name, indexed_file in files.items() if indexed_file == file}
-    if missing := sorted(indexed - stored):
+    missing = sorted(indexed - stored)
+    if missing:
         raise ValueError(f"{file}: lacks {len(missing)} tensors of the index: {missing[0]} ...")
-    if extra := sorted(stored - indexed):
+    extra = sorted(stored - indexed)
+    if extra:
         raise ValueError(f"{file}: {extra[0]} is not in the index, or belongs to another file")
 
 
@@ -96,7 +104,10 @@ def _open(file: Path):
 
 
 def read_tensors(
-    path: Path, files: dict[str, Path], table: Iterable[Tensor], wanted: set[str]
+    path: Path,
+    files: dict[str, Path],
+    table: Iterable[Tensor],
+    wanted: set[str],
 ) -> dict[str, Any]:
     """Reads some tensors of a table into a tree of float32 numpy arrays.
 
@@ -109,66 +120,85 @@ def read_tensors(
     Raises:
       ValueError: Tensors are missing, unknown, misshapen or of another type; all of them are named.
     """
-    table = {t.name: t for t in table}
-    problems = [f"missing {name}" for name in table.keys() - files.keys()]
-    problems += [f"unknown {name}" for name in files.keys() - table.keys()]
+    tensor_of = {tensor.name: tensor for tensor in table}
+    problems = [f"missing {name}" for name in tensor_of.keys() - files.keys()]
+    problems += [f"unknown {name}" for name in files.keys() - tensor_of.keys()]
     params: dict[str, Any] = {}
-    stacked = _stacked_rows(table.values())
-    for file, names in _batches([n for n in table if n in files], files):
+    num_rows = _num_rows(tensor_of.values())
+    names = [name for name in tensor_of if name in files]
+    for file, group in _group_by_file(names, files):
         with _open(file) as tensors:
-            for name in names:
-                tensor = table[name]
-                stored = tensors.get_slice(name)
-                shape = tuple(stored.get_shape())
-                dtype = stored.get_dtype()
-                if dtype not in _DTYPES:
-                    problems.append(f"{name} has type {dtype}, not one of {', '.join(_DTYPES)}")
-                elif shape != tensor.shape:
-                    problems.append(f"{name} has shape {shape}, not {tensor.shape}")
+            for name in group:
+                tensor = tensor_of[name]
+                problem = _problem(tensor, tensors.get_slice(name))
+                if problem:
+                    problems.append(problem)
                 elif name in wanted and not problems:
-                    array = tensor.to_ours(tensors.get_tensor(name).astype(np.float32))
-                    _put(params, tensor, array, stacked)
+                    array = tensors.get_tensor(name).astype(np.float32)
+                    _put(params, tensor, tensor.to_ours(array), num_rows)
     if problems:
         raise ValueError(f"{path}: {len(problems)} bad tensors: {'; '.join(sorted(problems))}")
     return params
 
 
-def _batches(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Groups of tensor names, each of one file.
+def _problem(tensor: Tensor, stored: Any) -> str:
+    """Why a stored tensor cannot be read; "" if it can."""
+    shape = tuple(stored.get_shape())
+    dtype = stored.get_dtype()
+    if dtype not in _DTYPES:
+        return f"{tensor.name} has type {dtype}, not one of {', '.join(_DTYPES)}"
+    if shape != tensor.shape:
+        return f"{tensor.name} has shape {shape}, not {tensor.shape}"
+    return ""
+
+
+def _group_by_file(names: list[str], files: dict[str, Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Yields groups of tensor names, each of one file.
 
     The parts of a file that were read stay mapped in memory until it is closed. Opening it again
     for each group keeps the peak of memory at one copy of the weights.
     """
-    for file in sorted({files[name] for name in names}):
-        file_names = [name for name in names if files[name] == file]
+    names_by_file: dict[Path, list[str]] = {}
+    for name in names:
+        names_by_file.setdefault(files[name], []).append(name)
+    for file in sorted(names_by_file):
+        file_names = names_by_file[file]
         for start in range(0, len(file_names), _GROUP_SIZE):
             yield file, file_names[start : start + _GROUP_SIZE]
 
 
-def _stacked_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
+def _num_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
     """Number of rows of each stacked parameter, by its path."""
-    rows: dict[tuple[str, ...], int] = {}
+    num_rows: dict[tuple[str, ...], int] = {}
     for tensor in table:
         if tensor.row is not None:
-            rows[tensor.path] = max(rows.get(tensor.path, 0), tensor.row + 1)
-    return rows
+            num_rows[tensor.path] = max(num_rows.get(tensor.path, 0), tensor.row + 1)
+    return num_rows
 
 
-def _put(params, tensor: Tensor, array: np.ndarray, stacked) -> None:
+def _put(
+    params: dict[str, Any],
+    tensor: Tensor,
+    array: np.ndarray,
+    num_rows: dict[tuple[str, ...], int],
+) -> None:
     """Stores the array of a tensor in the tree `params`."""
     *parents, leaf = tensor.path
     for name in parents:
         params = params.setdefault(name, {})
     if tensor.row is None:
         params[leaf] = np.ascontiguousarray(array)
-    else:
-        if leaf not in params:
-            params[leaf] = np.empty((stacked[tensor.path], *array.shape), np.float32)
-        params[leaf][tensor.row] = array
+        return
+    if leaf not in params:
+        shape = (num_rows[tensor.path], *array.shape)
+        params[leaf] = np.empty(shape, np.float32)
+    params[leaf][tensor.row] = array
 
 
 def write_tensors(
-    path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file. Raises OSError if that fails."""
     try:
@@ -189,24 +219,25 @@ def write_folder(
 
     Args:
       path: An empty folder.
-      table: What to write.
+      table: The tensors to write.
       params: All parameters that the table names, arrays of any float type.
       dtype: Type of the written tensors, "float32", "float16" or "bfloat16".
-      constants: Further tensors, for the first file.
+      constants: Tensors that are not in the table; the first file gets them.
     """
     shards = split(table, np.dtype(dtype).itemsize)
     weight_map = {}
     total_bytes = 0
-    for i, shard in enumerate(shards):
+    for number, shard in enumerate(shards, 1):
         name = WEIGHTS_NAME
         if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {t.name: official_array(params, t, dtype) for t in shard}
-        if i == 0:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {tensor.name: official_array(params, tensor, dtype) for tensor in shard}
+        if number == 1:
             arrays |= constants or {}
         write_tensors(path / name, arrays, {"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
-        total_bytes += sum(array.nbytes for array in arrays.values())
+        for array in arrays.values():
+            total_bytes += array.nbytes
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -215,14 +246,14 @@ def write_folder(
 def split(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:
     """Splits a table into shards of at most MAX_SHARD_BYTES, at `itemsize` bytes per number."""
     shards = [[]]
-    size = 0
+    shard_bytes = 0
     for tensor in table:
-        size_bytes = math.prod(tensor.shape) * itemsize
-        if shards[-1] and size + size_bytes > MAX_SHARD_BYTES:
+        tensor_bytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and shard_bytes + tensor_bytes > MAX_SHARD_BYTES:
             shards.append([])
-            size = 0
+            shard_bytes = 0
         shards[-1].append(tensor)
-        size += size_bytes
+        shard_bytes += tensor_bytes
     return shards
 
 
@@ -231,4 +262,5 @@ def official_array(params, tensor: Tensor, dtype: str) -> np.ndarray:
     for name in tensor.path:
         params = params[name]
     array = params if tensor.row is None else params[tensor.row]
-    return np.ascontiguousarray(tensor.to_official(np.asarray(array)), dtype=dtype)
+    official = tensor.to_official(np.asarray(array))
+    return np.ascontiguousarray(official, dtype=dtype)

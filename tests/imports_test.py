@@ -21,7 +21,7 @@ FLOORS = [
      "audio.writing", "audio.files", "audio.folders", "audio.manifest", "audio.spectral"],
     ["codec.config", "codec.presets", "codec.checks",
      "codec.transformer", "codec.quantizer", "codec.model",
-     "codec.init", "codec.inference", "codec.streaming", "codec.live", "codec.huggingface_config",
+     "codec.init", "codec.masks", "codec.inference", "codec.streaming", "codec.live", "codec.huggingface_config",
      "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
     ["language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained", "speech.config", "speech.model",

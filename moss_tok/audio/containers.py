@@ -1,7 +1,7 @@
-"""Reads from headers of audio files how many bytes of audio there should be, and which codec.
+"""Reads the number of bytes of audio, and the codec, from the headers of audio files.
 
-Libsndfile reads a truncated file to its end without an error. So sizes in headers are compared here
-with the size of the file.
+Libsndfile reads a truncated file to its end without an error. So this module compares the sizes in
+headers with the size of the file.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from moss_tok.audio.windows import Piece
 
-# Sizes that programs write into a pipe, where they cannot go back to write the true size. Those of
-# ffmpeg and sox are a little less or more than these.
+# Sizes that programs write into a pipe, where they cannot go back to write the true size. The sizes
+# of ffmpeg and sox are a little smaller or larger than these.
 _STREAMED_32 = ((0x7F000000, 0x7F000100), (0x7FFFF000, 0x80000000), (0xFFFFFF00, 0xFFFFFFFF))
 _STREAMED_64 = 2**62
 _MAX_WAV_BYTES = 0x7FFFF000  # a longer WAV is read only as far as its header says
@@ -129,11 +129,11 @@ def _chunks(file: BinaryIO, place: int, form: str) -> Iterator[tuple[bytes, int,
 
 def _layout(start: int, announced: int, size: int, **options: object) -> Layout:
     """The layout of audio that begins at `start`, of `announced` bytes."""
-    there = max(0, size - start)
+    available = max(0, size - start)
     if _is_streamed(announced):
-        announced = there
-    missing = max(0, announced - there)
-    return Layout(missing, start, min(announced, there), **options)
+        announced = available
+    missing = max(0, announced - available)
+    return Layout(missing, start, min(announced, available), **options)
 
 
 def _patched(file: BinaryIO, start: int, size: int, fields: dict[int, bytes]) -> list[Piece]:
@@ -163,21 +163,21 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
     if long_at and length == 0xFFFFFFFF:
         if 0 < long_size < _STREAMED_64:
             return _layout(start, long_size, size, format_tag=format_tag)
-        there = size - start
-        fields = {long_at: struct.pack("<QQQ", size - 8, there, 0)}
-        return Layout(0, start, there, format_tag, _patched(file, start, size, fields))
-    there = size - start
+        available = size - start
+        fields = {long_at: struct.pack("<QQQ", size - 8, available, 0)}
+        return Layout(0, start, available, format_tag, _patched(file, start, size, fields))
+    available = size - start
     announced = length
     is_zero = length == 0 and _has_audio(file, start, size, f"{order}4sI")
     if is_zero or _is_streamed(length):
-        length = there
-    elif length and there > length + _WRAPS - _CHUNKS_BYTES:  # 32 bits of a longer size
-        length += (there - length + _CHUNKS_BYTES) // _WRAPS * _WRAPS
+        length = available
+    elif length and available > length + _WRAPS - _CHUNKS_BYTES:  # 32 bits of a longer size
+        length += (available - length + _CHUNKS_BYTES) // _WRAPS * _WRAPS
     layout = _layout(start, length, size, format_tag=format_tag, size_zero=is_zero)
     if order == "<" and length != announced and length > _MAX_WAV_BYTES:
         layout.pieces = _as_rf64(file, start, layout.length)
     elif is_zero:
-        field = struct.pack(f"{order}I", min(there, 0xFFFFFFFF))
+        field = struct.pack(f"{order}I", min(available, 0xFFFFFFFF))
         layout.pieces = _patched(file, start, size, {start - 4: field})
     return layout
 
@@ -219,11 +219,12 @@ def _w64(file: BinaryIO, size: int) -> Layout:
             return Layout()
         length = int.from_bytes(header[16:], "little")
         if header[:4] == b"data" and header[4:16] == _W64_TAIL:
-            there = size - place - 24
-            if 24 < length < _STREAMED_64 or there <= 0:
-                return _layout(place + 24, length - 24, size)
-            fields = {place + 16: struct.pack("<Q", there + 24)}
-            return Layout(0, place + 24, there, 0, _patched(file, place + 24, size, fields))
+            start = place + 24
+            available = size - start
+            if 24 < length < _STREAMED_64 or available <= 0:
+                return _layout(start, length - 24, size)
+            fields = {place + 16: struct.pack("<Q", available + 24)}
+            return Layout(0, start, available, 0, _patched(file, start, size, fields))
         if length < 24 or length >= _STREAMED_64:
             return Layout()
         place += (length + 7) // 8 * 8
@@ -237,9 +238,9 @@ def _aiff(file: BinaryIO, size: int) -> Layout:
         audio = start + 8 if name == b"SSND" else start  # after the chunk's own header
         if start + length > audio or not _has_audio(file, audio, size, ">4sI"):
             return _layout(start, length, size)
-        there = min(size - start, 0x7FFFFFFF)
-        pieces = _patched(file, start, size, {start - 4: struct.pack(">I", there)})
-        return Layout(0, start, there, 0, pieces, size_zero=True)
+        available = min(size - start, 0x7FFFFFFF)
+        pieces = _patched(file, start, size, {start - 4: struct.pack(">I", available)})
+        return Layout(0, start, available, 0, pieces, size_zero=True)
     return Layout()
 
 
@@ -272,11 +273,11 @@ def _caf(file: BinaryIO, size: int) -> Layout:
         if length >= _STREAMED_64:
             return Layout()
         place = start + length
-    there = size - start
-    if 4 < length < _STREAMED_64 or there <= 4:  # the chunk begins with a count of four bytes
+    available = size - start
+    if 4 < length < _STREAMED_64 or available <= 4:  # the chunk begins with a count of four bytes
         return _layout(start, length, size)
-    pieces = _patched(file, start, size, {place + 4: struct.pack(">Q", there)})
-    return Layout(0, start, there, 0, pieces, size_zero=length in (0, 4))
+    pieces = _patched(file, start, size, {place + 4: struct.pack(">Q", available)})
+    return Layout(0, start, available, 0, pieces, size_zero=length in (0, 4))
 
 
 def _nist(file: BinaryIO, size: int) -> Layout:
@@ -287,11 +288,13 @@ def _nist(file: BinaryIO, size: int) -> Layout:
         parts = line.split(None, 2)
         if len(parts) == 3 and parts[1] == b"-i" and parts[2].strip().isdigit():
             fields[parts[0]] = int(parts[2])
-    start = int(head[8:16].strip() or 0) if head[8:16].strip().isdigit() else 0
+    header_bytes = head[8:16].strip()
+    start = int(header_bytes) if header_bytes.isdigit() else 0
     announced = 1
     for name in (b"sample_count", b"channel_count", b"sample_n_bytes"):
         announced *= fields.get(name, 0)
-    return _layout(start, announced, size) if announced and b"shorten" not in head else Layout()
+    is_compressed = b"shorten" in head
+    return _layout(start, announced, size) if announced and not is_compressed else Layout()
 
 
 def _voc(file: BinaryIO, size: int) -> Layout:
@@ -336,14 +339,15 @@ def _matroska(file: BinaryIO, size: int) -> Layout:
 def _ebml_size(data: bytes, place: int) -> tuple[int, int]:
     """The size of an element, 2**62 if unknown, and the offset of its content.
 
-    The number of leading zeros of the first byte tells how many bytes the size has.
+    The number of leading zeros of the first byte gives the number of bytes of the size.
     """
     if not data or not data[0]:
         return 2**62, place
-    length = 9 - data[0].bit_length()
-    number = int.from_bytes(data[:length], "big") & (1 << 7 * length) - 1
-    unknown = number == (1 << 7 * length) - 1
-    return (2**62 if unknown else number), place + length
+    num_bytes = 9 - data[0].bit_length()
+    all_bits = (1 << 7 * num_bytes) - 1
+    size = int.from_bytes(data[:num_bytes], "big") & all_bits
+    is_unknown = size == all_bits
+    return (2**62 if is_unknown else size), place + num_bytes
 
 
 def _asf(file: BinaryIO, size: int) -> Layout:

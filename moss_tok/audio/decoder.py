@@ -15,7 +15,7 @@ class Decoder(Protocol):
       sample_rate: Hz.
       num_channels: C.
       num_frames: Samples per channel; None if this is known only after reading.
-      subtype: How samples are stored, by libsndfile's name.
+      subtype: Format of the stored samples, by libsndfile's name.
     """
 
     sample_rate: int
@@ -107,12 +107,12 @@ class Chain:
     def read(self, frames: int) -> np.ndarray:
         """See `Decoder`."""
         blocks = [self._decoder.read(frames)]
-        left = frames - blocks[0].shape[0]
-        while left > 0 and self._number + 1 < len(self._makers):
+        num_missing = frames - blocks[0].shape[0]
+        while num_missing > 0 and self._number + 1 < len(self._makers):
             self._decoder.close()
             self._open(self._number + 1)
-            blocks.append(self._decoder.read(left))
-            left -= blocks[-1].shape[0]
+            blocks.append(self._decoder.read(num_missing))
+            num_missing -= blocks[-1].shape[0]
         return np.concatenate(blocks)
 
     def count(self) -> int:

@@ -1,9 +1,10 @@
-"""Decodes with PyAV, the libraries of FFmpeg, the formats that libsndfile cannot read.
+"""Decodes formats that libsndfile cannot read, with PyAV (the libraries of FFmpeg).
 
-The output of some decoders depends on everything before: AAC and WMA fill bands with noise from a
-generator whose state a position in the file does not tell. So a file is decoded from its start. To
-read a segment of a long file faster, AAC, Opus and lossless files are divided into cells. At each
-cell a new decoder starts, a little before the cell, for a segment and for the whole file alike.
+The output of some decoders depends on all earlier packets: AAC and WMA fill bands with noise from a
+generator, and its state cannot be derived from a position in the file. So a file is decoded from
+its start. To read a segment of a long file faster, AAC, Opus and lossless files are divided into
+cells. A new decoder starts a little before each cell. This holds for a segment and for the whole
+file, so both give the same samples.
 """
 
 import collections
@@ -18,7 +19,7 @@ import numpy as np
 from moss_tok.audio import decoder as decoders
 from moss_tok.audio import notes
 
-# Packets per cell, for codecs whose packets tell how many samples they hold.
+# Packets per cell, for codecs whose packets give their number of samples.
 _CELL_PACKETS = {"aac": 4096, "opus": 1024, "alac": 64, "flac": 64}
 _PREROLL_PACKETS = 100
 _FULL_SCALE = {"u8": 128.0, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
@@ -42,13 +43,13 @@ class FfmpegDecoder:
         self._container = None
         self._damage = ""
         self._start(0)
-        self._left = next(self._blocks, None)
-        if self._left is None and self._damage:
+        self._pending = next(self._blocks, None)  # decoded samples [S, C] that were not read yet
+        if self._pending is None and self._damage:
             raise ValueError(f"{name}: cannot be decoded ({self._damage})")
-        if self._left is None:
+        if self._pending is None:
             raise ValueError(f"{name}: empty audio")
         self.sample_rate = self._rate
-        self.num_channels = self._left.shape[1]
+        self.num_channels = self._pending.shape[1]
         self.subtype = _subtype(self._stream.codec_context)
         self.num_frames = None
 
@@ -56,10 +57,12 @@ class FfmpegDecoder:
         """See `decoder.Decoder`."""
         blocks = [np.zeros((0, self.num_channels), np.float32)]
         while frames > 0:
-            block = self._left if self._left is not None else next(self._blocks, None)
+            block = self._pending
+            if block is None:
+                block = next(self._blocks, None)
             if block is None:
                 break
-            self._left = block[frames:] if block.shape[0] > frames else None
+            self._pending = block[frames:] if block.shape[0] > frames else None
             blocks.append(block[:frames])
             frames -= blocks[-1].shape[0]
         return np.concatenate(blocks)
@@ -67,7 +70,7 @@ class FfmpegDecoder:
     def seek(self, frame: int) -> None:
         """See `decoder.Decoder`."""
         self.close()
-        self._left = None
+        self._pending = None
         position = self._start(frame)
         decoders.skip(self, frame - position)
 
@@ -79,17 +82,19 @@ class FfmpegDecoder:
         self.close()
         self._open()
         total = 0
-        number = 0
+        number = 0  # of `last`
         last = None
         for packet in self._packets():
             if last is not None:
-                total += self._samples(last)
+                total += self._count_samples(last)
                 number += 1
             last = packet
-        return total + (self._decoded_samples(last, number) if last is not None else 0)
+        if last is not None:
+            total += self._count_decoded_samples(last, number)
+        return total
 
-    def _decoded_samples(self, packet: Any, number: int) -> int:
-        """Samples of the last packet, which may be cut or shorter than it says."""
+    def _count_decoded_samples(self, packet: Any, number: int) -> int:
+        """Samples of the last packet, which may be cut, or shorter than its header says."""
         import av
 
         try:
@@ -106,7 +111,7 @@ class FfmpegDecoder:
         import av
 
         self._file.seek(0)
-        with _named(self._name):
+        with _named_errors(self._name):
             self._container = av.open(self._file, metadata_errors="ignore")
         audio = self._container.streams.audio
         if not audio:
@@ -138,21 +143,21 @@ class FfmpegDecoder:
                 cell = []
                 start = position
             cell.append(packet)
-            position += self._samples(packet)
+            position += self._count_samples(packet)
         self._blocks = self._decode(history, number, itertools.chain(cell, packets))
         return start
 
     def _cell_packets(self) -> int:
         """Packets per cell; 0 if the file must be decoded from its start."""
         codec = self._stream.codec_context
-        known = codec.name in _CELL_PACKETS
+        has_cells = codec.name in _CELL_PACKETS
         if codec.name == "aac":
-            known = codec.frame_size > 0 and codec.profile == "LC"
+            has_cells = codec.frame_size > 0 and codec.profile == "LC"
         elif codec.name in ("alac", "flac"):
-            known = (1 / self._stream.time_base) % codec.sample_rate == 0
-        return _CELL_PACKETS[codec.name] if known else 0
+            has_cells = (1 / self._stream.time_base) % codec.sample_rate == 0
+        return _CELL_PACKETS[codec.name] if has_cells else 0
 
-    def _samples(self, packet: Any) -> int:
+    def _count_samples(self, packet: Any) -> int:
         """Samples per channel in a packet of a file with cells."""
         if packet.is_discard:
             return 0
@@ -170,15 +175,24 @@ class FfmpegDecoder:
         return max(0, total)
 
     def _packets(self) -> Iterator[Any]:
-        with _named(self._name):
+        with _named_errors(self._name):
             for packet in self._container.demux(self._stream):
                 if packet.size:
                     yield packet
 
     def _decode(
-        self, history: collections.deque[Any], number: int, packets: Iterable[Any]
+        self,
+        history: collections.deque[Any],
+        number: int,
+        packets: Iterable[Any],
     ) -> Iterator[np.ndarray]:
-        """Yields blocks [S, C] of packets; `number` is that of the first packet."""
+        """Yields blocks [S, C] of packets.
+
+        Args:
+          history: Packets before the first one, for the preroll.
+          number: Number of the first packet.
+          packets: The packets.
+        """
         import av
 
         decoder = None
@@ -186,8 +200,8 @@ class FfmpegDecoder:
         for packet in packets:
             if decoder is None or (self._cell and number % self._cell == 0):
                 decoder = self._new_decoder(number)
-                for old in history:
-                    decoder.decode(old)
+                for earlier_packet in history:
+                    decoder.decode(earlier_packet)
             number += 1
             history.append(packet)
             try:
@@ -195,63 +209,68 @@ class FfmpegDecoder:
             except av.FFmpegError as error:
                 self._damage = self._damage or str(error.strerror)
                 continue
-            if decoded and self._damage:  # so it is not only the end of the file that is cut
+            if decoded and self._damage:  # the damage is not at the end of the file
                 raise ValueError(f"{self._name}: corrupt ({self._damage})")
             for frame in decoded:
-                yield self._samples_of(frame)
+                yield self._to_block(frame)
         if decoder is not None:
-            with _named(self._name):
+            with _named_errors(self._name):
                 decoded = decoder.decode(None)
             for frame in decoded:
-                yield self._samples_of(frame)
+                yield self._to_block(frame)
 
     def _new_decoder(self, number: int) -> Any:
         """A decoder for the packets from `number` on, and for its history before them."""
         import av
 
-        known = self._stream.codec_context
+        of_file = self._stream.codec_context
         if not self._cell:
-            return known
-        name = known.name
+            return of_file
+        name = of_file.name
         options = {}
         if name == "opus" and "libopus" in av.codecs_available:  # the reference
             name = "libopus"
             options["request_sample_fmt"] = "flt"
         codec = av.CodecContext.create(name, "r")
-        extradata = known.extradata
-        if known.name == "opus" and number and extradata:
+        extradata = of_file.extradata
+        if of_file.name == "opus" and number and extradata:
             extradata = extradata[:10] + b"\0\0" + extradata[12:]  # skip nothing
         codec.extradata = extradata
-        codec.sample_rate = known.sample_rate
-        codec.layout = known.layout
+        codec.sample_rate = of_file.sample_rate
+        codec.layout = of_file.layout
         codec.options = options
         codec.thread_count = 1
         return codec
 
-    def _samples_of(self, frame: Any) -> np.ndarray:
-        """[S, C] float32 of a decoded frame; ValueError if its rate or channels have changed."""
-        form = frame.format.name
+    def _to_block(self, frame: Any) -> np.ndarray:
+        """[S, C] float32 of a decoded frame.
+
+        Raises:
+          ValueError: The rate or the number of channels has changed.
+        """
         wav = frame.to_ndarray()
+        rate = frame.sample_rate
         num_channels = frame.layout.nb_channels
         wav = wav.T if frame.format.is_planar else wav.reshape(-1, num_channels)
-        kind = (frame.sample_rate, num_channels)
         if not self._rate:
-            self._rate = frame.sample_rate
-            self._kind = kind
-        if kind != self._kind:
+            self._rate = rate
+            self._channels = num_channels
+        if (rate, num_channels) != (self._rate, self._channels):
             raise ValueError(
-                f"{self._name}: changes from {self._kind[0]} Hz, {self._kind[1]} channels to "
-                f"{kind[0]} Hz, {kind[1]} channels; convert it to one kind first"
+                f"{self._name}: changes from {self._rate} Hz, {self._channels} channels to "
+                f"{rate} Hz, {num_channels} channels; convert it to one kind first"
             )
-        full_scale = _FULL_SCALE.get(form.removesuffix("p"))
+        sample_format = frame.format.name.removesuffix("p")
+        full_scale = _FULL_SCALE.get(sample_format)
         if full_scale is None:
             return np.ascontiguousarray(wav, np.float32)
-        offset = full_scale if form.startswith("u8") else 0
-        return np.ascontiguousarray((wav.astype(np.float64) - offset) / full_scale, np.float32)
+        offset = full_scale if sample_format == "u8" else 0
+        scaled = (wav.astype(np.float64) - offset) / full_scale
+        return np.ascontiguousarray(scaled, np.float32)
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named_errors(name: str) -> Iterator[None]:
     """Turns errors of PyAV into a ValueError that names the file."""
     import av
 

@@ -49,19 +49,23 @@ def read(path: Source, sample_rate: int, num_channels: int) -> np.ndarray:
 def read_native(path: Source) -> tuple[np.ndarray, int]:
     """Reads a whole file without conversion: [C, S] float32 and its rate in Hz; see `read`."""
     with open_audio(path, Use.ALL) as decoder:
-        return _checked(path, decoders.read_all(decoder)), decoder.sample_rate
+        samples = decoders.read_all(decoder)
+        return _checked(path, samples), decoder.sample_rate
 
 
 def read_blocks(
-    path: Source, sample_rate: int, num_channels: int, seconds: float
+    path: Source,
+    sample_rate: int,
+    num_channels: int,
+    seconds: float,
 ) -> Iterator[np.ndarray]:
     """Reads like `read`, in blocks of about `seconds`; memory does not grow with the file.
 
     Yields:
-      [num_channels, S] float32; together they are what `read` returns, bit for bit.
+      [num_channels, S] float32; joined, the blocks are bit for bit the result of `read`.
 
     Raises:
-      ValueError: See `read`; some damage is noticed only when it is reached.
+      ValueError: See `read`. Some damage is noticed only when it is reached.
     """
     with open_audio(path, Use.ALL) as decoder:
         rate = decoder.sample_rate
@@ -69,47 +73,57 @@ def read_blocks(
         stream = None
         if rate != sample_rate:
             stream = soxr.ResampleStream(rate, sample_rate, num_channels, "float32", "HQ")
-        first = None
+        first_sample = None  # [num_channels, 1]
         num_yielded = 0
-        last = False
-        while not last:
+        is_last = False
+        while not is_last:
             wav = decoder.read(size)
-            last = wav.shape[0] < size
-            if wav.size or first is None:
+            is_last = wav.shape[0] < size
+            if wav.size or first_sample is None:
                 _checked(path, wav)
             block = to_channels(wav.T, num_channels)
-            first = block[:, :1] if first is None else first
+            if first_sample is None:
+                first_sample = block[:, :1]
             if stream:
-                block = stream.resample_chunk(np.ascontiguousarray(block.T), last=last).T
+                block = stream.resample_chunk(np.ascontiguousarray(block.T), last=is_last).T
             num_yielded += block.shape[1]
-            if last and num_yielded == 0:  # as in `resample`
-                block = first
+            if is_last and num_yielded == 0:  # as in `resample`
+                block = first_sample
             if block.shape[1]:
                 yield np.ascontiguousarray(block)
 
 
 def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Regroups blocks [C, S] into blocks of `size` samples; the last may have fewer."""
-    left: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
+    num_pending = 0
     for block in blocks:
-        left.append(block)
-        if sum(x.shape[1] for x in left) >= size:
-            whole = np.concatenate(left, axis=1)
-            end = whole.shape[1] // size * size
-            yield from (whole[:, i : i + size] for i in range(0, end, size))
-            left = [whole[:, end:]]
-    rest = np.concatenate(left, axis=1)
-    if rest.shape[1]:
-        yield rest
+        pending.append(block)
+        num_pending += block.shape[1]
+        if num_pending < size:
+            continue
+        joined = np.concatenate(pending, axis=1)
+        end = num_pending // size * size
+        for start in range(0, end, size):
+            yield joined[:, start : start + size]
+        pending = [joined[:, end:]]
+        num_pending -= end
+    remainder = np.concatenate(pending, axis=1)
+    if num_pending:
+        yield remainder
 
 
 def read_segment(
-    source: Source, start_seconds: float, seconds: float, sample_rate: int
+    source: Source,
+    start_seconds: float,
+    seconds: float,
+    sample_rate: int,
 ) -> np.ndarray:
     """Reads a part of a file, at most `seconds` long, and decodes little more than that.
 
-    At the file's own rate, the result is that part of `read_native`. At another rate, the filter
-    does not see the samples before and after the part. PyAV decodes more, see `ffmpeg`.
+    At the file's own rate, the result is that part of `read_native`. At another rate, the filter of
+    the resampler does not see the samples before and after the part. PyAV decodes more, see
+    `ffmpeg`.
 
     Returns:
       [C, S] float32 at `sample_rate`, S at most seconds * sample_rate, less at the file's end.
@@ -122,9 +136,9 @@ def read_segment(
         start = int(start_seconds * rate)
         total = decoder.num_frames
         wav = np.zeros((0, decoder.num_channels), np.float32)
-        if start > 0 and (total is None or start < total):
-            decoder.seek(start)
         if total is None or start < total:
+            if start > 0:
+                decoder.seek(start)
             wav = decoder.read(int(np.ceil(seconds * rate)))
         if start > 0 and total != 0 and not wav.size:
             end = "before that" if total is None else f"after {total / rate:g} s"
@@ -144,18 +158,23 @@ def duration_seconds(source: Source) -> float:
 
 
 def subtype(source: Source) -> str:
-    """How samples are stored, by libsndfile's name: "PCM_24". Raises ValueError like `read`."""
+    """The format of the stored samples, by libsndfile's name: "PCM_24".
+
+    Raises:
+      ValueError: See `read`.
+    """
     with open_audio(source, Use.LENGTH) as decoder:
         return decoder.subtype
 
 
 def level_db(wav: np.ndarray) -> float:
     """RMS level of audio in dB re full scale, -200 for digital silence."""
-    return float(10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20))
+    power = np.mean(np.square(wav, dtype=np.float64))
+    return float(10 * np.log10(power + 1e-20))
 
 
 def _checked(source: object, wav: np.ndarray) -> np.ndarray:
-    """[S, C] -> [C, S]; ValueError if there are no samples, or some are not finite."""
+    """[S, C] -> [C, S]. Raises ValueError if there are no samples, or some are not finite."""
     if wav.size == 0:
         raise ValueError(f"{source}: empty audio")
     if not np.isfinite(wav).all():

@@ -1,4 +1,4 @@
-"""Tells whether FLAC files are complete, and finds files that were appended to each other.
+"""Checks whether FLAC files are complete, and finds files that were appended to each other.
 
 A few frame headers are enough for both, so that a segment of a long file can be read without
 reading all of it.
@@ -12,7 +12,7 @@ import numpy as np
 
 _MARK = b"fLaC"
 _BEGINNING = _MARK + b"\0\0\0\x22"  # with the header of the block that is always first
-_FRAME_MARKS = (b"\xff\xf8", b"\xff\xf9")  # of fixed and of variable size
+_FRAME_MARKS = (b"\xff\xf8", b"\xff\xf9")  # frames of fixed size, frames of variable size
 _NUM_PROBES = 4
 _PROBE_BYTES = 1 << 16
 _LONGEST_FRAME = 1 << 17  # bytes; the decoder checks longer ones
@@ -34,7 +34,8 @@ def read_info(file: BinaryIO, start: int) -> StreamInfo | None:
     if len(head) < 42 or head[:8] not in (_BEGINNING, _MARK + b"\x80\0\0\x22"):
         return None
     block_size = int.from_bytes(head[8:10], "big")
-    return StreamInfo(block_size, int.from_bytes(head[21:26], "big") & (1 << 36) - 1)
+    num_samples = int.from_bytes(head[21:26], "big") & (1 << 36) - 1
+    return StreamInfo(block_size, num_samples)
 
 
 def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
@@ -55,7 +56,7 @@ def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
 def is_whole(file: BinaryIO, start: int, end: int) -> bool:
     """Whether the last frame of a stream is certainly there, or its header does not identify it.
 
-    If this is False, only decoding the end can tell.
+    If the result is False, the stream may still be complete; only decoding its end shows that.
     """
     info = read_info(file, start)
     if info is None or not info.num_samples:
@@ -67,21 +68,23 @@ def is_whole(file: BinaryIO, start: int, end: int) -> bool:
 def _find_all(file: BinaryIO, start: int, end: int) -> list[int]:
     """Where FLAC files begin; the first begins at `start`."""
     starts = [start]
-    tail = b""
+    tail = b""  # the end of the last chunk, in which a mark may begin
     offset = start
-    file.seek(start)
-    while chunk := file.read(min(_CHUNK_BYTES, end - offset)):
+    while True:
+        file.seek(offset)
+        chunk = file.read(min(_CHUNK_BYTES, end - offset))
+        if not chunk:
+            return starts
         data = tail + chunk
         origin = offset - len(tail)
-        place = data.find(_BEGINNING)
-        while place >= 0:
-            if origin + place > starts[-1] and read_info(file, origin + place):
-                starts.append(origin + place)
-            place = data.find(_BEGINNING, place + 1)
+        index = data.find(_BEGINNING)
+        while index >= 0:
+            position = origin + index
+            if position > starts[-1] and read_info(file, position):
+                starts.append(position)
+            index = data.find(_BEGINNING, index + 1)
         offset += len(chunk)
         tail = data[-(len(_BEGINNING) - 1) :]
-        file.seek(offset)
-    return starts
 
 
 def _last_frame(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bytes:
@@ -92,34 +95,37 @@ def _last_frame(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bytes
     if data[-128:-125] == b"TAG":
         data = data[:-128]
     for mark in _FRAME_MARKS:
-        place = len(data)
-        while (place := data.rfind(mark, 0, place)) >= 0:
-            frame = _parse_frame(data[place : place + 16], info)
+        index = data.rfind(mark)
+        while index >= 0:
+            frame = _parse_frame(data[index : index + 16], info)
             if frame and sum(frame) == info.num_samples:
-                return data[place:]
+                return data[index:]
+            index = data.rfind(mark, 0, index)
     return b""
 
 
 def _goes_up(file: BinaryIO, start: int, end: int, info: StreamInfo) -> bool:
     """Whether the positions in the stream go up from probe to probe."""
-    before = -1
+    previous = -1
     for probe in range(_NUM_PROBES):
         file.seek(start + (end - start) * (2 * probe + 1) // (2 * _NUM_PROBES))
-        first = _first_frame(file.read(_PROBE_BYTES), info)
-        if first is None or first <= before:
+        sample = _first_sample(file.read(_PROBE_BYTES), info)
+        if sample is None or sample <= previous:
             return False
-        before = first
+        previous = sample
     return True
 
 
-def _first_frame(data: bytes, info: StreamInfo) -> int | None:
+def _first_sample(data: bytes, info: StreamInfo) -> int | None:
     """The first sample of the first frame in `data`; None if no frame begins there."""
     for mark in _FRAME_MARKS:
-        place = -1
-        while (place := data.find(mark, place + 1)) >= 0:
-            frame = _parse_frame(data[place : place + 16], info)
+        index = data.find(mark)
+        while index >= 0:
+            frame = _parse_frame(data[index : index + 16], info)
             if frame:
-                return frame[0]
+                sample, _ = frame
+                return sample
+            index = data.find(mark, index + 1)
     return None
 
 
@@ -127,36 +133,41 @@ def _parse_frame(header: bytes, info: StreamInfo) -> tuple[int, int] | None:
     """First sample and number of samples of a frame; None if this is not a frame header."""
     if len(header) < 6 or header[3] & 1 or header[2] & 15 == 15:
         return None
-    number, place = _utf8_number(header, 4)
+    number, end = _utf8_number(header, 4)
     code = header[2] >> 4
     if number is None or code == 0:
         return None
-    if code in (6, 7):
-        length = code - 5
-        size = int.from_bytes(header[place : place + length], "big") + 1
-        place += length
+    if code == 1:
+        size = 192
+    elif code < 6:
+        size = 576 << code - 2
+    elif code in (6, 7):  # the size follows, in one or two bytes
+        num_bytes = code - 5
+        size = int.from_bytes(header[end : end + num_bytes], "big") + 1
+        end += num_bytes
     else:
-        size = 192 if code == 1 else 576 << code - 2 if code < 6 else 256 << code - 8
-    place += {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)
-    if place >= len(header) or _crc8(header[:place]) != header[place]:
+        size = 256 << code - 8
+    end += {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)  # a sample rate may follow
+    if end >= len(header) or _crc8(header[:end]) != header[end]:
         return None
     is_fixed = header[1] == 0xF8
-    return (number * info.block_size if is_fixed else number), size
+    first_sample = number * info.block_size if is_fixed else number
+    return first_sample, size
 
 
-def _utf8_number(data: bytes, place: int) -> tuple[int | None, int]:
+def _utf8_number(data: bytes, start: int) -> tuple[int | None, int]:
     """A number of up to 36 bits in the coding of UTF-8, and the offset of its end."""
-    first = data[place]
+    first = data[start]
     if first < 0x80:
-        return first, place + 1
+        return first, start + 1
     length = 8 - (first ^ 0xFF).bit_length()
-    rest = data[place + 1 : place + length]
-    if not 2 <= length <= 7 or len(rest) < length - 1:
-        return None, place
+    following = data[start + 1 : start + length]
+    if not 2 <= length <= 7 or len(following) < length - 1:
+        return None, start
     number = first & (0x7F >> length)
-    for byte in rest:
+    for byte in following:
         number = number << 6 | byte & 0x3F
-    return number, place + length
+    return number, start + length
 
 
 def _crc8(data: bytes) -> int:

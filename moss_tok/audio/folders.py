@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from moss_tok import storage
 from moss_tok.audio import kinds, notes
 
-_MANIFEST = ".jsonl"  # a list of the recordings; need not be reported as left out
+_MANIFEST = ".jsonl"  # a list of the recordings, which notes do not mention
 _MAX_SUFFIXES = 8  # suffixes that a note lists
 
 
@@ -30,51 +30,53 @@ def select(
       kind: What the error message calls the files.
 
     Raises:
-      ValueError: No file is left.
+      ValueError: No file is selected.
     """
-    chosen = []
-    hidden = 0
-    needing_ffmpeg = 0
-    others: collections.Counter[str] = collections.Counter()
-    wants_audio = kinds.SUFFIXES[0] in suffixes
+    selected = []
+    num_hidden = 0
+    num_for_ffmpeg = 0
+    suffix_counts: collections.Counter[str] = collections.Counter()  # of other files
+    is_audio = kinds.SUFFIXES[0] in suffixes
     for path in paths:
         suffix = path.suffix.lower()
-        if _is_hidden((path.name,) if pattern else path.relative_to(root).parts):
-            hidden += 1
+        parts = (path.name,) if pattern else path.relative_to(root).parts
+        if _is_hidden(parts):
+            num_hidden += 1
         elif suffix in suffixes:
-            chosen.append(path)
-        elif wants_audio and suffix in kinds.FFMPEG_SUFFIXES:
-            needing_ffmpeg += 1
+            selected.append(path)
+        elif is_audio and suffix in kinds.FFMPEG_SUFFIXES:
+            num_for_ffmpeg += 1
         elif suffix != _MANIFEST:
-            others[suffix or "without a suffix"] += 1
-    said = _left_out(hidden, needing_ffmpeg, others)
+            suffix_counts[suffix or "without a suffix"] += 1
+    left_out = _list_left_out(num_hidden, num_for_ffmpeg, suffix_counts)
     name = pattern or str(root)
-    if not chosen:
-        reason = f"; left out: {said}" if said else ""
+    if not selected:
+        reason = f"; left out: {left_out}" if left_out else ""
         raise ValueError(f"{name}: no {kind} ({', '.join(suffixes)}){reason}")
-    if said:
-        notes.say_once(f"{name}: left out {said}")
-    return sorted(chosen)
+    if left_out:
+        notes.say_once(f"{name}: left out {left_out}")
+    return sorted(selected)
 
 
 def _is_hidden(parts: tuple[str, ...]) -> bool:
-    for part in parts:
-        if part.startswith("."):
-            return True
-    return False
+    return any(part.startswith(".") for part in parts)
 
 
-def _left_out(hidden: int, needing_ffmpeg: int, others: collections.Counter[str]) -> str:
-    """Text that lists what is left out; "" for nothing."""
-    said = []
-    if needing_ffmpeg:
-        said.append(f"{needing_ffmpeg} files that need PyAV ({kinds.INSTALL})")
-    if hidden:
-        said.append(f"{hidden} hidden")
-    common = others.most_common(_MAX_SUFFIXES)
-    for suffix, count in common:
-        said.append(f"{count} {suffix}")
-    rest = others.total() - sum(count for _, count in common)
-    if rest:
-        said.append(f"{rest} others")
-    return ", ".join(said)
+def _list_left_out(
+    num_hidden: int,
+    num_for_ffmpeg: int,
+    suffix_counts: collections.Counter[str],
+) -> str:
+    """Text that lists the files that are left out; "" if there are none."""
+    parts = []
+    if num_for_ffmpeg:
+        parts.append(f"{num_for_ffmpeg} files that need PyAV ({kinds.INSTALL})")
+    if num_hidden:
+        parts.append(f"{num_hidden} hidden")
+    num_others = suffix_counts.total()
+    for suffix, count in suffix_counts.most_common(_MAX_SUFFIXES):
+        parts.append(f"{count} {suffix}")
+        num_others -= count
+    if num_others:
+        parts.append(f"{num_others} others")
+    return ", ".join(parts)

@@ -105,7 +105,7 @@ def is_mpeg(head: bytes) -> bool:
 
 
 def not_audio(head: bytes, size: int) -> str:
-    """Names a file that is not audio, by its first bytes; "" if they do not tell."""
+    """The kind of a file that is not audio, by its first bytes; "" if they do not show it."""
     if size == 0:
         return "an empty file (zero bytes)"
     for mark, name in _OTHERS:
@@ -138,6 +138,6 @@ def _as_text(head: bytes) -> str:
             text = head[: len(head) - cut].decode(encoding)
         except UnicodeDecodeError:
             continue
-        printable = all(c.isprintable() or c.isspace() for c in text)
-        return text if printable and text.strip() else ""
+        is_printable = all(c.isprintable() or c.isspace() for c in text)
+        return text if is_printable and text.strip() else ""
     return ""

@@ -141,6 +141,7 @@ class LibsndfileDecoder:
 
     def seek(self, frame: int) -> None:
         """See `decoder.Decoder`."""
+        # After the seek, the decoder skips the samples between the target and `frame`.
         if self._file.can_seek and frame != self._position:
             target = frame
             if self._last_page and self.num_frames is not None:

@@ -21,7 +21,7 @@ EXAMPLE = '{"path": "a.wav"}'  # a line of a manifest, for error messages
 
 T = TypeVar("T")
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can express it, UTF-8 cannot
 _NAME = re.compile(r"[\w .+-]{1,64}")  # domains become file names
 _TEST_SHARE = 20  # without splits in the manifest, one file in 20 is held out
 
@@ -53,7 +53,7 @@ def find_items(source: str | storage.Path) -> list[AudioItem]:
     Manifest lines are objects with `path` (relative to the manifest), and optionally `split`,
     `domain`, `duration_s`, `transcript`, `caption`, `task` (see `read_text`), and `record` for a
     record of a shard. If no split is given, a fixed twentieth of the files, chosen by a hash of
-    their names, is "test" and the rest is "train".
+    their names, is "test"; all others are "train".
 
     Raises:
       ValueError: The source does not exist, has a broken line, or has no audio.
@@ -77,14 +77,21 @@ def refuse_recording(path: storage.Path) -> None:
 
 
 def list_files(
-    root: storage.Path, paths: Sequence[storage.Path], pattern: str = ""
+    root: storage.Path,
+    paths: Sequence[storage.Path],
+    pattern: str = "",
 ) -> list[AudioItem]:
     """The audio files among `paths` under `root`; a note lists the others, see `folders.select`.
 
-    `pattern` is the glob pattern that selected the paths, if any. ValueError if there are none.
+    `pattern` is the glob pattern that selected the paths, if any.
+
+    Raises:
+      ValueError: There are no audio files.
     """
-    paths = folders.select(root, paths, files.readable_suffixes(), pattern, "audio files")
-    return _items(root, [{"path": str(p.relative_to(root))} for p in paths])
+    rows = []
+    for path in folders.select(root, paths, files.readable_suffixes(), pattern, "audio files"):
+        rows.append({"path": str(path.relative_to(root))})
+    return _items(root, rows)
 
 
 def _read_rows(manifest: storage.Path) -> list[dict]:
@@ -113,7 +120,8 @@ def _check_row(row: dict, place: str) -> None:
             raise ValueError(f"{place}: {key} has half a surrogate pair")
     if row.get("task") not in (None, *TASKS):
         raise ValueError(f"{place}: task must be one of {', '.join(TASKS)}, got {row['task']!r}")
-    duration, record = row.get("duration_s"), row.get("record")
+    duration = row.get("duration_s")
+    record = row.get("record")
     if duration is not None and not (is_number(duration) and 0 < duration < 1e6):
         raise ValueError(f"{place}: duration_s must be a positive number, got {duration!r}")
     if record is not None:
@@ -130,19 +138,27 @@ def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
     """
     task = metadata.get("task")
     if task not in TASKS:
-        task = "caption" if metadata.get("caption") and not metadata.get("transcript") else TASKS[0]
+        has_caption_only = metadata.get("caption") and not metadata.get("transcript")
+        task = "caption" if has_caption_only else TASKS[0]
     text = metadata.get("caption" if task == "caption" else "transcript")
     return (text.strip() if isinstance(text, str) else ""), task
 
 
 def _held_out(paths: list[str]) -> set[str]:
     """A fixed twentieth of `paths`, at least one if there are two or more."""
-    ranked = sorted(paths, key=lambda p: zlib.crc32(storage.name_bytes(p)))
-    return set(ranked[: max(1, len(ranked) // _TEST_SHARE)]) if len(ranked) > 1 else set()
+    if len(paths) < 2:
+        return set()
+    ranked = sorted(paths, key=_hash_name)
+    num_held_out = max(1, len(ranked) // _TEST_SHARE)
+    return set(ranked[:num_held_out])
+
+
+def _hash_name(path: str) -> int:
+    return zlib.crc32(storage.name_bytes(path))
 
 
 def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
-    held_out = _held_out([r["path"] for r in rows])
+    held_out = _held_out([row["path"] for row in rows])
     return [_item(root, row, held_out) for row in show_reading(rows)]
 
 
@@ -157,12 +173,15 @@ def show_reading(rows: Sequence[T]) -> Iterator[T]:
 
 
 def _item(root: storage.Path, row: dict, held_out: set[str]) -> AudioItem:
-    row = dict(row)
-    path = storage.join(root, row["path"])
-    default = "test" if row.pop("path") in held_out else "train"
-    split, domain = row.pop("split", None) or default, row.pop("domain", None) or "audio"
-    duration, record = row.pop("duration_s", None), row.pop("record", None)
-    return AudioItem(path, split, domain, _seconds(path, duration), record, row)
+    metadata = dict(row)
+    name = metadata.pop("path")
+    path = storage.join(root, name)
+    default_split = "test" if name in held_out else "train"
+    split = metadata.pop("split", None) or default_split
+    domain = metadata.pop("domain", None) or "audio"
+    duration = metadata.pop("duration_s", None)
+    record = metadata.pop("record", None)
+    return AudioItem(path, split, domain, _seconds(path, duration), record, metadata)
 
 
 def _seconds(path: storage.Path, duration: float | None) -> float:

@@ -1,7 +1,7 @@
-"""Frames of MPEG audio (MP1, MP2, MP3), counted by their headers.
+"""Counts the frames of MPEG audio (MP1, MP2, MP3) by their headers.
 
-Decoders guess the length of a file without a Xing header from its size, and trust a Xing header
-that is wrong. So frame headers are followed here to the end of the file. They also show where one
+Decoders guess the length of a file without a Xing header from its size, and trust a wrong Xing
+header. So this module follows the frame headers to the end of the file. They also show where one
 file ends and an appended one begins.
 """
 
@@ -23,7 +23,7 @@ _LAME_BYTES = 36  # after the fields of a Xing header: encoder, delay, padding, 
 _DECODER_DELAY = 529  # samples; LAME counts them as padding
 
 _RATES = (44100, 48000, 32000)
-_KBPS = {  # of (MPEG 1?, layer), by the index in the header
+_KBPS = {  # (whether it is MPEG 1, layer) -> kbit/s by the index in the header
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -170,9 +170,9 @@ class Link:
 
     def missing_frames(self, end: int) -> int:
         """Frames that the Xing header announces but a file that ends at `end` lacks."""
-        missing = self.announced_frames - self.num_frames
-        cut = self.start + self.announced_bytes > end
-        return missing if missing > 0 and cut else 0
+        num_missing = self.announced_frames - self.num_frames
+        is_cut = self.start + self.announced_bytes > end
+        return max(0, num_missing) if is_cut else 0
 
 
 def parse_header(header: bytes) -> Format | None:
@@ -218,7 +218,7 @@ class _Scanner:
         file.seek(start, os.SEEK_SET)
 
     def scan(self) -> list[Link]:
-        """`find_links`."""
+        """See `find_links`."""
         links: list[Link] = []
         while self._fill(_VERIFIED_FRAMES * _LONGEST_FRAME):
             format_ = self._format_at(self._place, links[-1] if links else None)
@@ -240,13 +240,13 @@ class _Scanner:
         return self._data[place + 1 : place + 3]
 
     def _fill(self, size: int) -> int:
-        """Reads until `size` bytes are available or the file ends; returns how many there are."""
-        left = len(self._data) - self._place
-        at = self._origin + len(self._data)
-        if left < size and at < self._end:
-            more = self._file.read(min(_CHUNK_BYTES, self._end - at))
+        """Reads until `size` bytes are available or the file ends; returns the number available."""
+        num_available = len(self._data) - self._place
+        position = self._origin + len(self._data)
+        if num_available < size and position < self._end:
+            more = self._file.read(min(_CHUNK_BYTES, self._end - position))
             if not more:
-                self._end = at
+                self._end = position
             self._data = self._data[self._place :] + more
             self._origin += self._place
             self._place = 0
@@ -258,16 +258,17 @@ class _Scanner:
         if format_ is None:
             return None
         sizes = format_.sizes()
-        known = last is not None and last.format == format_
-        if known and last.extents and sum(last.extents[-1]) == self._origin + place:
+        is_known = last is not None and last.format == format_
+        if is_known and last.extents and sum(last.extents[-1]) == self._origin + place:
             return format_
         is_first = self._origin + place == self._start
         for _ in range(1 if is_first else _VERIFIED_FRAMES - 1):
             place += sizes[self._key_at(place)]
             following = self._data[place : place + 4]
             if parse_header(following) != format_:
-                at_end = len(following) < 4 or following[:3] in _TAGS
-                return format_ if at_end and (known or last is None) else None
+                is_at_end = len(following) < 4 or following[:3] in _TAGS
+                is_expected = is_known or last is None
+                return format_ if is_at_end and is_expected else None
         return format_
 
     def _skip(self) -> bool:
@@ -278,10 +279,12 @@ class _Scanner:
             return True
         while self._fill(_LONGEST_FRAME) > 1:
             places = []
-            for lead in (b"\xff", b"ID3"):
-                places.append(self._data.find(lead, self._place + 1))
-            if max(places) >= 0:
-                self._place = min(place for place in places if place >= 0)
+            for mark in (b"\xff", b"ID3"):
+                place = self._data.find(mark, self._place + 1)
+                if place >= 0:
+                    places.append(place)
+            if places:
+                self._place = min(places)
                 return True
             self._place = max(self._place + 1, len(self._data) - 2)  # "ID3" may be cut there
         return False
@@ -309,16 +312,18 @@ class _Scanner:
             link.announced_bytes, link.announced_frames = struct.unpack(">II", data[10:18])
             return
         (flags,) = struct.unpack(">I", data[4:8])
-        at = 8
+        offset = 8
         if flags & 1:
-            (link.announced_frames,) = struct.unpack(">I", data[at : at + 4])
-            at += 4
+            (link.announced_frames,) = struct.unpack(">I", data[offset : offset + 4])
+            offset += 4
         if flags & 2:
-            (link.announced_bytes,) = struct.unpack(">I", data[at : at + 4])
-            at += 4
-        at += 100 if flags & 4 else 0
-        at += 4 if flags & 8 else 0
-        link.lame = data[at : at + _LAME_BYTES]
+            (link.announced_bytes,) = struct.unpack(">I", data[offset : offset + 4])
+            offset += 4
+        if flags & 4:
+            offset += 100
+        if flags & 8:
+            offset += 4
+        link.lame = data[offset : offset + _LAME_BYTES]
 
     def _follow(self, link: Link) -> bool:
         """Moves over frames of one format; False if the end of the file cuts the last one."""

@@ -1,7 +1,8 @@
-"""Notes about what was read: one line each on standard error, and each only once.
+"""Notes about files that were read: one line each on standard error, and each only once.
 
-"Once" includes worker processes: whichever process has a note first prints it. They agree by a
-folder with one empty file per note, which the main process makes and names in the environment.
+This holds across worker processes: the first process that has a note prints it. To know which one
+is first, they share a folder with one empty file per note. The main process creates the folder and
+gives its name in an environment variable.
 """
 
 import atexit
@@ -16,7 +17,7 @@ from pathlib import Path
 
 _FOLDER = "MOSS_TOK_NOTES"  # environment variable
 _LOCK = threading.Lock()
-_SAID: set[str] = set()
+_PRINTED: set[str] = set()
 
 
 def say_once(text: str) -> None:
@@ -25,9 +26,9 @@ def say_once(text: str) -> None:
     A worker process prints only if its parent called `share_with_workers` before it started.
     """
     with _LOCK:
-        if text in _SAID:
+        if text in _PRINTED:
             return
-        _SAID.add(text)
+        _PRINTED.add(text)
     folder = os.environ.get(_FOLDER)
     if folder is None:
         is_first = multiprocessing.parent_process() is None
@@ -38,13 +39,16 @@ def say_once(text: str) -> None:
 
 
 def share_with_workers() -> None:
-    """Lets the worker processes that are started from now on print notes, each once for all."""
+    """Shares the notes with worker processes that are started later, so that these print, too.
+
+    Each note is still printed only once, by one of the processes.
+    """
     with _LOCK:
         if _FOLDER in os.environ:
             return
         folder = tempfile.mkdtemp(prefix="moss_tok_notes_")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        for text in _SAID:
+        for text in _PRINTED:
             _mark(folder, text)
         os.environ[_FOLDER] = folder
 
@@ -52,14 +56,16 @@ def share_with_workers() -> None:
 def forget() -> None:
     """Allows all notes to be printed again, once."""
     with _LOCK:
-        _SAID.clear()
-        if folder := os.environ.get(_FOLDER):
-            for path in Path(folder).glob("*"):
-                path.unlink(missing_ok=True)
+        _PRINTED.clear()
+        folder = os.environ.get(_FOLDER)
+        if folder is None:
+            return
+        for path in Path(folder).glob("*"):
+            path.unlink(missing_ok=True)
 
 
 def _mark(folder: str, text: str) -> bool:
-    """Whether no process has marked the note yet; it is marked afterwards."""
+    """Marks a note as printed; returns False if a process has marked it before."""
     name = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     try:
         Path(folder, name).touch(exist_ok=False)

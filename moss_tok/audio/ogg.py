@@ -42,9 +42,9 @@ class Link:
 
 
 def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
-    """The links of a chain; data that is not a page, and a page that is cut, are left out."""
+    """The links of a chain, without data that is not a page and without a page that is cut."""
     links: list[Link] = []
-    beginning = False
+    is_after_first_page = False  # whether the previous page began a stream
     place = start
     while place + 27 <= end:
         file.seek(place)
@@ -56,13 +56,14 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         size = body + sum(head[27:body])
         if place + size > end:
             break
-        if head[5] & _BEGINS:
-            if not beginning:
+        begins_stream = bool(head[5] & _BEGINS)
+        if begins_stream:
+            if not is_after_first_page:
                 links.append(Link(place))
             packet = head[body : body + 16]
             links[-1].codecs.append(_codec(packet))
             links[-1].rate = _rate(packet)
-        beginning = bool(head[5] & _BEGINS)
+        is_after_first_page = begins_stream
         if links:
             _add_page(links[-1], head, place + size)
         place += size

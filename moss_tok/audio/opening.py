@@ -19,14 +19,14 @@ from moss_tok.audio.libsndfile import LibsndfileDecoder, UnsupportedError
 from moss_tok.audio.windows import Window
 
 _HEAD_BYTES = 4096
-# A decoder that seeks starts this much earlier, so that its state is right when it gets there.
+# A decoder that seeks starts this much earlier, so that its state is right at the target.
 _MPEG_PREROLL_SECONDS = 1.0
 _OGG_PREROLL_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioBytes:
-    """An audio file in memory; `name` stands in error messages."""
+    """An audio file in memory; `name` is its name in error messages."""
 
     data: bytes = dataclasses.field(repr=False)
     name: str
@@ -70,7 +70,8 @@ def open_audio(source: Source, use: Use) -> Iterator[Decoder]:
     """Opens audio; until it is closed, errors of the system become a ValueError that names it.
 
     Raises:
-      ValueError: No such file, not audio, not supported, or shorter than its header announces.
+      ValueError: The file does not exist, is not audio, is not supported, or is shorter than its
+        header says.
     """
     with _open_input(source, use) as opened:
         decoder = _decoder(opened, use)
@@ -183,25 +184,31 @@ def _open_container(opened: _Input, name: str, ffmpeg_name: str) -> Decoder:
         if decoder is not None:
             return decoder
     num_frames = None
-    if layout.format_tag == containers.GSM_TAG:  # libsndfile makes a block of noise of a pad byte
+    if layout.format_tag == containers.GSM_TAG:  # libsndfile decodes a pad byte to a block of noise
         num_frames = layout.length // containers.GSM_BYTES * containers.GSM_SAMPLES
     file = Window(opened.file, layout.pieces) if layout.pieces else opened.file
     try:
         return LibsndfileDecoder(opened.name, file, num_frames=num_frames)
     except UnsupportedError as error:
         codec = containers.unsupported_codec(layout.format_tag)
-        if codec or "upported" in str(error) or "nimplemented" in str(error):
-            kind = f"{codec} in {name}" if codec else name
-            if not kinds.has_ffmpeg():
-                return _open_ffmpeg(opened, file, kind)
-            try:
-                return _open_ffmpeg(opened, file, kind)
-            except ValueError as second:
-                reason = str(second).removeprefix(f"{opened.name}: ")
-                raise ValueError(
-                    f"{opened.name}: {kind} is not supported ({reason}; accepted: {kinds.ACCEPTED})"
-                ) from second
-        raise ValueError(f"{opened.name}: truncated or corrupt ({error})") from error
+        is_supported = not codec and "upported" not in str(error)
+        if is_supported and "nimplemented" not in str(error):
+            raise ValueError(f"{opened.name}: truncated or corrupt ({error})") from error
+        kind = f"{codec} in {name}" if codec else name
+        return _open_unsupported(opened, file, kind)
+
+
+def _open_unsupported(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
+    """Lets PyAV, if it is installed, open a codec that libsndfile does not know."""
+    if not kinds.has_ffmpeg():
+        return _open_ffmpeg(opened, file, kind)  # raises an error that recommends PyAV
+    try:
+        return _open_ffmpeg(opened, file, kind)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{opened.name}: ")
+        raise ValueError(
+            f"{opened.name}: {kind} is not supported ({reason}; accepted: {kinds.ACCEPTED})"
+        ) from error
 
 
 def _open_ffmpeg(opened: _Input, file: BinaryIO, kind: str) -> Decoder:
@@ -222,7 +229,7 @@ def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
         file = opened.file
         if start or len(streams) > 1:
             file = Window(opened.file, [(first, end - first)])
-        # A reader of everything notices a missing end by itself.
+        # Reading the whole file shows a missing end anyway.
         is_whole = use is Use.ALL or flac.is_whole(opened.file, first, end)
         makers.append(functools.partial(_flac_stream, opened.name, file, is_whole))
     return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
@@ -230,7 +237,7 @@ def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
 
 def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
     decoder = _open_known(name, file)
-    if not is_whole and decoder.num_frames:  # only decoding the end can tell
+    if not is_whole and decoder.num_frames:  # only decoding the end shows whether it is there
         try:
             decoder.seek(decoder.num_frames - 1)
             decoder.read(1)
@@ -244,7 +251,7 @@ def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
 
 
 def _open_known(name: str, file: BinaryIO, **options: object) -> LibsndfileDecoder:
-    """The decoder of a file whose format libsndfile knows for certain."""
+    """The decoder of a file whose format libsndfile certainly knows."""
     try:
         return LibsndfileDecoder(name, file, **options)
     except UnsupportedError as error:

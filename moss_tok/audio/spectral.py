@@ -12,7 +12,7 @@ import numpy as np
 def mel_filters(sample_rate: int, window_length: int, num_mels: int) -> np.ndarray:
     """Slaney mel filters from 0 Hz to half the sample rate, float32 [window / 2 + 1, num_mels].
 
-    Filters narrower than a bin are empty; they are left out, so fewer columns may come back.
+    Filters narrower than a bin are empty. They are left out, so there may be fewer columns.
     """
     import warnings
 
@@ -37,8 +37,10 @@ def frame(wav: jax.Array, window_length: int) -> jax.Array:
     hop = window_length // 4
     num_frames = 1 + wav.shape[-1] // hop
     wav = jnp.pad(wav, ((0, 0), (window_length // 2, window_length // 2)), mode="reflect")
-    hops = wav[:, : (num_frames + 3) * hop].reshape(wav.shape[0], num_frames + 3, hop)
-    return jnp.concatenate([hops[:, i : i + num_frames] for i in range(4)], axis=-1)
+    num_hops = num_frames + 3
+    hops = wav[:, : num_hops * hop].reshape(wav.shape[0], num_hops, hop)
+    quarters = [hops[:, i : i + num_frames] for i in range(4)]
+    return jnp.concatenate(quarters, axis=-1)
 
 
 def stft(wav: jax.Array, window_length: int) -> jax.Array:
@@ -61,9 +63,11 @@ def _apply(filters: np.ndarray, magnitudes: jax.Array) -> jax.Array:
     blocks = []
     for start in range(0, filters.shape[1], _BLOCK_MELS):
         block = filters[:, start : start + _BLOCK_MELS]
-        seen = np.flatnonzero(block.any(1))
-        low, high = seen[0], seen[-1] + 1
-        blocks.append(jnp.einsum("btf,fm->btm", magnitudes[..., low:high], block[low:high]))
+        used_bins = np.flatnonzero(block.any(1))
+        low = used_bins[0]
+        high = used_bins[-1] + 1
+        band = magnitudes[..., low:high]
+        blocks.append(jnp.einsum("btf,fm->btm", band, block[low:high]))
     return jnp.concatenate(blocks, axis=-1)
 
 
@@ -76,11 +80,13 @@ def log_mel(
 ) -> jax.Array:
     """log10 of the mel spectrogram: [B, S] -> [B, T, num_mels].
 
-    Values are clamped at 1e-5, or at those of white noise at `floor_db` (RMS re full scale) if that
-    is more. A clamp at 1e-5 alone is noise at -54 dB for windows of 32 samples, -108 dB for 2048.
+    Values are clamped at 1e-5, or at the value of white noise at `floor_db` (RMS re full scale) if
+    that is larger. A value of 1e-5 is that of noise at -54 dB for windows of 32 samples, and at
+    -108 dB for windows of 2048.
     """
     filters = mel_filters(sample_rate, window_length, num_mels)
     mel = _apply(filters, magnitude(wav, window_length))
     # The level of noise in a Hann window, with filters of area 1 Hz.
     noise = 10 ** (floor_db / 20) * math.sqrt(0.375 * window_length) * window_length / sample_rate
-    return jnp.log10(jnp.maximum(mel, max(1e-5, noise)))
+    floor = max(1e-5, noise)
+    return jnp.log10(jnp.maximum(mel, floor))

@@ -1,4 +1,4 @@
-"""A file composed of pieces of another file, for decoders that must not see the rest."""
+"""A file composed of pieces of another file, for decoders that must not see all of it."""
 
 import bisect
 import io

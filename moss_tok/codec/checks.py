@@ -20,7 +20,9 @@ def check_part(codec: Any, name: str) -> None:
 
 
 def check_wav(
-    wav: Any, shape: tuple[str | int, ...], lengths: Any = None
+    wav: Any,
+    shape: tuple[str | int, ...],
+    lengths: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Checks audio and its lengths, and converts them to JAX arrays.
 
@@ -47,7 +49,10 @@ def check_wav(
 
 
 def check_codes(
-    codes: Any, shape: tuple[str | int, ...], codebook_size: int, lengths: Any = None
+    codes: Any,
+    shape: tuple[str | int, ...],
+    codebook_size: int,
+    lengths: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Checks codes and their lengths, and converts them to JAX arrays.
 
@@ -75,7 +80,9 @@ def check_codes(
 
 
 def check_recordings(
-    name: str, recordings: Any, shape: tuple[str | int, ...]
+    name: str,
+    recordings: Any,
+    shape: tuple[str | int, ...],
 ) -> list[np.ndarray | jax.Array]:
     """Converts unbatched recordings to arrays. Raises ValueError unless each has the shape."""
     arrays = []
@@ -118,7 +125,11 @@ def _read_lengths(lengths: Any, x: jax.Array) -> tuple[jax.Array, np.ndarray | N
 
 
 def check_shape(
-    name: str, x: Any, shape: tuple[str | int, ...], hint: str = "", may_be_empty: bool = False
+    name: str,
+    x: Any,
+    shape: tuple[str | int, ...],
+    hint: str = "",
+    may_be_empty: bool = False,
 ) -> None:
     """Raises ValueError unless `x` has the shape.
 
@@ -146,7 +157,7 @@ def _has_shape(x: Any, shape: tuple[str | int, ...]) -> bool:
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ValueError unless `x` is floating point; for integers it says how to convert them."""
+    """Raises ValueError unless `x` is floating point; the message says how to convert integers."""
     if jnp.issubdtype(x.dtype, jnp.floating):  # np.issubdtype does not know bfloat16
         return
     hint = ""
@@ -203,17 +214,21 @@ def _to_array(name: str, x: Any, accepted: str) -> np.ndarray | jax.Array:
     try:
         if isinstance(x, jax.Array):
             return x
-        if isinstance(x, (list, tuple)):
-            is_on_host = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-        else:  # torch tensors in GPU memory, for example, have both attributes
-            is_on_host = hasattr(x, "__array__") and not hasattr(x, "__cuda_array_interface__")
-        return np.asarray(x) if is_on_host else jnp.asarray(x)
+        return np.asarray(x) if _is_on_host(x) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        # Text, lists of unequal lengths, torch tensors that require gradients.
+        # Causes: text, lists of unequal lengths, torch tensors that require gradients.
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name} must be an array, {accepted}, got {type(x).__name__} ({reason})"
         ) from error
+
+
+def _is_on_host(x: Any) -> bool:
+    """Whether the data of an array-like value is in host memory."""
+    if isinstance(x, (list, tuple)):
+        return not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    # Torch tensors in GPU memory, for example, have both attributes.
+    return hasattr(x, "__array__") and not hasattr(x, "__cuda_array_interface__")
 
 
 def _to_int32(integers: np.ndarray | jax.Array) -> jax.Array:
@@ -231,7 +246,9 @@ def _host_values(given: np.ndarray | jax.Array) -> np.ndarray | None:
 
 
 def _valid_parts(
-    array: jax.Array, given: np.ndarray | jax.Array, ends: np.ndarray | None
+    array: jax.Array,
+    given: np.ndarray | jax.Array,
+    ends: np.ndarray | None,
 ) -> list[np.ndarray]:
     """The valid values of each item; an empty list if they cannot be read without waiting."""
     if ends is None or isinstance(array, jax.core.Tracer):
@@ -243,7 +260,10 @@ def _valid_parts(
     values = _host_values(given)
     if values is None:
         return []
-    return [row[..., :end] for row, end in zip(values, ends, strict=True)]
+    parts = []
+    for row, end in zip(values, ends, strict=True):
+        parts.append(row[..., :end])
+    return parts
 
 
 def is_whole(value: Any) -> bool:

@@ -34,7 +34,7 @@ class CodeFile:
 
 
 def write(path: str | Path, codes: np.ndarray, num_samples: int, codec: Codec) -> None:
-    """Writes codes [Q, T], with what `read` checks before decoding."""
+    """Writes codes [Q, T], together with the properties of the codec that `read` checks."""
     config = codec.config
     fields = {
         "codes": np.asarray(codes).astype(np.int16),
@@ -52,14 +52,14 @@ def read(path: str | Path, codec: Codec) -> CodeFile:
     """Reads a code file and checks that a codec can decode it. Nothing is unpickled.
 
     Raises:
-      ValueError: The file is no .npz, lacks a key, or has codes that do not fit the codec.
+      ValueError: The file is not an .npz file, lacks a key, or has codes of another codec.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         fields = _load(path)
-    except Exception as error:  # numpy and zipfile raise any type on files that are no archives
+    except Exception as error:  # numpy and zipfile raise any type on files that are not archives
         reason = storage.pointer_hint(path) or error
         raise ValueError(f"{path}: not a .npz file of codes ({reason})") from error
     for key in ("codes", *_KEYS):
@@ -75,11 +75,12 @@ def read(path: str | Path, codec: Codec) -> CodeFile:
 
 
 def check_quantizer(fingerprint: str, codec: Codec) -> None:
-    """Raises ValueError unless codes with this `quantizer_fingerprint` are those of the codec."""
-    own = quantizer_fingerprint(codec)
-    if fingerprint != own:
+    """Raises ValueError unless the codec has this `quantizer_fingerprint`."""
+    expected = quantizer_fingerprint(codec)
+    if fingerprint != expected:
         raise ValueError(
-            f"the codes are of another codec (quantizer {fingerprint}, this checkpoint has {own})"
+            f"the codes are of another codec (quantizer {fingerprint}, this checkpoint has "
+            f"{expected})"
         )
 
 

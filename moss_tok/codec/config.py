@@ -19,7 +19,10 @@ FORMAT = "moss_tok"
 
 @dataclasses.dataclass(frozen=True)
 class PatchConfig:
-    """Folds `patch_size` frames into one (encoder), or unfolds one frame into as many (decoder)."""
+    """Folds `patch_size` frames into one (encoder), or unfolds a frame into `patch_size` (decoder).
+
+    It has no parameters.
+    """
 
     patch_size: int
 
@@ -106,7 +109,8 @@ class QuantizerConfig:
     codebook_dim: int
 
     def __post_init__(self):
-        check_positive(self, *(f.name for f in dataclasses.fields(self)))
+        names = [field.name for field in dataclasses.fields(self)]
+        check_positive(self, *names)
         if self.codebook_size > 32768:
             raise ValueError(f"codebook_size must be at most 32768, got {self.codebook_size}")
 
@@ -243,7 +247,7 @@ class CodecConfig:
             modules = fields.get(side)
             if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
                 raise ValueError(f"{side} must be a list of modules")
-            fields[side] = tuple(_module_from_dict(m) for m in modules)
+            fields[side] = tuple(map(_module_from_dict, modules))
         if not isinstance(fields.get("quantizer"), dict):
             raise ValueError("quantizer must be an object")
         fields["quantizer"] = from_fields(QuantizerConfig, fields["quantizer"], "quantizer")
@@ -254,29 +258,40 @@ _TYPE_NAMES = {PatchConfig: "patch", TransformerConfig: "transformer"}
 
 
 def _patch_product(modules: tuple[ModuleConfig, ...]) -> int:
-    return math.prod(m.patch_size for m in modules if isinstance(m, PatchConfig))
+    product = 1
+    for module in modules:
+        if isinstance(module, PatchConfig):
+            product *= module.patch_size
+    return product
 
 
 def _chain(side: str, modules: tuple[ModuleConfig, ...], dim: int, downsample: bool) -> int:
-    """The frame width after `modules`, from width `dim`; ValueError where two do not fit."""
-    for i, module in enumerate(modules):
-        if isinstance(module, PatchConfig):
-            if not downsample and dim % module.patch_size:
-                raise ValueError(
-                    f"{side} module {i}: patch_size {module.patch_size} does not divide width {dim}"
-                )
-            dim = dim * module.patch_size if downsample else dim // module.patch_size
-        elif module.input_dim != dim:
-            raise ValueError(f"{side} module {i}: input_dim must be {dim}, got {module.input_dim}")
-        else:
+    """The width of frames after `modules`, if it is `dim` before them.
+
+    Raises:
+      ValueError: The widths of two modules differ.
+    """
+    for number, module in enumerate(modules):
+        name = f"{side} module {number}"
+        if isinstance(module, TransformerConfig):
+            if module.input_dim != dim:
+                raise ValueError(f"{name}: input_dim must be {dim}, got {module.input_dim}")
             dim = module.output_dim
+        elif downsample:
+            dim *= module.patch_size
+        else:
+            if dim % module.patch_size:
+                raise ValueError(
+                    f"{name}: patch_size {module.patch_size} does not divide width {dim}"
+                )
+            dim //= module.patch_size
     return dim
 
 
 def _module_from_dict(fields: dict[str, Any]) -> ModuleConfig:
     fields = dict(fields)
     name = fields.pop("type", None)
-    types = {type_name: module_type for module_type, type_name in _TYPE_NAMES.items()}
+    types = {type_name: cls for cls, type_name in _TYPE_NAMES.items()}
     check_choice("module type", name, tuple(types))
     return from_fields(types[name], fields, name)
 

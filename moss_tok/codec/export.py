@@ -2,9 +2,10 @@
 
 An artifact is a directory:
 
-  FUNCTION.jaxexport   the program for CPUs, GPUs and TPUs; any process with jax can call it, as can
-                       other runtimes that take StableHLO
-  params.safetensors   its first argument, a dict of arrays by name; absent with weights inside
+  FUNCTION.jaxexport   the program for CPUs, GPUs and TPUs; jax and other runtimes for StableHLO can
+                       call it
+  params.safetensors   its first argument, a dict of arrays by name; absent if the weights are part
+                       of the program
   signature.json       shapes and dtypes of its arguments and results, and the codec's config
 """
 
@@ -71,31 +72,44 @@ def export(
         package flatbuffers is not installed.
     """
     _check(codec, function, chunk_frames, weights)
-    side = "encoder" if function.startswith("encode") else "decoder"
+    side = _side(function)
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
-    params = {name: codec.params[name] for name in (side, "quantizer")}
+    params = {side: codec.params[side], "quantizer": codec.params["quantizer"]}
     params = traverse_util.flatten_dict(params, sep=".")
     if weights == "inside":
         _check_size(params)
     # Blocked attention allows symbolic shapes.
     compute = dataclasses.replace(codec.compute, attention="blocked")
     codec = Codec(None, codec.config, compute)
-    call, shapes = _call(codec, function, num_quantizers, chunk_frames)
+    flat_function, shapes = _flat_function(codec, function, num_quantizers, chunk_frames)
     arguments = jax.tree.map(_describe, shapes)
     if weights == "inside":
-        call = functools.partial(call, params)
+        flat_function = functools.partial(flat_function, params)
         params = {}
     else:
-        param_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        shapes = [param_shapes, *shapes]
+        shapes = [_shapes_of(params), *shapes]
         arguments = ["params", *arguments]
-    exported = jax_export.export(jax.jit(call), platforms=PLATFORMS)(*shapes)
+    exported = jax_export.export(jax.jit(flat_function), platforms=PLATFORMS)(*shapes)
     signature = _signature(codec, function, arguments, exported)
     return bytes(exported.serialize()), params, signature
 
 
+def _side(function: str) -> str:
+    return "encoder" if function.startswith("encode") else "decoder"
+
+
+def _shapes_of(arrays: _Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = {}
+    for name, array in arrays.items():
+        shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return shapes
+
+
 def _signature(
-    codec: Codec, function: str, arguments: list[Any], exported: jax_export.Exported
+    codec: Codec,
+    function: str,
+    arguments: list[Any],
+    exported: jax_export.Exported,
 ) -> dict[str, Any]:
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return {
@@ -108,20 +122,24 @@ def _signature(
 
 
 def write(
-    folder: Path, function: str, program: bytes, params: _Arrays, signature: dict[str, Any]
+    folder: Path,
+    function: str,
+    program: bytes,
+    params: _Arrays,
+    signature: dict[str, Any],
 ) -> None:
-    """Writes what `export` returned into an existing folder."""
+    """Writes the results of `export` into an existing folder."""
     (folder / f"{function}.jaxexport").write_bytes(program)
     (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
     if params:
-        arrays = {name: np.asarray(x) for name, x in params.items()}
+        arrays = jax.tree.map(np.asarray, params)
         tensors.write_tensors(folder / "params.safetensors", arrays)
 
 
 def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None:
     check_choice("function", function, FUNCTIONS)
     check_choice("weights", weights, WEIGHTS)
-    inference.check_part(codec, "encoder" if function.startswith("encode") else "decoder")
+    inference.check_part(codec, _side(function))
     if not isinstance(chunk_frames, int) or not 1 <= chunk_frames <= 4096:
         raise ValueError(f"chunk_frames must be 1..4096, got {chunk_frames!r}")
     try:
@@ -131,7 +149,7 @@ def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None
 
 
 def _check_size(params: _Arrays) -> None:
-    size_bytes = sum(x.nbytes for x in params.values())
+    size_bytes = sum(array.nbytes for array in params.values())
     if size_bytes > LARGEST_INSIDE_BYTES:
         raise ValueError(
             f"weights of {size_bytes / 1e9:.1f} GB do not fit inside a program, the limit is "
@@ -139,36 +157,42 @@ def _check_size(params: _Arrays) -> None:
         )
 
 
-def _call(
-    codec: Codec, function: str, num_quantizers: int, chunk_frames: int
+def _flat_function(
+    codec: Codec,
+    function: str,
+    num_quantizers: int,
+    chunk_frames: int,
 ) -> tuple[Callable[..., Any], list[Any]]:
     """A function over flat dicts and arrays, and the shapes of its arguments except `params`."""
-    c = codec.config
+    config = codec.config
     batch, samples, frames = jax_export.symbolic_shape("B, S, T")
     if function.endswith("_step"):
-        samples = chunk_frames * c.hop_length
+        samples = chunk_frames * config.hop_length
         frames = chunk_frames
-    wav = jax.ShapeDtypeStruct((batch, c.num_channels, samples), jnp.float32)
+    wav = jax.ShapeDtypeStruct((batch, config.num_channels, samples), jnp.float32)
     codes = jax.ShapeDtypeStruct((batch, num_quantizers, frames), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    with_params = functools.partial(_with_params, codec)
 
     def encode(params, wav, lengths):
-        return tuple(inference.encode(with_params(params), wav, lengths, num_quantizers, 0))
+        full = _with_params(codec, params)
+        encoded = inference.encode(full, wav, lengths, num_quantizers, chunk_seconds=0)
+        return tuple(encoded)
 
     def decode(params, codes, lengths):
-        return tuple(inference.decode(with_params(params), codes, lengths, 0))
+        full = _with_params(codec, params)
+        decoded = inference.decode(full, codes, lengths, chunk_seconds=0)
+        return tuple(decoded)
 
     def encode_step(params, state, wav, lengths):
+        full = _with_params(codec, params)
         state = _unflatten_state(state)
-        state, codes = streaming.encode_step(
-            with_params(params), state, wav, lengths, num_quantizers
-        )
+        state, codes = streaming.encode_step(full, state, wav, lengths, num_quantizers)
         return _flatten_state(state), codes
 
     def decode_step(params, state, codes, lengths):
+        full = _with_params(codec, params)
         state = _unflatten_state(state)
-        state, wav = streaming.decode_step(with_params(params), state, codes, lengths)
+        state, wav = streaming.decode_step(full, state, codes, lengths)
         return _flatten_state(state), wav
 
     if function == "encode":
@@ -184,8 +208,9 @@ def _state_shapes(codec: Codec, side: str, batch: Any) -> _Arrays:
     """Shapes of the flat state of `batch` streams, which may be symbolic."""
     caches = functools.partial(empty_caches, codec.config, codec.compute, side, 1)
     shapes = {"position": jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    for name, x in _flatten_caches(jax.eval_shape(caches)).items():
-        shapes[name] = jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[2:]), x.dtype)
+    for name, array in _flatten_caches(jax.eval_shape(caches)).items():
+        num_layers, _, *sizes = array.shape
+        shapes[name] = jax.ShapeDtypeStruct((num_layers, batch, *sizes), array.dtype)
     return shapes
 
 
@@ -198,8 +223,9 @@ def _flatten_state(state: streaming.StreamState) -> _Arrays:
 
 
 def _unflatten_state(arrays: _Arrays) -> streaming.StreamState:
-    caches = {name: x for name, x in arrays.items() if name != "position"}
-    return streaming.StreamState(arrays["position"], _unflatten_caches(caches))
+    caches = dict(arrays)
+    position = caches.pop("position")
+    return streaming.StreamState(position, _unflatten_caches(caches))
 
 
 def _flatten_caches(caches: Caches) -> _Arrays:

@@ -3,8 +3,8 @@
 One table serves both directions: each row gives the name and shape of an official tensor, the
 parameter (or the row of a stacked parameter) that holds it, and the conversions between the two
 layouts. There are two families of names, "v1" and "v2" (also used by Nano). Inside a head, official
-RoPE rotates neighbouring channels and ours rotates the two halves; permuting the rows of q and k
-makes them equal.
+RoPE rotates neighbouring channels and RoPE here rotates the two halves; permuting the rows of q and
+k makes them equal.
 
 Source: modeling_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
 """
@@ -42,10 +42,12 @@ def tensor_table(config: CodecConfig, component: str = "all") -> list[Tensor]:
     for side in ("encoder", "decoder"):
         if component not in ("all", side):
             continue
-        for i, module in enumerate(getattr(config, side)):
+        for number, module in enumerate(getattr(config, side)):
             if isinstance(module, TransformerConfig):
-                rows += _stage_rows(module, f"{side}.{i}.", (side, f"stage_{i}"), config.layout)
-    return rows + list(_quantizer_rows(config.quantizer))
+                path = (side, f"stage_{number}")
+                rows += _stage_rows(module, f"{side}.{number}.", path, config.layout)
+    rows += _quantizer_rows(config.quantizer)
+    return rows
 
 
 def _same(name, shape, path, row=None) -> Tensor:
@@ -57,7 +59,9 @@ def _linear(name, shape, path, row=None) -> Tensor:
 
 
 def _stage_rows(m: TransformerConfig, prefix, path, layout) -> Iterator[Tensor]:
-    d, n, h = m.model_dim, m.num_heads, m.head_dim
+    d = m.model_dim
+    n = m.num_heads
+    h = m.head_dim
     qkv_name, out_name, up_name, down_name = _BLOCK_NAMES[layout]
     if m.input_projection:
         kernel = (*path, "input_projection", "kernel")
@@ -75,13 +79,21 @@ def _stage_rows(m: TransformerConfig, prefix, path, layout) -> Iterator[Tensor]:
             scale = (*layers, f"{branch}_scale")
             yield _same(f"{block}layer_scale_{number}.scale", (d,), scale, row)
         yield Tensor(
-            f"{block}{qkv_name}.weight", (3 * d, d), (*layers, "attention", "qkv"), row,
-            lambda x: _split_qkv(x, n, h), _join_qkv,
-        )  # fmt: skip
+            name=f"{block}{qkv_name}.weight",
+            shape=(3 * d, d),
+            path=(*layers, "attention", "qkv"),
+            row=row,
+            to_ours=lambda x: _split_qkv(x, n, h),
+            to_official=_join_qkv,
+        )
         yield Tensor(
-            f"{block}{out_name}.weight", (d, d), (*layers, "attention", "out"), row,
-            lambda x: x.T.reshape(n, h, -1), lambda x: x.reshape(n * h, -1).T,
-        )  # fmt: skip
+            name=f"{block}{out_name}.weight",
+            shape=(d, d),
+            path=(*layers, "attention", "out"),
+            row=row,
+            to_ours=lambda x: x.T.reshape(n, h, -1),
+            to_official=lambda x: x.reshape(n * h, -1).T,
+        )
         yield _linear(f"{block}{up_name}.weight", (m.mlp_dim, d), (*layers, "mlp", "up"), row)
         yield _linear(f"{block}{down_name}.weight", (d, m.mlp_dim), (*layers, "mlp", "down"), row)
 
@@ -89,16 +101,22 @@ def _stage_rows(m: TransformerConfig, prefix, path, layout) -> Iterator[Tensor]:
 def _split_qkv(x: np.ndarray, heads: int, dim: int) -> np.ndarray:
     """[3 * N * H, D] -> [D, 3, N, H]; channels of q and k go from neighbouring pairs to halves."""
     x = x.reshape(3, heads, dim, -1)
-    pairs = x[:2].reshape(2, heads, dim // 2, 2, -1).swapaxes(2, 3).reshape(x[:2].shape)
-    return np.concatenate([pairs, x[2:]]).transpose(3, 0, 1, 2)
+    qk = x[:2]
+    v = x[2:]
+    pairs = qk.reshape(2, heads, dim // 2, 2, -1)
+    halves = pairs.swapaxes(2, 3).reshape(qk.shape)
+    return np.concatenate([halves, v]).transpose(3, 0, 1, 2)
 
 
 def _join_qkv(x: np.ndarray) -> np.ndarray:
     """The inverse of `_split_qkv`."""
     _, _, heads, dim = x.shape
     x = x.transpose(1, 2, 3, 0)
-    pairs = x[:2].reshape(2, heads, 2, dim // 2, -1).swapaxes(2, 3).reshape(x[:2].shape)
-    return np.concatenate([pairs, x[2:]]).reshape(3 * heads * dim, -1)
+    qk = x[:2]
+    v = x[2:]
+    halves = qk.reshape(2, heads, 2, dim // 2, -1)
+    pairs = halves.swapaxes(2, 3).reshape(qk.shape)
+    return np.concatenate([pairs, v]).reshape(3 * heads * dim, -1)
 
 
 def _quantizer_rows(c: QuantizerConfig) -> Iterator[Tensor]:
@@ -122,13 +140,21 @@ def _quantizer_rows(c: QuantizerConfig) -> Iterator[Tensor]:
 def _conv(name, size_in, size_out, path, row=None) -> Iterator[Tensor]:
     """A weight-normalised 1x1 convolution: gain, direction and bias."""
     yield Tensor(
-        f"{name}.parametrizations.weight.original0", (size_out, 1, 1), (*path, "gain"), row,
-        np.ravel, lambda x: x.reshape(-1, 1, 1),
-    )  # fmt: skip
+        name=f"{name}.parametrizations.weight.original0",
+        shape=(size_out, 1, 1),
+        path=(*path, "gain"),
+        row=row,
+        to_ours=np.ravel,
+        to_official=lambda x: x.reshape(-1, 1, 1),
+    )
     yield Tensor(
-        f"{name}.parametrizations.weight.original1", (size_out, size_in, 1),
-        (*path, "direction"), row, lambda x: x[..., 0].T, lambda x: x.T[..., None],
-    )  # fmt: skip
+        name=f"{name}.parametrizations.weight.original1",
+        shape=(size_out, size_in, 1),
+        path=(*path, "direction"),
+        row=row,
+        to_ours=lambda x: x[..., 0].T,
+        to_official=lambda x: x.T[..., None],
+    )
     yield _same(f"{name}.bias", (size_out,), (*path, "bias"), row)
 
 
@@ -140,7 +166,7 @@ def read_folder_config(path: Path, files: Iterable[str] | None = None) -> CodecC
       files: Names of its tensors, if the caller has read them already.
 
     Raises:
-      ValueError: config.json is missing a key, not supported or not text.
+      ValueError: config.json lacks a key, is not supported or is not text.
     """
     try:
         text = (path / "config.json").read_text()
@@ -184,5 +210,7 @@ def write_official(path: Path, config: CodecConfig, params: dict[str, Any], dtyp
     if not config.official_json:
         config = with_expressible_layout(config)
     (path / "config.json").write_text(write_config(config, dtype))
-    identities = {name: np.eye(n, dtype=dtype) for name, n in identity_sizes(config).items()}
+    identities = {}
+    for name, size in identity_sizes(config).items():
+        identities[name] = np.eye(size, dtype=dtype)
     tensors.write_folder(path, tensor_table(config), params, dtype, identities)

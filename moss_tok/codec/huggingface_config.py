@@ -1,8 +1,8 @@
 """Reads and writes the official config.json.
 
 Source: config.json and configuration_moss_audio_tokenizer.py of OpenMOSS-Team/MOSS-Audio-Tokenizer.
-The class defaults there are wrong (they upsample by a factor of two too much), so every key must be
-present.
+The class defaults there are wrong: the decoder would upsample by twice the right factor. So every
+key must be present.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ _SIZES = {
     "dim_feedforward": "mlp_dim",
 }
 _OPTIONAL = {"layer_scale": "layer_scale", "max_period": "max_period"}
-# Our own key: tensors that are identity matrices, because the classes of layout v2 have projections
-# in every stage and this codec has not.
+# A key that only moss_tok writes. It lists tensors that are identity matrices, because the classes
+# of layout v2 have projections in every stage, and this codec has not.
 IDENTITIES = "identity_projections"
 _QUANTIZER_TYPES = ("rlfq", "random_prefix_rlfq")
 _TOP_KEYS = {
@@ -77,22 +77,32 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
     for key in (*required, "quantizer_kwargs"):
         if key not in fields:
             raise ValueError(f"config.json: missing key {key!r}")
-    channels = fields.get("number_channels", 1)
+    num_channels = fields.get("number_channels", 1)
     for key in ("sampling_rate", "downsample_rate", "number_channels"):
         value = fields.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             _raise_unsupported("", key, value, ["a positive integer"])
-    interleaved = fields.get("enable_channel_interleave")
-    if channels != 1 and interleaved is not True:
-        _raise_unsupported("", "enable_channel_interleave", interleaved, [True])
-    names = None if tensor_names is None else set(tensor_names) - set(fields.get(IDENTITIES, []))
-    layout = _layout_of_fields(fields) if names is None else _layout_of_tensors(names)
-    encoder = _read_modules(fields, "encoder", layout, names, channels)
-    decoder = _read_modules(fields, "decoder", layout, names, channels)
+    is_interleaved = fields.get("enable_channel_interleave")
+    if num_channels != 1 and is_interleaved is not True:
+        _raise_unsupported("", "enable_channel_interleave", is_interleaved, [True])
+    if tensor_names is None:
+        names = None
+        layout = _layout_of_fields(fields)
+    else:
+        names = set(tensor_names) - set(fields.get(IDENTITIES, []))
+        layout = _layout_of_tensors(names)
+    encoder = _read_modules(fields, "encoder", layout, names, num_channels)
+    decoder = _read_modules(fields, "decoder", layout, names, num_channels)
     quantizer = _read_quantizer(fields)
     try:
         config = CodecConfig(
-            fields["sampling_rate"], channels, encoder, quantizer, decoder, layout, text
+            sample_rate=fields["sampling_rate"],
+            num_channels=num_channels,
+            encoder=encoder,
+            quantizer=quantizer,
+            decoder=decoder,
+            layout=layout,
+            official_json=text,
         )
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from error
@@ -104,9 +114,9 @@ def read_config(text: str, tensor_names: Iterable[str] | None = None) -> CodecCo
 
 
 def _raise_unsupported(prefix: str, key: str, value: Any, accepted: Iterable[Any]) -> None:
-    accepted = ", ".join(json.dumps(a) for a in accepted)
+    listing = ", ".join(map(json.dumps, accepted))
     raise ValueError(
-        f"config.json: {prefix}{key} = {json.dumps(value)} is not supported; accepted: {accepted}"
+        f"config.json: {prefix}{key} = {json.dumps(value)} is not supported; accepted: {listing}"
     )
 
 
@@ -119,26 +129,35 @@ def _check_keys(fields: dict[str, Any], known: set[str], prefix: str) -> None:
 
 
 def _layout_of_fields(fields: dict[str, Any]) -> str:
-    modules = [*fields["encoder_kwargs"], *fields["decoder_kwargs"]]
-    own_context = any(isinstance(m, dict) and "context_duration" in m for m in modules)
-    return "v2" if own_context or fields.get("number_channels", 1) != 1 else "v1"
+    if fields.get("number_channels", 1) != 1:
+        return "v2"
+    for module in [*fields["encoder_kwargs"], *fields["decoder_kwargs"]]:
+        if isinstance(module, dict) and "context_duration" in module:
+            return "v2"
+    return "v1"
 
 
 def _layout_of_tensors(names: set[str]) -> str:
     return "v1" if any(".in_projs.0." in name for name in names) else "v2"
 
 
-def _read_modules(fields, side, layout, names, channels) -> tuple[ModuleConfig, ...]:
-    """The modules of one side; `rate` is the frame rate (Hz) at the current module."""
+def _read_modules(
+    fields: dict[str, Any],
+    side: str,
+    layout: str,
+    names: set[str] | None,
+    num_channels: int,
+) -> tuple[ModuleConfig, ...]:
+    """The modules of one side, "encoder" or "decoder"."""
     modules = fields[f"{side}_kwargs"]
     if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
         raise ValueError(f"config.json: {side}_kwargs must be a list of modules")
-    rate = float(fields["sampling_rate"] * channels)
+    rate = float(fields["sampling_rate"] * num_channels)  # Hz, at the current module
     if side == "decoder":
         rate = fields["sampling_rate"] / fields["downsample_rate"]
     configs: list[ModuleConfig] = []
-    for i, module in enumerate(modules):
-        prefix = f"{side}_kwargs[{i}]."
+    for number, module in enumerate(modules):
+        prefix = f"{side}_kwargs[{number}]."
         kind = module.get("module_type")
         if kind == "PatchedPretransform":
             patch = _read_patch(module, prefix)
@@ -146,7 +165,7 @@ def _read_modules(fields, side, layout, names, channels) -> tuple[ModuleConfig, 
             rate = rate / patch.patch_size if side == "encoder" else rate * patch.patch_size
         elif kind == "Transformer":
             stage = _read_transformer(module, prefix, rate, fields)
-            configs.append(_with_projections(stage, f"{side}.{i}.", layout, names))
+            configs.append(_with_projections(stage, f"{side}.{number}.", layout, names))
         else:
             _raise_unsupported(prefix, "module_type", kind, ["PatchedPretransform", "Transformer"])
     return tuple(configs)
@@ -157,7 +176,13 @@ def _read_patch(module: dict[str, Any], prefix: str) -> PatchConfig:
     return _build(PatchConfig, prefix, patch_size=module.get("patch_size"))
 
 
-def _read_transformer(module, prefix, rate, fields) -> TransformerConfig:
+def _read_transformer(
+    module: dict[str, Any],
+    prefix: str,
+    rate: float,
+    fields: dict[str, Any],
+) -> TransformerConfig:
+    """One stage, whose frame rate is `rate` Hz; `fields` are those of the whole config.json."""
     known = {"module_type", "context_duration"} | _FIXED.keys() | _SIZES.keys() | _OPTIONAL.keys()
     _check_keys(module, known, prefix)
     for key in _SIZES:
@@ -167,17 +192,18 @@ def _read_transformer(module, prefix, rate, fields) -> TransformerConfig:
         if module.get(key, accepted[0]) not in accepted:
             _raise_unsupported(prefix, key, module[key], accepted)
     values = {}
-    for key, ours in (_SIZES | _OPTIONAL).items():
+    for key, name in (_SIZES | _OPTIONAL).items():
         if key in module:
-            values[ours] = module[key]
-    context = module.get("context_duration")
-    if context is None:
+            values[name] = module[key]
+    context_seconds = module.get("context_duration")
+    if context_seconds is None:
         key = "causal_transformer_context_duration"
-        context = fields.get(key)
-        if not is_number(context) or not 0 < context < 1e6:
-            _raise_unsupported("", key, context, ["a positive number"])
-        context = int(rate * context) / rate  # the v1 classes round down to whole frames
-    return _build(TransformerConfig, prefix, **values, context_seconds=float(context))
+        context_seconds = fields.get(key)
+        if not is_number(context_seconds) or not 0 < context_seconds < 1e6:
+            _raise_unsupported("", key, context_seconds, ["a positive number"])
+        num_frames = int(rate * context_seconds)  # the v1 classes round down
+        context_seconds = num_frames / rate
+    return _build(TransformerConfig, prefix, **values, context_seconds=float(context_seconds))
 
 
 def _build(cls: type, prefix: str, **values: Any) -> Any:
@@ -188,8 +214,13 @@ def _build(cls: type, prefix: str, **values: Any) -> Any:
         raise ValueError(f"config.json: {prefix[:-1]}: {error}") from error
 
 
-def _with_projections(stage, prefix, layout, names) -> TransformerConfig:
-    """The stage with the projections that its tensors, or else its layout, say it has."""
+def _with_projections(
+    stage: TransformerConfig,
+    prefix: str,
+    layout: str,
+    names: set[str] | None,
+) -> TransformerConfig:
+    """The stage with its projections, which its tensors determine, or without them its layout."""
     projections = {}
     for side in ("input", "output"):
         has_model_dim = getattr(stage, f"{side}_dim") == stage.model_dim
@@ -210,18 +241,22 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
         _raise_unsupported("", "quantizer_type", kind, _QUANTIZER_TYPES)
     names = [field.name for field in dataclasses.fields(QuantizerConfig)]
     _check_keys(kwargs, {*names, "quantizer_type"}, "quantizer_kwargs.")
-    for key in names:
-        if key not in kwargs:
-            raise ValueError(f"config.json: quantizer_kwargs.{key} is missing")
-    return _build(QuantizerConfig, "quantizer_kwargs.", **{name: kwargs[name] for name in names})
+    values = {}
+    for name in names:
+        if name not in kwargs:
+            raise ValueError(f"config.json: quantizer_kwargs.{name} is missing")
+        values[name] = kwargs[name]
+    return _build(QuantizerConfig, "quantizer_kwargs.", **values)
 
 
 def with_expressible_layout(config: CodecConfig) -> CodecConfig:
-    """The codec with layout "v2" if "v1", which has one context for all stages, cannot express it.
+    """The codec with layout "v2" if "v1" cannot express it: v1 has one context for all stages.
 
     The layout affects the names of tensors and the keys of config.json only, not the computation.
     """
-    return dataclasses.replace(config, layout="v2") if len(_contexts(config)) > 1 else config
+    if len(_contexts(config)) > 1:
+        return dataclasses.replace(config, layout="v2")
+    return config
 
 
 def write_config(config: CodecConfig, dtype: str) -> str:
@@ -236,31 +271,40 @@ def write_config(config: CodecConfig, dtype: str) -> str:
       dtype: Type of the tensors beside it, "float32", "float16" or "bfloat16".
     """
     fields = parse_json_object(config.official_json) if config.official_json else _fields(config)
-    auto_map = fields.get("auto_map") or {}
-    repository = _REPOSITORY
-    if config.layout == "v2":
-        ends_in_patch = isinstance(config.encoder[-1], PatchConfig)
-        repository += "-Nano" if ends_in_patch else "-v2"
-    for key, name in _CLASSES.items():
-        name = auto_map.get(key, name)
-        auto_map[key] = name if "--" in name else f"{repository}--{name}"
-    fields["auto_map"] = auto_map
-    if sizes := identity_sizes(config):
-        fields[IDENTITIES] = list(sizes)
+    fields["auto_map"] = _auto_map(config, fields.get("auto_map") or {})
+    identities = identity_sizes(config)
+    if identities:
+        fields[IDENTITIES] = list(identities)
     fields["dtype"] = dtype
     return json.dumps(fields, indent=2) + "\n"
 
 
+def _auto_map(config: CodecConfig, original: dict[str, str]) -> dict[str, str]:
+    """The classes of the codec, each with its official repository: "REPOSITORY--FILE.CLASS"."""
+    repository = _REPOSITORY
+    if config.layout == "v2":
+        ends_in_patch = isinstance(config.encoder[-1], PatchConfig)
+        repository += "-Nano" if ends_in_patch else "-v2"
+    auto_map = dict(original)
+    for key, default in _CLASSES.items():
+        name = original.get(key, default)
+        auto_map[key] = name if "--" in name else f"{repository}--{name}"
+    return auto_map
+
+
 def identity_sizes(config: CodecConfig) -> dict[str, int]:
     """Names and sizes of the projections that layout v2 has in every stage and this codec lacks."""
+    if config.layout != "v2":
+        return {}
     sizes = {}
     for side in ("encoder", "decoder"):
-        for i, module in enumerate(getattr(config, side)):
-            if config.layout == "v2" and isinstance(module, TransformerConfig):
-                if not module.input_projection:
-                    sizes[f"{side}.{i}.input_proj.weight"] = module.model_dim
-                if not module.output_projection:
-                    sizes[f"{side}.{i}.output_proj.weight"] = module.model_dim
+        for number, module in enumerate(getattr(config, side)):
+            if isinstance(module, PatchConfig):
+                continue
+            if not module.input_projection:
+                sizes[f"{side}.{number}.input_proj.weight"] = module.model_dim
+            if not module.output_projection:
+                sizes[f"{side}.{number}.output_proj.weight"] = module.model_dim
     return sizes
 
 
@@ -298,8 +342,10 @@ def _module_fields(module: ModuleConfig, layout: str) -> dict[str, Any]:
     if isinstance(module, PatchConfig):
         return {"module_type": "PatchedPretransform", "patch_size": module.patch_size}
     fields = {"module_type": "Transformer"}
-    fields |= {key: getattr(module, ours) for key, ours in (_SIZES | _OPTIONAL).items()}
-    fields |= {key: accepted[0] for key, accepted in _FIXED.items()}
+    for key, name in (_SIZES | _OPTIONAL).items():
+        fields[key] = getattr(module, name)
+    for key, accepted in _FIXED.items():
+        fields[key] = accepted[0]
     if layout == "v2":
         fields["context_duration"] = module.context_seconds
     return fields

@@ -13,6 +13,7 @@ from moss_tok import summary
 from moss_tok.codec import presets
 from moss_tok.codec.checks import check_codes, check_part, check_wav
 from moss_tok.codec.config import CodecConfig
+from moss_tok.codec.masks import prefix_mask, zero_past
 from moss_tok.codec.model import CodecModel, empty_caches
 from moss_tok.errors import is_number
 from moss_tok.nn.cache import Span
@@ -98,10 +99,16 @@ def bucket_frames(num_frames: int, per_octave: int = 8) -> int:
 
 
 def batch_rows(num_left: int, full: int, multiple: int = 1) -> int:
-    """Rows of the next batch of a bucket: all of a full one, else an eighth, some of them empty.
+    """Rows of the next batch of a bucket.
 
-    So each length needs two programs. Compiling more takes longer than computing empty rows.
-    `multiple` divides the result and `full`.
+    A batch has `full` rows or, if fewer recordings are left, an eighth of them, some of which may
+    be empty. So each length needs two programs. Compiling more takes longer than computing empty
+    rows.
+
+    Args:
+      num_left: Recordings that are not in a batch yet.
+      full: Rows of a full batch, a multiple of `multiple`.
+      multiple: Divides the result.
     """
     if num_left >= full:
         return full
@@ -115,7 +122,9 @@ def is_long(seconds: float) -> bool:
 
 def chunk_frames(config: CodecConfig, seconds: float | None = None) -> int:
     """Code frames of a chunk of `seconds` (default: CHUNK_SECONDS), at least one."""
-    return max(1, round((CHUNK_SECONDS if seconds is None else seconds) * config.frame_rate))
+    if seconds is None:
+        seconds = CHUNK_SECONDS
+    return max(1, round(seconds * config.frame_rate))
 
 
 def encode(
@@ -267,7 +276,11 @@ def decode_batch(
 
 def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
     """Stacks recordings [*, S] into one batch [B, *, size], padded with zeros at the end."""
-    return np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in recordings])
+    rows = []
+    for recording in recordings:
+        padding = size - recording.shape[-1]
+        rows.append(np.pad(recording, ((0, 0), (0, padding))))
+    return np.stack(rows)
 
 
 def _frames_per_chunk(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
@@ -368,12 +381,8 @@ def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """x[..., start : start + size]; entries beyond the end of x are arbitrary."""
     # Near the end, dynamic_slice moves the start back by `excess`; the roll undoes this.
     excess = jnp.maximum(0, start + size - x.shape[-1])
-    return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -excess, axis=-1)
-
-
-def zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Sets x [B, *, size] to zero past the lengths [B]; NaN there is replaced, too."""
-    return jnp.where(valid_mask(x.shape[-1], lengths)[:, None], x, 0)
+    part = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
+    return jnp.roll(part, -excess, axis=-1)
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
@@ -382,13 +391,3 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
     # Written as a product, so that jax.export knows that symbolic sizes are multiples.
     padded_size = -(-size // multiple) * multiple
     return jnp.pad(x, ((0, 0), (0, 0), (0, padded_size - size)))
-
-
-def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
-    """Bool [B, size], true before the lengths [B]."""
-    return jnp.arange(size) < lengths[:, None]
-
-
-def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
-    """Bool [B, q] for codes [B, q, T], true for the first `num_quantizers`, which may be traced."""
-    return jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])

@@ -34,28 +34,30 @@ def init_boxed(codec: CodecConfig, key: jax.Array) -> Any:
 def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:
     """Initializes the projections of a side as a linear codec that keeps low frequencies.
 
-    The first projection is the DCT of a patch, the later ones keep the first dimensions, and those
-    of the decoder are the transposes. The blocks then learn to correct a waveform that is already
-    roughly right. From random projections a small model does not find even the principal components
-    within hours; its audio is noise of the right spectrum, without pitch (experiments/README.md).
+    The first projection is the DCT of a patch, the later ones keep the first dimensions, and the
+    projections of the decoder are the transposes. The blocks then learn to correct a waveform that
+    is already roughly right. From random projections a small model does not find even the principal
+    components within hours; its audio is noise of the right spectrum, without pitch
+    (experiments/README.md).
     """
     stages = dict(stages)
-    for i, module in enumerate(modules):
+    for number, module in enumerate(modules):
         if not isinstance(module, TransformerConfig):
             continue
-        sizes = {
-            "input_projection": (module.input_dim, module.model_dim),
-            "output_projection": (module.model_dim, module.output_dim),
+        kernels = {
+            "input_projection": np.eye(module.input_dim, module.model_dim),
+            "output_projection": np.eye(module.model_dim, module.output_dim),
         }
-        kernels = {name: np.eye(*size) for name, size in sizes.items()}
-        if side == "encoder" and i == 1:
-            kernels["input_projection"] = _INPUT_GAIN * _dct(*sizes["input_projection"])
-        if side == "decoder" and i == len(modules) - 2:
-            kernels["output_projection"] = _dct(*sizes["output_projection"][::-1]).T / _INPUT_GAIN
+        if side == "encoder" and number == 1:
+            kernels["input_projection"] = _INPUT_GAIN * _dct(module.input_dim, module.model_dim)
+        if side == "decoder" and number == len(modules) - 2:
+            dct = _dct(module.output_dim, module.model_dim)
+            kernels["output_projection"] = dct.T / _INPUT_GAIN
+        stage = dict(stages[f"stage_{number}"])
         for name, kernel in kernels.items():
-            if name in stages[f"stage_{i}"]:
-                kernel = {"kernel": jnp.asarray(kernel, jnp.float32)}
-                stages[f"stage_{i}"] = stages[f"stage_{i}"] | {name: kernel}
+            if name in stage:
+                stage[name] = {"kernel": jnp.asarray(kernel, jnp.float32)}
+        stages[f"stage_{number}"] = stage
     return stages
 
 
@@ -107,10 +109,11 @@ def _dimension_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> 
     stride = min(group_size, rvq_dim // max(1, num_dims))  # blocks overlap if dimensions are few
     columns = np.arange(num_dims)
     kernel = np.zeros((num_quantizers, rvq_dim, codebook_dim), np.float32)
-    for n in range(num_quantizers):
-        block = n // group_size % 2
-        start = block * group_size * num_dims + n % group_size
-        kernel[n, (start + columns * stride) % rvq_dim, columns] = 1
+    for quantizer in range(num_quantizers):
+        block = quantizer // group_size % 2
+        start = block * group_size * num_dims + quantizer % group_size
+        rows = (start + columns * stride) % rvq_dim
+        kernel[quantizer, rows, columns] = 1
     return jnp.asarray(kernel)
 
 
@@ -118,12 +121,14 @@ def _set_pair(quantizer: dict[str, Any], names: tuple[str, str], kernel: jax.Arr
     """Sets the first projection to `kernel` and the second to its transpose, if the shapes fit."""
     quantizer = dict(quantizer)
     for name, value in zip(names, (kernel, kernel.swapaxes(-1, -2)), strict=True):
-        if name in quantizer and quantizer[name]["direction"].shape == value.shape:
-            quantizer[name] = quantizer[name] | _weight_norm(value, quantizer[name]["direction"])
+        projection = quantizer.get(name)
+        if projection is not None and projection["direction"].shape == value.shape:
+            quantizer[name] = projection | _weight_norm(value, projection["direction"])
     return quantizer
 
 
 def _weight_norm(kernel: jax.Array, random: jax.Array) -> dict[str, jax.Array]:
     """Directions and gains of a kernel; zero columns take their directions from `random`."""
     gain = jnp.linalg.norm(kernel, axis=-2)
-    return {"direction": jnp.where(gain[..., None, :] > 0, kernel, random), "gain": gain}
+    direction = jnp.where(gain[..., None, :] > 0, kernel, random)
+    return {"direction": direction, "gain": gain}

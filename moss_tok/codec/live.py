@@ -31,9 +31,9 @@ CHUNK_FRAMES = (1, 2, 4, 8)
 
 
 class _Stream:
-    """Shared by both classes: a buffer per slot, processed in chunks of the compiled sizes.
+    """The base of both classes: a buffer per slot, processed in chunks of the compiled sizes.
 
-    Each chunk runs all slots at once; each slot contributes as many frames as its buffer holds.
+    All slots run together in a chunk. A slot contributes the complete frames in its buffer.
     """
 
     _side: str
@@ -84,12 +84,12 @@ class _Stream:
         self._buffers = [self._empty_input()] * num_slots
         self._finished = np.zeros(num_slots, bool)
         self._num_frames = np.zeros(num_slots, int)  # computed so far
-        fastest = round(max(codec.config.stage_rates(self._side)) / codec.config.frame_rate)
-        self._max_frames = (2**31 - 1) // fastest - sizes[-1]  # see `StreamState`
+        highest_rate = max(codec.config.stage_rates(self._side))
+        positions_per_frame = round(highest_rate / codec.config.frame_rate)
+        self._max_frames = (2**31 - 1) // positions_per_frame - sizes[-1]  # see `StreamState`
         self._iterator: Iterator[np.ndarray] | None = None
         for size in sizes:  # with all slots paused, this only compiles
-            chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._empty_input().dtype)
-            self._step(chunk, np.zeros(num_slots, np.int32))
+            self._step(self._empty_chunk(size), np.zeros(num_slots, np.int32))
         self.reset()
 
     def __repr__(self) -> str:
@@ -124,12 +124,16 @@ class _Stream:
             raise ValueError(
                 f"sample_rate must be {codec_rate} for this codec, got {sample_rate!r}"
             )
-        is_dict = isinstance(block, Mapping)
-        blocks = self._check_blocks(block if is_dict else {self._only_slot(): block})
-        for slot, array in blocks.items():
+        if isinstance(block, Mapping):
+            return self._push(block)
+        slot = self._only_slot()
+        return self._push({slot: block})[slot]
+
+    def _push(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
+        arrays = self._check_blocks(blocks)
+        for slot, array in arrays.items():
             self._buffers[slot] = np.concatenate([self._buffers[slot], array], axis=-1)
-        results = self._run(list(blocks))
-        return results if is_dict else results[0]
+        return self._run(list(arrays))
 
     def finish(self, slots: Iterable[int] | None = None) -> Any:
         """Ends streams; a partly filled last frame is padded with zeros.
@@ -211,33 +215,55 @@ class _Stream:
     def _run(self, slots: list[int]) -> dict[int, np.ndarray]:
         """Computes the frames that are ready in the buffers of `slots`; the results by slot."""
         parts = {slot: [self._empty_output()] for slot in slots}
-        while max_ready := max((self._num_ready(slot) for slot in slots), default=0):
-            size = next((n for n in self._sizes if n >= max_ready), self._sizes[-1])
+        while True:
+            max_ready = max(map(self._num_ready, slots), default=0)
+            if max_ready == 0:
+                break
+            size = self._chunk_size(max_ready)
             chunk, lengths = self._take_chunk(slots, size)
             out = self._step(chunk, lengths)
+            out_unit = out.shape[-1] // size
             for slot in slots:
                 num_frames = -(-int(lengths[slot]) // self._unit)
                 self._num_frames[slot] += num_frames
-                parts[slot].append(out[slot, ..., : num_frames * out.shape[-1] // size])
-        return {slot: np.concatenate(xs, axis=-1) for slot, xs in parts.items()}
+                parts[slot].append(out[slot, ..., : num_frames * out_unit])
+        return {slot: np.concatenate(arrays, axis=-1) for slot, arrays in parts.items()}
+
+    def _chunk_size(self, num_frames: int) -> int:
+        """The smallest chunk size of at least `num_frames`; the largest size if none is."""
+        for size in self._sizes:
+            if size >= num_frames:
+                return size
+        return self._sizes[-1]
+
+    def _empty_chunk(self, size: int) -> np.ndarray:
+        shape = (len(self._buffers), *self._chunk_shape(size))
+        return np.zeros(shape, self._empty_input().dtype)
 
     def _take_chunk(self, slots: list[int], size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Moves up to `size` ready frames of each slot from its buffer to a chunk; its lengths."""
-        num_slots = len(self._buffers)
-        chunk = np.zeros((num_slots, *self._chunk_shape(size)), self._empty_input().dtype)
-        lengths = np.zeros(num_slots, np.int32)
+        """Moves up to `size` ready frames of each slot from its buffer to a chunk.
+
+        Returns:
+          The chunk, and the valid entries of each slot.
+        """
+        chunk = self._empty_chunk(size)
+        lengths = np.zeros(len(self._buffers), np.int32)
         for slot in slots:
             buffer = self._buffers[slot]
-            taken = buffer[..., : min(self._num_ready(slot), size) * self._unit]
-            lengths[slot] = taken.shape[-1]
-            chunk[slot, ..., : lengths[slot]] = taken
-            self._buffers[slot] = buffer[..., lengths[slot] :]
+            num_frames = min(self._num_ready(slot), size)
+            ready = buffer[..., : num_frames * self._unit]
+            length = ready.shape[-1]
+            lengths[slot] = length
+            chunk[slot, ..., :length] = ready
+            self._buffers[slot] = buffer[..., length:]
         return chunk, lengths
 
     def _num_ready(self, slot: int) -> int:
         """Frames that can be computed: complete ones, and a partial last one once finished."""
         size = self._buffers[slot].shape[-1]
-        return -(-size // self._unit) if self._finished[slot] else size // self._unit
+        if self._finished[slot]:
+            return -(-size // self._unit)  # rounded up
+        return size // self._unit
 
     def _only_slot(self) -> int:
         if len(self._buffers) > 1:
@@ -266,7 +292,7 @@ class _Stream:
         return list(dict.fromkeys(slots))
 
     def _check_blocks(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
-        """Returns the blocks as arrays; ValueError names the slot of a bad one."""
+        """Returns the blocks as arrays. Raises a ValueError that names the slot of a bad one."""
         self._check_slots(blocks)
         arrays = {}
         for slot, block in blocks.items():

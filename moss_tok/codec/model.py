@@ -59,7 +59,10 @@ class Side(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, caches: Caches | None = None, span: Span | None = None
+        self,
+        x: jax.Array,
+        caches: Caches | None = None,
+        span: Span | None = None,
     ) -> tuple[jax.Array, Caches]:
         """Maps frames of the stream [B, T, D] to latents, or latents to the stream.
 
@@ -103,7 +106,9 @@ class CodecModel(nn.Module):
         self.decoder = Side(self.config, self.compute, "decoder")
 
     def __call__(
-        self, wav: jax.Array, mask: jax.Array | None = None
+        self,
+        wav: jax.Array,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Quantized]:
         """Encodes, quantizes and decodes audio, for training.
 
@@ -118,7 +123,9 @@ class CodecModel(nn.Module):
         return self.audio(quantized.latents), quantized
 
     def quantize(
-        self, wav: jax.Array, mask: jax.Array | None = None
+        self,
+        wav: jax.Array,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Quantized]:
         """Encoder and quantizer of `__call__`: latents [B, T, D] before and after quantization."""
         latents = self.latents(wav)
@@ -141,14 +148,22 @@ class CodecModel(nn.Module):
         return self.quantizer.decode(codes, mask)
 
     def encode_step(
-        self, wav: jax.Array, num_quantizers: int, caches: Caches, span: Span
+        self,
+        wav: jax.Array,
+        num_quantizers: int,
+        caches: Caches,
+        span: Span,
     ) -> tuple[jax.Array, Caches]:
         """The next chunk [B, C, T * hop_length] of streams -> codes [B, Q, T] and next caches."""
         latents, caches = self.encoder(interleave(wav), caches, span)
         return self.quantizer(latents, num_quantizers).codes, caches
 
     def decode_step(
-        self, codes: jax.Array, caches: Caches, span: Span, mask: jax.Array | None = None
+        self,
+        codes: jax.Array,
+        caches: Caches,
+        span: Span,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
         """The next chunk [B, q, T] of streams -> [B, C, T * hop_length] and next caches."""
         stream, caches = self.decoder(self.quantizer.decode(codes, mask), caches, span)

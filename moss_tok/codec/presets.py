@@ -30,7 +30,7 @@ def _stack(
     for patch_size, row in zip(patches, rows, strict=False):
         modules.append(PatchConfig(patch_size))
         stage = TransformerConfig(*row, layer_scale=layer_scale)
-        # The v1 classes have a projection only if it changes the width; later classes always.
+        # The v1 classes have a projection only if it changes the width.
         if layout == "v1":
             stage = dataclasses.replace(
                 stage,
@@ -38,7 +38,8 @@ def _stack(
                 output_projection=stage.output_dim != stage.model_dim,
             )
         modules.append(stage)
-    modules += [PatchConfig(p) for p in patches[len(rows) :]]
+    for patch_size in patches[len(rows) :]:
+        modules.append(PatchConfig(patch_size))
     return tuple(modules)
 
 
@@ -142,7 +143,7 @@ def load_codec_config(model: str) -> CodecConfig:
 
 
 def describe(config: Any) -> str:
-    """One line on a codec: its preset, or else its encoder's stages, and its rates."""
+    """A line that describes a codec: its preset, or else its encoder's stages, and its rates."""
     if not isinstance(config, CodecConfig):  # JAX builds pytrees with placeholders
         return type(config).__name__
     quantizer = config.quantizer

@@ -40,7 +40,7 @@ def load(
         huggingface_hub is installed, a Hub id such as "OpenMOSS-Team/MOSS-Audio-Tokenizer".
         Default: the small codec that comes with the package.
       component: "all"; "encoder" or "decoder", to read only that side and the quantizer into
-        memory; or "quantizer", to read that alone.
+        memory; or "quantizer", to read only the quantizer.
       compute: Types, precision and attention of the computation. The default, float32 at the
         highest matmul precision, makes codes reproducible.
 
@@ -61,9 +61,9 @@ def load(
         config = read_codec_config(folder / "config.json")
         shapes = param_shapes(config)
         if component != "all":
-            shapes = {name: shapes[name] for name in (component, "quantizer")}
+            shapes = {component: shapes[component], "quantizer": shapes["quantizer"]}
         params = checkpoint.read_tree(folder / "params", shapes)
-    jax.block_until_ready(params)  # then the copies made while reading are free
+    jax.block_until_ready(params)  # afterwards, the copies made while reading are free
     _return_memory()
     return Codec(params, config, compute)
 
@@ -100,29 +100,29 @@ def fingerprint(codec: Codec) -> str:
 
 
 def quantizer_fingerprint(codec: Codec) -> str:
-    """A hash of config and quantizer: codecs with equal ones can decode each other's codes.
+    """A hash of config and quantizer; codecs with the same hash can decode each other's codes.
 
-    It is the same whichever component was loaded, in either official layout, and after fine-tuning
-    the decoder alone.
+    It does not depend on the loaded component, on the official layout, or on fine-tuning of the
+    decoder.
     """
-    return _quantizer_digest(codec.config, _Same(codec.params["quantizer"]))
+    return _quantizer_digest(codec.config, _ByIdentity(codec.params["quantizer"]))
 
 
-class _Same:
-    """A tree as a key of a cache: equal to itself only."""
+class _ByIdentity:
+    """A tree as a key of a cache; it equals only itself."""
 
     def __init__(self, tree: Any):
         self.tree = tree
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.tree is other.tree
+        return isinstance(other, _ByIdentity) and self.tree is other.tree
 
     def __hash__(self) -> int:
         return id(self.tree)
 
 
-@functools.lru_cache(maxsize=1)  # commands ask for it once per file
-def _quantizer_digest(config: CodecConfig, quantizer: _Same) -> str:
+@functools.lru_cache(maxsize=1)  # commands need it for each file
+def _quantizer_digest(config: CodecConfig, quantizer: _ByIdentity) -> str:
     return _digest(dataclasses.replace(config, layout="v1"), quantizer.tree)
 
 
@@ -141,12 +141,18 @@ def _digest(config: CodecConfig, params: Any) -> str:
 def to_device(params: dict[str, Any]) -> dict[str, Any]:
     """Replaces the numpy arrays of a tree by jax arrays one by one, in place to save memory."""
     for name, value in params.items():
-        params[name] = to_device(value) if isinstance(value, dict) else jnp.asarray(value)
+        if isinstance(value, dict):
+            to_device(value)
+        else:
+            params[name] = jnp.asarray(value)
     return params
 
 
 def save(
-    path: str | Path, config: CodecConfig, params: Any, files: dict[str, str] | None = None
+    path: str | Path,
+    config: CodecConfig,
+    params: Any,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Writes a codec, and other text files by name, as a new checkpoint; see `checkpoint.save`."""
     texts = {"config.json": config.to_json()} | (files or {})

@@ -1,4 +1,4 @@
-"""Residual LFQ: each quantizer codes the residual that the quantizers before it leave.
+"""Residual LFQ: each quantizer codes the residual of the quantizers before it.
 
 Each quantizer projects the residual to a few dimensions, takes the codebook row nearest in angle
 (both are L2-normalized; the first row wins ties), and projects the unnormalized row back.
@@ -162,8 +162,15 @@ class ResidualQuantizer(nn.Module):
             outputs = (codes, value, commitment, codebook, projected)
             return residual - value, outputs
 
-        _, (codes, values, *rest) = jax.lax.scan(step, x, (levels, used))
-        return Quantized(self._output(values.sum(0)), jnp.moveaxis(codes, 0, 1), *rest)
+        _, outputs = jax.lax.scan(step, x, (levels, used))
+        codes, values, commitment, codebook, projected = outputs
+        return Quantized(
+            latents=self._output(values.sum(0)),
+            codes=jnp.moveaxis(codes, 0, 1),
+            commitment_loss=commitment,
+            codebook_loss=codebook,
+            projected=projected,
+        )
 
     def decode(self, codes: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Maps codes [B, q, T] of the first q quantizers to quantized latents [B, T, D].

@@ -20,7 +20,8 @@ from moss_tok.codec.checks import (
     check_part,
     check_wav,
 )
-from moss_tok.codec.inference import Codec, zero_past
+from moss_tok.codec.inference import Codec
+from moss_tok.codec.masks import zero_past
 from moss_tok.codec.model import Caches, empty_caches
 from moss_tok.nn.cache import Span
 
@@ -122,7 +123,10 @@ def encode_step(
 
 
 def decode_step(
-    codec: Codec, state: StreamState, codes: jax.Array, lengths: jax.Array | None = None
+    codec: Codec,
+    state: StreamState,
+    codes: jax.Array,
+    lengths: jax.Array | None = None,
 ) -> tuple[StreamState, jax.Array]:
     """Decodes the next chunk of each stream.
 

@@ -50,8 +50,10 @@ class SelfAttention(nn.Module):
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)
-        # Three products instead of one, whose result TPUs would copy part by part.
-        q, k, v = (einsum("btd,dnh->bnth", x, qkv[:, i], precision) for i in range(3))
+        # Three products, because TPUs would copy the parts of a single one.
+        q = einsum("btd,dnh->bnth", x, qkv[:, 0], precision)
+        k = einsum("btd,dnh->bnth", x, qkv[:, 1], precision)
+        v = einsum("btd,dnh->bnth", x, qkv[:, 2], precision)
         q = rope.apply_rope(q, table)
         k = rope.apply_rope(k, table)
         if past is None:
@@ -91,7 +93,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: Cache | None, table: jax.Array, span: Span | None
+        self,
+        x: jax.Array,
+        past: Cache | None,
+        table: jax.Array,
+        span: Span | None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the keys and values of a chunk as in `SelfAttention`."""
         norm = functools.partial(
@@ -116,8 +122,8 @@ class Block(nn.Module):
     def _layer_scale(self, name: str) -> tuple[jax.Array | None, jax.Array | int]:
         """The scale of the branch's output weights, and the scale of its output.
 
-        LayerScale is folded into the output weights if these are cast anyway. Its gradient then
-        comes from that of the weights, so no activations are kept for it: less memory traffic.
+        LayerScale is folded into the output weights if these are cast anyway. Its gradient is then
+        computed from the gradient of the weights, which saves activation memory.
         """
         init = nn.initializers.constant(self.config.layer_scale)
         init = nn.with_logical_partitioning(init, ("norm",))
@@ -133,7 +139,11 @@ class LongChunkBlock(Block):
     """
 
     def __call__(
-        self, carry: tuple[jax.Array, Cache], index: jax.Array, table: jax.Array, span: Span
+        self,
+        carry: tuple[jax.Array, Cache],
+        index: jax.Array,
+        table: jax.Array,
+        span: Span,
     ) -> tuple[tuple[jax.Array, Cache], None]:
         """Updates the carry: [B, T, D], and the cache of all layers; this is layer `index`."""
         x, cache = carry
@@ -150,7 +160,10 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+        self,
+        x: jax.Array,
+        cache: Cache | None = None,
+        span: Span | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, input_dim] -> [B, T, output_dim], and the next cache (None without a cache).
 

@@ -98,7 +98,10 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other_content: str
 
 
 def _check_plan(
-    folder: Path, stored: dict[str, Any], plan: dict[str, Any], other_content: str
+    folder: Path,
+    stored: dict[str, Any],
+    plan: dict[str, Any],
+    other_content: str,
 ) -> None:
     """Raises ValueError if the stored plan differs from `plan`."""
     changes = []

@@ -164,7 +164,10 @@ class _ReadSegment:
 
 
 def _equalize(
-    wav: np.ndarray, sample_rate: int, max_db: float, rng: np.random.Generator
+    wav: np.ndarray,
+    sample_rate: int,
+    max_db: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Applies random gains an octave apart, linear in between, without a delay; wav [C, S]."""
     frequencies = np.fft.rfftfreq(wav.shape[1], 1 / sample_rate)

@@ -200,7 +200,10 @@ def write_shard(plan: Plan, shard: Shard, progress: Callable[[], Any] = lambda: 
 
 
 def _write_records(
-    path: Path, shard: Shard, settings: Settings, progress: Callable[[], Any]
+    path: Path,
+    shard: Shard,
+    settings: Settings,
+    progress: Callable[[], Any],
 ) -> list[dict[str, Any]]:
     """Writes the records of a shard; returns the rows of its listing."""
     rows: list[dict[str, Any]] = []

@@ -61,7 +61,10 @@ def check(metrics: Sequence[str]) -> None:
 
 
 def compute_each(
-    reference: np.ndarray, synthesis: np.ndarray, sample_rate: int, metrics: Sequence[str]
+    reference: np.ndarray,
+    synthesis: np.ndarray,
+    sample_rate: int,
+    metrics: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Compares as `compute` does, and collects metrics that are not defined instead of raising.
 

@@ -153,7 +153,9 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
 
 
 def _draw_versions(
-    sources: Mapping[str, Path], name: str, folder: Path
+    sources: Mapping[str, Path],
+    name: str,
+    folder: Path,
 ) -> tuple[tuple[str, Path, Path], ...]:
     """Draws the spectrograms of a recording's versions that exist, unless they are up to date."""
     versions = []

@@ -72,7 +72,11 @@ def parse_numbers(text: str, maximum: int) -> list[int]:
 
 
 def reconstruct(
-    codec: Codec, dataset: Dataset, numbers: Sequence[int], folder: Path, model: dict[str, Any]
+    codec: Codec,
+    dataset: Dataset,
+    numbers: Sequence[int],
+    folder: Path,
+    model: dict[str, Any],
 ) -> Iterator[str]:
     """Writes references, reconstructions and codes of a data set; existing files are kept.
 
@@ -158,7 +162,11 @@ def _batches(tasks: Sequence[_Task], config: CodecConfig) -> Iterator[_Batch]:
 
 
 def reconstruct_by(
-    baseline: Baseline, dataset: Dataset, folder: Path, sample_rate: int, num_channels: int
+    baseline: Baseline,
+    dataset: Dataset,
+    folder: Path,
+    sample_rate: int,
+    num_channels: int,
 ) -> Iterator[str]:
     """Writes references and reconstructions by another codec; existing files are kept.
 
@@ -218,7 +226,11 @@ def _read_reference(audio: Path, sample_rate: int, num_channels: int) -> np.ndar
 
 
 def _write_pair(
-    rate_folder: Path, name: str, wav: np.ndarray, wav_hat: np.ndarray, sample_rate: int
+    rate_folder: Path,
+    name: str,
+    wav: np.ndarray,
+    wav_hat: np.ndarray,
+    sample_rate: int,
 ) -> None:
     files.write(rate_folder / "gt_audios" / name, wav, sample_rate)
     files.write(rate_folder / "syn_audios" / name, wav_hat, sample_rate)

@@ -37,7 +37,11 @@ class Result(NamedTuple):
 
 
 def write_results(
-    folder: Path, dataset: Dataset, scores: Scores, metric_names: Sequence[str], bps: int | None
+    folder: Path,
+    dataset: Dataset,
+    scores: Scores,
+    metric_names: Sequence[str],
+    bps: int | None,
 ) -> str:
     """Writes means over all files and by domain into OUTPUT/MODEL/rvqN/results.json.
 

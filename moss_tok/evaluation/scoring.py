@@ -98,7 +98,9 @@ def _to_line(name: str, row: dict[str, Any]) -> str:
 
 
 def _score(
-    folder: Path, name: str, metric_names: Sequence[str]
+    folder: Path,
+    name: str,
+    metric_names: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
     reference, rate = files.read_native(folder / "gt_audios" / name)
     synthesis, _ = files.read_native(folder / "syn_audios" / name)

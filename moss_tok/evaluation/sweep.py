@@ -35,7 +35,9 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 
 def read_clips(
-    items: Sequence[AudioItem], codec: Codec, say: Callable[[str], Any] = print
+    items: Sequence[AudioItem],
+    codec: Codec,
+    say: Callable[[str], Any] = print,
 ) -> list[Clip]:
     """Reads at most 20 seconds of each item, at the codec's sample rate and channels.
 

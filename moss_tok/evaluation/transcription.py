@@ -169,7 +169,10 @@ def write_dataset(
 
 
 def _transcribe_files(
-    codec: Codec, language: Language, paths: Sequence[Path], sampling: Sampling
+    codec: Codec,
+    language: Language,
+    paths: Sequence[Path],
+    sampling: Sampling,
 ) -> list[str]:
     """Transcribes files at the codec's rate, a limited number at once to save memory."""
     texts = []

@@ -86,7 +86,11 @@ class LanguageConfig:
 
 
 def preset(
-    name: str, latents_dim: int, vocab_size: int, end_id: int, audio: str = "codes"
+    name: str,
+    latents_dim: int,
+    vocab_size: int,
+    end_id: int,
+    audio: str = "codes",
 ) -> LanguageConfig:
     """Returns the config of a model by name.
 

@@ -1,5 +1,6 @@
 """Generates text from audio, in jitted batches with a key-value cache."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -17,11 +18,9 @@ from moss_tok.codec.inference import (
     Codec,
     bucket_frames,
     encode,
-    prefix_mask,
     stack,
-    valid_mask,
-    zero_past,
 )
+from moss_tok.codec.masks import prefix_mask, valid_mask, zero_past
 from moss_tok.errors import check_choice
 from moss_tok.language.config import LanguageConfig
 from moss_tok.language.model import SemanticHead, empty_cache
@@ -34,12 +33,12 @@ _BATCH_SIZE = 16  # recordings that are transcribed at once
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How `choose` takes a token.
+    """How `choose` chooses a token.
 
     Attributes:
-      temperature: Sampling temperature; 0 always takes the most likely token.
-      top_k: Sample among this many most likely tokens; 0: among all.
-      top_p: Of those, sample among the most likely ones that together reach this probability.
+      temperature: Sampling temperature; 0 always chooses the most likely token.
+      top_k: Number of most likely tokens to sample among; 0: all.
+      top_p: Of these tokens, sample among the most likely ones that together have this probability.
 
     Raises:
       ValueError: A value is out of range.
@@ -240,20 +239,23 @@ def _in_batches(
     Returns:
       A text per recording, in their order.
     """
+    buckets: dict[int, list[int]] = collections.defaultdict(list)  # size -> recordings
+    for index, recording in enumerate(recordings):
+        num_frames = -(-recording.shape[-1] // unit)
+        buckets[bucket_frames(num_frames) * unit].append(index)
     texts = [""] * len(recordings)
-    sizes = [bucket_frames(-(-x.shape[-1] // unit)) * unit for x in recordings]
-    for size in sorted(set(sizes)):
-        members = [i for i, s in enumerate(sizes) if s == size]
+    for size in sorted(buckets):
+        members = buckets[size]
         # Only two batch sizes, so that each size compiles at most twice.
         batch_size = _BATCH_SIZE if len(members) > 1 else 1
         for start in range(0, len(members), _BATCH_SIZE):
             rows = members[start : start + _BATCH_SIZE]
             padded_rows = rows + rows[:1] * (batch_size - len(rows))
-            batch = [recordings[i] for i in padded_rows]
-            lengths = np.array([x.shape[-1] for x in batch], np.int32)
+            batch = [recordings[row] for row in padded_rows]
+            lengths = np.array([recording.shape[-1] for recording in batch], np.int32)
             batch_texts = transcribe_batch(stack(batch, size), lengths)
-            for i, text in zip(rows, batch_texts, strict=False):
-                texts[i] = text
+            for row, text in zip(rows, batch_texts, strict=False):
+                texts[row] = text
     return texts
 
 
@@ -287,8 +289,10 @@ def _generate_texts(
     check_choice("task", task, TASKS)
     tasks = jnp.full(len(latents), TASKS.index(task))
     tokens, sizes = generate(language, latents, lengths, tasks, jax.random.key(seed), sampling)
-    rows = zip(np.asarray(tokens), np.asarray(sizes), strict=True)
-    return [language.tokenizer.decode(row[:size].tolist()) for row, size in rows]
+    texts = []
+    for row, size in zip(np.asarray(tokens), np.asarray(sizes), strict=True):
+        texts.append(language.tokenizer.decode(row[:size].tolist()))
+    return texts
 
 
 @jax.jit
@@ -365,7 +369,9 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Choice) -> jax.Array:
         top_k = min(sampling.top_k, logits.shape[-1])  # it may exceed int32
         logits = jnp.where(jnp.arange(logits.shape[-1]) < top_k, logits, -jnp.inf)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    # Compares the probability before each token, so the most likely one always passes.
-    mask = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-    rank = jax.random.categorical(key, jnp.where(mask, logits, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    # The probability of all more likely tokens; 0 for the first one, which always passes.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+    rank = jax.random.categorical(key, logits, axis=-1)
+    tokens = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""A causal Transformer with the architecture of Qwen2.5, and the head that gives it audio to read.
+"""A causal Transformer with the architecture of Qwen2.5, and a head through which it reads audio.
 
 Each pre-norm block has an RMS norm, grouped-query attention with biases on q, k and v and rotary
 positions on the halves of each head, another RMS norm, and SwiGLU. The output projection is tied to
@@ -39,13 +39,16 @@ class LanguageModel(nn.Module):
         return self.embedding[tokens].astype(self.compute.dtype)
 
     def __call__(
-        self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
+        self,
+        x: jax.Array,
+        cache: Cache | None = None,
+        span: Span | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Maps embeddings [B, T, D] to hidden states [B, T, D], the input of `logits`.
 
         Args:
           x: Embeddings.
-          cache: Keys and values of the positions before; None: the sequences start with `x`.
+          cache: Keys and values of the earlier positions; None: the sequences start with `x`.
           span: With a cache, the positions of `x`.
 
         Returns:
@@ -64,9 +67,12 @@ class LanguageModel(nn.Module):
         """Hidden states [B, T, D] -> logits [B, T, V] float32."""
         embedding = self.embedding.astype(self.compute.dtype)
         return jnp.einsum(
-            "btd,vd->btv", x, embedding, precision=self.compute.precision,
+            "btd,vd->btv",
+            x,
+            embedding,
+            precision=self.compute.precision,
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
 
 
 def empty_cache(config: LanguageConfig, compute: ComputeConfig, batch: int, size: int) -> Cache:
@@ -113,14 +119,16 @@ class SemanticHead(nn.Module):
         """
         end = jnp.full((len(text), 1), self.config.end_id)
         tokens = jnp.concatenate([end, text], axis=1)  # [B, U + 1]
-        x = jnp.concatenate([self.prompt(latents, task), self.model.embed(tokens)], axis=1)
+        prompt = self.prompt(latents, task)
+        x = jnp.concatenate([prompt, self.model.embed(tokens)], axis=1)
         size = x.shape[1]
         position = jnp.arange(size)
         # Text directly follows the audio of its own item; the audio's padding moves to the end.
         padding = latents.shape[1] - num_frames[:, None]
         shifted = jnp.minimum(position + padding, size - 1)
         order = jnp.where(position <= num_frames[:, None], position, shifted)
-        hidden, _ = self.model(jnp.take_along_axis(x, order[..., None], axis=1))
+        x = jnp.take_along_axis(x, order[..., None], axis=1)
+        hidden, _ = self.model(x)
         number = jnp.arange(tokens.shape[1])
         token_position = 1 + num_frames[:, None] + number
         hidden = jnp.take_along_axis(hidden, token_position[..., None], axis=1)
@@ -129,8 +137,8 @@ class SemanticHead(nn.Module):
         targets = jnp.concatenate([text, end], axis=1)
         targets = jnp.where(number == text_length[:, None], self.config.end_id, targets)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        mask = number <= text_length[:, None]
-        return jnp.where(mask, entropy, 0).sum(-1) / (1 + text_length)
+        is_valid = number <= text_length[:, None]
+        return jnp.where(is_valid, entropy, 0).sum(-1) / (1 + text_length)
 
     def prompt(self, latents: jax.Array, task: jax.Array) -> jax.Array:
         """Embeds a task and audio: latents [B, T, latents_dim], task [B] -> [B, 1 + T, D]."""
@@ -139,7 +147,8 @@ class SemanticHead(nn.Module):
         latents = latents.astype(dtype)
         audio = jnp.einsum("bti,id->btd", latents, self.projection, precision=precision)
         audio = audio + self.bias
-        return jnp.concatenate([self.tasks[task][:, None].astype(dtype), audio], axis=1)
+        task_embedding = self.tasks[task][:, None].astype(dtype)
+        return jnp.concatenate([task_embedding, audio], axis=1)
 
     def extend(self, x: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
         """Continues cached sequences: embeddings [B, T, D] -> hidden [B, T, D] and next cache."""
@@ -147,5 +156,6 @@ class SemanticHead(nn.Module):
 
     def next_logits(self, tokens: jax.Array, cache: Cache, span: Span) -> tuple[jax.Array, Cache]:
         """Continues cached sequences: tokens [B] -> logits of the next [B, V] and next cache."""
-        x, cache = self.model(self.model.embed(tokens[:, None]), cache, span)
+        x = self.model.embed(tokens[:, None])
+        x, cache = self.model(x, cache, span)
         return self.model.logits(x)[:, 0], cache

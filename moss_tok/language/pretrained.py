@@ -83,14 +83,17 @@ def files(config: LanguageConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def find(
-    model: str, tokenizer: str, latents_dim: int, audio: str
+    model: str,
+    tokenizer: str,
+    latents_dim: int,
+    audio: str,
 ) -> tuple[LanguageConfig, Tokenizer]:
     """Returns the config and the tokenizer of a new language model.
 
     Args:
       model: A preset, or a directory with Qwen2.5 weights.
-      tokenizer: A tokenizer.json, a folder with one, or "bytes"; "": that of the directory `model`,
-        or bytes for a preset.
+      tokenizer: A tokenizer.json, a folder with one, or "bytes"; "": the tokenizer of the directory
+        `model`, or bytes for a preset.
       latents_dim: Width of the codec's latents.
       audio: "codes" or "latents", see `LanguageConfig`.
 
@@ -99,22 +102,22 @@ def find(
     """
     folder = storage.to_path(model)
     if model in configs.PRESETS:
-        words = text.load(tokenizer)
-        config = configs.preset(model, latents_dim, words.vocab_size, words.end_id, audio)
-        return config, words
+        loaded = text.load(tokenizer)
+        config = configs.preset(model, latents_dim, loaded.vocab_size, loaded.end_id, audio)
+        return config, loaded
     if not qwen.is_qwen(folder):
         raise ValueError(
             f"language_model must be one of {', '.join(configs.PRESETS)} or a directory with "
             f"config.json and safetensors, got {model!r}"
         )
-    words = text.load(tokenizer or folder)
-    config = qwen.read_config(folder, latents_dim, words.end_id, audio)
-    if words.vocab_size > config.vocab_size:
+    loaded = text.load(tokenizer or folder)
+    config = qwen.read_config(folder, latents_dim, loaded.end_id, audio)
+    if loaded.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {words.vocab_size} tokens, the limit of {model} is "
+            f"the tokenizer has {loaded.vocab_size} tokens, the limit of {model} is "
             f"{config.vocab_size}"
         )
-    return config, words
+    return config, loaded
 
 
 def init(config: LanguageConfig, key: jax.Array) -> Any:

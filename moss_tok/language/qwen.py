@@ -84,7 +84,8 @@ def read_params(path: Path, config: LanguageConfig) -> dict[str, Any]:
     table = list(_table(config))
     if _OUTPUT in files:
         table.append(dataclasses.replace(table[0], name=_OUTPUT, path=(_OUTPUT,)))
-    params = tensors.read_tensors(path, files, table, {t.name for t in table})
+    names = {tensor.name for tensor in table}
+    params = tensors.read_tensors(path, files, table, names)
     output = params.pop(_OUTPUT, params["embedding"])
     if not np.array_equal(output, params["embedding"]):
         raise ValueError(f"{path}: {_OUTPUT} is not the embedding; it must be tied to it")
@@ -99,27 +100,32 @@ def _table(c: LanguageConfig) -> Iterator[Tensor]:
 
 
 def block_rows(
-    c: BlockConfig, num_layers: int, prefix: str, path: tuple[str, ...]
+    c: BlockConfig,
+    num_layers: int,
+    prefix: str,
+    path: tuple[str, ...],
 ) -> Iterator[Tensor]:
     """Rows of the tensors of blocks, whose names begin with `prefix`, for both directions.
 
     Args:
       c: The blocks: of Qwen2.5, with biases, or of Qwen3, with norms of heads.
-      num_layers: How many there are.
-      prefix: What the names begin with, before the number of the block.
+      num_layers: Number of blocks.
+      prefix: Beginning of the names, before the number of the block.
       path: Path of the stacked blocks in our tree.
     """
     d = c.model_dim
     for layer in range(num_layers):
         block = f"{prefix}{layer}."
-        for name, ours in (("input", "attention_norm"), ("post_attention", "mlp_norm")):
-            yield _same(f"{block}{name}_layernorm.weight", (d,), (*path, ours, "scale"), layer)
+        for official, norm in (("input", "attention_norm"), ("post_attention", "mlp_norm")):
+            yield _same(f"{block}{official}_layernorm.weight", (d,), (*path, norm, "scale"), layer)
         yield from _attention_rows(c, f"{block}self_attn.", (*path, "attention"), layer)
         yield from mlp_rows((d, c.mlp_dim, d), f"{block}mlp.", (*path, "mlp"), layer)
 
 
 def _attention_rows(c: BlockConfig, prefix: str, path, layer: int) -> Iterator[Tensor]:
-    d, n, h = c.model_dim, c.num_heads, c.head_dim
+    d = c.model_dim
+    n = c.num_heads
+    h = c.head_dim
 
     def split_heads(x: np.ndarray) -> np.ndarray:
         return x.T.reshape(d, -1, h)
@@ -127,25 +133,36 @@ def _attention_rows(c: BlockConfig, prefix: str, path, layer: int) -> Iterator[T
     def join_heads(x: np.ndarray) -> np.ndarray:
         return x.reshape(d, -1).T
 
-    for name, count in (("q", n), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+    for name, num_heads in (("q", n), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
         weight = f"{prefix}{name}_proj.weight"
-        yield Tensor(weight, (count * h, d), (*path, name), layer, split_heads, join_heads)
+        yield Tensor(weight, (num_heads * h, d), (*path, name), layer, split_heads, join_heads)
         if c.qkv_bias:
             yield Tensor(
-                f"{prefix}{name}_proj.bias", (count * h,), (*path, f"{name}_bias"), layer,
-                lambda x: x.reshape(-1, h), np.ravel,
-            )  # fmt: skip
+                name=f"{prefix}{name}_proj.bias",
+                shape=(num_heads * h,),
+                path=(*path, f"{name}_bias"),
+                row=layer,
+                to_ours=lambda x: x.reshape(-1, h),
+                to_official=np.ravel,
+            )
     if c.head_norm:
         for name in ("q_norm", "k_norm"):
             yield _same(f"{prefix}{name}.weight", (h,), (*path, name, "scale"), layer)
     yield Tensor(
-        f"{prefix}o_proj.weight", (d, n * h), (*path, "out"), layer,
-        lambda x: x.T.reshape(n, h, d), lambda x: x.reshape(n * h, d).T,
-    )  # fmt: skip
+        name=f"{prefix}o_proj.weight",
+        shape=(d, n * h),
+        path=(*path, "out"),
+        row=layer,
+        to_ours=lambda x: x.T.reshape(n, h, d),
+        to_official=lambda x: x.reshape(n * h, d).T,
+    )
 
 
 def mlp_rows(
-    dims: tuple[int, int, int], prefix: str, path: tuple[str, ...], row: int | None = None
+    dims: tuple[int, int, int],
+    prefix: str,
+    path: tuple[str, ...],
+    row: int | None = None,
 ) -> Iterator[Tensor]:
     """Rows of a SwiGLU layer of widths `dims`: input, inner, output; for both directions."""
     input_dim, inner_dim, output_dim = dims

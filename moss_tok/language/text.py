@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         """The token called `name`; None without one."""
 
 
-@dataclasses.dataclass(frozen=True)  # all are equal, so programs are compiled once
+@dataclasses.dataclass(frozen=True)  # all instances are equal, so programs are compiled once
 class ByteTokenizer:
     """One token per byte of UTF-8, and a token that ends a text."""
 
@@ -48,7 +48,8 @@ class ByteTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens; invalid UTF-8 becomes U+FFFD."""
-        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+        data = bytes(token for token in tokens if token < 256)
+        return data.decode(errors="replace")
 
     def token_id(self, name: str) -> int | None:
         """None: bytes have no names."""
@@ -75,7 +76,8 @@ class FileTokenizer:
             raise ValueError(f"{name}: not a tokenizer.json ({reason})") from error
         self._tokenizer.no_padding()  # the file may turn padding and truncation on
         self._tokenizer.no_truncation()
-        self._size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        ids = self._tokenizer.get_vocab().values()  # they may have gaps
+        self._size = 1 + max(ids, default=-1)
         self.end_id = self._size
         for token in _END_TOKENS:
             end_id = self._tokenizer.token_to_id(token)
@@ -91,11 +93,12 @@ class FileTokenizer:
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"the tokenizer cannot take {text[:40]!r}: {error}") from error
-        return [t for t in tokens if t != self.end_id]
+        return [token for token in tokens if token != self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without special tokens."""
-        return self._tokenizer.decode([t for t in tokens if t < self._size])
+        known = [token for token in tokens if token < self._size]
+        return self._tokenizer.decode(known)
 
     def token_id(self, name: str) -> int | None:
         """The token called `name`; None without one."""

@@ -102,14 +102,14 @@ def attend_cached(
     start: jax.Array,
     precision: str | None = None,
 ) -> jax.Array:
-    """`attend` for a chunk of streams: over the cached frames before the chunk, and its own.
+    """`attend` for a chunk of streams: over the cached frames before the chunk, and over the chunk.
 
     Args:
       q: Queries [B, N, T, H] of the frames start .. start + T - 1.
-      k: Their keys [B, N, T, H].
-      v: Their values [B, N, T, H].
+      k: Keys [B, N, T, H] of these frames.
+      v: Values [B, N, T, H] of these frames.
       past: Keys and values of the frames before: one layer of a cache, [B, N, window - 1, H].
-      start: [B] frames of each stream before this chunk.
+      start: [B], number of frames of each stream before this chunk.
       precision: Matmul precision.
 
     Returns:
@@ -128,15 +128,15 @@ def attend_cached(
     slot = jnp.arange(size)
     age = (start - 1 - slot) % max(size, 1)  # of the frame in each slot; 0: just before the chunk
     past_mask = (age < start) & (age + t + 1 <= size)  # [B, 1, T, R]
-    own = jnp.arange(num_frames)
-    own_mask = (own <= t) & (own >= t - size)
-    own_mask = jnp.broadcast_to(own_mask, (*past_mask.shape[:-1], num_frames))
+    s = jnp.arange(num_frames)
+    chunk_mask = (s <= t) & (s >= t - size)
+    chunk_mask = jnp.broadcast_to(chunk_mask, (*past_mask.shape[:-1], num_frames))
     past_scores = _scores(q, past.keys, past_mask, precision)
-    own_scores = _scores(q, k, own_mask, precision)
-    scores = jnp.concatenate([past_scores, own_scores], axis=-1)
+    chunk_scores = _scores(q, k, chunk_mask, precision)
+    scores = jnp.concatenate([past_scores, chunk_scores], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    past_weights, own_weights = jnp.split(weights, [size], axis=-1)
-    return _mix(past_weights, past.values, precision) + _mix(own_weights, v, precision)
+    past_weights, chunk_weights = jnp.split(weights, [size], axis=-1)
+    return _mix(past_weights, past.values, precision) + _mix(chunk_weights, v, precision)
 
 
 def _block_frames(window: int) -> int:

@@ -64,7 +64,11 @@ class GroupedAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, table: jax.Array | None, past: Cache | None, span: Span | None
+        self,
+        x: jax.Array,
+        table: jax.Array | None,
+        past: Cache | None,
+        span: Span | None,
     ) -> tuple[jax.Array, Cache | None]:
         """Attends over the frames of `x` and, with a cache, over the positions before them.
 
@@ -153,7 +157,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: Cache | None, table: jax.Array | None, span: Span | None
+        self,
+        x: jax.Array,
+        past: Cache | None,
+        table: jax.Array | None,
+        span: Span | None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the keys and values of a chunk, see `GroupedAttention`."""
         c = self.config
@@ -171,7 +179,11 @@ def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -
 
 
 def empty_cache(
-    config: BlockConfig, num_layers: int, compute: ComputeConfig, batch: int, size: int
+    config: BlockConfig,
+    num_layers: int,
+    compute: ComputeConfig,
+    batch: int,
+    size: int,
 ) -> Cache:
     """A cache of `size` positions at the start of `batch` sequences."""
     shape = (num_layers, batch, config.num_kv_heads, size, config.head_dim)

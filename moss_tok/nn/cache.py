@@ -14,7 +14,7 @@ class Span(NamedTuple):
 
     Attributes:
       start: [B] integers, index of the chunk's first frame in each stream.
-      count: [B] integers, valid frames of each stream; the rest of the chunk is padding.
+      count: [B] integers, valid frames of each stream; the other frames of the chunk are padding.
     """
 
     start: jax.Array

@@ -3,6 +3,7 @@
 Shapes: q, k, v are [B, N, T, H]; see the legend in `moss_tok/__init__.py`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of jax's primitive
 
 def saveable(primitive: Any, *shapes: Any, **params: Any) -> bool:
     """Policy for `jax.checkpoint` that saves the residuals of the kernels' backward passes."""
-    named = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
-    return primitive.name == _CUDNN_FORWARD or named(primitive, *shapes, **params)
+    is_residual = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
+    return primitive.name == _CUDNN_FORWARD or is_residual(primitive, *shapes, **params)
 
 
 def devices_are(kind: str) -> bool:
@@ -35,7 +36,7 @@ def devices_are(kind: str) -> bool:
 
 
 def missing_for_cudnn(head_dim: int, dtype: Any) -> str:
-    """What the cuDNN kernel needs and does not have here; "" if it can be used."""
+    """The requirement of the cuDNN kernel that is not met here; "" if it can be used."""
     if not devices_are("nvidia"):
         return "an NVIDIA GPU"
     if float(jax.devices()[0].compute_capability) < _CUDNN_CAPABILITY:
@@ -80,28 +81,39 @@ def splash(q, k, v, *, window, precision):
         residual_checkpoint_name=_RESIDUALS,
         interpret=not devices_are("tpu"),
     )
-    # Pallas does not support the other two; bfloat16 products are the default on TPUs.
-    precision = {None: "default", BF16_PRODUCTS: "default", "high": "highest"}.get(
-        precision, precision
-    )
+    # Pallas supports "default" and "highest" only; bfloat16 products are the default on TPUs.
+    if precision in (None, BF16_PRODUCTS):
+        precision = "default"
+    elif precision == "high":
+        precision = "highest"
+    q = pad_frames(q * dim**-0.5, padding)
+    k = pad_frames(k, padding)
+    v = pad_frames(v, padding)
     with jax.default_matmul_precision(precision):
-        out = jax.vmap(kernel)(
-            pad_frames(q * dim**-0.5, padding), pad_frames(k, padding), pad_frames(v, padding)
-        )
+        out = jax.vmap(kernel)(q, k, v)
     return out[:, :, :num_frames]
 
 
 def cudnn(q, k, v, *, window, precision):
     """Kernel for NVIDIA GPUs in bfloat16 or float16; see `attention.attend`."""
     del precision  # always 16-bit products, 32-bit sums
-    if missing := missing_for_cudnn(q.shape[-1], q.dtype):
+    missing = missing_for_cudnn(q.shape[-1], q.dtype)
+    if missing:
         raise ValueError(f"attention=cudnn needs {missing}; attention=auto uses what is available")
     num_frames = q.shape[2]
     local_window = (window - 1, 0) if window < num_frames else None
-    # The backward pass needs an even number of frames.
-    q, k, v = (pad_frames(x, num_frames % 2).swapaxes(1, 2) for x in (q, k, v))
+
+    def prepare(x):
+        # The backward pass needs an even number of frames.
+        return pad_frames(x, num_frames % 2).swapaxes(1, 2)
+
     out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=local_window, implementation="cudnn"
+        prepare(q),
+        prepare(k),
+        prepare(v),
+        is_causal=True,
+        local_window_size=local_window,
+        implementation="cudnn",
     )
     return out[:, :num_frames].swapaxes(1, 2)
 
@@ -113,6 +125,7 @@ def pad_frames(x, number):
 
 def splash_block(num_frames: int, window: int) -> int:
     """Frames per block of the splash kernel: few large blocks, with little padding."""
-    largest = int(np.clip(-(-window // _LANES), 2, _MAX_BLOCK_LANES)) * _LANES
-    num_blocks = -(-num_frames // largest)
-    return -(-num_frames // (num_blocks * _LANES)) * _LANES
+    window_lanes = math.ceil(window / _LANES)
+    max_frames = int(np.clip(window_lanes, 2, _MAX_BLOCK_LANES)) * _LANES
+    num_blocks = math.ceil(num_frames / max_frames)
+    return math.ceil(num_frames / (num_blocks * _LANES)) * _LANES

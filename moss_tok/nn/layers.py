@@ -54,13 +54,14 @@ def parameter(
       num_in: Number of input axes; 0 for a bias, which is initialized to zero.
       dtype: Type of the result.
       scale: float32 factor along the last output axis, applied before the cast.
-      num_stacked: Number of axes before the inputs that count matrices, each initialized alone.
+      num_stacked: Number of leading axes over which matrices are stacked; each matrix is
+        initialized separately.
     """
     if num_in:
-        inputs = tuple(range(num_stacked, num_stacked + num_in))
+        first_output = num_stacked + num_in
         lecun = nn.initializers.lecun_normal(
-            in_axis=inputs,
-            out_axis=tuple(range(num_stacked + num_in, len(shape))),
+            in_axis=tuple(range(num_stacked, first_output)),
+            out_axis=tuple(range(first_output, len(shape))),
             batch_axis=tuple(range(num_stacked)),
         )
         init = _boxed_matrix(lecun, axes)
@@ -73,7 +74,10 @@ def parameter(
 
 
 def scan_layers(
-    block: type[nn.Module], num_layers: int, remat: str = "none", unroll: int = 1
+    block: type[nn.Module],
+    num_layers: int,
+    remat: str = "none",
+    unroll: int = 1,
 ) -> type[nn.Module]:
     """Stacks `num_layers` copies of `block` under one scan, so that compile time is constant.
 

@@ -9,9 +9,13 @@ from moss_tok.nn.compute import BF16_PRODUCTS
 
 
 def einsum(
-    spec: str, x: jax.Array, weights: jax.Array, precision: str, out_dtype: str | None = None
+    spec: str,
+    x: jax.Array,
+    weights: jax.Array,
+    precision: str,
+    out_dtype: str | None = None,
 ) -> jax.Array:
-    """`jnp.einsum` of two operands, each of whose axes is in two of the three terms of `spec`.
+    """`jnp.einsum` of two operands. Each axis must occur in exactly two of the terms of `spec`.
 
     Args:
       spec: Such as "btd,df->btf".

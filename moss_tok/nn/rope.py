@@ -22,13 +22,18 @@ def rope_table(positions: jax.Array, head_dim: int, max_period: float) -> jax.Ar
       [2, ..., T, H / 2] float32: cosines, sines.
     """
     exponents = np.arange(head_dim // 2, dtype=np.float64) * 2 / head_dim
-    turns = np.float64(max_period) ** -exponents / (2 * np.pi)
-    words = [int(t * 2.0**64) for t in turns]
-    high = jnp.asarray(np.array([w >> 32 for w in words], np.uint32))
-    low = np.array([w & 0xFFFFFFFF for w in words], np.uint32)
-    p = positions.astype(jnp.uint32)[..., None]
+    turns = np.float64(max_period) ** -exponents / (2 * np.pi)  # per frame
+    high_words = []
+    low_words = []
+    for frequency in turns:
+        fraction = int(frequency * 2.0**64)
+        high_words.append(fraction >> 32)
+        low_words.append(fraction & 0xFFFFFFFF)
+    high = jnp.asarray(np.array(high_words, np.uint32))
+    low = np.array(low_words, np.uint32)
+    position = positions.astype(jnp.uint32)[..., None]
     # Wraps around modulo 2^32, which is one turn. The cast to int32 centers the phase on zero.
-    phase = (p * high + _multiply_high(p, low)).astype(jnp.int32)
+    phase = (position * high + _multiply_high(position, low)).astype(jnp.int32)
     radians = phase.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
     return jnp.stack([jnp.cos(radians), jnp.sin(radians)])
 
@@ -47,7 +52,9 @@ def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates the halves of each head of `x` [B, N, T, H] in float32; the result has x's dtype."""
     cos, sin = table
-    a, b = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+    a, b = jnp.split(x, 2, axis=-1)
+    a = a.astype(jnp.float32)
+    b = b.astype(jnp.float32)
     rotated_a = (a * cos - b * sin).astype(x.dtype)
     rotated_b = (a * sin + b * cos).astype(x.dtype)
     return jnp.concatenate([rotated_a, rotated_b], axis=-1)

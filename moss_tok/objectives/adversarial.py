@@ -14,7 +14,7 @@ from moss_tok.objectives.config import AdversarialSettings
 from moss_tok.objectives.discriminators import Discriminators, make_discriminators
 from moss_tok.training import checkpoints, microbatches, optimizer
 from moss_tok.training.config import OptimizerConfig, TrainConfig
-from moss_tok.training.objective import Batch, Learned, Term, combine
+from moss_tok.training.objective import Arrays, Batch, Extra, Learned, Term, combine
 
 FOLDER = "discriminators"
 _OPT_STATE = "discriminator_opt_state"
@@ -40,7 +40,7 @@ class AdversarialObjective(CodecObjective):
         adversarial = ("adversarial_loss", "feature_matching_loss", "discriminator_loss")
         return super().term_names + adversarial
 
-    def init_extra(self, key: jax.Array) -> dict[str, Any]:
+    def init_extra(self, key: jax.Array) -> Extra:
         """Initial parameters of the discriminators."""
         model = Discriminators(self.adversarial.discriminators, self.compute.dtype)
         wav = jnp.zeros((1, self.codec.num_channels, 4096))
@@ -48,8 +48,10 @@ class AdversarialObjective(CodecObjective):
         return super().init_extra(key) | {FOLDER: params}
 
     def init_extra_optimizers(
-        self, config: OptimizerConfig, extra: dict[str, Any]
-    ) -> dict[str, Any]:
+        self,
+        config: OptimizerConfig,
+        extra: Extra,
+    ) -> Extra:
         """The state of the discriminators' optimizer."""
         return {_OPT_STATE: self._optimizer(config, extra[FOLDER]).init(extra[FOLDER])}
 
@@ -62,9 +64,9 @@ class AdversarialObjective(CodecObjective):
     def train_extra(
         self,
         config: OptimizerConfig,
-        extra: dict[str, Any],
+        extra: Extra,
         parts: Batch,
-        outputs: dict[str, jax.Array],
+        outputs: Arrays,
     ) -> Learned:
         """Updates the discriminators on recordings and reconstructions."""
         params = extra[FOLDER]
@@ -78,7 +80,10 @@ class AdversarialObjective(CodecObjective):
         )
 
     def discriminator_gradient(
-        self, params: Any, parts: Batch, wav_hat: jax.Array
+        self,
+        params: Any,
+        parts: Batch,
+        wav_hat: jax.Array,
     ) -> tuple[Any, jax.Array]:
         """Mean gradient over all microbatches, and the mean discriminator loss per item [M, B].
 
@@ -87,8 +92,8 @@ class AdversarialObjective(CodecObjective):
         num_parts = wav_hat.shape[0]
 
         def loss(params_of_one, name, part, wav_hat):
-            # Both signals in one call: half as many convolutions, each of which takes a TPU's
-            # compiler seconds.
+            # Both signals are in one call. This halves the number of convolutions, and the compiler
+            # for TPUs needs seconds for each of them.
             real, fake = self.features(name, params_of_one, part, part["wav"], wav_hat)
             per_item = losses.discriminator_loss(real, fake) / len(params)
             return per_item.mean() / num_parts, per_item
@@ -109,8 +114,12 @@ class AdversarialObjective(CodecObjective):
         return microbatches.scan(accumulate, zeros, (parts, jax.lax.stop_gradient(wav_hat)))
 
     def output_gradient(
-        self, extra: dict[str, Any], part: Batch, outputs: dict[str, jax.Array], num_parts: int
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        self,
+        extra: Extra,
+        part: Batch,
+        outputs: Arrays,
+        num_parts: int,
+    ) -> tuple[Arrays, Arrays]:
         """Adds the adversarial and feature matching terms and their gradients."""
         gradient, values = super().output_gradient(extra, part, outputs, num_parts)
         wav_gradient, adversarial_values = self._adversarial_gradient(
@@ -129,8 +138,12 @@ class AdversarialObjective(CodecObjective):
         }
 
     def _adversarial_gradient(
-        self, params: Any, part: Batch, wav_hat: jax.Array, num_parts: int
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self,
+        params: Any,
+        part: Batch,
+        wav_hat: jax.Array,
+        num_parts: int,
+    ) -> tuple[jax.Array, Arrays]:
         """Gradient of the adversarial terms with respect to `wav_hat`, and the terms per item.
 
         The discriminators run one after another, as in `discriminator_gradient`.
@@ -149,7 +162,7 @@ class AdversarialObjective(CodecObjective):
             total, values = combine(terms, part)
             return total.mean() / num_parts, values
 
-        total = None
+        total = None  # (gradient, terms)
         for name in params:
             result = jax.grad(loss, has_aux=True)(wav_hat, name)
             total = result if total is None else jax.tree.map(jnp.add, total, result)
@@ -157,7 +170,11 @@ class AdversarialObjective(CodecObjective):
         return total
 
     def features(
-        self, name: str, params: Any, part: Batch, *wavs: jax.Array
+        self,
+        name: str,
+        params: Any,
+        part: Batch,
+        *wavs: jax.Array,
     ) -> list[losses.Features]:
         """Features of one discriminator for each of `wavs` [B, C, S]; padding is set to 0.
 
@@ -169,20 +186,31 @@ class AdversarialObjective(CodecObjective):
         wav = jnp.where(valid[:, None], wav, 0)
         wav = wav / jnp.maximum(peak, _QUIETEST_PEAK)[:, None, None, None]
         models = make_discriminators(self.adversarial.discriminators, self.compute.dtype)
-        features = models[name].apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
-        features = [x.reshape(*wav.shape[:2], *x.shape[1:]) for x in features]
-        return [[x[:, i] for x in features] for i in range(len(wavs))]
+        layers = models[name].apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
+        features: list[losses.Features] = [[] for _ in wavs]
+        for layer in layers:
+            layer = layer.reshape(*wav.shape[:2], *layer.shape[1:])  # [B, W, ...]
+            for number, of_wav in enumerate(features):
+                of_wav.append(layer[:, number])
+        return features
 
-    def start_extra(self, init_from: str, extra: Any) -> dict[str, Any]:
+    def start_extra(self, init_from: str, extra: Any) -> Extra:
         """The discriminators of `init_from`, if it has any."""
-        params = checkpoints.load_folder(init_from, FOLDER, extra[FOLDER]) if init_from else None
+        if not init_from:
+            return {}
+        params = checkpoints.load_folder(init_from, FOLDER, extra[FOLDER])
         return {} if params is None else {FOLDER: params}
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> AdversarialObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec to train; default: that of the workdir or of the settings.
+    Args:
+      config: The run.
+      codec: The codec to train; default: that of the workdir or of the settings.
+
+    Raises:
+      ValueError: A model does not exist or does not fit.
     """
     settings = config.objective
     codec = codec or audio.codec_of_run(config)

@@ -22,7 +22,9 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.objectives import text
 from moss_tok.objectives.config import TextSettings
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Progress, Say
+from moss_tok.training.objective import Batch, Params, Progress, Say
+
+_NUM_EXAMPLES = 5  # texts that are shown beside the error rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,8 @@ def codec_of_run(config: TrainConfig) -> CodecConfig:
         return load_codec_config(model or "tiny")
     codec = pretrained.load_config(config.run.init_from)
     if model:
-        wanted = load_codec_config(model)
         ignored = {"official_json": "", "layout": ""}
-        if vars(codec) | ignored != vars(wanted) | ignored:
+        if vars(codec) | ignored != vars(load_codec_config(model)) | ignored:
             raise ValueError(f"init_from {config.run.init_from} holds another model than {model}")
     return codec
 
@@ -82,14 +83,14 @@ def segment_samples(config: AudioDataConfig, codec: CodecConfig, longest_window:
     Raises:
       ValueError: The segment has no whole frame, or is shorter than `longest_window` (samples).
     """
-    frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
-    if frames * codec.hop_length < longest_window:
-        minimum = -(-longest_window // codec.hop_length) / codec.frame_rate
+    num_frames = int(config.segment_seconds * codec.frame_rate + 1e-6)
+    if num_frames * codec.hop_length < longest_window:
+        minimum_seconds = codec.num_frames(longest_window) / codec.frame_rate
         raise ValueError(
-            f"segment_seconds must be at least {minimum:g}, whole frames in which the longest mel "
-            f"window fits, got {config.segment_seconds}"
+            f"segment_seconds must be at least {minimum_seconds:g}, whole frames in which the "
+            f"longest mel window fits, got {config.segment_seconds}"
         )
-    return frames * codec.hop_length
+    return num_frames * codec.hop_length
 
 
 def find_data(
@@ -144,7 +145,9 @@ def _synthetic_manifest(workdir: storage.Path, mirror: storage.Mirror, sample_ra
 
 
 def score_audio(
-    codec: Codec, clips: Sequence[sweep.Clip], progress: Progress
+    codec: Codec,
+    clips: Sequence[sweep.Clip],
+    progress: Progress,
 ) -> tuple[sweep.Table, str]:
     """Distances of reconstructions at several bitrates, as a table and as text."""
     with progress(len(clips), "clip") as done:
@@ -154,7 +157,10 @@ def score_audio(
 
 
 def score_text(
-    codec: Codec, language: Language, recordings: Sequence[np.ndarray], texts: Sequence[str]
+    codec: Codec,
+    language: Language,
+    recordings: Sequence[np.ndarray],
+    texts: Sequence[str],
 ) -> tuple[sweep.Table, str]:
     """Error rates of recognised texts, as a table and as text with some examples.
 
@@ -164,29 +170,51 @@ def score_text(
       recordings: Audio [C, S] or codes [q, T].
       texts: Their reference texts; recordings with an empty one are skipped.
     """
-    pairs = [pair for pair in zip(recordings, texts, strict=True) if pair[1]]
-    recordings = [recording for recording, _ in pairs]
-    texts = [reference for _, reference in pairs]
-    if not transcription.has_words(texts):
+    scored = []
+    references = []
+    for recording, reference in zip(recordings, texts, strict=True):
+        if reference:
+            scored.append(recording)
+            references.append(reference)
+    if not transcription.has_words(references):
         return {}, ""
     numbers = sorted({1, codec.config.quantizer.num_quantizers})
-    rates, recognised = transcription.evaluate(codec, language, recordings, texts, numbers)
+    rates, recognised = transcription.evaluate(codec, language, scored, references, numbers)
     table = {"text": rates}
-    every = max(1, len(texts) // 5)
-    examples = list(zip(texts, recognised, strict=True))[::every][:5]
-    lines = [f"  said {reference!r}, recognised {text!r}" for reference, text in examples]
-    title = f"{len(texts)} clips with texts (wer, cer: lower is better):"
-    return table, "\n".join([title, sweep.format_table(table), "", *lines])
+    lines = [
+        f"{len(references)} clips with texts (wer, cer: lower is better):",
+        sweep.format_table(table),
+        "",
+    ]
+    every = max(1, len(references) // _NUM_EXAMPLES)
+    for index in range(0, len(references), every)[:_NUM_EXAMPLES]:
+        lines.append(f"  said {references[index]!r}, recognised {recognised[index]!r}")
+    return table, "\n".join(lines)
 
 
-def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], Any | None]:
+def score_clips_text(
+    codec: Codec,
+    language: Language,
+    clips: Sequence[sweep.Clip],
+) -> tuple[sweep.Table, str]:
+    """`score_text` of clips."""
+    wavs = [clip.wav for clip in clips]
+    texts = [clip.text for clip in clips]
+    return score_text(codec, language, wavs, texts)
+
+
+def split_params(params: Params) -> tuple[Params, Any | None]:
     """The parameters of the codec, and of the language model, if there is one."""
-    codec = {name: tree for name, tree in params.items() if name != text.FOLDER}
-    return codec, params.get(text.FOLDER)
+    codec = dict(params)
+    language = codec.pop(text.FOLDER, None)
+    return codec, language
 
 
 def segment_shape(
-    num_samples: int, codec: CodecConfig, tokenizer: Tokenizer | None, texts: TextSettings
+    num_samples: int,
+    codec: CodecConfig,
+    tokenizer: Tokenizer | None,
+    texts: TextSettings,
 ) -> SegmentShape:
     """Shape of the segments that a codec is trained on."""
     return SegmentShape(

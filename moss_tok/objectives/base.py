@@ -1,4 +1,4 @@
-"""What the objectives on a codec share: its parameters, batches, and counts of its codes."""
+"""The base of the objectives on a codec: its parameters, its batches, and counts of its codes."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,17 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives import audio, code_use, text
 from moss_tok.training.config import TrainConfig
-from moss_tok.training.objective import Batch, Objective, Say, TrainingData, Update
+from moss_tok.training.objective import (
+    Arrays,
+    Batch,
+    Extra,
+    Objective,
+    Params,
+    Say,
+    TrainingData,
+    Trees,
+    Update,
+)
 
 COUNTS = "code_counts"  # entry of the extra state
 
@@ -27,11 +37,11 @@ class CodecBasedObjective(Objective):
     """Parameters, batches, extra state and files of a codec, with or without a language model.
 
     Attributes:
-      settings: With `codes` and `text`, see `CodesSettings` and `TextSettings`.
+      settings: Settings with the fields `codes` and `text`, see `CodesSettings`, `TextSettings`.
       codec: The codec.
       compute: Compute settings of the models.
       num_samples: S, samples of a segment, whole frames.
-      trainable: What is trained: "all", "decoder" or "language".
+      trainable: The part that is trained: "all", "decoder" or "language".
       fresh: Whether codebooks start from initial values, not from `init_from`.
       language: The language model that reads the codes; None without one.
       tokenizer: Tokenizer of its texts.
@@ -55,7 +65,7 @@ class CodecBasedObjective(Objective):
 
     # ------------------------------------------------------------------- parameters and state
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array) -> Params:
         """Parameters of the codec, and of the language model as "language"."""
         params = codec_init.init_boxed(self.codec, key)
         if self.language is not None:
@@ -63,20 +73,22 @@ class CodecBasedObjective(Objective):
             params |= {text.FOLDER: language_models.init_boxed(self.language, language_key)}
         return params
 
-    def init_extra(self, key: jax.Array) -> dict[str, Any]:
+    def init_extra(self, key: jax.Array) -> Extra:
         """Counts of codes [Q, K]."""
         del key
         return {COUNTS: code_use.zero_counts(self.codec.quantizer)}
 
-    def trained(self, params: dict[str, Any]) -> dict[str, Any]:
-        """All parameters, or those of one part."""
-        return params if self.trainable == "all" else {self.trainable: params[self.trainable]}
+    def trained(self, params: Params) -> Params:
+        """All parameters, or the parameters of one part."""
+        if self.trainable == "all":
+            return params
+        return {self.trainable: params[self.trainable]}
 
     @property
     def group_rates(self) -> dict[str, float]:
         """Learning-rate factors; codebooks and the language model have their own.
 
-        Groups of which nothing is trained have an entry in the optimizer's state, too.
+        Groups without trained parameters have an entry in the optimizer's state, too.
         """
         rates = {"codebooks": 1.0, "network": 1.0}
         if self.language:
@@ -109,27 +121,36 @@ class CodecBasedObjective(Objective):
         return batch | self.draw(key, batch["position"], num_frames, lengths)
 
     def draw(
-        self, key: jax.Array, positions: jax.Array, num_frames: int, lengths: jax.Array
+        self,
+        key: jax.Array,
+        positions: jax.Array,
+        num_frames: int,
+        lengths: jax.Array,
     ) -> Batch:
         """Random draws for items at `positions` [B] with `lengths` [B] valid frames of T."""
         num_quantizers = self.codec.quantizer.num_quantizers
-        share = self.settings.codes.quantizer_dropout
+        dropout = self.settings.codes.quantizer_dropout
         dropout_key, _ = jax.random.split(key)
-        drawn = {"in_use": code_use.draw_dropout(num_quantizers, share, dropout_key, positions)}
-        mask = self.settings.text.language_mask
-        if self.language is not None and mask:
+        in_use = code_use.draw_dropout(num_quantizers, dropout, dropout_key, positions)
+        drawn = {"in_use": in_use}
+        share = self.settings.text.language_mask
+        if self.language is not None and share:
             mask_key = jax.random.fold_in(key, 2)
             drawn["hidden"] = text.draw_hidden_frames(
-                mask, num_frames, mask_key, positions, lengths
+                share, num_frames, mask_key, positions, lengths
             )
         return drawn
 
-    def masks(self, batch: Batch) -> dict[str, jax.Array]:
+    def masks(self, batch: Batch) -> Arrays:
         """The text term counts for recordings that have a text."""
         return {text.TERM: batch["text_length"] > 0} if self.language else {}
 
     def text_loss(
-        self, params: dict[str, Any], latents: jax.Array, quantized: Quantized, part: Batch
+        self,
+        params: Params,
+        latents: jax.Array,
+        quantized: Quantized,
+        part: Batch,
     ) -> jax.Array:
         """Cross-entropy of the text [B] by the language model, from latents [B, T, D]."""
         frames = quantized.latents if self.language.audio == "codes" else latents
@@ -138,12 +159,13 @@ class CodecBasedObjective(Objective):
             self.language, self.compute, params[text.FOLDER], frames, num_frames, part
         )
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Updates the counts of codes; `seen` has the codes and projected vectors."""
         codes, _ = code_use.join_parts(*update.seen)
-        return {COUNTS: self.counts(codes, update.batch, update.extra)}, update.trees
+        counts = self.counts(codes, update.batch, update.extra)
+        return {COUNTS: counts}, update.trees
 
-    def counts(self, codes: jax.Array, batch: Batch, extra: dict[str, Any]) -> jax.Array:
+    def counts(self, codes: jax.Array, batch: Batch, extra: Extra) -> jax.Array:
         """Counts of codes [Q, K], with those of this batch, codes [B, Q, T]."""
         used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
         return code_use.add_counts(extra[COUNTS], codes, used)
@@ -158,10 +180,14 @@ class CodecBasedObjective(Objective):
         return files
 
     def start(
-        self, init_from: str, params: Any, extra: Any, say: Say
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self,
+        init_from: str,
+        params: Any,
+        extra: Any,
+        say: Say,
+    ) -> tuple[Params, Extra]:
         """The codec of `init_from`; the language model of `init_from` or of published weights."""
-        start_params: dict[str, Any] = {}
+        start_params: Params = {}
         parts = []
         if init_from:
             start_params = load_codec(init_from, params)
@@ -180,7 +206,7 @@ class CodecBasedObjective(Objective):
             say(f"starting from the {' and '.join(parts)} of {init_from}")
         return start_params, start_extra
 
-    def start_extra(self, init_from: str, extra: Any) -> dict[str, Any]:
+    def start_extra(self, init_from: str, extra: Any) -> Extra:
         """Entries of the extra state that `init_from` has."""
         del init_from, extra
         return {}
@@ -191,7 +217,7 @@ class CodecBasedObjective(Objective):
         shape = audio.segment_shape(self.num_samples, self.codec, self.tokenizer, texts)
         return audio.find_data(config, shape, texts, mirror, say)
 
-    def summary(self, extra: dict[str, Any]) -> dict[str, Any]:
+    def summary(self, extra: Extra) -> dict[str, Any]:
         """Usage of the codebooks."""
         return code_use.summary(extra[COUNTS])
 
@@ -201,7 +227,7 @@ class CodecBasedObjective(Objective):
         return f"perplexity {sum(perplexities) / len(perplexities):.0f}"
 
 
-def load_codec(path: str, shapes: dict[str, Any]) -> dict[str, Any]:
+def load_codec(path: str, shapes: Params) -> Params:
     """The parameters of the codec at `path`, with the shardings of `shapes`."""
     params = {}
     for name, tree in pretrained.load(path).params.items():

@@ -1,6 +1,7 @@
 """Training data of codes, from folders of `moss-tok tokenize`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,15 +31,17 @@ class CodeData:
     def batch_seconds(self) -> float:
         """Mean seconds of audio in a batch."""
         total = sum(self.weights)
-        mean = 0.0
-        for part, weight in zip(self.sets, self.weights, strict=True):
-            mean += weight / total * float(part.num_frames.mean()) / self.shape.frame_rate
-        return self.config.batch_size * mean
+        mean_seconds = 0.0
+        for recordings, weight in zip(self.sets, self.weights, strict=True):
+            num_frames = float(recordings.num_frames.mean())
+            mean_seconds += weight / total * num_frames / self.shape.frame_rate
+        return self.config.batch_size * mean_seconds
 
     def describe(self) -> str:
         """The amount of data, as text."""
-        number = sum(map(len, self.sets))
-        return f"{number} training recordings, {len(self.held_out())} evaluation recordings"
+        num_training = sum(map(len, self.sets))
+        num_evaluation = len(self.held_out())
+        return f"{num_training} training recordings, {num_evaluation} evaluation recordings"
 
     def batches(self, start: int, rows: Sequence[int]) -> Iterator[Batch]:
         """See `code_batches.batches`."""
@@ -59,9 +62,16 @@ class CodeData:
         """Recordings of the test splits, evenly spread, at most `num_eval`."""
         if not self.num_eval:
             return []
-        pairs = [(part, int(index)) for part in self.test_sets for index in part.indices]
-        every = max(1, -(-len(pairs) // self.num_eval))
-        return [part.source[index] for part, index in pairs[::every]]
+        total = sum(map(len, self.test_sets))
+        every = max(1, math.ceil(total / self.num_eval))
+        items = []
+        number = 0
+        for recordings in self.test_sets:
+            for index in recordings.indices:
+                if number % every == 0:
+                    items.append(recordings.source[int(index)])
+                number += 1
+        return items
 
 
 def find_sets(
@@ -76,13 +86,13 @@ def find_sets(
       config: The run.
       check_sources: Raises ValueError if one of all sources does not fit.
       read_set: Reads a split of a source.
-      check_sets: Raises ValueError if there is nothing to learn from in one of the training sets.
+      check_sets: Raises ValueError if one of the training sets has nothing to learn from.
 
     Returns:
       The sets for training, their weights, and the sets for evaluation.
 
     Raises:
-      ValueError: No such source, no evaluation recordings, or one of the checks.
+      ValueError: A source does not exist, there are no evaluation recordings, or a check fails.
     """
     data = config.data
     sources, weights = code_batches.find_sources(data.train_data)
@@ -90,23 +100,25 @@ def find_sets(
     if data.eval_data:
         held_out, _ = code_batches.find_sources(data.eval_data)
     check_sources([*sources, *held_out])
-    sets = tuple(read_set(source, "train") for source in sources)
+    sets = [read_set(source, "train") for source in sources]
     check_sets(sets)
-    weights = [len(part) if w is None else w for part, w in zip(sets, weights, strict=True)]
-    test_sets: tuple[Any, ...] = ()
+    set_weights = []
+    for recordings, weight in zip(sets, weights, strict=True):
+        set_weights.append(len(recordings) if weight is None else weight)
+    test_sets = []
     if config.run.num_eval_clips:
-        test_sets = tuple(read_set(source, "test") for source in held_out)
+        test_sets = [read_set(source, "test") for source in held_out]
         if data.eval_data and not any(map(len, test_sets)):
             raise ValueError(f"eval_data {data.eval_data}: no recordings of the split 'test'")
     storage.to_path(config.run.workdir).mkdir(parents=True, exist_ok=True)
-    return sets, tuple(weights), test_sets
+    return tuple(sets), tuple(set_weights), tuple(test_sets)
 
 
 def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
     """Opens folders of codes, see `find_sets`.
 
     Raises:
-      ValueError: Codes of another codec than `init_from`, or no text to learn from.
+      ValueError: The codes are of another codec than `init_from`, or there is no text to learn.
     """
     parts = find_sets(
         config,
@@ -118,7 +130,11 @@ def find_data(config: TrainConfig, shape: CodeShape, say: Say) -> CodeData:
 
 
 def _check_codec(config: TrainConfig, code_sources: Sequence[Source]) -> None:
-    """Checks that all codes are of the codec of `init_from`; a resumed run has done so before."""
+    """Checks that all codes are of the codec of `init_from`, unless the run is resumed.
+
+    Raises:
+      ValueError: They are of another codec.
+    """
     if checkpoint.saved_steps(storage.to_path(config.run.workdir)):
         return
     codec = pretrained.load(config.run.init_from, "encoder")  # the component of the fingerprint
@@ -132,17 +148,20 @@ def _check_codec(config: TrainConfig, code_sources: Sequence[Source]) -> None:
 
 
 def _check_texts(sets: Sequence[CodeSet], shape: CodeShape, say: Say) -> None:
-    for part in sets:
-        if not len(part):
+    """Prints how many texts are used. Raises ValueError if a set has no recordings."""
+    max_seconds = shape.max_frames / shape.frame_rate
+    num_used = 0
+    num_texts = 0
+    for recordings in sets:
+        if not len(recordings):
             raise ValueError(
-                f"{part.source.folder}: no recording of the split 'train' of at most "
-                f"segment_seconds {shape.max_frames / shape.frame_rate:.3g} has a text of at most "
-                f"max_text_tokens {shape.max_text_tokens}"
+                f"{recordings.source.folder}: no recording of the split 'train' of at most "
+                f"segment_seconds {max_seconds:.3g} has a text of at most max_text_tokens "
+                f"{shape.max_text_tokens}"
             )
-    used = sum(map(len, sets))
-    total = sum(part.num_texts for part in sets)
+        num_used += len(recordings)
+        num_texts += recordings.num_texts
     say(
-        f"{used} of {total} texts are used: no longer than max_text_tokens "
-        f"{shape.max_text_tokens}, of recordings no longer than "
-        f"{shape.max_frames / shape.frame_rate:.3g} s"
+        f"{num_used} of {num_texts} texts are used: no longer than max_text_tokens "
+        f"{shape.max_text_tokens}, of recordings no longer than {max_seconds:.3g} s"
     )

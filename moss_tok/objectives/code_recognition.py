@@ -20,11 +20,15 @@ from moss_tok.objectives.base import COUNTS
 from moss_tok.objectives.recognition import RecognitionObjective
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import (
+    Arrays,
     Batch,
     Evaluation,
+    Extra,
+    Params,
     Progress,
     Say,
     TrainingData,
+    Trees,
     Update,
 )
 
@@ -51,16 +55,17 @@ class CodeRecognitionObjective(RecognitionObjective):
         drawn["in_use"] &= levels < batch["num_quantizers"][:, None]
         return batch | drawn
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """The cross-entropy of the text; for `finish`, the codes."""
-        apply = functools.partial(CodecModel(self.codec, self.compute).apply, {"params": params})
+        model = CodecModel(self.codec, self.compute)
+        apply = functools.partial(model.apply, {"params": params})
         frames = apply(part["codes"], part["in_use"], method="dequantize")
         loss = text.cross_entropy(
             self.language, self.compute, params[text.FOLDER], frames, part["length"], part
         )
         return {text.TERM: loss}, part["codes"]
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Updates the counts of codes."""
         batch = update.batch
         num_frames = batch["codes"].shape[-1]
@@ -85,7 +90,11 @@ class CodeRecognitionObjective(RecognitionObjective):
         )
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Error rates of texts recognised from held-out codes."""
         del say, progress
@@ -95,16 +104,24 @@ class CodeRecognitionObjective(RecognitionObjective):
         codec_params, head = audio.split_params(params)
         codec = Codec(codec_params, self.codec)
         language = Language(head, self.language, self.tokenizer)
-        texts = [manifest.read_text(item.metadata)[0] for item in items]
+        texts = []
+        for item in items:
+            reference, _ = manifest.read_text(item.metadata)
+            texts.append(reference)
         codes = [item.codes for item in items]
-        table, words = audio.score_text(codec, language, codes, texts)
-        return Evaluation(table, words or "no recording has a text")
+        table, paragraph = audio.score_text(codec, language, codes, texts)
+        return Evaluation(table, paragraph or "no recording has a text")
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec to read; default: that of the workdir or of the settings.
+    Args:
+      config: The run.
+      codec: The codec to read; default: that of the workdir or of the settings.
+
+    Raises:
+      ValueError: A model does not exist or does not fit.
     """
     settings = config.objective
     codec = codec or audio.codec_of_run(config)

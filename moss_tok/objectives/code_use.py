@@ -30,16 +30,18 @@ def draw_dropout(
 ) -> jax.Array:
     """Which quantizers each item uses: bool [B, Q].
 
-    An item uses all quantizers, or with probability `share` only the first n, n uniform in
-    1..`largest` (default: Q).
-    The draw of an item depends only on its position in the global batch, not on how that is split.
+    An item uses all quantizers, or with probability `share` only the first n, where n is uniform in
+    1..`largest` (default: Q). The draw of an item depends only on its position in the global batch,
+    not on how the batch is split.
     """
+    largest = largest or num_quantizers
 
     def draw(position):
         number_key, share_key = jax.random.split(jax.random.fold_in(key, position))
-        number = jax.random.randint(number_key, (), 1, (largest or num_quantizers) + 1)
-        dropped = jax.random.uniform(share_key) < share
-        return jnp.arange(num_quantizers) < jnp.where(dropped, number, num_quantizers)
+        number = jax.random.randint(number_key, (), 1, largest + 1)
+        is_dropped = jax.random.uniform(share_key) < share
+        num_used = jnp.where(is_dropped, number, num_quantizers)
+        return jnp.arange(num_quantizers) < num_used
 
     return jax.vmap(draw)(positions)
 
@@ -62,14 +64,18 @@ def add_counts(counts: jax.Array, codes: jax.Array, used: jax.Array) -> jax.Arra
 
 def histogram(codes: jax.Array, used: jax.Array, codebook_size: int) -> jax.Array:
     """Counts [Q, K] of codes [B, Q, T] where `used`."""
-    count = functools.partial(jnp.bincount, length=codebook_size)
+
+    def count(codes, weights):
+        return jnp.bincount(codes, weights=weights, length=codebook_size)
+
     weights = by_quantizer(used.astype(jnp.float32))
-    return jax.vmap(lambda c, u: count(c, weights=u))(by_quantizer(codes), weights)
+    return jax.vmap(count)(by_quantizer(codes), weights)
 
 
 def by_quantizer(x: jax.Array) -> jax.Array:
     """[B, Q, T, ...] to [Q, N, ...]: for each quantizer, all its vectors in the batch."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
+    batch, num_quantizers, num_frames, *sizes = x.shape
+    return x.swapaxes(0, 1).reshape(num_quantizers, batch * num_frames, *sizes)
 
 
 def reseed(
@@ -91,25 +97,34 @@ def reseed(
     Returns:
       The codebooks and the counts.
     """
-    rank = jnp.cumsum(used, axis=-1)
-    number = rank[:, -1:]
-    draw = (jax.random.uniform(key, counts.shape) * number).astype(jnp.int32)
-    chosen = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(rank, draw)
-    fresh = jnp.take_along_axis(projected, chosen[..., None], axis=1, mode="clip")
+    rank = jnp.cumsum(used, axis=-1)  # of each vector among the used ones, from 1
+    num_used = rank[:, -1:]
+    drawn = (jax.random.uniform(key, counts.shape) * num_used).astype(jnp.int32)
+    search = functools.partial(jnp.searchsorted, side="right")
+    indices = jax.vmap(search)(rank, drawn)  # [Q, K]
+    replacements = jnp.take_along_axis(projected, indices[..., None], axis=1, mode="clip")
     expected = counts.sum(-1, keepdims=True) / counts.shape[1]
-    dead = (counts < _DEAD_SHARE * expected) & (number > 0)
-    books = jax.tree.map(lambda book: jnp.where(dead[..., None], fresh, book), books)
-    return books, jnp.where(dead, expected, counts)
+    is_dead = (counts < _DEAD_SHARE * expected) & (num_used > 0)
+
+    def replace(book):
+        return jnp.where(is_dead[..., None], replacements, book)
+
+    return jax.tree.map(replace, books), jnp.where(is_dead, expected, counts)
 
 
 def summary(counts: jax.Array) -> dict[str, Any]:
     """Perplexity and share of recently used codes per quantizer; the share of dead codes."""
     counts = np.asarray(counts)
-    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
-    perplexity = np.exp(-np.sum(share * np.log(share + 1e-20), -1))
+    shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
+    entropy = -np.sum(shares * np.log(shares + 1e-20), -1)  # nats
     usage = (counts > _USED).mean(-1)
+    is_dead = shares * counts.shape[1] < _DEAD_SHARE
     return {
-        "codebook_perplexity": [round(float(x), 2) for x in perplexity],
-        "codebook_usage": [round(float(x), 4) for x in usage],
-        "dead_codes": float((share * counts.shape[1] < _DEAD_SHARE).mean()),
+        "codebook_perplexity": _rounded(np.exp(entropy), 2),
+        "codebook_usage": _rounded(usage, 4),
+        "dead_codes": float(is_dead.mean()),
     }
+
+
+def _rounded(values: np.ndarray, num_digits: int) -> list[float]:
+    return [round(float(value), num_digits) for value in values]

@@ -17,12 +17,16 @@ from moss_tok.objectives.base import COUNTS, CodecBasedObjective
 from moss_tok.objectives.config import CodecSettings
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import (
+    Arrays,
     Batch,
     Evaluation,
+    Extra,
+    Params,
     Progress,
     Say,
     Term,
     TrainingData,
+    Trees,
     Update,
 )
 
@@ -53,7 +57,7 @@ class CodecObjective(CodecBasedObjective):
         turn = jnp.full(len(batch["length"]), step % self.settings.mel_turns)
         return super().prepare(key, step, batch | {"turn": turn})
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """Reconstructions "wav_hat", losses of codes and text; for `finish`: codes, projections."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
@@ -66,7 +70,7 @@ class CodecObjective(CodecBasedObjective):
             outputs[text.TERM] = self.text_loss(params, latents, quantized, part)
         return outputs, (quantized.codes, quantized.projected)
 
-    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+    def terms(self, part: Batch, outputs: Arrays) -> dict[str, Term]:
         """Loss terms; spectra, waveforms and codes of padding are ignored."""
         s = self.settings
         mel_losses = self.mel_losses(part, outputs["wav_hat"])
@@ -86,7 +90,7 @@ class CodecObjective(CodecBasedObjective):
             terms["waveform_loss"] = Term(loss, s.waveform_weight)
         return terms
 
-    def mel_losses(self, part: Batch, wav_hat: jax.Array) -> dict[str, jax.Array]:
+    def mel_losses(self, part: Batch, wav_hat: jax.Array) -> Arrays:
         """`losses.reconstruction_losses` of the windows of this turn, scaled to all windows."""
         s = self.settings
 
@@ -97,16 +101,17 @@ class CodecObjective(CodecBasedObjective):
                 s.mel_floor_db,
             )  # fmt: skip
             scale = len(s.mel_windows) / len(windows)
-            return {name: scale * x for name, x in of_windows.items()}
+            return {name: scale * loss for name, loss in of_windows.items()}
 
         if s.mel_turns == 1:
             return of_turn(0, wav_hat)
         turns = [functools.partial(of_turn, turn) for turn in range(s.mel_turns)]
         return jax.lax.switch(part["turn"][0], turns, wav_hat)
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Updates the counts of codes, and every `reseed_every` steps replaces dead codes."""
-        batch, trees = update.batch, update.trees
+        batch = update.batch
+        trees = update.trees
         codes, projected = code_use.join_parts(*update.seen)
         counts = self.counts(codes, batch, update.extra)
         every = self.settings.codes.reseed_every
@@ -114,13 +119,23 @@ class CodecObjective(CodecBasedObjective):
             return {COUNTS: counts}, trees
         # Trained codebooks are not changed before the counts are reliable.
         first = 0 if self.fresh else code_use.COUNTED_STEPS
-        due = (update.step % every == 0) & (update.step >= first)
+        is_due = (update.step % every == 0) & (update.step >= first)
         _, reseed_key = jax.random.split(update.key)
         books = {name: tree["quantizer"]["codebooks"] for name, tree in trees.items()}
         used = code_use.use_mask(self.codec, codes, batch["in_use"], batch["length"])
-        vectors = code_use.by_quantizer(projected), code_use.by_quantizer(used)
+
+        def leave_unchanged(books, counts, *_):
+            return books, counts
+
         books, counts = jax.lax.cond(
-            due, code_use.reseed, lambda *x: x[:2], books, counts, *vectors, reseed_key
+            is_due,
+            code_use.reseed,
+            leave_unchanged,
+            books,
+            counts,
+            code_use.by_quantizer(projected),
+            code_use.by_quantizer(used),
+            reseed_key,
         )
         changed = {}
         for name, tree in trees.items():
@@ -129,7 +144,11 @@ class CodecObjective(CodecBasedObjective):
         return {COUNTS: counts}, changed
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Distances at several bitrates, samples, and error rates of the language model."""
         if not data.items:
@@ -138,25 +157,32 @@ class CodecObjective(CodecBasedObjective):
         codec = Codec(codec_params, self.codec)
         clips = sweep.read_clips(data.items, codec, say)
         table = {}
-        texts = []
+        paragraphs = []
         if head is not None:
             language = Language(head, self.language, self.tokenizer)
-            table, words = audio.score_text(
-                codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
-            )
-            if words:
-                texts.append(words)
+            table, paragraph = audio.score_clips_text(codec, language, clips)
+            if paragraph:
+                paragraphs.append(paragraph)
         samples = sweep.samples(codec, clips)
-        scores, distances = audio.score_audio(codec, clips, progress)
+        audio_table, paragraph = audio.score_audio(codec, clips, progress)
+        paragraphs.append(paragraph)
         return Evaluation(
-            table | scores, "\n\n".join([*texts, distances]), samples, self.codec.sample_rate
+            table=table | audio_table,
+            text="\n\n".join(paragraphs),
+            samples=samples,
+            sample_rate=self.codec.sample_rate,
         )
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> CodecObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec to train; default: that of the workdir or of the settings.
+    Args:
+      config: The run.
+      codec: The codec to train; default: that of the workdir or of the settings.
+
+    Raises:
+      ValueError: A model does not exist or does not fit.
     """
     codec = codec or audio.codec_of_run(config)
     return CodecObjective(**arguments(config, config.objective, codec), settings=config.objective)

@@ -326,16 +326,16 @@ def configure(**flags: Any) -> TrainConfig:
     """The settings of a run from flag values; flags that are not given take their default.
 
     Raises:
-      ValueError: A value that is not accepted, or a flag that the objective does not have.
+      ValueError: A value is not accepted, or the objective does not have a flag.
     """
     selection = settings.build(SelectionConfig, flags)
-    chosen = OBJECTIVES[selection.name].settings
+    entry = OBJECTIVES[selection.name]
     data = data_settings(flags.get("train_data", ""))
-    if data not in OBJECTIVES[selection.name].data:
-        wanted = "audio, but train_data holds codes"
+    if data not in entry.data:
+        mismatch = "audio, but train_data holds codes"
         if data is AudioDataConfig:
-            wanted = "codes (of moss-tok tokenize, or JSON lines), but train_data holds none"
-        raise ValueError(f"the objective {selection.name} trains on {wanted}")
+            mismatch = "codes (of moss-tok tokenize, or JSON lines), but train_data holds none"
+        raise ValueError(f"the objective {selection.name} trains on {mismatch}")
     _check_names(flags, selection.name, data)
     config = TrainConfig(
         selection=selection,
@@ -343,7 +343,7 @@ def configure(**flags: Any) -> TrainConfig:
         optimizer=settings.build(OptimizerConfig, flags),
         devices=settings.build(DevicesConfig, flags),
         data=settings.build(data, flags),
-        objective=settings.build(chosen, flags),
+        objective=settings.build(entry.settings, flags),
     )
     _check_trainable(config)
     return config
@@ -378,15 +378,17 @@ def _check_trainable(config: TrainConfig) -> None:
             )
 
 
-def build_objective(config: TrainConfig, **given: Any) -> Any:
+def build_objective(config: TrainConfig, **models: Any) -> Any:
     """The objective of a run; reads the configs of the models that it starts from.
 
     Args:
       config: The run.
-      given: Models that the builder need not read from disk, such as `codec`.
+      models: Models that the builder need not read from disk, such as `codec`.
 
     Raises:
-      ValueError: A model that does not exist or does not fit.
+      ValueError: A model does not exist or does not fit.
     """
-    module, _, function = OBJECTIVES[config.selection.name].location.partition(":")
-    return getattr(importlib.import_module(module), function)(config, **given)
+    location = OBJECTIVES[config.selection.name].location
+    module_name, _, function_name = location.partition(":")
+    build = getattr(importlib.import_module(module_name), function_name)
+    return build(config, **models)

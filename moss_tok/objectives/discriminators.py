@@ -5,7 +5,8 @@ multi-band STFT. Each discriminator returns the outputs of all its layers, its s
 
 Two things differ from it; without them the discriminators hardly learn in the first thousands of
 steps. Initial kernels are larger, so that a signal keeps its size through six layers. Magnitudes of
-spectra are compressed, so that the upper bands, 40 dB below the lower ones in speech, matter too.
+spectra are compressed, so that the upper bands count as well, which are 40 dB below the lower ones
+in speech.
 """
 
 from collections.abc import Iterable
@@ -28,8 +29,8 @@ _COMPRESSION = 0.3  # exponent on magnitudes
 _SOFT_MAGNITUDE = 1e-2  # no compression far below it, because it would amplify rounding errors
 
 
-# Not nn.WeightNorm, for the reasons in codec/quantizer.py; its scale could not start as the norm of
-# the kernel either, so a signal would not keep its size.
+# Not nn.WeightNorm, for the reasons in codec/quantizer.py. Also, its scale could not start as the
+# norm of the kernel, so a signal would not keep its size.
 class WeightNormConv(nn.Module):
     """Weight-normalised convolution with bias over the axes between batch and channels.
 
@@ -44,7 +45,8 @@ class WeightNormConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, ..., in] -> [B, ..., features]."""
-        axes = (None,) * len(self.kernel) + ("conv_in", "conv_out" if self.features > 1 else None)
+        out_axis = "conv_out" if self.features > 1 else None
+        axes = (None,) * len(self.kernel) + ("conv_in", out_axis)
         shape = (*self.kernel, x.shape[-1], self.features)
         inputs = tuple(range(len(shape) - 1))
 
@@ -60,12 +62,13 @@ class WeightNormConv(nn.Module):
         gain = param("gain", gain_init, axes[-1:], shape[-1:])
         bias = param("bias", nn.initializers.zeros, axes[-1:], shape[-1:])
         norm = jnp.sqrt(jnp.sum(jnp.square(direction), inputs) + 1e-12)
+        kernel = direction * (gain / norm)
         spatial = "HW"[-len(self.kernel) :]
         x = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            (direction * (gain / norm)).astype(self.dtype),
+            kernel.astype(self.dtype),
             self.strides,
-            [(k // 2, k // 2) for k in self.kernel],
+            padding=[(size // 2, size // 2) for size in self.kernel],
             dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         )
         return x + bias.astype(self.dtype)
@@ -75,7 +78,8 @@ def _layers(x: jax.Array, layers: Iterable[tuple[int, Any, Any]], dtype: str) ->
     """Outputs of a stack of convolutions (width, kernel, strides), each with a leaky ReLU."""
     features = []
     for width, kernel, strides in layers:
-        x = jax.nn.leaky_relu(WeightNormConv(width, kernel, strides, dtype)(x), 0.1)
+        x = WeightNormConv(width, kernel, strides, dtype)(x)
+        x = jax.nn.leaky_relu(x, 0.1)
         features.append(x)
     return features
 
@@ -91,19 +95,25 @@ class PeriodDiscriminator(nn.Module):
     def __call__(self, wav: jax.Array) -> list[jax.Array]:
         """[B, C, S], any S -> features [B, period, T, F] of each layer."""
         batch, num_channels, num_samples = wav.shape
-        wav = jnp.pad(wav, ((0, 0), (0, 0), (0, -num_samples % self.period)), mode="reflect")
+        padding = -num_samples % self.period
+        wav = jnp.pad(wav, ((0, 0), (0, 0), (0, padding)), mode="reflect")
         x = wav.reshape(batch, num_channels, -1, self.period)
+        x = jnp.moveaxis(x, (3, 1), (1, 3))  # [B, period, T, C]
         # The phases are independent, so they become batch items of a 1-D convolution.
-        x = jnp.moveaxis(x, (3, 1), (1, 3)).reshape(batch * self.period, -1, num_channels)
-        rows = zip(_PERIOD_WIDTHS, _PERIOD_STRIDES, strict=True)
-        layers = [(width * self.channels, (5,), (stride,)) for width, stride in rows]
+        x = x.reshape(batch * self.period, -1, num_channels)
+        layers = []
+        for width, stride in zip(_PERIOD_WIDTHS, _PERIOD_STRIDES, strict=True):
+            layers.append((width * self.channels, (5,), (stride,)))
         features = _layers(x, layers, self.dtype)
-        features.append(WeightNormConv(1, (3,), (1,), self.dtype)(features[-1]))
-        return [f.reshape(batch, self.period, *f.shape[1:]) for f in features]
+        score = WeightNormConv(1, (3,), (1,), self.dtype)(features[-1])
+        by_period = []
+        for layer in [*features, score]:
+            by_period.append(layer.reshape(batch, self.period, *layer.shape[1:]))
+        return by_period
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Applies a 2-D network to the complex STFT of one window length; each band has own layers."""
+    """Applies 2-D networks to the complex STFT of one window length, a network to each band."""
 
     window_length: int
     channels: int
@@ -116,30 +126,34 @@ class SpectrumDiscriminator(nn.Module):
         spectra = _compressed_stft(wav.reshape(-1, num_samples), self.window_length)
         spectra = spectra.reshape(batch, num_channels, *spectra.shape[1:])
         x = jnp.concatenate([spectra.real, spectra.imag], axis=1)  # [B, 2 C, T, F]
-        x = jnp.moveaxis(x, 1, -1)
+        x = jnp.moveaxis(x, 1, -1)  # [B, T, F, 2 C]
         num_bins = x.shape[2]
+        layers = []
+        for kernel, stride in zip(_BAND_KERNELS, _BAND_STRIDES, strict=True):
+            layers.append((self.channels, kernel, (1, stride)))
         features = []
         bands = []
         for low, high in zip(BANDS[:-1], BANDS[1:], strict=True):
             band = x[:, :, int(low * num_bins) : int(high * num_bins)]
-            rows = zip(_BAND_KERNELS, _BAND_STRIDES, strict=True)
-            layers = [(self.channels, kernel, (1, stride)) for kernel, stride in rows]
             features += _layers(band, layers, self.dtype)
             bands.append(features[-1])
         joined = jnp.concatenate(bands, axis=2)
-        return [*features, WeightNormConv(1, (3, 3), (1, 1), self.dtype)(joined)]
+        score = WeightNormConv(1, (3, 3), (1, 1), self.dtype)(joined)
+        return [*features, score]
 
 
 def _compressed_stft(wav: jax.Array, window_length: int) -> jax.Array:
     """[B, S] -> complex spectra [B, T, F] with magnitudes to the power of `_COMPRESSION`."""
-    energy = 3 / 8 * window_length  # of the Hann window; the level of white noise is kept
+    # Divided by the energy of the Hann window, so that white noise keeps its level.
+    energy = 3 / 8 * window_length
     spectra = spectral.stft(wav, window_length) / jnp.sqrt(energy)
     power = jnp.square(spectra.real) + jnp.square(spectra.imag) + _SOFT_MAGNITUDE**2
     return spectra * power ** ((_COMPRESSION - 1) / 2)
 
 
 def make_discriminators(
-    config: DiscriminatorSettings, dtype: str = "float32"
+    config: DiscriminatorSettings,
+    dtype: str = "float32",
 ) -> dict[str, nn.Module]:
     """All discriminators, by the names of their parameters in `Discriminators`."""
     channels = config.discriminator_channels

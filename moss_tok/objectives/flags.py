@@ -23,13 +23,17 @@ def define() -> None:
 
 
 def config() -> TrainConfig:
-    """The settings of a run from the flags that were given.
+    """The settings of a run from the flags on the command line.
 
     Raises:
-      ValueError: A value that is not accepted, or a flag that the objective does not have.
+      ValueError: A value is not accepted, or the objective does not have a flag.
     """
-    given = {name: flags.FLAGS[name] for name in all_fields() if flags.FLAGS[name].present}
-    return configure(**{name: flag.value for name, flag in given.items()})
+    values = {}
+    for name in all_fields():
+        flag = flags.FLAGS[name]
+        if flag.present:
+            values[name] = flag.value
+    return configure(**values)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -61,9 +65,9 @@ def _fail(line: str) -> NoReturn:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)  # the program, then arguments that are not flags
     except (flags.Error, OSError, ValueError) as error:
         _fail(" ".join(str(error).split()))
-    if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
-    return rest
+    if len(arguments) > 1:
+        _fail(f"unexpected argument {arguments[1]!r}; settings are given as --name=value")
+    return arguments

@@ -78,9 +78,11 @@ def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax
 
 def frame_mask(lengths: jax.Array, num_samples: int, window_length: int) -> jax.Array:
     """Bool [B, T]: frames of `spectral.frame` without padding; all frames of unpadded items."""
-    ends = jnp.arange(1 + num_samples // (window_length // 4)) * (window_length // 4)
-    inside = ends + window_length // 2 <= lengths[:, None]
-    return inside | (lengths[:, None] >= num_samples)
+    hop = window_length // 4
+    centers = jnp.arange(1 + num_samples // hop) * hop
+    is_inside = centers + window_length // 2 <= lengths[:, None]
+    is_unpadded = lengths[:, None] >= num_samples
+    return is_inside | is_unpadded
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -90,7 +92,10 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def quantizer_losses(
-    quantized: Quantized, in_use: jax.Array, lengths: jax.Array, hop_length: int
+    quantized: Quantized,
+    in_use: jax.Array,
+    lengths: jax.Array,
+    hop_length: int,
 ) -> dict[str, jax.Array]:
     """Commitment and codebook losses per item [B]: means over frames, summed over quantizers.
 
@@ -114,7 +119,9 @@ Features = list[jax.Array]  # outputs of a discriminator's layers [B, ..., F], t
 
 def discriminator_loss(real: Features, fake: Features) -> jax.Array:
     """Least squares: scores should be 1 for recordings and 0 for reconstructions; [B]."""
-    return item_mean(jnp.square(1 - f32(real[-1]))) + item_mean(jnp.square(f32(fake[-1])))
+    real_score = f32(real[-1])
+    fake_score = f32(fake[-1])
+    return item_mean(jnp.square(1 - real_score)) + item_mean(jnp.square(fake_score))
 
 
 def adversarial_loss(fake: Features) -> jax.Array:
@@ -127,11 +134,13 @@ def feature_matching_loss(real: Features, fake: Features) -> jax.Array:
 
     Source: EnCodec, equation 2 of its section 3.4.
     """
-    layers = [
-        item_mean(jnp.abs(f32(x) - f32(y))) / (item_mean(jnp.abs(f32(x))) + 1e-6)
-        for x, y in zip(real[:-1], fake[:-1], strict=True)
-    ]
-    return sum(layers) / len(layers)
+    distances = []
+    for x, y in zip(real[:-1], fake[:-1], strict=True):
+        x = f32(x)
+        y = f32(y)
+        size = item_mean(jnp.abs(x)) + 1e-6
+        distances.append(item_mean(jnp.abs(x - y)) / size)
+    return sum(distances) / len(distances)
 
 
 def f32(x: jax.Array) -> jax.Array:

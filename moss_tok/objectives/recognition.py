@@ -4,8 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
 from moss_tok.evaluation import sweep
@@ -13,7 +11,16 @@ from moss_tok.language.generate import Language
 from moss_tok.objectives import audio, text
 from moss_tok.objectives.base import CodecBasedObjective
 from moss_tok.objectives.config import RecognitionSettings
-from moss_tok.training.objective import Batch, Evaluation, Progress, Say, Term, TrainingData
+from moss_tok.training.objective import (
+    Arrays,
+    Batch,
+    Evaluation,
+    Params,
+    Progress,
+    Say,
+    Term,
+    TrainingData,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class RecognitionObjective(CodecBasedObjective):
         """The cross-entropy of the text."""
         return (text.TERM,)
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """The cross-entropy of the text; for `finish`, codes and projected vectors."""
         model = CodecModel(self.codec, self.compute)
         apply = functools.partial(model.apply, {"params": params})
@@ -35,13 +42,17 @@ class RecognitionObjective(CodecBasedObjective):
         loss = self.text_loss(params, latents, quantized, part)
         return {text.TERM: loss}, (quantized.codes, quantized.projected)
 
-    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+    def terms(self, part: Batch, outputs: Arrays) -> dict[str, Term]:
         """The cross-entropy of the text."""
         del part
         return {text.TERM: text.term(self.settings.text, outputs[text.TERM])}
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Error rates of recognised texts."""
         del progress
@@ -51,7 +62,5 @@ class RecognitionObjective(CodecBasedObjective):
         codec = Codec(codec_params, self.codec)
         clips = sweep.read_clips(data.items, codec, say)
         language = Language(head, self.language, self.tokenizer)
-        table, words = audio.score_text(
-            codec, language, [clip.wav for clip in clips], [clip.text for clip in clips]
-        )
-        return Evaluation(table, words or "no recording has a text")
+        table, paragraph = audio.score_clips_text(codec, language, clips)
+        return Evaluation(table, paragraph or "no recording has a text")

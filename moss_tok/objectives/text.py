@@ -32,14 +32,18 @@ def item_shapes(settings: TextSettings) -> dict[str, tuple[tuple[int, ...], Any]
 
 
 def draw_hidden_frames(
-    share: float, num_frames: int, key: jax.Array, positions: jax.Array, lengths: jax.Array
+    share: float,
+    num_frames: int,
+    key: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
 ) -> jax.Array:
     """Frames to hide from the language model: two random spans of each item.
 
     Args:
       share: Maximum share of frames to hide.
       num_frames: T.
-      key: For the draws; those of an item depend only on its position.
+      key: Random key; the draws of an item depend only on the key and its position.
       positions: [B] positions in the global batch.
       lengths: [B] valid frames.
 
@@ -54,7 +58,8 @@ def draw_hidden_frames(
         width, start = jax.random.uniform(jax.random.fold_in(key, position), (2, 2))
         width = width * length * share / 2
         start = start * (length - width)
-        return ((frames[:, None] >= start) & (frames[:, None] < start + width)).any(-1)
+        is_in_span = (frames[:, None] >= start) & (frames[:, None] < start + width)
+        return is_in_span.any(-1)
 
     return jax.vmap(draw)(positions, lengths)
 
@@ -71,7 +76,7 @@ def cross_entropy(
     if "hidden" in part:
         frames = jnp.where(part["hidden"][..., None], 0, frames)
     head = SemanticHead(config, compute)
-    text = (part[name] for name in ("task", "text", "text_length"))
+    text = (part["task"], part["text"], part["text_length"])
     return head.apply({"params": params}, frames, num_frames, *text)
 
 
@@ -81,12 +86,13 @@ def term(settings: TextSettings, value: jax.Array) -> Term:
 
 
 def find_model(
-    settings: TextSettings, codec: CodecConfig
+    settings: TextSettings,
+    codec: CodecConfig,
 ) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
     """The language model of a run and its tokenizer; (None, None) without one.
 
     Raises:
-      ValueError: No such model, or the tokenizer does not fit.
+      ValueError: The model does not exist, or the tokenizer does not fit.
     """
     if not settings.language_model:
         return None, None
@@ -107,17 +113,20 @@ def start_params(
 ) -> tuple[Any | None, bool]:
     """Initial weights of the language model, or None; and whether they are from `init_from`.
 
-    The language model of `init_from`, if it is the same one, has priority over published weights.
+    If `init_from` has the same language model, its weights have priority over published ones.
     """
     if init_from:
         folder = checkpoint.find_checkpoint(init_from)
         saved = language_models.load_config(folder)
-        if saved is not None and saved[0] == config and saved[1].json == tokenizer.json:
-            return checkpoints.load_folder(init_from, FOLDER, shapes), True
+        if saved is not None:
+            saved_config, saved_tokenizer = saved
+            if saved_config == config and saved_tokenizer.json == tokenizer.json:
+                return checkpoints.load_folder(init_from, FOLDER, shapes), True
     params = language_models.start(settings.language_model, config)
     if params is None:
         return None, False
-    return sharding.whole(params, jax.tree.map(lambda x: x.sharding, shapes)), False
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return sharding.whole(params, shardings), False
 
 
 def check_texts(
@@ -127,25 +136,29 @@ def check_texts(
     segment_seconds: float,
     say: Say,
 ) -> None:
-    """Prints how many texts are used; ValueError if there are none to learn from.
+    """Prints how many texts are used.
 
     Texts in shards are not counted, because this would read all shards.
+
+    Raises:
+      ValueError: There is no text to learn from.
     """
     all_sources = mixture.sources if mixture else ()
-    if not all(isinstance(source, sources.FileSource) for source in all_sources):
-        return
-    texts = []
-    for source in all_sources:
-        texts += source.texts(segment_seconds)
     limit = settings.max_text_tokens
-    used = sum(len(tokenizer.encode(text)) <= limit for text in texts)
-    if not used:
+    num_used = 0
+    num_texts = 0
+    for source in all_sources:
+        if not isinstance(source, sources.FileSource):
+            return
+        num_texts += len(source.texts(math.inf))
+        for text in source.texts(segment_seconds):
+            num_used += len(tokenizer.encode(text)) <= limit
+    if not num_used:
         raise ValueError(
             f"train_data has no recording of at most segment_seconds {segment_seconds:.3g} with a "
             f"text of at most max_text_tokens {limit} for language_model to learn"
         )
-    total = sum(len(source.texts(math.inf)) for source in all_sources)
     say(
-        f"{used} of {total} texts are used: no longer than max_text_tokens "
+        f"{num_used} of {num_texts} texts are used: no longer than max_text_tokens "
         f"{limit}, of recordings no longer than {segment_seconds:.3g} s"
     )

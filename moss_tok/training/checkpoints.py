@@ -24,9 +24,9 @@ _COUNTS = ("totals.skipped", "totals.skipped_in_row", "totals.failed_reads")
 
 # Orbax's CheckpointManager and Composite are not used. Composite puts everything, config.json too,
 # into a folder per item, so a step would no longer be a checkpoint for `moss_tok.load`, and older
-# workdirs could not be resumed; nor could files.json, by which truncated copies are noticed, be
-# written before the atomic rename. CheckpointManager takes the newest step alone; here, a broken
-# one is set aside and all processes go back to the same earlier one.
+# workdirs could not be resumed. Also, files.json, which reveals truncated copies, could not be
+# written before the atomic rename. CheckpointManager restores only the newest step; here, a broken
+# step is renamed and all processes go back to the same earlier one.
 class Checkpoints:
     """The saved steps of a run, WORKDIR/checkpoints/STEP; a context manager.
 
@@ -42,7 +42,7 @@ class Checkpoints:
     ):
         """Opens the folder of steps and removes unfinished saves of a killed run.
 
-        `training` says what produces the checkpoints, see `provenance.describe`.
+        `training` has the fields of training.json, see `provenance.describe`.
         """
         self._folder = storage.absolute(workdir) / checkpoint.STEPS_FOLDER
         self._config = config
@@ -89,7 +89,7 @@ class Checkpoints:
         folder = self._folder / checkpoint.step_name(step)
         texts = {checkpoint.TRAINING_NAME: provenance.to_text(self._training, step)}
         trees = _folders(self._objective, state)
-        trees[_STATE] = _flat(_rest(self._objective, state))
+        trees[_STATE] = _flat(_without_folders(self._objective, state))
         self._check_space(trees)
         try:
             with storage.named_errors(folder):
@@ -172,16 +172,22 @@ def load_folder(path: str, name: str, shapes: Any) -> Any | None:
 
 
 def _folders(objective: Objective, state: TrainState) -> dict[str, Any]:
-    """The parts of a state that are stored for other readers, a tree per folder."""
-    rest = dict(state.best_params)
-    trees = {name: rest.pop(name) for name in objective.param_folders if name in rest}
-    extra = {name: state.extra[name] for name in objective.extra_folders}
-    return {_PARAMS: rest} | trees | extra
+    """The parts of a state that have folders of their own in a checkpoint: name -> tree."""
+    params = dict(state.best_params)
+    trees: dict[str, Any] = {_PARAMS: params}
+    for name in objective.param_folders:
+        if name in params:
+            trees[name] = params.pop(name)
+    for name in objective.extra_folders:
+        trees[name] = state.extra[name]
+    return trees
 
 
-def _rest(objective: Objective, state: TrainState) -> TrainState:
+def _without_folders(objective: Objective, state: TrainState) -> TrainState:
     """The state without the parts that `_folders` returns."""
-    extra = {k: v for k, v in state.extra.items() if k not in objective.extra_folders}
+    extra = dict(state.extra)
+    for name in objective.extra_folders:
+        extra.pop(name, None)
     state = state.replace(extra=extra)
     return state.replace(params=None) if state.ema is None else state.replace(ema=None)
 
@@ -193,9 +199,11 @@ def _restore(folder: storage.Path, objective: Objective, like: TrainState) -> Tr
         tree = checkpoint.read_tree(folder / name, shapes)
         if name in objective.extra_folders:
             extra[name] = tree
+        elif name == _PARAMS:
+            best |= tree
         else:
-            best |= tree if name == _PARAMS else {name: tree}
-    shapes = _rest(objective, like)
+            best[name] = tree
+    shapes = _without_folders(objective, like)
     flat = checkpoint.read_tree(folder / _STATE, _flat(shapes))
     leaves = [flat[name] for name in _flat(shapes)]
     state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -224,5 +232,10 @@ def _name_on_disk(name: str) -> str:
 
 
 def _free_name(folder: storage.Path) -> storage.Path:
-    names = (folder.with_name(f"{folder.name}.broken{i or ''}") for i in range(1000))
-    return next(name for name in names if not name.exists())
+    """The first of NAME.broken, NAME.broken1, NAME.broken2, ... that does not exist."""
+    path = folder.with_name(f"{folder.name}.broken")
+    number = 0
+    while path.exists():
+        number += 1
+        path = folder.with_name(f"{folder.name}.broken{number}")
+    return path

@@ -40,7 +40,7 @@ class StopSignal:
 
 
 class Trace:
-    """Profiles some steps; a context manager, so that the profile is written however a run ends."""
+    """Profiles some steps. It is a context manager, so that an error does not lose the profile."""
 
     def __init__(self, steps: range, mirror: storage.Mirror, workdir: str, say: Say):
         self._steps = steps
@@ -56,17 +56,20 @@ class Trace:
         self._switch(False)
 
     def at(self, step: int, previous: Any) -> None:
-        """Call before each step; `previous` is the output of the last step, which may still run."""
-        wanted = step in self._steps
-        if wanted != self._on:
-            jax.block_until_ready(previous)
-        self._switch(wanted)
+        """Starts or ends the profile; the loop calls this before each step.
 
-    def _switch(self, wanted: bool) -> None:
-        if wanted and not self._on:
+        `previous` is the output of the last step, which may still run.
+        """
+        is_profiled = step in self._steps
+        if is_profiled != self._on:
+            jax.block_until_ready(previous)
+        self._switch(is_profiled)
+
+    def _switch(self, on: bool) -> None:
+        if on and not self._on:
             jax.profiler.start_trace(str(self._mirror.local / _PROFILE))
-        elif self._on and not wanted:
+        elif self._on and not on:
             jax.profiler.stop_trace()
             self._mirror.send()
             self._say(f"profile: {self._workdir}/{_PROFILE}")
-        self._on = wanted
+        self._on = on

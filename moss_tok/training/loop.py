@@ -15,7 +15,7 @@ from moss_tok import sharding, storage
 from moss_tok.training import checkpoints, progress, provenance, start, writer
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.interrupts import StoppedError, StopSignal, Trace
-from moss_tok.training.objective import Batch, Objective, TrainingData
+from moss_tok.training.objective import Arrays, Batch, Objective, TrainingData
 from moss_tok.training.state import Recipe, TrainState, state_shapes, zero_totals
 from moss_tok.training.step import sharded_train_step
 
@@ -30,8 +30,9 @@ def train(config: TrainConfig, objective: Objective) -> bool:
       run, after a checkpoint.
 
     Raises:
-      ValueError: A wrong setting or bad data (nothing is written then); a workdir of a run with
-        other settings; too many unreadable files or updates that are not finite; a full disk.
+      ValueError: A setting is wrong, data is bad, or the workdir is of a run with other settings;
+        nothing is written then. Or too many files cannot be read, too many updates are not finite,
+        or the disk is full.
     """
     mesh = sharding.make_mesh(config.devices.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size)
@@ -103,9 +104,9 @@ class Run:
     def steps(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
         """Trains until num_steps or SIGTERM; logs, evaluates and saves along the way.
 
-        A process that gets SIGTERM sets a flag in its next batch, so all processes see it in the
-        metrics of the same step. The step after that is the last one, at most the third step after
-        the signal.
+        A process that gets SIGTERM sets a flag in its next batch. All processes see the flag in the
+        metrics of the same step, and the step after that is the last one. It is at most the third
+        step after the signal.
         """
         config = self.config.run
         first = int(state.step)
@@ -120,9 +121,9 @@ class Run:
             self.trace.at(step, previous_metrics)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch | self._stop_flags())
-            stopped = previous_metrics is not None and self._check(step - 1, previous_metrics)
-            last = step == config.num_steps or stopped
-            if not last:
+            is_stopped = previous_metrics is not None and self._check(step - 1, previous_metrics)
+            is_last = step == config.num_steps or is_stopped
+            if not is_last:
                 began = time.perf_counter()
                 batch = self._put(batches)  # while the step runs
                 if metrics["loss"].is_ready():
@@ -130,45 +131,50 @@ class Run:
             self._bar.update()
             if step % config.log_every == 0 or step == config.num_steps:
                 state = self._log_line(step, state)
-            if last or step % config.checkpoint_every == 0:
+            if is_last or step % config.checkpoint_every == 0:
                 self._check(step, metrics)
                 if self.log is not None:
                     self.log.send()  # a resumed run needs the lines up to its checkpoint
                 self.saver.save(state)
-            if config.eval_every and step % config.eval_every == 0 and not last:
+            if config.eval_every and step % config.eval_every == 0 and not is_last:
                 self.evaluate(state)
-            if last:
+            if is_last:
                 break
         self._bar.close()
         return state
 
-    def _put(self, batches: Iterator[Batch]) -> dict[str, jax.Array]:
+    def _put(self, batches: Iterator[Batch]) -> Arrays:
         """Sends the next batch to the devices; warns of files that could not be read."""
         try:
             batch = next(batches)
         except RuntimeError as error:  # from grain, when a worker died
             raise ValueError(f"reading training data: {error}") from error
-        failed = batch.pop("failed")
-        for number, index in failed[failed[..., 0] >= 0]:
-            if (number, index) not in self._bad_files:
-                self._bad_files.add((number, index))
-                reason = self.data.failure(int(number), int(index))
+        failed = batch.pop("failed")  # [B, tries, 2]
+        is_failure = failed[..., 0] >= 0
+        for source, index in failed[is_failure]:
+            if (source, index) not in self._bad_files:
+                self._bad_files.add((source, index))
+                reason = self.data.failure(int(source), int(index))
                 progress.say(f"warning: {reason}; replaced", everywhere=True)
-        batch["failed_reads"] = np.sum(failed[..., 0] >= 0, -1, np.int32)
+        batch["failed_reads"] = np.sum(is_failure, -1, np.int32)
         return sharding.global_batch(self._mesh, self._batch_size, batch)
 
-    def _stop_flags(self) -> dict[str, jax.Array]:
+    def _stop_flags(self) -> Arrays:
         flags = {"stop": np.full(self._num_rows, self.stop.received)}
         return sharding.global_batch(self._mesh, self._batch_size, flags)
 
-    def _check(self, step: int, metrics: dict[str, jax.Array]) -> bool:
-        """Whether to stop; ValueError after max_skipped_steps skipped updates in a row."""
+    def _check(self, step: int, metrics: Arrays) -> bool:
+        """Returns whether to stop the run.
+
+        Raises:
+          ValueError: max_skipped_steps updates in a row were skipped.
+        """
         limit = self.config.run.max_skipped_steps
         if int(metrics["skipped_in_row"]) < limit:
             return bool(metrics["stop"])
-        terms = [name for name, value in metrics.items() if not np.isfinite(value)]
+        not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
         raise ValueError(
-            f"step {step}: {', '.join(terms)} not finite; {limit} updates "
+            f"step {step}: {', '.join(not_finite)} not finite; {limit} updates "
             "in a row had to be skipped; the last checkpoint is untouched"
         )
 

@@ -1,4 +1,4 @@
-"""The protocol of objectives, which is all that the other modules of training know of them.
+"""The protocol of objectives. The other modules of training use objectives only through it.
 
 An objective is one module in `moss_tok/objectives/` and one entry in the registry there. The class
 `Objective` has the default methods.
@@ -18,6 +18,10 @@ from moss_tok import storage
 from moss_tok.training.config import OptimizerConfig, TrainConfig
 
 Batch = dict[str, Any]
+Arrays = dict[str, jax.Array]
+Params = dict[str, Any]  # parameters, a tree per part of the model
+Extra = dict[str, Any]  # state that an objective carries from step to step, by name
+Trees = dict[str, Any]  # "params" and, with an average, "ema"
 Say = Callable[[str], Any]  # prints a line
 # (total, name of a unit) -> context whose value is called after each unit
 Progress = Callable[[int, str], AbstractContextManager[Callable[[], None]]]
@@ -36,7 +40,7 @@ class Term(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """Result of `Objective.train_extra`.
+    """Result of `Objective.train_extra`, which trains models in the extra state.
 
     Attributes:
       extra: Updated entries of the state's `extra`.
@@ -44,13 +48,13 @@ class Learned(NamedTuple):
       norms: Gradient norms by name, scalars.
     """
 
-    extra: dict[str, Any]
-    terms: dict[str, jax.Array]
-    norms: dict[str, jax.Array]
+    extra: Extra
+    terms: Arrays
+    norms: Arrays
 
 
 class Update(NamedTuple):
-    """What `Objective.finish` gets after the update of a step.
+    """The argument of `Objective.finish`: the results of a step.
 
     Attributes:
       key: Random key of the step.
@@ -65,8 +69,8 @@ class Update(NamedTuple):
     step: jax.Array
     batch: Batch
     seen: Any
-    extra: dict[str, Any]
-    trees: dict[str, Any]
+    extra: Extra
+    trees: Trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,23 +125,25 @@ class Objective:
 
     # ------------------------------------------------------------------- parameters and state
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters in boxes with logical axis names."""
         raise NotImplementedError
 
-    def init_extra(self, key: jax.Array) -> dict[str, Any]:
+    def init_extra(self, key: jax.Array) -> Extra:
         """Extra state that is carried from step to step; partitioned parts of it are in boxes."""
         del key
         return {}
 
     def init_extra_optimizers(
-        self, config: OptimizerConfig, extra: dict[str, Any]
-    ) -> dict[str, Any]:
+        self,
+        config: OptimizerConfig,
+        extra: Extra,
+    ) -> Extra:
         """Optimizer states for `extra`, without boxes."""
         del config, extra
         return {}
 
-    def trained(self, params: dict[str, Any]) -> dict[str, Any]:
+    def trained(self, params: Params) -> Params:
         """The subtree of the parameters that is trained."""
         return params
 
@@ -157,22 +163,26 @@ class Objective:
         del key, step
         return batch
 
-    def masks(self, batch: Batch) -> dict[str, jax.Array]:
+    def masks(self, batch: Batch) -> Arrays:
         """For each of `masked_terms`, bool [B]: the items that have it, for its average."""
         del batch
         return {}
 
-    def outputs(self, params: dict[str, Any], part: Batch) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(self, params: Params, part: Batch) -> tuple[Arrays, Any]:
         """Model outputs for a microbatch: those that get gradients, and those for `finish`."""
         raise NotImplementedError
 
-    def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
+    def terms(self, part: Batch, outputs: Arrays) -> dict[str, Term]:
         """Loss terms of a microbatch."""
         raise NotImplementedError
 
     def output_gradient(
-        self, extra: dict[str, Any], part: Batch, outputs: dict[str, jax.Array], num_parts: int
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        self,
+        extra: Extra,
+        part: Batch,
+        outputs: Arrays,
+        num_parts: int,
+    ) -> tuple[Arrays, Arrays]:
         """Gradient of the mean loss with respect to outputs; terms and "loss" per item, [B]."""
         del extra
 
@@ -185,15 +195,15 @@ class Objective:
     def train_extra(
         self,
         config: OptimizerConfig,
-        extra: dict[str, Any],
+        extra: Extra,
         parts: Batch,
-        outputs: dict[str, jax.Array],
+        outputs: Arrays,
     ) -> Learned:
         """Trains models in `extra` on the outputs of all microbatches [M, B, ...]."""
         del config, extra, parts, outputs
         return Learned({}, {}, {})
 
-    def finish(self, update: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    def finish(self, update: Update) -> tuple[Extra, Trees]:
         """Runs after the update; returns changed entries of `extra`, and the `trees`."""
         return {}, update.trees
 
@@ -204,8 +214,12 @@ class Objective:
         raise NotImplementedError
 
     def start(
-        self, init_from: str, params: Any, extra: Any, say: Say
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self,
+        init_from: str,
+        params: Any,
+        extra: Any,
+        say: Say,
+    ) -> tuple[Params, Extra]:
         """Parameters and extra state that a new run starts from; other entries are initialized.
 
         Args:
@@ -220,7 +234,7 @@ class Objective:
         """Opens the data; creates the workdir after checking that all data exists."""
         raise NotImplementedError
 
-    def summary(self, extra: dict[str, Any]) -> dict[str, Any]:
+    def summary(self, extra: Extra) -> dict[str, Any]:
         """Values of the extra state for a line of metrics.jsonl."""
         del extra
         return {}
@@ -231,13 +245,17 @@ class Objective:
         return ""
 
     def evaluate(
-        self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
+        self,
+        params: Params,
+        data: TrainingData,
+        say: Say,
+        progress: Progress,
     ) -> Evaluation | None:
         """Scores the model on held-out recordings; None if there are none."""
         raise NotImplementedError
 
 
-def combine(terms: dict[str, Term], part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def combine(terms: dict[str, Term], part: Batch) -> tuple[jax.Array, Arrays]:
     """The loss of each item [B], and the values of its terms.
 
     Terms with a mask are scaled up, so that their mean over all items of the batch is the mean over

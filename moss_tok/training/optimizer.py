@@ -56,17 +56,22 @@ def of_objective(config: OptimizerConfig, objective: Objective) -> optax.Gradien
     for name, factor in objective.group_rates.items():
         groups[name] = adamw(config, factor * config.learning_rate, decayed)
 
+    def group_of(path: Any, _: Any) -> str:
+        keys = tuple(entry.key for entry in path)
+        return objective.group(keys)
+
     def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: objective.group(tuple(entry.key for entry in path)), params
-        )
+        return jax.tree_util.tree_map_with_path(group_of, params)
 
     clip = optax.clip_by_global_norm(config.gradient_clip)
     return optax.chain(clip, optax.partition(groups, labels))
 
 
 def update(
-    optimizer: optax.GradientTransformation, gradient: Any, opt_state: Any, params: Any
+    optimizer: optax.GradientTransformation,
+    gradient: Any,
+    opt_state: Any,
+    params: Any,
 ) -> tuple[Any, Any]:
     """Updated parameters and optimizer state."""
     updates, opt_state = optimizer.update(gradient, opt_state, params)

@@ -1,7 +1,7 @@
-"""What produced a checkpoint: the content of training.json beside the weights.
+"""The content of training.json beside the weights of a checkpoint: how it was produced.
 
-It says how the run was set up (flags, seed, data and its licences, machine), and what it started
-from. Each checkpoint adds its number of steps. `moss-tok convert` copies the file.
+It has the settings of the run (flags, seed), its data with licences, the machine, and the weights
+that it started from. Each checkpoint adds its number of steps. `moss-tok convert` copies the file.
 """
 
 import collections
@@ -19,11 +19,11 @@ from moss_tok.data import sources
 from moss_tok.json_files import parse_json_object, read_lines
 from moss_tok.training.config import TrainConfig
 
-_OWN_ENTRIES = ("seed", "train_data", "init_from")  # described elsewhere than under "flags"
+_OWN_ENTRIES = ("seed", "train_data", "init_from")  # flags with entries outside "flags"
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:
-    """What produces the checkpoints of a run, as fields of training.json."""
+    """The fields of training.json in the checkpoints of a run."""
     fields = {
         "flags": _changed_flags(config),
         "seed": config.run.seed,
@@ -51,7 +51,10 @@ def _changed_flags(config: TrainConfig) -> dict[str, Any]:
 def _describe_data(train_data: str) -> list[dict[str, Any]]:
     if not train_data:
         return [{"name": "synthetic sounds"}]
-    return [_describe_source(name, weight) for name, weight in sources.parse(train_data)]
+    descriptions = []
+    for name, weight in sources.parse(train_data):
+        descriptions.append(_describe_source(name, weight))
+    return descriptions
 
 
 def _describe_source(name: str, weight: float | None) -> dict[str, Any]:
@@ -67,18 +70,20 @@ def _describe_source(name: str, weight: float | None) -> dict[str, Any]:
 
 def _summarize_manifest(lines: list[str]) -> dict[str, Any]:
     """Number, minutes and licences (with the minutes of each) of the recordings for training."""
-    count = 0
-    minutes: dict[str, float] = collections.Counter()
+    num_recordings = 0
+    minutes: dict[str, float] = collections.Counter()  # by licence
     for line in lines:
-        row = parse_json_object(line) if line.strip() else {"split": ""}
+        if not line.strip():
+            continue
+        row = parse_json_object(line)
         if row.get("split", "train") == "train":
-            count += 1
+            num_recordings += 1
             licence = row.get("licence") or row.get("license") or "not stated"
             minutes[str(licence)] += (row.get("duration_s") or 0) / 60
     return {
-        "recordings": count,
+        "recordings": num_recordings,
         "minutes": round(sum(minutes.values()), 1),
-        "licences": {name: round(value, 1) for name, value in sorted(minutes.items())},
+        "licences": {licence: round(minutes[licence], 1) for licence in sorted(minutes)},
     }
 
 
@@ -92,12 +97,13 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _describe_start(init_from: str) -> dict[str, Any]:
-    """The name of the weights that a run starts from, and what produced them, if that is known."""
-    name = {"name": os.path.basename(init_from.rstrip("/"))}
+    """The name of the weights that a run starts from, and their training.json if there is one."""
+    fields = {"name": os.path.basename(init_from.rstrip("/"))}
     try:
-        return name | checkpoint.read_training(checkpoint.find_checkpoint(init_from))
-    except (ValueError, OSError):  # a resumed run does not need them any more
-        return name
+        folder = checkpoint.find_checkpoint(init_from)
+        return fields | checkpoint.read_training(folder)
+    except (ValueError, OSError):  # a resumed run does not need the weights any more
+        return fields
 
 
 def to_text(fields: dict[str, Any], steps: int) -> str:

@@ -27,30 +27,35 @@ def check_same_run(workdir: storage.Path, config: TrainConfig) -> None:
         raise ValueError(f"workdir {workdir} is not a folder")
     if not path.exists():
         return
-    before = read_json_object(path)
-    now = settings.flatten(config)
+    earlier_values = read_json_object(path)
+    values = settings.flatten(config)
     differences = []
     for field in settings.leaf_fields_of(config):
-        value = before.get(field.name, settings.flag_default(field))
-        if not field.metadata["free"] and not _same(field, value, now[field.name]):
-            differences.append(f"{field.name} was {value!r}, now {now[field.name]!r}")
+        value = values[field.name]
+        earlier = earlier_values.get(field.name, settings.flag_default(field))
+        if not field.metadata["free"] and not _is_same(field, earlier, value):
+            differences.append(f"{field.name} was {earlier!r}, now {value!r}")
     if differences:
         raise ValueError(f"workdir {workdir} holds another run: {'; '.join(differences)}")
 
 
-def _same(field: Any, before: Any, now: Any) -> bool:
-    """Whether two texts or values of a flag mean the same."""
+def _is_same(field: Any, earlier: Any, value: Any) -> bool:
+    """Whether two texts or values of a flag have the same meaning."""
     kind = field.metadata["kind"]
-    if kind is None or before == now:
-        return before == now
+    if kind is None or earlier == value:
+        return earlier == value
     try:
-        return kind.parse(field.name, before) == kind.parse(field.name, now)
+        return kind.parse(field.name, earlier) == kind.parse(field.name, value)
     except (ValueError, AttributeError):  # a broken file
         return False
 
 
 def write_config(workdir: storage.Path, config: TrainConfig) -> None:
-    """Writes train_config.json; ValueError if a process does not see the file of the first one."""
+    """Writes train_config.json in the main process, and checks that all processes see it.
+
+    Raises:
+      ValueError: A process does not see the file.
+    """
     path = workdir / _CONFIG_NAME
     text = json.dumps(settings.flatten(config), indent=2) + "\n"
     if sharding.is_main_process():
@@ -61,7 +66,11 @@ def write_config(workdir: storage.Path, config: TrainConfig) -> None:
 
 
 def first_state(
-    recipe: Recipe, init_from: str, shapes: TrainState, saver: Checkpoints, say: Say
+    recipe: Recipe,
+    init_from: str,
+    shapes: TrainState,
+    saver: Checkpoints,
+    say: Say,
 ) -> TrainState:
     """The state of the newest checkpoint; without one, a new state, from `init_from` if set."""
     state = saver.restore_latest(shapes, say)

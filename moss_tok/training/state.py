@@ -12,7 +12,7 @@ from moss_tok import sharding, summary
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.training import optimizer
 from moss_tok.training.config import OptimizerConfig
-from moss_tok.training.objective import Objective
+from moss_tok.training.objective import Arrays, Extra, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Totals:
       metrics: Name -> sum over steps.
       domain_items: [len(DOMAINS)], number of items of each domain.
       domain_terms: Name -> [len(DOMAINS)], sums over the items of each domain.
-      skipped: int32, updates of the whole run that were skipped for not being finite.
-      skipped_in_row: int32, how many of the last updates in a row were skipped.
+      skipped: int32, updates of the whole run that were skipped because they were not finite.
+      skipped_in_row: int32, number of consecutive skipped updates up to the last step.
       failed_reads: int32, failed reads of files in the whole run.
     """
 
     steps: jax.Array
-    metrics: dict[str, jax.Array]
+    metrics: Arrays
     domain_items: jax.Array
-    domain_terms: dict[str, jax.Array]
+    domain_terms: Arrays
     skipped: jax.Array
     skipped_in_row: jax.Array
     failed_reads: jax.Array
@@ -69,7 +69,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, number of steps done; also the number of batches consumed.
-      params: float32.
+      params: Parameters, float32.
       ema: Moving average of `params`; None without averaging.
       opt_state: Optimizer state of the trained parameters.
       extra: Extra state of the objective, by name.
@@ -80,7 +80,7 @@ class TrainState:
     params: Any
     ema: Any
     opt_state: Any
-    extra: dict[str, Any]
+    extra: Extra
     totals: Totals
 
     def __repr__(self) -> str:
@@ -119,15 +119,15 @@ def init_state(recipe: Recipe, params: Any = None, extra: Any = None) -> TrainSt
 
 
 def zero_totals(objective: Objective) -> Totals:
-    """Totals of no steps; no arrays are shared, because they are donated."""
+    """Totals before the first step. Each entry is an array of its own, because it is donated."""
     terms = objective.term_names
-    names = ("loss", *terms, "gradient_norm", *objective.norm_names)
-    metrics = {name: jnp.zeros(()) for name in names}
+    names = ["loss", *terms, "gradient_norm", *objective.norm_names]
     for name in objective.masked_terms:
-        metrics[f"{name}_steps"] = jnp.zeros(())
+        names.append(f"{name}_steps")
+    metrics = {name: jnp.zeros(()) for name in names}
     domain_terms = {}
     for name in ("loss", *terms):
-        if name not in objective.masked_terms:  # these are means over some items only
+        if name not in objective.masked_terms:  # masked terms are means over some items only
             domain_terms[name] = jnp.zeros(len(DOMAINS))
     return Totals(
         steps=jnp.zeros(()),
@@ -143,7 +143,7 @@ def zero_totals(objective: Objective) -> Totals:
 def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """ShapeDtypeStructs of the state of a run, with their shardings on `mesh`.
 
-    Moments and averages of a parameter are split like the parameter; the rest is replicated.
+    Moments and averages of a parameter are split like the parameter; all else is replicated.
 
     Raises:
       ValueError: A large parameter would be replicated, see `sharding.param_shardings`.
@@ -157,16 +157,21 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     shardings = sharding.param_shardings(boxed, mesh)
     sharding_of = {}
     for path, value in jax.tree_util.tree_leaves_with_path(shardings):
-        sharding_of[tuple(entry.key for entry in path)] = value
+        sharding_of[_keys(path)] = value
 
     def add_sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = tuple(getattr(entry, "key", None) for entry in path)
+        keys = _keys(path)
         placed = sharding.replicated(mesh)
-        for start in range(len(names)):
-            if names[start:] in sharding_of:
-                placed = sharding_of[names[start:]]
+        for start in range(len(keys)):
+            if keys[start:] in sharding_of:  # the end of the path is that of a parameter
+                placed = sharding_of[keys[start:]]
                 break
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     shapes = jax.eval_shape(lambda: init_state(recipe))
     return jax.tree_util.tree_map_with_path(add_sharding, shapes)
+
+
+def _keys(path: Any) -> tuple[Any, ...]:
+    """The keys of a path in a tree; None for entries of tuples and of dataclasses."""
+    return tuple(getattr(entry, "key", None) for entry in path)

@@ -3,8 +3,6 @@
 A step has one line: a resumed run first removes the lines after the step that it resumes from.
 """
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.audio.manifest import DOMAINS
 from moss_tok.evaluation import report
-from moss_tok.json_files import read_log
+from moss_tok.json_files import format_json_lines, read_log
 from moss_tok.training.optimizer import learning_rate
 from moss_tok.training.state import Recipe, TrainState
 
@@ -26,12 +24,14 @@ EVALUATION = "evaluation.jsonl"
 def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
     """A line of metrics.jsonl: means since the last line, also per domain, and objective values.
 
-    Domains that did not occur and terms that no item had are left out.
+    Domains without items and terms that no item had are left out.
     """
     totals = state.totals
     objective = recipe.objective
     steps = max(float(totals.steps), 1.0)
-    values: dict[str, Any] = {name: float(x) / steps for name, x in totals.metrics.items()}
+    values: dict[str, Any] = {}
+    for name, total in totals.metrics.items():
+        values[name] = float(total) / steps
     for name in objective.masked_terms:
         share = values.pop(f"{name}_steps")
         mean = values.pop(name)
@@ -62,10 +62,11 @@ class MetricsWriter:
         self._mirror = mirror
         self._workdir = mirror.local
         mirror.fetch(METRICS, EVALUATION)
-        self._files = {name: _open(self._workdir / name, step) for name in (METRICS, EVALUATION)}
-        self._board = tensorboardX.SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True
-        )
+        self._files = {}
+        for name in (METRICS, EVALUATION):
+            self._files[name] = _open(self._workdir / name, step)
+        folder = str(self._workdir / "tensorboard")
+        self._board = tensorboardX.SummaryWriter(folder, purge_step=step + 1, write_to_disk=True)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -74,9 +75,11 @@ class MetricsWriter:
         for file in self._files.values():
             file.close()
         self._board.close()
-        # An error inside the context matters more than one of this upload.
-        with contextlib.suppress(*() if kind is None else (ValueError, OSError)):
+        try:
             self._mirror.send()
+        except (ValueError, OSError):
+            if kind is None:  # otherwise the error inside the context is more important
+                raise
 
     def send(self) -> None:
         """Uploads the files to the bucket, if the workdir is in one."""
@@ -89,13 +92,17 @@ class MetricsWriter:
         for name, value in values.items():
             if isinstance(value, list):
                 self._board.add_histogram(name, np.asarray(value), step)
-                for i, x in enumerate(value):
-                    self._board.add_scalar(f"{name}/{i:02d}", x, step)
+                for number, entry in enumerate(value):
+                    self._board.add_scalar(f"{name}/{number:02d}", entry, step)
             else:
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                tag = name if "/" in name else f"train/{name}"
+                self._board.add_scalar(tag, value, step)
 
     def write_evaluation(
-        self, step: int, table: dict[str, dict[str, dict[str, float]]], text: str
+        self,
+        step: int,
+        table: dict[str, dict[str, dict[str, float]]],
+        text: str,
     ) -> None:
         """Writes metric averages {domain: {system: {metric: mean}}}, and `text` for readers."""
         self._files[EVALUATION].close()  # to replace an earlier evaluation of this step
@@ -108,14 +115,18 @@ class MetricsWriter:
                     self._board.add_scalar(f"evaluation_{domain}_{metric}/{system}", value, step)
 
     def write_samples(
-        self, step: int, samples: dict[str, dict[str, np.ndarray]], sample_rate: int
+        self,
+        step: int,
+        samples: dict[str, dict[str, np.ndarray]],
+        sample_rate: int,
     ) -> None:
         """Writes [C, S] audio {domain: {name: wav}} and its spectrograms; files are overwritten."""
         folder = self._workdir / "samples"
         folder.mkdir(exist_ok=True)
         for domain, wavs in samples.items():
             for name, wav in wavs.items():
-                files.write(folder / f"{domain}_{name.replace(' ', '_')}.wav", wav, sample_rate)
+                file_name = f"{domain}_{name.replace(' ', '_')}.wav"
+                files.write(folder / file_name, wav, sample_rate)
                 mono = wav.mean(0)
                 self._board.add_audio(f"{domain}/{name}", mono, step, sample_rate)
             picture = report.save_spectrograms(folder / f"{domain}.png", wavs, sample_rate)
@@ -123,20 +134,19 @@ class MetricsWriter:
 
     def save_curves(self) -> None:
         """Draws curves.png from metrics.jsonl."""
-        report.save_curves(self._workdir / "curves.png", read_rows(self._workdir / METRICS))
+        rows = read_rows(self._workdir / METRICS)
+        report.save_curves(self._workdir / "curves.png", rows)
 
     def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps({"step": step} | values) + "\n")
+        self._files[name].write(format_json_lines([{"step": step} | values]))
         self._files[name].flush()
 
 
 def _open(path: Path, step: int) -> Any:
+    """Opens a log file to append to it; removes lines after `step`."""
     if path.exists():
-        lines = []
-        for row in read_rows(path):
-            if row["step"] <= step:
-                lines.append(json.dumps(row) + "\n")
-        files.write_text(path, "".join(lines))
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        files.write_text(path, format_json_lines(rows))
     return open(path, "a")
 
 
