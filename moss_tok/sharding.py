@@ -288,7 +288,9 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
 
 
 def fitting(
-    mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: Sequence[int]
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    names: Sequence[str | None],
+    shape: Sequence[int],
 ) -> NamedSharding:
     """Sharding of an array whose axes have logical names.
 

@@ -1,19 +1,21 @@
 """`encode` and `decode`: pure functions over a `Codec`, a pytree of parameters."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from moss_tok import summary
 from moss_tok.codec import presets
-from moss_tok.codec.checks import check_codes, check_part, check_wav
+from moss_tok.codec.checks import check_codes, check_num_samples, check_part, check_wav
 from moss_tok.codec.config import CodecConfig
-from moss_tok.codec.model import CodecModel, empty_caches
+from moss_tok.codec.masks import prefix_mask, zero_past
+from moss_tok.codec.model import Caches, CodecModel, empty_caches
 from moss_tok.errors import is_number
 from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
@@ -120,8 +122,8 @@ def chunk_frames(config: CodecConfig, seconds: float | None = None) -> int:
 
 def encode(
     codec: Codec,
-    wav: jax.Array,
-    lengths: jax.Array | None = None,
+    wav: ArrayLike,
+    lengths: ArrayLike | None = None,
     num_quantizers: int | None = None,
     chunk_seconds: float | None = None,
 ) -> Encoded:
@@ -156,7 +158,7 @@ def encode(
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
-    _check_num_samples("EncoderStream", wav.shape[-1])
+    check_num_samples("EncoderStream", wav.shape[-1])
     num_frames = codec.config.num_frames(wav.shape[-1])
     frames_per_chunk = _frames_per_chunk(codec, num_frames, chunk_seconds)
     return _encode(codec, wav, lengths, num_quantizers, frames_per_chunk)
@@ -164,8 +166,8 @@ def encode(
 
 def decode(
     codec: Codec,
-    codes: jax.Array,
-    lengths: jax.Array | None = None,
+    codes: ArrayLike,
+    lengths: ArrayLike | None = None,
     chunk_seconds: float | None = None,
 ) -> Decoded:
     """Decodes a batch of codes into audio.
@@ -191,25 +193,23 @@ def decode(
     return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
 
 
-def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
+def _decode_prefix(
+    codec: Codec,
+    codes: ArrayLike,
+    lengths: ArrayLike | None,
+    num_quantizers: int | None,
+    chunk_seconds: float | None = None,
+) -> Decoded:
     """Decodes codes[:, :num_quantizers]; one compiled program serves every `num_quantizers`."""
     check_part(codec, "decoder")
     codebook_size = codec.config.quantizer.codebook_size
     codes, lengths = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
     codec.config.check_num_quantizers(codes.shape[1])
-    _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
+    check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
     if num_quantizers is None:
         num_quantizers = codes.shape[1]
     frames_per_chunk = _frames_per_chunk(codec, codes.shape[-1], chunk_seconds)
     return _decode(codec, codes, lengths, num_quantizers, frames_per_chunk)
-
-
-def _check_num_samples(alternative: str, number: int) -> None:
-    """Raises ValueError for more samples than int32 can count; symbolic sizes are not checked."""
-    if isinstance(number, int) and number >= 2**31:
-        raise ValueError(
-            f"{number} samples in one call, the limit is {2**31 - 1}: use {alternative}"
-        )
 
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
@@ -265,7 +265,7 @@ def decode_batch(
     return rows
 
 
-def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
+def stack(recordings: Sequence[np.ndarray | jax.Array], size: int) -> np.ndarray:
     """Stacks recordings [*, S] into one batch [B, *, size], padded with zeros at the end."""
     return np.stack([np.pad(x, ((0, 0), (0, size - x.shape[-1]))) for x in recordings])
 
@@ -284,7 +284,9 @@ def _frames_per_chunk(codec: Codec, num_frames: int, chunk_seconds: float | None
 
 
 @functools.partial(jax.jit, static_argnames=("num_quantizers", "frames_per_chunk"))
-def _encode(codec: Codec, wav, lengths, num_quantizers: int, frames_per_chunk: int) -> Encoded:
+def _encode(
+    codec: Codec, wav: jax.Array, lengths: jax.Array, num_quantizers: int, frames_per_chunk: int
+) -> Encoded:
     c = codec.config
     num_frames = c.num_frames(wav.shape[-1])
     if frames_per_chunk == num_frames:
@@ -292,7 +294,7 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, frames_per_chunk: i
         codes = codec.apply(wav, num_quantizers, method="encode").codes
     else:
 
-        def step(caches, wav, span):
+        def step(caches: Caches, wav: jax.Array, span: Span) -> tuple[jax.Array, Caches]:
             wav = wav.astype(jnp.float32)
             return codec.apply(wav, num_quantizers, caches, span, method="encode_step")
 
@@ -304,7 +306,13 @@ def _encode(codec: Codec, wav, lengths, num_quantizers: int, frames_per_chunk: i
 
 
 @functools.partial(jax.jit, static_argnames="frames_per_chunk")
-def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int) -> Decoded:
+def _decode(
+    codec: Codec,
+    codes: jax.Array,
+    lengths: jax.Array,
+    num_quantizers: int | jax.Array,
+    frames_per_chunk: int,
+) -> Decoded:
     c = codec.config
     mask = prefix_mask(codes, num_quantizers)
     if frames_per_chunk == codes.shape[-1]:
@@ -312,7 +320,7 @@ def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int)
         wav = codec.apply(codes, mask, method="decode")
     else:
 
-        def step(caches, codes, span):
+        def step(caches: Caches, codes: jax.Array, span: Span) -> tuple[jax.Array, Caches]:
             return codec.apply(codes, caches, span, mask, method="decode_step")
 
         shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
@@ -324,7 +332,14 @@ def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int)
 
 
 def _scan_chunks(
-    codec: Codec, side: str, step, x, lengths, out, units: tuple[int, int], frames_per_chunk: int
+    codec: Codec,
+    side: str,
+    step: Callable[[Caches, jax.Array, Span], tuple[jax.Array, Caches]],
+    x: jax.Array,
+    lengths: jax.Array,
+    out: jax.Array,
+    units: tuple[int, int],
+    frames_per_chunk: int,
 ) -> jax.Array:
     """Applies `step` to the chunks of x [B, *, S] in order, and writes the results into `out`.
 
@@ -348,7 +363,7 @@ def _scan_chunks(
     num_chunks = -(-num_frames // frames_per_chunk)
     first_count = num_frames - (num_chunks - 1) * frames_per_chunk
 
-    def scan_step(carry, index):
+    def scan_step(carry: tuple[Any, jax.Array], index: jax.Array) -> tuple[Any, None]:
         caches, out = carry
         start = jnp.maximum(0, first_count + (index - 1) * frames_per_chunk)
         count = jnp.where(index == 0, first_count, frames_per_chunk)
@@ -371,24 +386,9 @@ def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jnp.roll(jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1), -excess, axis=-1)
 
 
-def zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Sets x [B, *, size] to zero past the lengths [B]; NaN there is replaced, too."""
-    return jnp.where(valid_mask(x.shape[-1], lengths)[:, None], x, 0)
-
-
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
     """Pads the last axis with zeros to a multiple of `multiple`."""
     size = x.shape[-1]
     # Written as a product, so that jax.export knows that symbolic sizes are multiples.
     padded_size = -(-size // multiple) * multiple
     return jnp.pad(x, ((0, 0), (0, 0), (0, padded_size - size)))
-
-
-def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
-    """Bool [B, size], true before the lengths [B]."""
-    return jnp.arange(size) < lengths[:, None]
-
-
-def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
-    """Bool [B, q] for codes [B, q, T], true for the first `num_quantizers`, which may be traced."""
-    return jnp.broadcast_to(jnp.arange(codes.shape[1]) < num_quantizers, codes.shape[:2])

@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from moss_tok.codec.checks import (
 )
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import (
+    StreamState,
     decode_step,
     encode_step,
     init_stream,
@@ -38,6 +39,24 @@ class _Stream:
 
     _side: str
 
+    def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Computes a chunk of all slots [N, ...], and keeps the state after it."""
+        raise NotImplementedError
+
+    def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
+        """The shape of one slot's input of `num_frames` frames."""
+        raise NotImplementedError
+
+    def _empty_input(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _empty_output(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _check(self, block: np.ndarray) -> np.ndarray:
+        """A block with the type of the input; ValueError if it cannot be one."""
+        raise NotImplementedError
+
     def __init__(
         self,
         codec: Codec,
@@ -45,7 +64,7 @@ class _Stream:
         num_slots: int = 1,
         chunk_frames: Sequence[int] = CHUNK_FRAMES,
         source: Iterable[np.ndarray] | None = None,
-    ):
+    ) -> None:
         """Creates a stream in each slot and compiles all chunk sizes.
 
         Args:
@@ -80,7 +99,7 @@ class _Stream:
                 f"{type(self).__name__} needs parameters on the devices of one process, these are "
                 f"on several: call {self._side[:-1]}_step with global arrays"
             )
-        self._state = init_stream(codec, self._side, num_slots)
+        self._state: StreamState | None = init_stream(codec, self._side, num_slots)
         self._buffers = [self._empty_input()] * num_slots
         self._finished = np.zeros(num_slots, bool)
         self._num_frames = np.zeros(num_slots, int)  # computed so far
@@ -166,9 +185,10 @@ class _Stream:
         restarted = self._check_slots(restarted, may_be_finished=True)
         mask = np.zeros(len(self._buffers), bool)
         mask[restarted] = True
-        if mask.all() and self._state.position.is_deleted():  # by an interrupted step
-            self._state = init_stream(self._codec, self._side, len(mask))
-        self._state = reset_streams(self._state, mask)
+        state = self._open_state()
+        if mask.all() and state.position.is_deleted():  # by an interrupted step
+            state = init_stream(self._codec, self._side, len(mask))
+        self._state = reset_streams(state, mask)
         self._finished[restarted] = False
         self._num_frames[restarted] = 0
         if restarted:
@@ -180,13 +200,13 @@ class _Stream:
         """Frees the state; the stream cannot be used afterwards."""
         self._state = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> np.ndarray:
@@ -249,21 +269,26 @@ class _Stream:
 
     def _check_slots(self, slots: Iterable[int], may_be_finished: bool = False) -> list[int]:
         """Returns `slots` as a list without repetitions; ValueError if one cannot be used."""
-        if self._state is None:
-            raise ValueError("the stream is closed")
+        self._open_state()
         try:
-            slots = list(slots)
+            listed = list(slots)
         except TypeError as error:
             raise ValueError(f"slots must be a list of integers, got {slots!r}") from error
         last = len(self._buffers) - 1
-        for slot in slots:
+        for slot in listed:
             if not is_whole(slot) or not 0 <= slot <= last:
                 raise ValueError(f"slot must be 0..{last}, got {slot!r}")
             if self._finished[slot] and not may_be_finished:
                 raise ValueError(
                     f"the stream of slot {slot} is finished: reset the slot to start a new one"
                 )
-        return list(dict.fromkeys(slots))
+        return list(dict.fromkeys(listed))
+
+    def _open_state(self) -> StreamState:
+        """The state; ValueError after `close`."""
+        if self._state is None:
+            raise ValueError("the stream is closed")
+        return self._state
 
     def _check_blocks(self, blocks: Mapping[int, Any]) -> dict[int, np.ndarray]:
         """Returns the blocks as arrays; ValueError names the slot of a bad one."""
@@ -310,7 +335,7 @@ class EncoderStream(_Stream):
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._state, out = encode_step(
-            self._codec, self._state, chunk, lengths, self._num_quantizers
+            self._codec, self._open_state(), chunk, lengths, self._num_quantizers
         )
         return np.asarray(out)
 
@@ -323,7 +348,8 @@ class EncoderStream(_Stream):
     def _empty_output(self) -> np.ndarray:
         return np.zeros((self._num_quantizers, 0), np.int32)
 
-    def _check(self, wav: np.ndarray) -> np.ndarray:
+    def _check(self, block: np.ndarray) -> np.ndarray:
+        wav = block
         channels = self._config.num_channels
         hint = "use wav[None]" if wav.ndim == 1 and channels == 1 else ""
         if wav.ndim == 2 and wav.shape[1] == channels:
@@ -349,7 +375,7 @@ class DecoderStream(_Stream):
     _side = "decoder"
 
     def _step(self, chunk: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        self._state, out = decode_step(self._codec, self._state, chunk, lengths)
+        self._state, out = decode_step(self._codec, self._open_state(), chunk, lengths)
         return np.asarray(out)
 
     def _chunk_shape(self, num_frames: int) -> tuple[int, int]:
@@ -361,7 +387,8 @@ class DecoderStream(_Stream):
     def _empty_output(self) -> np.ndarray:
         return np.zeros((self._config.num_channels, 0), np.float32)
 
-    def _check(self, codes: np.ndarray) -> np.ndarray:
+    def _check(self, block: np.ndarray) -> np.ndarray:
+        codes = block
         check_shape("codes", codes, (self._num_quantizers, "T"), may_be_empty=True)
         if codes.size:  # an empty list becomes a float array
             check_integers("codes", codes)
