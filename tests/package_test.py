@@ -168,9 +168,9 @@ class TestCompletion:
     )
     def test_bash(self, tmp_path, words, expected):
         (tmp_path / "speech.flac").touch()
-        (tmp_path / "script").write_text(completion.script("bash"))
+        (tmp_path / "moss-tok.bash").write_text(completion.script("bash"))
         lines = f"""
-            source script
+            source ./moss-tok.bash
             COMP_WORDS=(moss-tok {" ".join(words)}); COMP_CWORD={len(words)}
             _shtab_moss_tok; echo "${{COMPREPLY[@]}}"
         """
