@@ -1,11 +1,13 @@
 """What is installed: versions, extras, package data, and the commands that describe them."""
 
+import ast
 import fnmatch
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -104,10 +106,22 @@ def test_version(metadata, capsys):
     assert f"\nversion: {moss_tok.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def test_mypy_checks_the_modules_of_all_public_names():
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    assert all((ROOT / name).is_file() for name in checked)
+    for stub in (ROOT / "moss_tok").rglob("*.pyi"):
+        assert stub.relative_to(ROOT).as_posix() in checked
+        for node in ast.walk(ast.parse(stub.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                path = stub.parent / (node.module.replace(".", "/") + ".py")
+                assert path.relative_to(ROOT).as_posix() in checked
+
+
 class TestDoctor:
     def test_passes_and_says_what_is_missing(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "pesq", None)
         monkeypatch.setenv("JAX_SOMETHING", "1")
+        monkeypatch.setattr(selftest, "_on_accelerator", lambda: True)
         assert main(["doctor"]) == 0
         out = capsys.readouterr().out
         assert f"moss_tok    {moss_tok.__version__} in " in out
@@ -115,7 +129,7 @@ class TestDoctor:
         assert "PESQ and SDR in moss-tok evaluate: pip install 'moss_tok[eval]'" in out
         assert "environment JAX_SOMETHING=1" in out
         assert f"{jax.device_count()} x cpu, platform cpu" in out
-        assert out.count("self-test   ok: ") == 2
+        assert out.count("self-test   ok: ") == 3
         assert str(Path.home()) not in out or not str(ROOT).startswith(str(Path.home()))
 
     @pytest.mark.parametrize(

@@ -42,6 +42,6 @@ def script(shell: str) -> str:
         command = subparsers.add_parser(name, help=summary, description=summary)
         commands.load(name).add_arguments(command)
         for action in command._actions:  # argparse has no public list
-            if action.dest in _FILES and not isinstance(action, argparse._StoreTrueAction):
+            if action.dest in _FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell))

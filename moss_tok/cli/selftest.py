@@ -25,10 +25,14 @@ def run() -> list[tuple[bool, str]]:
     wav = _voice(codec.config.sample_rate)
     codes = np.asarray(moss_tok.encode(codec, wav[None, None]).codes)
     checks = [_check_stream(codec, wav, codes[0])]
-    if jax.default_backend() != "cpu":
+    if _on_accelerator():
         checks.append(_check_cpu(codec, wav, codes))
     wav_hat = np.asarray(moss_tok.decode(codec, codes).wav)[0, 0, : len(wav)]
     return [*checks, _check_audio(wav, wav_hat)]
+
+
+def _on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
 
 
 def _voice(sample_rate: int) -> np.ndarray:
