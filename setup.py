@@ -1,8 +1,11 @@
 """Package metadata of moss_tok."""
 
+import runpy
 from pathlib import Path
 
 import setuptools
+
+ROOT = Path(__file__).parent
 
 CODEC = [
     "absl-py",
@@ -17,6 +20,7 @@ CODEC = [
     "pystoi>=0.4.1",
     "safetensors>=0.8",
     "scipy",
+    "shtab>=1.7",
     "soundfile>=0.13",
     "soxr>=0.5",
     "tqdm",
@@ -42,11 +46,18 @@ TESTS = ["gcp-storage-emulator", "playwright", "pytest>=8", "pytest-xdist>=3", "
 
 setuptools.setup(
     name="moss_tok",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "moss_tok/version.py"))["__version__"],
     description="A causal Transformer audio codec (CAT) in JAX: train, fine-tune, encode, decode.",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moss_tok", "moss_tok.*"]),
     package_data={

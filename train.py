@@ -1,4 +1,11 @@
-"""Trains a codec: python train.py --flagfile=experiments/quickstart.flags [--train_data=...]."""
+"""Trains a codec, a recogniser or a speech model; the same command resumes an interrupted run.
+
+    python train.py --flagfile=experiments/quickstart.flags --train_data=DIR --workdir=runs/mine
+
+A flag of train.py is the name of a setting, as in train_config.json, so it has underscores:
+--batch_size=16. The options of moss-tok have hyphens: --num-quantizers 8. Later flags win, so those
+after --flagfile change its values.
+"""
 
 import signal
 import sys
@@ -8,6 +15,7 @@ from absl import flags
 from moss_tok.objectives import flags as train_flags
 
 train_flags.define()
+flags.adopt_module_key_flags(train_flags)  # so that --help lists them
 flags.DEFINE_string(
     "coordinator_address",
     "",

@@ -161,7 +161,9 @@ def main():
     parser.add_argument("study", choices=["probe", "gap"])
     parser.add_argument("--data", required=True, help="manifest with transcripts and both splits")
     parser.add_argument("--checkpoint", required=True, action="append")
-    parser.add_argument("--num-quantizers", default="1,4", help="numbers of quantizers to probe")
+    parser.add_argument(
+        "--num_quantizers", "--num-quantizers", default="1,4", help="numbers of quantizers to probe"
+    )
     parser.add_argument("--seconds", type=float, default=20, help="gap skips longer recordings")
     args = parser.parse_args()
     try:

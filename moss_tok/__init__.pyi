@@ -17,3 +17,4 @@ from .codec.streaming import init_decoder_stream as init_decoder_stream
 from .codec.streaming import init_encoder_stream as init_encoder_stream
 from .codec.streaming import reset_streams as reset_streams
 from .nn.compute import ComputeConfig as ComputeConfig
+from .version import __version__ as __version__

@@ -5,6 +5,8 @@ import math
 import numbers
 from typing import Any
 
+from moss_tok import extras
+
 # No real model or run needs larger values, with which arithmetic on sizes could overflow.
 _LARGEST = {int: 2**31 - 1, float: 1e12}
 _LARGEST_COUNT = 4096  # of layers, heads, quantizers, channels
@@ -64,7 +66,9 @@ def user_error(error: Exception, less: str) -> str:
     """
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or str(error)).partition(".")[0]
-        line = f"{name} is not installed: pip install 'moss_tok[train]'"
+        # A missing module of moss_tok itself is a bug, which needs its traceback.
+        own = name == "moss_tok"
+        line = "" if own else f"{name} is not installed: {extras.install_module(name)}"
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from jax
         line = f"{str(error).splitlines()[0]}; {less}"
     else:

@@ -303,7 +303,7 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
 
 
 def fitting(
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     names: Sequence[str | None],
     shape: Sequence[int],
 ) -> NamedSharding:

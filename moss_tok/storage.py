@@ -4,7 +4,6 @@ import contextlib
 import fnmatch
 import functools
 import glob
-import importlib.util
 import os
 import pathlib
 import re
@@ -12,11 +11,13 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
-Path = pathlib.Path | epath.Path
+from moss_tok import extras
+
+Path: TypeAlias = pathlib.Path | epath.Path
 
 _PREFIX = "gs://"
 _LOST_AND_FOUND = "lost+found"  # folder of ext4 that only root can read
@@ -62,8 +63,8 @@ def without_prefix(path: str | Path) -> str:
 @functools.cache
 def _unreachable(bucket: str) -> str:
     """The reason why a bucket cannot be used; "" if it can."""
-    if importlib.util.find_spec("gcsfs") is None:
-        return "needs gcsfs, pip install 'moss_tok[gcs]'"
+    if not extras.is_installed("gcsfs"):
+        return f"needs gcsfs, {extras.install('gcs')}"
     import fsspec
 
     # Cached listings would become wrong, because other processes write there too.

@@ -100,6 +100,8 @@ def test_convert_and_info(folder, capsys):
 def test_info_of_presets(capsys, preset, count):
     assert main(["info", preset]) == 0
     assert count in capsys.readouterr().out
+    assert main(["info", "--checkpoint", preset]) == 0
+    assert count in capsys.readouterr().out
 
 
 def npz(**changes):
@@ -304,6 +306,7 @@ DECODE = ["decode", "in.npz", "out.wav", "--checkpoint", CODEC]
         (["convert", CODEC, "out", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["info", "frob"], "frob: no such checkpoint directory"),
         (["info", "~nouser"], "~nouser: no such checkpoint directory"),
+        (["info", "v1", "--checkpoint", "v2"], "give one checkpoint, got v1 and --checkpoint=v2"),
         ([*ENCODE, "--a\nb"], "unrecognized arguments: --a b"),
     ],
 )

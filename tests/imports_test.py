@@ -12,17 +12,18 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
-    ["assets", "errors", "json_files", "settings", "mesh", "summary", "storage", "sharding",
-     "tensors", "checkpoint"],
+    ["version", "assets", "extras", "errors", "json_files", "settings", "mesh", "summary",
+     "storage", "sharding", "tensors", "checkpoint"],
     ["nn.compute", "nn.products", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers",
      "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
      "audio.containers", "audio.kinds", "audio.libsndfile", "audio.ffmpeg", "audio.opening",
      "audio.writing", "audio.files", "audio.folders", "audio.manifest", "audio.spectral"],
-    ["codec.config", "codec.presets", "codec.checks",
+    ["codec.config", "codec.presets", "codec.checks", "codec.masks",
      "codec.transformer", "codec.quantizer", "codec.model",
-     "codec.init", "codec.masks", "codec.inference", "codec.streaming", "codec.live", "codec.huggingface_config",
-     "codec.huggingface", "codec.pretrained", "codec.export", "codec.codes"],
+     "codec.init", "codec.chunks", "codec.inference", "codec.streaming", "codec.buffering",
+     "codec.live", "codec.huggingface_config", "codec.huggingface", "codec.pretrained",
+     "codec.export", "codec.codes"],
     ["language.config", "language.text", "language.model", "language.generate",
      "language.qwen", "language.pretrained", "speech.config", "speech.model",
      "speech.layout", "speech.sampling", "speech.steps", "speech.generate",
@@ -45,10 +46,11 @@ FLOORS = [
      "objectives.code_recognition", "objectives.speech_data", "objectives.speech",
      "objectives.flops"],
     ["demo.sound", "demo.server"],
-    ["cli.arguments", "cli.decode", "cli.encode", "cli.reconstruct", "cli.compare", "cli.convert",
-     "cli.demo",
+    ["cli.arguments", "cli.commands", "cli.decode", "cli.encode", "cli.reconstruct", "cli.compare",
+     "cli.convert", "cli.demo",
      "cli.info", "cli.prepare", "cli.stream",
      "cli.export", "cli.speak", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
+     "cli.selftest", "cli.doctor", "cli.completion",
      "cli.main"],
 ]  # fmt: skip
 LAZY = ("language", "data", "speech")  # rooms whose public names are imported on use

@@ -1,7 +1,6 @@
 """Recognises formats of audio, and other files, by their first bytes."""
 
-import importlib.util
-
+from moss_tok import extras
 from moss_tok.audio import mpeg
 
 # Formats of libsndfile, and those that PyAV adds.
@@ -14,7 +13,7 @@ FFMPEG_SUFFIXES = (
     ".eac3", ".m4b", ".mkv", ".mov", ".spx", ".tta", ".wv",
 )  # fmt: skip
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mp1", ".mpga")
-INSTALL = "pip install 'moss_tok[ffmpeg]'"
+INSTALL = extras.install("ffmpeg")
 ACCEPTED = "wav, flac, ogg, opus, mp3, aiff, au, caf; and with PyAV m4a, aac, webm, mka, wma"
 
 # (offset, bytes, name): formats that libsndfile opens, and formats that only PyAV opens.
@@ -82,7 +81,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 def has_ffmpeg() -> bool:
     """Whether PyAV is installed."""
-    return importlib.util.find_spec("av") is not None
+    return extras.is_installed("av")
 
 
 def is_sndfile(head: bytes) -> str:

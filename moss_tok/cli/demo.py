@@ -24,15 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    import importlib.util
     from pathlib import Path
 
-    for package in ("aiohttp", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError("the demo needs the extra: pip install 'moss_tok[demo]'")
-
     import moss_tok
-    from moss_tok import assets
+    from moss_tok import assets, extras
+
+    if extras.missing("demo"):
+        raise ValueError(f"the demo needs the extra: {extras.install('demo')}")
+
     from moss_tok.demo import server
 
     with server.bind(args.port) as listener:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moss_tok.cli import arguments
+from moss_tok.cli import arguments, commands
 
 EXAMPLE = "moss-tok evaluate --dataset test.jsonl --output evaluation"
 
@@ -92,9 +92,7 @@ def _speak(args: argparse.Namespace) -> None:
         given.append(f"--num-quantizers={args.num_quantizers}")
     if Path(args.speak).suffix.lower() not in speak.LISTS or not Path(args.speak).is_file():
         raise ValueError(f"{args.speak}: no such file of texts ({', '.join(speak.LISTS)})")
-    parser = argparse.ArgumentParser()
-    speak.add_arguments(parser)
-    speak.run(parser.parse_args(given))
+    speak.run(commands.build_parser("speak").parse_args(given))
 
 
 def _reconstruct(args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 
-from moss_tok import checkpoint
 from moss_tok.cli import arguments
 
 EXAMPLE = "moss-tok export runs/quickstart artifact --function encode"
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     import moss_tok
-    from moss_tok import storage
+    from moss_tok import checkpoint, storage
     from moss_tok.codec import export
     from moss_tok.errors import check_choice
 

@@ -10,17 +10,22 @@ EXAMPLE = "moss-tok info nano"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "checkpoint",
+        "source",
         nargs="?",
         metavar="C",
         help="checkpoint, training workdir, official directory, Hugging Face Hub id or the name of "
         "a preset: v1, v2, nano, tiny, tts-1.7b (default: the small codec of the package)",
     )
+    parser.add_argument("--checkpoint", metavar="C", help="the same, as other commands take it")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    print("\n".join(_describe(args.checkpoint)))
+    if args.source and args.checkpoint:
+        raise ValueError(
+            f"give one checkpoint, got {args.source} and --checkpoint={args.checkpoint}"
+        )
+    print("\n".join(_describe(args.source or args.checkpoint)))
 
 
 def _describe(name: str | None) -> list[str]:

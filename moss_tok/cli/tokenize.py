@@ -11,7 +11,7 @@ EXAMPLE = "moss-tok tokenize recordings --output codes --num-quantizers 16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="INPUT", help="folder of audio, manifest.jsonl or ArrayRecord shards"
+        "input", metavar="IN", help="folder of audio, manifest.jsonl or ArrayRecord shards"
     )
     arguments.add_codec(parser)
     parser.add_argument(

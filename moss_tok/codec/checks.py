@@ -275,3 +275,11 @@ def check_count(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is an integer of at least 1."""
     if not is_whole(value) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_num_samples(alternative: str, number: int) -> None:
+    """Raises ValueError for more samples than int32 can count; symbolic sizes are not checked."""
+    if isinstance(number, int) and number >= 2**31:
+        raise ValueError(
+            f"{number} samples in one call, the limit is {2**31 - 1}: use {alternative}"
+        )

@@ -9,10 +9,16 @@ import json
 import math
 import numbers
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moss_tok.errors import check_choice, check_positive
 from moss_tok.json_files import from_fields, parse_json_object
+
+if TYPE_CHECKING:
+    import jax
+
+# A count, or counts of a batch.
+Count = TypeVar("Count", int, "jax.Array")
 
 FORMAT = "moss_tok"
 
@@ -26,7 +32,7 @@ class PatchConfig:
 
     patch_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "patch_size")
 
 
@@ -61,7 +67,7 @@ class TransformerConfig:
     input_projection: bool = True
     output_projection: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = ("input_dim", "output_dim", "model_dim", "num_heads", "num_layers", "mlp_dim")
         check_positive(self, *names, "context_seconds", "max_period")
         if self.max_period < 1:
@@ -108,7 +114,7 @@ class QuantizerConfig:
     codebook_size: int
     codebook_dim: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         check_positive(self, *names)
         if self.codebook_size > 32768:
@@ -137,7 +143,7 @@ class CodecConfig:
     layout: str = "v1"
     official_json: str = dataclasses.field(default="", repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "sample_rate", "num_channels")
         if self.layout not in ("v1", "v2"):
             raise ValueError(f"layout must be v1 or v2, got {self.layout!r}")
@@ -189,7 +195,7 @@ class CodecConfig:
 
     def windows(self, side: str) -> tuple[int | None, ...]:
         """Attention window of each module of `side`, in its frames; None for patch modules."""
-        windows = []
+        windows: list[int | None] = []
         for module, rate in zip(getattr(self, side), self.stage_rates(side), strict=True):
             if isinstance(module, PatchConfig):
                 windows.append(None)
@@ -197,7 +203,7 @@ class CodecConfig:
                 windows.append(max(1, round(rate * module.context_seconds)))
         return tuple(windows)
 
-    def num_frames(self, num_samples: int) -> int:
+    def num_frames(self, num_samples: Count) -> Count:
         """Code frames of `num_samples` samples per channel; a partly filled last frame counts."""
         return -(-num_samples // self.hop_length)
 

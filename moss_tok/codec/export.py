@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 from jax import export as jax_export
 
-from moss_tok import tensors
+from moss_tok import extras, tensors
 from moss_tok.codec import inference, streaming
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import Caches, empty_caches
@@ -145,7 +145,7 @@ def _check(codec: Codec, function: str, chunk_frames: int, weights: str) -> None
     try:
         import flatbuffers  # noqa: F401  jax.export serializes with it
     except ImportError as error:
-        raise ValueError("export needs flatbuffers: pip install 'moss_tok[export]'") from error
+        raise ValueError(f"export needs flatbuffers: {extras.install('export')}") from error
 
 
 def _check_size(params: _Arrays) -> None:

@@ -8,13 +8,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from moss_tok import summary
 from moss_tok.codec import presets
-from moss_tok.codec.checks import check_codes, check_part, check_wav
+from moss_tok.codec.checks import check_codes, check_num_samples, check_part, check_wav
+from moss_tok.codec.chunks import pad, scan_chunks
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.masks import prefix_mask, zero_past
-from moss_tok.codec.model import CodecModel, empty_caches
+from moss_tok.codec.model import Caches, CodecModel, empty_caches
 from moss_tok.errors import is_number
 from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
@@ -129,8 +131,8 @@ def chunk_frames(config: CodecConfig, seconds: float | None = None) -> int:
 
 def encode(
     codec: Codec,
-    wav: jax.Array,
-    lengths: jax.Array | None = None,
+    wav: ArrayLike,
+    lengths: ArrayLike | None = None,
     num_quantizers: int | None = None,
     chunk_seconds: float | None = None,
 ) -> Encoded:
@@ -165,7 +167,7 @@ def encode(
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
-    _check_num_samples("EncoderStream", wav.shape[-1])
+    check_num_samples("EncoderStream", wav.shape[-1])
     num_frames = codec.config.num_frames(wav.shape[-1])
     frames_per_chunk = _frames_per_chunk(codec, num_frames, chunk_seconds)
     return _encode(codec, wav, lengths, num_quantizers, frames_per_chunk)
@@ -173,8 +175,8 @@ def encode(
 
 def decode(
     codec: Codec,
-    codes: jax.Array,
-    lengths: jax.Array | None = None,
+    codes: ArrayLike,
+    lengths: ArrayLike | None = None,
     chunk_seconds: float | None = None,
 ) -> Decoded:
     """Decodes a batch of codes into audio.
@@ -200,25 +202,23 @@ def decode(
     return _decode_prefix(codec, codes, lengths, None, chunk_seconds)
 
 
-def _decode_prefix(codec, codes, lengths, num_quantizers, chunk_seconds=None) -> Decoded:
+def _decode_prefix(
+    codec: Codec,
+    codes: ArrayLike,
+    lengths: ArrayLike | None,
+    num_quantizers: int | None,
+    chunk_seconds: float | None = None,
+) -> Decoded:
     """Decodes codes[:, :num_quantizers]; one compiled program serves every `num_quantizers`."""
     check_part(codec, "decoder")
     codebook_size = codec.config.quantizer.codebook_size
     codes, lengths = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
     codec.config.check_num_quantizers(codes.shape[1])
-    _check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
+    check_num_samples("DecoderStream", codes.shape[-1] * codec.config.hop_length)
     if num_quantizers is None:
         num_quantizers = codes.shape[1]
     frames_per_chunk = _frames_per_chunk(codec, codes.shape[-1], chunk_seconds)
     return _decode(codec, codes, lengths, num_quantizers, frames_per_chunk)
-
-
-def _check_num_samples(alternative: str, number: int) -> None:
-    """Raises ValueError for more samples than int32 can count; symbolic sizes are not checked."""
-    if isinstance(number, int) and number >= 2**31:
-        raise ValueError(
-            f"{number} samples in one call, the limit is {2**31 - 1}: use {alternative}"
-        )
 
 
 def encode_one(codec: Codec, wav: np.ndarray, num_quantizers: int | None = None) -> np.ndarray:
@@ -274,7 +274,7 @@ def decode_batch(
     return rows
 
 
-def stack(recordings: Sequence[np.ndarray], size: int) -> np.ndarray:
+def stack(recordings: Sequence[np.ndarray | jax.Array], size: int) -> np.ndarray:
     """Stacks recordings [*, S] into one batch [B, *, size], padded with zeros at the end."""
     rows = []
     for recording in recordings:
@@ -297,27 +297,36 @@ def _frames_per_chunk(codec: Codec, num_frames: int, chunk_seconds: float | None
 
 
 @functools.partial(jax.jit, static_argnames=("num_quantizers", "frames_per_chunk"))
-def _encode(codec: Codec, wav, lengths, num_quantizers: int, frames_per_chunk: int) -> Encoded:
+def _encode(
+    codec: Codec, wav: jax.Array, lengths: jax.Array, num_quantizers: int, frames_per_chunk: int
+) -> Encoded:
     c = codec.config
     num_frames = c.num_frames(wav.shape[-1])
     if frames_per_chunk == num_frames:
-        wav = _pad(zero_past(wav, lengths), c.hop_length).astype(jnp.float32)
+        wav = pad(zero_past(wav, lengths), c.hop_length).astype(jnp.float32)
         codes = codec.apply(wav, num_quantizers, method="encode").codes
     else:
 
-        def step(caches, wav, span):
+        def step(caches: Caches, wav: jax.Array, span: Span) -> tuple[jax.Array, Caches]:
             wav = wav.astype(jnp.float32)
             return codec.apply(wav, num_quantizers, caches, span, method="encode_step")
 
         codes = jnp.zeros((wav.shape[0], num_quantizers, num_frames), jnp.int32)
         units = (c.hop_length, 1)
-        codes = _scan_chunks(codec, "encoder", step, wav, lengths, codes, units, frames_per_chunk)
+        caches = empty_caches(c, codec.compute, "encoder", wav.shape[0])
+        codes = scan_chunks(caches, step, wav, lengths, codes, units, frames_per_chunk)
     lengths = c.num_frames(lengths)
     return Encoded(zero_past(codes, lengths), lengths)
 
 
 @functools.partial(jax.jit, static_argnames="frames_per_chunk")
-def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int) -> Decoded:
+def _decode(
+    codec: Codec,
+    codes: jax.Array,
+    lengths: jax.Array,
+    num_quantizers: int | jax.Array,
+    frames_per_chunk: int,
+) -> Decoded:
     c = codec.config
     mask = prefix_mask(codes, num_quantizers)
     if frames_per_chunk == codes.shape[-1]:
@@ -325,69 +334,13 @@ def _decode(codec: Codec, codes, lengths, num_quantizers, frames_per_chunk: int)
         wav = codec.apply(codes, mask, method="decode")
     else:
 
-        def step(caches, codes, span):
+        def step(caches: Caches, codes: jax.Array, span: Span) -> tuple[jax.Array, Caches]:
             return codec.apply(codes, caches, span, mask, method="decode_step")
 
         shape = (codes.shape[0], c.num_channels, codes.shape[-1] * c.hop_length)
         wav = jnp.zeros(shape, jnp.float32)
         units = (1, c.hop_length)
-        wav = _scan_chunks(codec, "decoder", step, codes, lengths, wav, units, frames_per_chunk)
+        caches = empty_caches(c, codec.compute, "decoder", codes.shape[0])
+        wav = scan_chunks(caches, step, codes, lengths, wav, units, frames_per_chunk)
     lengths = lengths * c.hop_length
     return Decoded(zero_past(wav, lengths), lengths)
-
-
-def _scan_chunks(
-    codec: Codec, side: str, step, x, lengths, out, units: tuple[int, int], frames_per_chunk: int
-) -> jax.Array:
-    """Applies `step` to the chunks of x [B, *, S] in order, and writes the results into `out`.
-
-    Chunks are slices of `x` and of `out`, so that no copy of either is made. The first chunk may be
-    partial, so that all later ones are full: only its first frames count, and the second chunk
-    overwrites the rest of its result.
-
-    Args:
-      codec: The codec.
-      side: "encoder" or "decoder".
-      step: (caches, chunk of x, span) -> (chunk of out, caches).
-      x: Input of all frames.
-      lengths: [B] valid entries of x along its last axis.
-      out: Array of zeros to write into.
-      units: Entries of one code frame along the last axis of x and of out.
-      frames_per_chunk: Code frames per chunk.
-    """
-    in_unit, out_unit = units
-    batch = x.shape[0]
-    num_frames = out.shape[-1] // out_unit
-    num_chunks = -(-num_frames // frames_per_chunk)
-    first_count = num_frames - (num_chunks - 1) * frames_per_chunk
-
-    def scan_step(carry, index):
-        caches, out = carry
-        start = jnp.maximum(0, first_count + (index - 1) * frames_per_chunk)
-        count = jnp.where(index == 0, first_count, frames_per_chunk)
-        chunk = _slice(x, start * in_unit, frames_per_chunk * in_unit)
-        chunk = zero_past(chunk, lengths - start * in_unit)
-        span = Span(jnp.broadcast_to(start, (batch,)), jnp.broadcast_to(count, (batch,)))
-        result, caches = step(caches, chunk, span)
-        out = jax.lax.dynamic_update_slice_in_dim(out, result, start * out_unit, axis=2)
-        return (caches, out), None
-
-    caches = empty_caches(codec.config, codec.compute, side, batch)
-    (_, out), _ = jax.lax.scan(scan_step, (caches, out), jnp.arange(num_chunks))
-    return out
-
-
-def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """x[..., start : start + size]; entries beyond the end of x are arbitrary."""
-    # Near the end, dynamic_slice moves the start back by `excess`; the roll undoes this.
-    excess = jnp.maximum(0, start + size - x.shape[-1])
-    part = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
-    return jnp.roll(part, -excess, axis=-1)
-
-
-def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Pads the last axis with zeros to a multiple of `multiple`."""
-    size = x.shape[-1]
-    # Written as a product, so that jax.export knows that symbolic sizes are multiples.
-    padded_size = -(-size // multiple) * multiple
-    return jnp.pad(x, ((0, 0), (0, 0), (0, padded_size - size)))

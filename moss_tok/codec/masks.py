@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -15,7 +16,7 @@ def valid_mask(size: int, lengths: jax.Array) -> jax.Array:
     return jnp.arange(size) < lengths[:, None]
 
 
-def prefix_mask(codes: jax.Array, num_quantizers: int | jax.Array) -> jax.Array:
+def prefix_mask(codes: jax.Array | np.ndarray, num_quantizers: int | jax.Array) -> jax.Array:
     """Bool [B, q] for codes [B, q, T], true for the first `num_quantizers`, which may be traced."""
     is_used = jnp.arange(codes.shape[1]) < num_quantizers
     return jnp.broadcast_to(is_used, codes.shape[:2])

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from moss_tok import sharding, summary
 from moss_tok.codec.checks import (
@@ -20,10 +21,12 @@ from moss_tok.codec.checks import (
     check_part,
     check_wav,
 )
+from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.masks import zero_past
 from moss_tok.codec.model import Caches, empty_caches
 from moss_tok.nn.cache import Span
+from moss_tok.nn.compute import ComputeConfig
 
 
 @flax.struct.dataclass
@@ -79,8 +82,8 @@ def init_decoder_stream(codec: Codec, batch_size: int) -> StreamState:
 def encode_step(
     codec: Codec,
     state: StreamState,
-    wav: jax.Array,
-    lengths: jax.Array | None = None,
+    wav: ArrayLike,
+    lengths: ArrayLike | None = None,
     num_quantizers: int | None = None,
 ) -> tuple[StreamState, jax.Array]:
     """Encodes the next chunk of each stream.
@@ -125,8 +128,8 @@ def encode_step(
 def decode_step(
     codec: Codec,
     state: StreamState,
-    codes: jax.Array,
-    lengths: jax.Array | None = None,
+    codes: ArrayLike,
+    lengths: ArrayLike | None = None,
 ) -> tuple[StreamState, jax.Array]:
     """Decodes the next chunk of each stream.
 
@@ -158,7 +161,7 @@ def decode_step(
     return _decode_step(codec, state, codes, lengths)
 
 
-def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
+def reset_streams(state: StreamState, slots: ArrayLike) -> StreamState:
     """Resets some streams to their start, so that their slots can take new streams.
 
     Everything cached of the old streams is overwritten, even NaN. The other streams continue.
@@ -175,19 +178,19 @@ def reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
       ValueError: `slots` has another shape or type, or `state` is not a state or was used before.
     """
     _check_usable(state)
-    slots = slots if isinstance(slots, jax.Array) else np.asarray(slots)
-    if slots.shape != state.position.shape or slots.dtype != bool:
+    mask = slots if isinstance(slots, jax.Array) else np.asarray(slots)
+    if mask.shape != state.position.shape or mask.dtype != bool:
         raise ValueError(
             f"slots must be booleans of the shape {list(state.position.shape)}, "
-            f"got {slots.dtype} {list(slots.shape)}"
+            f"got {mask.dtype} {list(mask.shape)}"
         )
-    return _reset_streams(state, slots)
+    return _reset_streams(state, mask)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _reset_streams(state: StreamState, slots: jax.Array) -> StreamState:
+def _reset_streams(state: StreamState, slots: jax.Array | np.ndarray) -> StreamState:
 
-    def clear(ring):
+    def clear(ring: jax.Array) -> jax.Array:
         return jnp.where(slots[:, None, None, None], 0, ring)
 
     return StreamState(jnp.where(slots, 0, state.position), jax.tree.map(clear, state.caches))
@@ -198,7 +201,7 @@ def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:
     check_part(codec, side)
     check_count("batch_size", batch_size)
 
-    def init():
+    def init() -> StreamState:
         caches = empty_caches(codec.config, codec.compute, side, batch_size)
         return StreamState(jnp.zeros(batch_size, jnp.int32), caches)
 
@@ -209,7 +212,7 @@ def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:
     if is_traced or not getattr(weight, "committed", False):
         return init()
 
-    def place(x):
+    def place(x: jax.Array) -> jax.Array:
         placed = weight.sharding
         if isinstance(placed, jax.sharding.NamedSharding):
             names = ("batch",) if x.ndim == 1 else (None, "batch", "heads", None, None)
@@ -234,7 +237,7 @@ def _check_state(codec: Codec, side: str, state: StreamState) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _cache_shapes(config, compute, side: str, batch_size: int) -> Any:
+def _cache_shapes(config: CodecConfig, compute: ComputeConfig, side: str, batch_size: int) -> Any:
     return _shapes(jax.eval_shape(lambda: empty_caches(config, compute, side, batch_size)))
 
 
@@ -262,7 +265,9 @@ def _check_usable(state: StreamState) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="num_quantizers", donate_argnames="state")
-def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers: int):
+def _encode_step(
+    codec: Codec, state: StreamState, wav: jax.Array, lengths: jax.Array, num_quantizers: int
+) -> tuple[StreamState, jax.Array]:
     wav = zero_past(wav, lengths).astype(jnp.float32)
     span = Span(state.position, codec.config.num_frames(lengths))
     codes, caches = codec.apply(wav, num_quantizers, state.caches, span, method="encode_step")
@@ -270,7 +275,9 @@ def _encode_step(codec: Codec, state: StreamState, wav, lengths, num_quantizers:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _decode_step(codec: Codec, state: StreamState, codes, lengths):
+def _decode_step(
+    codec: Codec, state: StreamState, codes: jax.Array, lengths: jax.Array
+) -> tuple[StreamState, jax.Array]:
     codes = zero_past(codes, lengths)
     span = Span(state.position, lengths)
     wav, caches = codec.apply(codes, state.caches, span, method="decode_step")

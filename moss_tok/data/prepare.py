@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moss_tok import storage
+from moss_tok import extras, storage
 from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
@@ -368,7 +368,7 @@ def run_beam(plan: Plan, runner: str, flags: list[str]) -> None:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ValueError("Beam is not installed: pip install 'moss_tok[beam]'") from error
+        raise ValueError(f"Beam is not installed: {extras.install('beam')}") from error
     options = PipelineOptions([f"--runner={runner}", *flags])
     worker_plan = _without_shards(plan)
     with beam.Pipeline(options=options) as pipeline:

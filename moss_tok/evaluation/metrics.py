@@ -4,13 +4,14 @@ Source: OpenMOSS/MOSS-Audio-Tokenizer-Eval (moss_eval.metrics.core); tests/golde
 """
 
 import functools
-import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.signal
+
+from moss_tok import extras
 
 _RATE = 16000  # Hz
 _PACKAGES = {"pesq-nb": "pesq", "pesq-wb": "pesq", "sdr": "mir_eval"}  # in the extra `eval`
@@ -56,8 +57,8 @@ def check(metrics: Sequence[str]) -> None:
             raise ValueError(f"unknown metric {name!r}; accepted: {', '.join(METRICS)}")
     for name in metrics:
         package = _PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{name} needs the extra: pip install 'moss_tok[eval]'")
+        if package and not extras.is_installed(package):
+            raise ValueError(f"{name} needs the extra: {extras.install('eval')}")
 
 
 def compute_each(

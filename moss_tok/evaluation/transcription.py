@@ -3,7 +3,6 @@
 In `moss-tok evaluate` the transcripts go into OUTPUT/MODEL/rvqN/DATASET/texts.jsonl.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moss_tok import extras
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
 from moss_tok.evaluation import reconstruction, results, sweep
@@ -66,8 +66,8 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
 
 def check_installed() -> None:
     """Raises ValueError if jiwer is not installed."""
-    if importlib.util.find_spec("jiwer") is None:
-        raise ValueError("error rates need jiwer: pip install 'moss_tok[train]'")
+    if not extras.is_installed("jiwer"):
+        raise ValueError(f"error rates need jiwer: {extras.install('train')}")
 
 
 def has_words(texts: Sequence[str]) -> bool:

@@ -51,7 +51,7 @@ class LanguageConfig:
     norm_epsilon: float = 1e-6
     audio: str = "codes"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "latents_dim", "vocab_size", "num_layers", "rope_theta")
         _ = self.block  # checks its values
         if not 0 <= self.end_id < self.vocab_size:

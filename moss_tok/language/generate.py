@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from moss_tok import summary
 from moss_tok.audio.manifest import TASKS
@@ -48,7 +49,7 @@ class Choice:
     top_k: int = 0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
             raise ValueError(f"temperature must be 0..100, got {self.temperature}")
         if self.top_k < 0:
@@ -70,7 +71,7 @@ class Sampling(Choice):
 
     max_tokens: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.max_tokens <= 65536:
             raise ValueError(f"max_tokens must be 1..65536, got {self.max_tokens}")
@@ -114,8 +115,8 @@ class Language:
 def transcribe(
     codec: Codec,
     language: Language,
-    codes: np.ndarray,
-    lengths: np.ndarray | None = None,
+    codes: ArrayLike,
+    lengths: ArrayLike | None = None,
     task: str = "transcribe",
     sampling: Sampling = Sampling(),
     seed: int = 0,
@@ -148,20 +149,20 @@ def transcribe(
     if language.config.audio != "codes":
         raise ValueError("this language model takes latents, not codes: use transcribe_wavs")
     codebook_size = codec.config.quantizer.codebook_size
-    codes, lengths = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
-    limit = codec.config.check_num_quantizers(codes.shape[1])
+    array, sizes = check_codes(codes, ("B", "Q", "T"), codebook_size, lengths)
+    limit = codec.config.check_num_quantizers(array.shape[1])
     if num_quantizers is not None and not 1 <= num_quantizers <= limit:
         raise ValueError(f"num_quantizers must be 1..{limit}, got {num_quantizers}")
-    padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
-    codes = np.pad(np.asarray(codes), ((0, 0), (0, 0), (0, padding)))
-    latents = _quantized_latents(codec, codes, num_quantizers or limit)
-    return _generate_texts(language, latents, lengths, task, sampling, seed)
+    padding = bucket_frames(array.shape[-1]) - array.shape[-1]
+    padded = np.pad(np.asarray(array), ((0, 0), (0, 0), (0, padding)))
+    latents = _quantized_latents(codec, padded, num_quantizers or limit)
+    return _generate_texts(language, latents, sizes, task, sampling, seed)
 
 
 def transcribe_codes(
     codec: Codec,
     language: Language,
-    codes: Sequence[np.ndarray],
+    codes: Sequence[ArrayLike],
     num_quantizers: int | None = None,
     **options: Any,
 ) -> list[str]:
@@ -184,14 +185,14 @@ def transcribe_codes(
     def transcribe_batch(batch: np.ndarray, lengths: np.ndarray) -> list[str]:
         return transcribe(codec, language, batch, lengths, num_quantizers=num_quantizers, **options)
 
-    codes = check_recordings("codes", codes, ("Q", "T"))
-    return _in_batches(codes, 1, transcribe_batch)
+    arrays = check_recordings("codes", codes, ("Q", "T"))
+    return _in_batches(arrays, 1, transcribe_batch)
 
 
 def transcribe_wavs(
     codec: Codec,
     language: Language,
-    wavs: Sequence[np.ndarray],
+    wavs: Sequence[ArrayLike],
     num_quantizers: int | None = None,
     task: str = "transcribe",
     sampling: Sampling = Sampling(),
@@ -220,12 +221,12 @@ def transcribe_wavs(
         latents, num_frames = input_latents(codec, language, batch, lengths, num_quantizers)
         return _generate_texts(language, latents, num_frames, task, sampling, seed)
 
-    wavs = check_recordings("wav", wavs, (codec.config.num_channels, "S"))
-    return _in_batches(wavs, codec.config.hop_length, transcribe_batch)
+    arrays = check_recordings("wav", wavs, (codec.config.num_channels, "S"))
+    return _in_batches(arrays, codec.config.hop_length, transcribe_batch)
 
 
 def _in_batches(
-    recordings: Sequence[np.ndarray],
+    recordings: Sequence[np.ndarray | jax.Array],
     unit: int,
     transcribe_batch: Callable[[np.ndarray, np.ndarray], list[str]],
 ) -> list[str]:
@@ -262,8 +263,8 @@ def _in_batches(
 def input_latents(
     codec: Codec,
     language: Language,
-    wav: np.ndarray,
-    lengths: np.ndarray,
+    wav: ArrayLike,
+    lengths: ArrayLike,
     num_quantizers: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The language model's input for audio [B, C, S]: latents [B, T, D], and valid frames [B]."""
@@ -273,8 +274,8 @@ def input_latents(
         codes, num_frames = encode(codec, wav, lengths)
         return _quantized_latents(codec, codes, num_quantizers), num_frames
     check_part(codec, "encoder")
-    wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
-    return _latents(codec, wav, lengths), codec.config.num_frames(lengths)
+    array, sizes = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
+    return _latents(codec, array, sizes), codec.config.num_frames(sizes)
 
 
 def _generate_texts(
@@ -301,7 +302,9 @@ def _latents(codec: Codec, wav: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _quantized_latents(codec: Codec, codes: jax.Array, num_quantizers: int) -> jax.Array:
+def _quantized_latents(
+    codec: Codec, codes: jax.Array | np.ndarray, num_quantizers: int
+) -> jax.Array:
     mask = prefix_mask(codes, num_quantizers)
     return codec.apply(codes, mask, method="dequantize")
 
@@ -338,11 +341,11 @@ def generate(
     span = Span(jnp.zeros(batch, jnp.int32), 1 + lengths)
     _, cache = language.apply(prompt, cache, span, method="extend")
 
-    def is_unfinished(carry):
+    def is_unfinished(carry: Any) -> jax.Array:
         number, _, done, _, _ = carry
         return (number < max_tokens) & ~done.all()
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         number, last, done, cache, tokens = carry
         span = Span(1 + lengths + number, jnp.ones(batch, jnp.int32))
         logits, cache = language.apply(last, cache, span, method="next_logits")

@@ -5,7 +5,7 @@ import functools
 import json
 from typing import Protocol
 
-from moss_tok import storage
+from moss_tok import extras, storage
 
 # Names of the token that ends a text, in several families of models.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -68,7 +68,7 @@ class FileTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ValueError(f"{name} needs: pip install tokenizers") from error
+            raise ValueError(f"{name} needs tokenizers: {extras.install('language')}") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exceptions

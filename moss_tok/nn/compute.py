@@ -35,7 +35,7 @@ class ComputeConfig:
     remat: str = "none"
     unroll_layers: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("precision", self.precision, MATMUL_PRECISIONS)
         check_choice("attention", self.attention, ATTENTION)

@@ -38,7 +38,7 @@ class StackConfig:
     qkv_bias: bool = False
     head_norm: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "num_layers")
         _ = self.block  # checks the other values
 
@@ -102,7 +102,7 @@ class SpeechConfig:
     codec: str = ""
     official_json: str = dataclasses.field(default="", repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_choice("layout", self.layout, LAYOUTS)
         for name in ("vocab_size", "codebook_size", "num_quantizers", "adapter_dim", "rope_theta",

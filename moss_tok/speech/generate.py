@@ -63,7 +63,7 @@ def generate(
     """
     number = check_num_quantizers(speech.config, num_quantizers)
     prompts = [_Prompt.of(speech, request) for request in requests]
-    spoken: list[Spoken | None] = [None] * len(requests)
+    spoken: dict[int, Spoken] = {}
     shapes = [prompt.shape for prompt in prompts]
     for shape in sorted(set(shapes)):
         members = [i for i, other in enumerate(shapes) if other == shape]
@@ -77,7 +77,7 @@ def generate(
             found = _collect(speech, state, sampling, number)
             for i, result in zip(rows, found, strict=False):
                 spoken[i] = result
-    return spoken
+    return [spoken[i] for i in range(len(requests))]
 
 
 def frames(

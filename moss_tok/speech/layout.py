@@ -76,13 +76,20 @@ class Positions(NamedTuple):
 
 def is_chat(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has the tokens of the chat layout."""
-    return all(tokenizer.token_id(name) is not None for name in CHAT_TOKENS)
+    return bool(_chat_tokens(tokenizer))
+
+
+def _chat_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens CHAT_TOKENS, in this order; an empty list if a tokenizer lacks one."""
+    tokens = [tokenizer.token_id(name) for name in CHAT_TOKENS]
+    known = [token for token in tokens if token is not None]
+    return known if len(known) == len(tokens) else []
 
 
 def token_fields(tokenizer: Tokenizer) -> dict[str, int | str]:
     """Fields of `SpeechConfig` about tokens for a new model with this tokenizer."""
-    if is_chat(tokenizer):
-        start, end, slot, user_slot = (tokenizer.token_id(name) for name in CHAT_TOKENS[2:])
+    if tokens := _chat_tokens(tokenizer):
+        start, end, slot, user_slot = tokens[2:]
         layout, size = "chat", tokenizer.vocab_size
     else:
         size = tokenizer.vocab_size + 2
@@ -110,7 +117,12 @@ def check_text(config: SpeechConfig, tokenizer: Tokenizer, text: str) -> None:
         raise ValueError(f"the text {shown} is not valid Unicode") from error
     if missing:
         raise ValueError(f"the text {shown} has characters that the tokenizer lacks: {missing!r}")
-    reserved = {config.slot_id, config.end_id, config.start_id, config.user_slot_id}
+    reserved: set[int | None] = {
+        config.slot_id,
+        config.end_id,
+        config.start_id,
+        config.user_slot_id,
+    }
     reserved |= {tokenizer.token_id(name) for name in CHAT_TOKENS[:2]}
     if reserved & set(tokens):
         raise ValueError(f"the text {shown} has a token that the layout of messages uses")
@@ -118,14 +130,14 @@ def check_text(config: SpeechConfig, tokenizer: Tokenizer, text: str) -> None:
 
 def prompt(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> Positions:
     """The positions before the first frame to generate."""
-    builder = _Builder(config, tokenizer)
+    builder = _Builder(config)
     if config.layout == "chat":
-        _add_form(builder, request)
+        _add_form(builder, tokenizer, request)
     else:
         if request.reference is not None:
-            builder.add_text(request.reference_text)
+            builder.add_tokens(tokenizer.encode(request.reference_text))
             builder.add_frames(request.reference, config.user_slot_id)
-        builder.add_text(request.text)
+        builder.add_tokens(tokenizer.encode(request.text))
     builder.add_tokens([config.start_id])
     if request.beginning is not None:
         builder.add_codes(request.beginning, config.slot_id)
@@ -134,7 +146,7 @@ def prompt(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> Posi
 
 def speech(config: SpeechConfig, codes: np.ndarray) -> Positions:
     """The positions of frames [q, T] and of their end, which follow a prompt."""
-    builder = _Builder(config, None)
+    builder = _Builder(config)
     builder.add_codes(codes, config.slot_id)
     builder.add_tokens([config.end_id])
     return builder.finish()
@@ -148,26 +160,25 @@ def reference_size(config: SpeechConfig, tokenizer: Tokenizer, text: str, num_fr
     return len(with_none.text) - len(without.text) + num_frames
 
 
-def _add_form(builder: "_Builder", request: Request) -> None:
+def _add_form(builder: "_Builder", tokenizer: Tokenizer, request: Request) -> None:
     """The user's message and the head of the assistant's."""
     head = "<|im_start|>user\n<user_inst>\n- Reference(s):\n"
     lines = [f"\n- {title}:\n{request.details.get(name)}" for name, title in FORM.items()]
     lines.append(f"\n- Text:\n{request.text}\n</user_inst><|im_end|>\n<|im_start|>assistant\n")
     rest = "".join(lines)
     if request.reference is None:
-        builder.add_text(f"{head}None{rest}")
+        builder.add_tokens(tokenizer.encode(f"{head}None{rest}"))
         return
-    builder.add_text(f"{head}[S1]:\n")
+    builder.add_tokens(tokenizer.encode(f"{head}[S1]:\n"))
     builder.add_frames(request.reference, builder.config.user_slot_id)
-    builder.add_text(rest)
+    builder.add_tokens(tokenizer.encode(rest))
 
 
 class _Builder:
     """Collects positions."""
 
-    def __init__(self, config: SpeechConfig, tokenizer: Tokenizer | None):
+    def __init__(self, config: SpeechConfig) -> None:
         self.config = config
-        self._tokenizer = tokenizer
         self._tokens: list[np.ndarray] = []
         self._codes: list[np.ndarray] = []
 
@@ -176,10 +187,6 @@ class _Builder:
         shape = (self.config.num_quantizers, len(tokens))
         self._tokens.append(np.array(tokens, np.int32))
         self._codes.append(np.full(shape, self.config.codebook_size, np.int32))
-
-    def add_text(self, text: str) -> None:
-        """Adds the tokens of a text."""
-        self.add_tokens(self._tokenizer.encode(text))
 
     def add_codes(self, codes: np.ndarray, slot: int) -> None:
         """Adds frames [q, T] with the token `slot`; quantizers that they lack have no code."""

@@ -36,7 +36,7 @@ class Channel(Choice):
     top_p: float = 0.95
     repetition_penalty: float = 1.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.1 <= self.repetition_penalty <= 10:
             raise ValueError(f"repetition_penalty must be 0.1..10, got {self.repetition_penalty}")

@@ -4,6 +4,7 @@ Sampling is a function of the seed, the number of an item and the number of a fr
 batch nor the size of blocks changes a result.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,7 @@ from moss_tok.nn.cache import Cache, Span
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.model import SpeechModel
-from moss_tok.speech.sampling import Sampling, choose_each, penalize
+from moss_tok.speech.sampling import Channel, Sampling, choose_each, penalize
 
 BLOCK_FRAMES = 16  # frames that one call samples at most
 
@@ -156,11 +157,11 @@ def sample_frames(
     shape = (batch, speech.config.num_quantizers, BLOCK_FRAMES)
     first = state.num_frames
 
-    def is_unfinished(carry):
+    def is_unfinished(carry: Any) -> jax.Array:
         number, state, _ = carry
         return (number < num_frames) & ~state.done.all()
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         number, state, codes = carry
         state, frame = _sample_frame(speech, state, num_quantizers, sampling)
         return number + 1, state, codes.at[:, :, number].set(frame)
@@ -171,7 +172,7 @@ def sample_frames(
 
 
 def _sample_frame(
-    speech: Speech, state: State, num_quantizers: jax.Array, sampling: Sampling
+    speech: Speech, state: State, num_quantizers: int | jax.Array, sampling: Sampling
 ) -> tuple[State, jax.Array]:
     """The state after one frame, and its codes [B, Q]; sequences that are done do not change."""
     c = speech.config
@@ -187,7 +188,8 @@ def _sample_frame(
     states, cache = speech.apply(x, state.cache, span, method="temporal_states")
     level = jnp.arange(c.num_quantizers)
     seen = state.seen.at[jnp.arange(batch)[:, None], level, codes].set(True)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         hidden=states[:, 0],
         cache=cache,
         position=state.position + goes_on,
@@ -202,7 +204,7 @@ def _sample_channels(
     speech: Speech,
     state: State,
     keys: jax.Array,
-    num_quantizers: jax.Array,
+    num_quantizers: int | jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
     """Whether speech ends, bool [B], and the codes [B, Q] of the next frame; K above the first."""
@@ -210,7 +212,7 @@ def _sample_channels(
     batch = len(state.limit)
     cache = empty_cache(c.depth.block, c.depth.num_layers, speech.compute, batch, c.num_channels)
 
-    def extend(channel, x, cache):
+    def extend(channel: int | jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """From the input [B, D] of a channel to its states [B, D]."""
         span = Span(jnp.full(batch, channel), jnp.ones(batch, jnp.int32))
         x = x[:, None].astype(speech.compute.dtype)
@@ -219,7 +221,9 @@ def _sample_channels(
         states = speech.apply(depth, channels, method=lambda m, x, c: m.out.states(x, c))
         return states, cache
 
-    def sample(level, x, cache, codes, group):
+    def sample(
+        level: int | jax.Array, x: jax.Array, cache: Cache, codes: jax.Array, group: Channel
+    ) -> tuple[jax.Array, Cache, jax.Array]:
         """Adds the code of a quantizer; returns the next channel's input."""
         states, cache = extend(level + 1, x, cache)
         levels = jnp.asarray(level)[None]
@@ -243,14 +247,15 @@ def _sample_channels(
     codes = jnp.full((batch, c.num_quantizers), c.codebook_size, jnp.int32)
     carry = sample(0, x, cache, codes, sampling.first)
 
-    def step(level, carry):
-        return sample(level, *carry, sampling.others)
+    def step(level: jax.Array, carry: Any) -> Any:
+        x, cache, codes = carry
+        return sample(level, x, cache, codes, sampling.others)
 
     *_, codes = jax.lax.fori_loop(1, num_quantizers, step, carry)
     return ends, codes
 
 
-def _in_use(config: SpeechConfig, batch: int, num_quantizers: jax.Array) -> jax.Array:
+def _in_use(config: SpeechConfig, batch: int, num_quantizers: int | jax.Array) -> jax.Array:
     """The quantizers in use, bool [B, Q]."""
     used = jnp.arange(config.num_quantizers) < num_quantizers
     return jnp.broadcast_to(used, (batch, config.num_quantizers))

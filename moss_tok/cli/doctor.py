@@ -1,0 +1,154 @@
+"""Prints versions, devices and missing extras, and tests encode and decode on this machine.
+
+Paste all of its output into a bug report. The test encodes a second of a synthetic voice with the
+codec in the package. It fails, with exit code 1, if streaming gives other codes than encoding all
+at once, if an accelerator gives other codes than the CPU, or if the reconstruction does not
+resemble the input.
+"""
+
+import argparse
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+EXAMPLE = "moss-tok doctor"
+
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "scipy", "librosa", "soundfile",
+             "soxr", "safetensors", "grain", "optax")  # fmt: skip
+_VARIABLES = ("JAX_", "XLA_", "TPU_", "LIBTPU_", "CUDA_VISIBLE", "MOSS_TOK_")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments: none."""
+    del parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    del args
+    for lines in (_describe_system(), _describe_packages(), _describe_extras()):
+        _print(lines)
+    try:
+        import jax
+
+        devices = jax.devices()
+    except Exception as error:  # of a plugin, of any class
+        _print([("devices", f"jax cannot start: {' '.join(str(error).split())[:500]}")])
+        _print(_describe_plugins([]))
+        _print([("self-test", "FAILED: there is no device to run on")])
+        return 1
+    _print(_describe_devices(devices))
+    _print(_describe_plugins(devices))
+    return _run_self_test()
+
+
+def _print(lines: Any) -> None:
+    """Prints (name, text) pairs, now, because the next part may take long or end the process."""
+    for name, text in lines:
+        print(f"{name:<11} {text}", flush=True)
+
+
+def _describe_system() -> Iterator[tuple[str, str]]:
+    import os
+    import platform
+    from pathlib import Path
+
+    from moss_tok import version
+
+    folder = str(Path(version.__file__).parent)
+    home = str(Path.home())
+    if folder.startswith(home + os.sep):  # hides the name of the user
+        folder = "~" + folder.removeprefix(home)
+    yield "moss_tok", f"{version.__version__} in {folder}"
+    python = platform.python_version()
+    yield "Python", f"{python} ({platform.python_implementation()}), {platform.platform()}"
+    yield "machine", f"{platform.machine()}, {os.cpu_count()} cores{_memory()}"
+    for name in sorted(os.environ):
+        if name.startswith(_VARIABLES):
+            yield "environment", f"{name}={os.environ[name]}"
+
+
+def _memory() -> str:
+    import os
+
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return ""
+    return f", {size / 2**30:.0f} GiB of memory"
+
+
+def _describe_packages() -> Iterator[tuple[str, str]]:
+    found = []
+    for name in _PACKAGES:
+        if found_version := _version(name):
+            found.append(f"{name} {found_version}")
+    yield "packages", ", ".join(found)
+
+
+def _version(package: str) -> str:
+    """The version of an installed package; "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _describe_extras() -> Iterator[tuple[str, str]]:
+    from moss_tok import extras
+
+    complete = [name for name in extras.EXTRAS if not extras.missing(name)]
+    yield "extras", f"installed: {', '.join(complete) or 'none'}"
+    for name, extra in extras.EXTRAS.items():
+        if name not in complete:
+            yield "", f"for {extra.purpose}: {extras.install(name)}"
+
+
+def _describe_devices(devices: list[Any]) -> Iterator[tuple[str, str]]:
+    kinds = sorted({device.device_kind for device in devices})
+    number = len(devices)
+    yield "devices", f"{number} x {', '.join(kinds)}, platform {devices[0].platform}"
+
+
+def _describe_plugins(devices: list[Any]) -> Iterator[tuple[str, str]]:
+    """The installed plugins of accelerators, and why jax may not see one."""
+    import glob
+    import re
+
+    packages = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    plugin = re.compile(r"libtpu|jax[-_](cuda|rocm)\d*[-_](plugin|pjrt)")
+    found = {name: packages[name] for name in sorted(packages) if plugin.fullmatch(name)}
+    yield "plugins", ", ".join(f"{name} {number}" for name, number in found.items()) or "none"
+    if not all(device.platform == "cpu" for device in devices):
+        return
+    has_gpu = bool(glob.glob("/dev/nvidia[0-9]*"))
+    has_tpu = bool(glob.glob("/dev/accel[0-9]*"))
+    has_gpu_plugin = any("cuda" in name for name in found)
+    if has_gpu and not has_gpu_plugin:
+        yield "", "this machine has an NVIDIA GPU, but jax cannot use it: pip install 'jax[cuda13]'"
+    if has_tpu and "libtpu" not in found:
+        yield "", "this machine has a TPU, but jax cannot use it: pip install 'jax[tpu]'"
+    if has_gpu_plugin or "libtpu" in found:
+        yield "", "a plugin is installed, but jax sees only CPUs: is JAX_PLATFORMS set, is the"
+        yield "", "accelerator used by another process, or is its driver too old?"
+
+
+def _run_self_test() -> int:
+    """Tests the codec of the package; returns the exit code."""
+    import time
+
+    from moss_tok.cli import selftest
+
+    start = time.perf_counter()
+    try:
+        checks = selftest.run()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        _print([("self-test", f"FAILED: {type(error).__name__}: {reason}")])
+        return 1
+    failed = False
+    for passed, text in checks:
+        _print([("self-test", f"{'ok' if passed else 'FAILED'}: {text}")])
+        failed |= not passed
+    _print([("", f"took {time.perf_counter() - start:.1f} s; most of it is compilation")])
+    return 1 if failed else 0
