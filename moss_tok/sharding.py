@@ -233,6 +233,11 @@ def _in_cluster() -> bool:
         return True
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         return False
+    return has_tpu_chips()
+
+
+def has_tpu_chips() -> bool:
+    """Whether this machine has TPU chips, whether jax can use them or not."""
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
     if not chips:
         return False

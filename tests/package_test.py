@@ -2,12 +2,14 @@
 
 import ast
 import fnmatch
+import importlib.metadata
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -16,8 +18,8 @@ import pytest
 import setuptools
 
 import moss_tok
-from moss_tok import errors, extras
-from moss_tok.cli import commands, completion, selftest
+from moss_tok import errors, extras, sharding
+from moss_tok.cli import commands, completion, doctor, selftest
 from moss_tok.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,27 @@ class TestDoctor:
         noise = np.random.default_rng(0).normal(0, 0.1, wav.shape)
         assert not selftest._check_audio(wav, noise)[0]
         assert selftest._check_audio(wav, 0.5 * wav)[0]
+
+    @pytest.mark.parametrize(
+        ("installed", "has_gpu", "has_tpu", "expected"),
+        [
+            ([], False, False, []),
+            ([], True, False, ["pip install 'jax[cuda13]'"]),
+            ([], False, True, ["pip install 'jax[tpu]'"]),
+            (["libtpu"], True, True, ["pip install 'jax[cuda13]'", "sees only CPUs"]),
+            (["jax-cuda12-plugin", "jax_cuda12_pjrt"], True, False, ["sees only CPUs"]),
+        ],
+    )
+    def test_why_there_are_only_cpus(self, monkeypatch, installed, has_gpu, has_tpu, expected):
+        packages = [types.SimpleNamespace(name=name, version="1") for name in [None, *installed]]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda: packages)
+        monkeypatch.setattr("glob.glob", lambda _: ["/dev/nvidia0"] * has_gpu)
+        monkeypatch.setattr(sharding, "has_tpu_chips", lambda: has_tpu)
+        plugins = doctor._plugins()
+        assert list(plugins) == installed
+        text = "\n".join(line for _, line in doctor._explain_cpus(plugins))
+        assert all(part in text for part in expected)
+        assert bool(text) == bool(expected)
 
     def test_no_device(self, capsys, monkeypatch):
         def fail():

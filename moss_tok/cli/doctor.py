@@ -28,17 +28,20 @@ def run(args: argparse.Namespace) -> int:
     del args
     for lines in (_describe_system(), _describe_packages(), _describe_extras()):
         _print(lines)
+    plugins = _plugins()
     try:
         import jax
 
         devices = jax.devices()
     except Exception as error:  # of a plugin, of any class
         _print([("devices", f"jax cannot start: {' '.join(str(error).split())[:500]}")])
-        _print(_describe_plugins([]))
+        _print(_describe_plugins(plugins))
         _print([("self-test", "FAILED: there is no device to run on")])
         return 1
     _print(_describe_devices(devices))
-    _print(_describe_plugins(devices))
+    _print(_describe_plugins(plugins))
+    if all(device.platform == "cpu" for device in devices):
+        _print(_explain_cpus(plugins))
     return _run_self_test()
 
 
@@ -110,25 +113,36 @@ def _describe_devices(devices: list[Any]) -> Iterator[tuple[str, str]]:
     yield "devices", f"{number} x {', '.join(kinds)}, platform {devices[0].platform}"
 
 
-def _describe_plugins(devices: list[Any]) -> Iterator[tuple[str, str]]:
-    """The installed plugins of accelerators, and why jax may not see one."""
-    import glob
+def _plugins() -> dict[str, str]:
+    """The versions of the installed plugins of accelerators, by package."""
     import re
 
-    packages = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    plugin = re.compile(r"libtpu|jax[-_](cuda|rocm)\d*[-_](plugin|pjrt)")
-    found = {name: packages[name] for name in sorted(packages) if plugin.fullmatch(name)}
-    yield "plugins", ", ".join(f"{name} {number}" for name, number in found.items()) or "none"
-    if not all(device.platform == "cpu" for device in devices):
-        return
-    has_gpu = bool(glob.glob("/dev/nvidia[0-9]*"))
-    has_tpu = bool(glob.glob("/dev/accel[0-9]*"))
-    has_gpu_plugin = any("cuda" in name for name in found)
-    if has_gpu and not has_gpu_plugin:
+    pattern = re.compile(r"libtpu|jax[-_](cuda|rocm)\d*[-_](plugin|pjrt)")
+    versions = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.name or "").lower()
+        if pattern.fullmatch(name):
+            versions[name] = distribution.version
+    return versions
+
+
+def _describe_plugins(plugins: dict[str, str]) -> Iterator[tuple[str, str]]:
+    names = [f"{name} {plugins[name]}" for name in sorted(plugins)]
+    yield "plugins", ", ".join(names) or "none"
+
+
+def _explain_cpus(plugins: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Why jax may see CPUs only."""
+    import glob
+
+    from moss_tok import sharding
+
+    has_gpu_plugin = any("cuda" in name for name in plugins)
+    if glob.glob("/dev/nvidia[0-9]*") and not has_gpu_plugin:
         yield "", "this machine has an NVIDIA GPU, but jax cannot use it: pip install 'jax[cuda13]'"
-    if has_tpu and "libtpu" not in found:
+    if sharding.has_tpu_chips() and "libtpu" not in plugins:
         yield "", "this machine has a TPU, but jax cannot use it: pip install 'jax[tpu]'"
-    if has_gpu_plugin or "libtpu" in found:
+    if plugins:
         yield "", "a plugin is installed, but jax sees only CPUs: is JAX_PLATFORMS set, is the"
         yield "", "accelerator used by another process, or is its driver too old?"
 

@@ -85,7 +85,9 @@ def _speak(args: argparse.Namespace) -> None:
     """Speaks the texts of a list, as `moss-tok speak` does."""
     from moss_tok.cli import speak
 
-    given = [args.speak, args.output, f"--checkpoint={args.checkpoint}"]
+    given = [args.speak, args.output]
+    if args.checkpoint:
+        given.append(f"--checkpoint={args.checkpoint}")
     if args.codec:
         given.append(f"--codec={args.codec}")
     if args.num_quantizers:

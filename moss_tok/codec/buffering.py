@@ -38,7 +38,7 @@ class BufferedStream:
     def _empty_output(self) -> np.ndarray:
         raise NotImplementedError
 
-    def _check(self, block: np.ndarray) -> np.ndarray:
+    def _check(self, block: np.ndarray, /) -> np.ndarray:
         """A block with the type of the input; ValueError if it cannot be one."""
         raise NotImplementedError
 

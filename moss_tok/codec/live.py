@@ -44,8 +44,7 @@ class EncoderStream(BufferedStream):
     def _empty_output(self) -> np.ndarray:
         return np.zeros((self._num_quantizers, 0), np.int32)
 
-    def _check(self, block: np.ndarray) -> np.ndarray:
-        wav = block
+    def _check(self, wav: np.ndarray, /) -> np.ndarray:
         channels = self._config.num_channels
         hint = "use wav[None]" if wav.ndim == 1 and channels == 1 else ""
         if wav.ndim == 2 and wav.shape[1] == channels:
@@ -83,8 +82,7 @@ class DecoderStream(BufferedStream):
     def _empty_output(self) -> np.ndarray:
         return np.zeros((self._config.num_channels, 0), np.float32)
 
-    def _check(self, block: np.ndarray) -> np.ndarray:
-        codes = block
+    def _check(self, codes: np.ndarray, /) -> np.ndarray:
         check_shape("codes", codes, (self._num_quantizers, "T"), may_be_empty=True)
         if codes.size:  # an empty list becomes a float array
             check_integers("codes", codes)
