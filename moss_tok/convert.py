@@ -1,4 +1,4 @@
-"""Converts a codec or a speech model between the official layout and that of moss_tok."""
+"""Converts a codec or a speech model between the official layout and the layout of moss_tok."""
 
 import json
 from pathlib import Path
@@ -33,8 +33,8 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       The layout that was written: "checkpoint" or "official".
 
     Raises:
-      ValueError: `source` is missing, broken or not supported, `destination` exists or its folder
-        does not, dtype is unknown, or a weight does not fit into it.
+      ValueError: `source` is missing, broken or not supported, `destination` exists, its folder
+        does not exist, dtype is unknown, or a weight does not fit into it.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     folder = checkpoint.find_checkpoint(source)
@@ -62,7 +62,9 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
 
 def _check_range(params: Any, dtype: str) -> None:
     """Raises ValueError if a weight is too large for the type."""
-    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(params))
+    largest = 0.0
+    for leaf in jax.tree.leaves(params):
+        largest = max(largest, float(np.abs(leaf).max()))
     limit = float(ml_dtypes.finfo(_DTYPES[dtype]).max)
     if largest > limit:
         raise ValueError(

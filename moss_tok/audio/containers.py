@@ -165,7 +165,8 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
             return _layout(start, long_size, size, format_tag=format_tag)
         available = size - start
         fields = {long_at: struct.pack("<QQQ", size - 8, available, 0)}
-        return Layout(0, start, available, format_tag, _patched(file, start, size, fields))
+        pieces = _patched(file, start, size, fields)
+        return Layout(start=start, length=available, format_tag=format_tag, pieces=pieces)
     available = size - start
     announced = length
     is_zero = length == 0 and _has_audio(file, start, size, f"{order}4sI")
@@ -224,7 +225,8 @@ def _w64(file: BinaryIO, size: int) -> Layout:
             if 24 < length < _STREAMED_64 or available <= 0:
                 return _layout(start, length - 24, size)
             fields = {place + 16: struct.pack("<Q", available + 24)}
-            return Layout(0, start, available, 0, _patched(file, start, size, fields))
+            pieces = _patched(file, start, size, fields)
+            return Layout(start=start, length=available, pieces=pieces)
         if length < 24 or length >= _STREAMED_64:
             return Layout()
         place += (length + 7) // 8 * 8
@@ -240,7 +242,7 @@ def _aiff(file: BinaryIO, size: int) -> Layout:
             return _layout(start, length, size)
         available = min(size - start, 0x7FFFFFFF)
         pieces = _patched(file, start, size, {start - 4: struct.pack(">I", available)})
-        return Layout(0, start, available, 0, pieces, size_zero=True)
+        return Layout(start=start, length=available, pieces=pieces, size_zero=True)
     return Layout()
 
 
@@ -252,7 +254,7 @@ def _au(file: BinaryIO, size: int, order: str) -> Layout:
         return Layout()
     field = struct.pack(f"{order}I", 0xFFFFFFFF)  # means unknown in this format
     pieces = _patched(file, start, size, {8: field})
-    return Layout(0, start, size - start, 0, pieces, size_zero=length == 0)
+    return Layout(start=start, length=size - start, pieces=pieces, size_zero=length == 0)
 
 
 def _at(file: BinaryIO, place: int, length: int) -> bytes:
@@ -277,7 +279,8 @@ def _caf(file: BinaryIO, size: int) -> Layout:
     if 4 < length < _STREAMED_64 or available <= 4:  # the chunk begins with a count of four bytes
         return _layout(start, length, size)
     pieces = _patched(file, start, size, {place + 4: struct.pack(">Q", available)})
-    return Layout(0, start, available, 0, pieces, size_zero=length in (0, 4))
+    is_zero = length in (0, 4)
+    return Layout(start=start, length=available, pieces=pieces, size_zero=is_zero)
 
 
 def _nist(file: BinaryIO, size: int) -> Layout:

@@ -233,7 +233,7 @@ class BatchEncoder:
         placed = jax.device_put((wav, lengths), self._rows)
         self._collect()
         began = time.perf_counter()
-        with jax.set_mesh(self._mesh):  # kernels ask for it
+        with jax.set_mesh(self._mesh):  # attention kernels read it
             codes = function(*placed)
         ended = self._watch.submit(_wait_until_ready, codes)
         self._running = _Running(began, ended, lengths, codes, store)

@@ -1,4 +1,4 @@
-"""The architecture of a language model, that of Qwen2.5, as a frozen config; and presets."""
+"""The architecture of a language model (Qwen2.5) as a frozen config, and presets."""
 
 import dataclasses
 import json
@@ -107,5 +107,13 @@ def preset(
     check_choice("language_model", name, PRESETS)
     dim, layers, heads, kv_heads, mlp = _SHAPES[name]
     return LanguageConfig(
-        latents_dim, vocab_size, end_id, dim, layers, heads, kv_heads, mlp, audio=audio
+        latents_dim=latents_dim,
+        vocab_size=vocab_size,
+        end_id=end_id,
+        model_dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_dim=mlp,
+        audio=audio,
     )

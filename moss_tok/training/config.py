@@ -186,7 +186,11 @@ class DevicesConfig:
     def compute(self) -> ComputeConfig:
         """Compute settings of models during training."""
         return ComputeConfig(
-            self.dtype, self.precision, self.attention, self.remat, self.unroll_layers
+            dtype=self.dtype,
+            precision=self.precision,
+            attention=self.attention,
+            remat=self.remat,
+            unroll_layers=self.unroll_layers,
         )
 
 
