@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import glob
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from moss_tok import assets, sharding, storage, tensors
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json, read_json_object
 
 STEPS_FOLDER = "checkpoints"
 TRAINING_NAME = "training.json"
@@ -294,7 +293,7 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         sizes = {}
         for file in files:
             sizes[str(file.relative_to(directory))] = storage.size_bytes(file)
-        (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
+        (directory / _FILES_NAME).write_text(format_json(sizes))
 
     def close(self) -> None:
         """Frees the handler's resources."""

@@ -1,6 +1,5 @@
 """Converts a codec or a speech model between the official layout and the layout of moss_tok."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from moss_tok import checkpoint, storage, tensors
 from moss_tok.codec import huggingface, pretrained
 from moss_tok.errors import check_choice
+from moss_tok.json_files import format_json
 from moss_tok.speech import huggingface as speech_huggingface
 from moss_tok.speech import pretrained as speech_pretrained
 
@@ -43,7 +43,7 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     if speech_pretrained.is_speech(folder):
         return _convert_speech(folder, destination, dtype)
     training = checkpoint.read_training(folder)
-    files = {checkpoint.TRAINING_NAME: json.dumps(training, indent=2) + "\n"} if training else {}
+    files = {checkpoint.TRAINING_NAME: format_json(training)} if training else {}
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         _check_range(params, dtype)

@@ -26,7 +26,7 @@ from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
 from moss_tok.data.jobs import Plan, Shard
-from moss_tok.json_files import format_json_lines, read_json_lines
+from moss_tok.json_files import format_json, format_json_lines, read_json_lines
 
 _PLAN = "prepare.json"
 _PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
@@ -287,7 +287,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     }
     files.write_text(folder / "manifest.jsonl", format_json_lines(rows))
     files.write_text(folder / "rejected.jsonl", format_json_lines(rejected))
-    files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(folder / "summary.json", format_json(summary))
     if not rows:
         raise ValueError(f"all {len(rejected)} files were rejected, see {folder}/rejected.jsonl")
     for shard in empty_shards:

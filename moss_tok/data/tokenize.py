@@ -35,7 +35,7 @@ from moss_tok.data.config import PLAN
 from moss_tok.data.jobs import Plan, Shard
 from moss_tok.data.reading import Errors, Items, Reader, read_item
 from moss_tok.errors import check_choice, is_number
-from moss_tok.json_files import format_json_lines, read_json_object
+from moss_tok.json_files import format_json, format_json_lines, read_json_object
 
 _PART = ".json"  # suffix of a shard's part
 
@@ -298,7 +298,7 @@ def finish(plan: Plan) -> dict[str, Any] | None:
         "num_shards": len(plan.shards),
     }
     files.write_text(plan.folder / "failures.jsonl", format_json_lines(failures))
-    files.write_text(plan.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(plan.folder / "summary.json", format_json(summary))
     return summary
 
 
