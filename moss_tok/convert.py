@@ -43,7 +43,9 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     if speech_pretrained.is_speech(folder):
         return _convert_speech(folder, destination, dtype)
     training = checkpoint.read_training(folder)
-    files = {checkpoint.TRAINING_NAME: format_json(training)} if training else {}
+    files = {}
+    if training:
+        files[checkpoint.TRAINING_NAME] = format_json(training)
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         _check_range(params, dtype)

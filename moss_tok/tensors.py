@@ -171,7 +171,8 @@ def _num_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
     num_rows: dict[tuple[str, ...], int] = {}
     for tensor in table:
         if tensor.row is not None:
-            num_rows[tensor.path] = max(num_rows.get(tensor.path, 0), tensor.row + 1)
+            known = num_rows.get(tensor.path, 0)
+            num_rows[tensor.path] = max(known, tensor.row + 1)
     return num_rows
 
 

@@ -241,13 +241,15 @@ def _aiff(file: BinaryIO, size: int) -> Layout:
         if start + length > audio or not _has_audio(file, audio, size, ">4sI"):
             return _layout(start, length, size)
         available = min(size - start, 0x7FFFFFFF)
-        pieces = _patched(file, start, size, {start - 4: struct.pack(">I", available)})
+        field = struct.pack(">I", available)
+        pieces = _patched(file, start, size, {start - 4: field})
         return Layout(start=start, length=available, pieces=pieces, size_zero=True)
     return Layout()
 
 
 def _au(file: BinaryIO, size: int, order: str) -> Layout:
-    start, length = struct.unpack(f"{order}4xII", _at(file, 0, 12).ljust(12, b"\0"))
+    header = _at(file, 0, 12).ljust(12, b"\0")
+    start, length = struct.unpack(f"{order}4xII", header)
     if length and length not in (0x7FFFFFFF, 0x80000000):
         return _layout(start, length, size)
     if size <= start:
@@ -278,7 +280,8 @@ def _caf(file: BinaryIO, size: int) -> Layout:
     available = size - start
     if 4 < length < _STREAMED_64 or available <= 4:  # the chunk begins with a count of four bytes
         return _layout(start, length, size)
-    pieces = _patched(file, start, size, {place + 4: struct.pack(">Q", available)})
+    field = struct.pack(">Q", available)
+    pieces = _patched(file, start, size, {place + 4: field})
     is_zero = length in (0, 4)
     return Layout(start=start, length=available, pieces=pieces, size_zero=is_zero)
 

@@ -65,7 +65,8 @@ def _dct(num_samples: int, num_coefficients: int) -> np.ndarray:
     """Orthonormal DCT-II [samples, coefficients], truncated or padded with zeros."""
     kernel = np.zeros((num_samples, num_coefficients))
     num_kept = min(kernel.shape)
-    kernel[:, :num_kept] = scipy.fft.dct(np.eye(num_samples), norm="ortho")[:, :num_kept]
+    dct = scipy.fft.dct(np.eye(num_samples), norm="ortho")
+    kernel[:, :num_kept] = dct[:, :num_kept]
     return kernel
 
 

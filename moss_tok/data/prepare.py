@@ -111,7 +111,8 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     for number, part in enumerate(np.array_split(wav, num_parts, axis=-1)):
         data = _flac(part, rate, is_deep=subtype in _DEEP_SUBTYPES)
         part_name = f"{name}_{number:04d}" if is_cut else name
-        prepared.append(_record(data, part_name, part.shape[-1] / rate, metadata))
+        part_seconds = part.shape[-1] / rate
+        prepared.append(_record(data, part_name, part_seconds, metadata))
     return prepared
 
 
@@ -126,9 +127,10 @@ def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -
 
 def _flac(wav: np.ndarray, rate: int, is_deep: bool) -> bytes:
     buffer = io.BytesIO()
+    samples = np.clip(wav, -1, 1).T
     subtype = "PCM_24" if is_deep else "PCM_16"
     try:
-        soundfile.write(buffer, np.clip(wav, -1, 1).T, rate, format="FLAC", subtype=subtype)
+        soundfile.write(buffer, samples, rate, format="FLAC", subtype=subtype)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"FLAC cannot hold {wav.shape[0]} channels at {rate} Hz ({error})"

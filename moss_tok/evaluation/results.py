@@ -186,8 +186,13 @@ def read_results(output: Path) -> dict[str, list[Result]]:
                 result = Result(system, bps, means)
                 table.setdefault(f"{name}, {domain}", []).append(result)
     for rows in table.values():
-        rows.sort(key=lambda row: (row.system.rpartition("/")[0], row.bps or 0))
+        rows.sort(key=_codec_and_rate)
     return table
+
+
+def _codec_and_rate(result: Result) -> tuple[str, int]:
+    codec = result.system.rpartition("/")[0]
+    return codec, result.bps or 0
 
 
 def to_cells(rows: Sequence[Result]) -> list[list[str]]:
