@@ -149,7 +149,7 @@ def _decoder(opened: _Input, use: Use) -> Decoder:
 
 
 def _read_head(opened: _Input) -> tuple[bytes, int]:
-    """The first bytes after ID3 tags, and where they are."""
+    """The first bytes after ID3 tags, and their offset."""
     start = 0
     while True:
         opened.file.seek(start)

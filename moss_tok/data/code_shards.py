@@ -12,7 +12,7 @@ from moss_tok.data import codes
 
 
 class Row(NamedTuple):
-    """A recording as it is written: `codes` are [Q, T] int16."""
+    """A recording with its codes [Q, T] int16, and its number of samples per channel."""
 
     item_id: str
     item: AudioItem

@@ -1,7 +1,7 @@
 """Shards of codes, as `moss-tok tokenize` writes them: ArrayRecord or JSON lines.
 
 A record is a msgpack map: `id`, `codes` (int16 little-endian, [Q, T] row by row), `num_quantizers`,
-`num_samples`, `metadata` (`domain`, `transcript`, ... where known).
+`num_samples`, `metadata` (`domain`, `transcript`, ... if known).
 """
 
 import dataclasses

@@ -338,7 +338,7 @@ def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda
 
 
 def _without_shards(plan: Plan) -> Plan:
-    """The plan as it is sent to a worker along with each shard."""
+    """The plan for workers, which get their shards separately."""
     return dataclasses.replace(plan, folder=plan.folder.absolute(), shards=())
 
 

@@ -49,7 +49,7 @@ def read_dataset(path: str | Path) -> Dataset:
         raise ValueError(f"{path}: no such file")
     manifest.refuse_recording(path)
     if path.stem.startswith("_") or path.stem == "bps":
-        raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
+        raise ValueError(f"{path}: the name of a data set must not begin with _ or be bps")
     if storage.printable(path.stem) != path.stem:
         raise ValueError(f"{path}: the name of a data set must be UTF-8")
     items = []

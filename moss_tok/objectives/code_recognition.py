@@ -1,4 +1,4 @@
-"""Speech recognition from stored codes, where no encoder runs; the builder of recognition."""
+"""Speech recognition from stored codes, without an encoder; the builder of both recognitions."""
 
 import dataclasses
 import functools

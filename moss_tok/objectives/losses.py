@@ -69,7 +69,7 @@ def reconstruction_losses(
 def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:
     """L1 distance of valid samples, divided by the mean absolute reference: [B, C, S] -> [B].
 
-    Not in the paper; a small model on little data needs it to learn phases, and thus pitch.
+    Not in the paper; a small model on little data needs it to learn phases, and therefore pitch.
     """
     valid = jnp.arange(wav.shape[-1]) < lengths[:, None]
     distance = masked_mean(jnp.abs(wav - wav_hat).mean(1), valid)

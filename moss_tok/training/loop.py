@@ -180,7 +180,7 @@ class Run:
         not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
         raise ValueError(
             f"step {step}: {', '.join(not_finite)} not finite; {limit} updates "
-            "in a row had to be skipped; the last checkpoint is untouched"
+            "in a row were skipped; the last checkpoint is intact"
         )
 
     def _log_line(self, step: int, state: TrainState) -> TrainState:
