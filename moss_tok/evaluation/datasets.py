@@ -69,7 +69,13 @@ def read_dataset(path: str | Path) -> Dataset:
         lengths.append(seconds)
     if not items:
         raise ValueError(f"{path}: no lines")
-    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts), tuple(lengths))
+    return Dataset(
+        name=path.stem,
+        path=path.absolute(),
+        items=tuple(items),
+        texts=tuple(texts),
+        seconds=tuple(lengths),
+    )
 
 
 def _find_audio(fields: dict[str, Any], folder: Path) -> tuple[Path, float]:

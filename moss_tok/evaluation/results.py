@@ -62,8 +62,8 @@ def write_results(
     entry = results.setdefault(dataset.name, {})
     entry |= _means(scores.values(), metric_names)
     for domain, rows in _by_domain(dataset, scores).items():
-        means = _means(rows, metric_names)
-        entry.setdefault("_domains", {}).setdefault(domain, {}).update(means)
+        means_by_domain = entry.setdefault("_domains", {})
+        means_by_domain.setdefault(domain, {}).update(_means(rows, metric_names))
     errors = entry.setdefault("_metric_errors", {})
     for name in metric_names:
         errors[name] = _list_errors(scores, name)
@@ -177,7 +177,8 @@ def read_results(output: Path) -> dict[str, list[Result]]:
     for path in sorted(output.rglob("results.json")):
         results = _read_means(path)
         system = path.parent.relative_to(output).as_posix()
-        bps = results.get("bps", results.get("_meta", {}).get("bps"))
+        meta = results.get("_meta", {})
+        bps = results.get("bps", meta.get("bps"))
         for name, entry in results.items():
             if name.startswith("_") or name == "bps":
                 continue
