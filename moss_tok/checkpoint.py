@@ -1,7 +1,7 @@
 """Finds, reads and writes checkpoints, which are directories.
 
-A checkpoint has `config.json` and `params/` (Orbax); a checkpoint of a training step also has
-`state/`, and `training.json`, which says what produced it. It is written under a temporary name and
+A checkpoint has `config.json` and `params/` (Orbax). A checkpoint of a training step also has
+`state/`, and `training.json`, which describes the run. It is written under a temporary name and
 renamed when it is complete. `files.json` lists every file and its size, so that a damaged copy is
 detected before it is read.
 """
@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import glob
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from moss_tok import assets, sharding, storage, tensors
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json, read_json_object
 
 STEPS_FOLDER = "checkpoints"
 TRAINING_NAME = "training.json"
@@ -96,9 +95,10 @@ def _download(name: str) -> Path:
 
 
 def read_training(folder: storage.Path) -> dict[str, Any]:
-    """What produced a checkpoint, see `training.provenance`; {} if that is unknown.
+    """The content of training.json, see `training.provenance`; {} if it is unknown.
 
-    Checkpoints of earlier versions lack the file; then it is what the workdir knows.
+    Checkpoints of earlier versions lack the file. For those in a workdir, train_config.json gives
+    the flags and the seed.
     """
     if (folder / TRAINING_NAME).exists():
         return read_json_object(folder / TRAINING_NAME)
@@ -113,7 +113,9 @@ def read_training(folder: storage.Path) -> dict[str, Any]:
 
 def short_name(value: Any) -> Any:
     """The last part of an absolute path, whose folders mean nothing on another machine."""
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
+    return value
 
 
 def step_name(step: int) -> str:
@@ -127,10 +129,15 @@ def saved_steps(workdir: storage.Path) -> list[int]:
 
 
 def read_newest(workdir: storage.Path, read: Callable[[storage.Path], Any]) -> Any:
-    """`read` of the newest complete checkpoint in `workdir` that it can read; None without any.
+    """Calls `read` with the newest complete checkpoint in `workdir` that it can read.
 
-    The newest may be damaged, see `training.checkpoints`. Raises the error of the oldest if none
-    can be read.
+    The newest checkpoint may be damaged, see `training.checkpoints`.
+
+    Returns:
+      The result of `read`; None if there is no checkpoint.
+
+    Raises:
+      ValueError, OSError: No checkpoint can be read; this is the error of the oldest one.
     """
     steps = saved_steps(workdir)
     for step in reversed(steps):
@@ -168,9 +175,9 @@ def read_tree(folder: storage.Path, shapes: Any) -> Any:
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def arguments(x):
-        sharding = x.sharding or device
-        return ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=sharding, global_shape=x.shape)
+    def arguments(shape):
+        sharding = shape.sharding or device
+        return ocp.ArrayRestoreArgs(dtype=shape.dtype, sharding=sharding, global_shape=shape.shape)
 
     restore = ocp.args.PyTreeRestore(
         item=shapes, restore_args=jax.tree.map(arguments, shapes), partial_restore=True
@@ -217,13 +224,9 @@ def _check_files(folder: storage.Path) -> None:
 
 def _check_shapes(folder: storage.Path, expected: Any, metadata: Any) -> None:
     """Raises an error that names all arrays of `expected` that are missing or misshapen."""
-
-    def flatten(tree):
-        return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-
-    stored = flatten(metadata)
+    stored = _leaves_by_name(metadata)
     problems = []
-    for name, array in flatten(expected).items():
+    for name, array in _leaves_by_name(expected).items():
         if name not in stored:
             problems.append(f"missing {name}")
         elif tuple(stored[name].shape) != array.shape:
@@ -231,6 +234,13 @@ def _check_shapes(folder: storage.Path, expected: Any, metadata: Any) -> None:
     if problems:
         listing = "; ".join(problems)
         raise _BadParametersError(f"{folder}: {len(problems)} bad parameters: {listing}")
+
+
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaves[jax.tree_util.keystr(path)] = leaf
+    return leaves
 
 
 class CheckpointHandler(ocp.AsyncCheckpointHandler):
@@ -273,13 +283,17 @@ class CheckpointHandler(ocp.AsyncCheckpointHandler):
         """Merges the files of all processes, and writes `files.json`."""
         for name in self._names:
             self._trees.finalize(directory / name)
-        if sharding.is_main_process():
-            files = []
-            for name in self._names:
-                files += storage.files_under(directory / name)
-            files += [directory / name for name in self._texts]
-            sizes = {str(p.relative_to(directory)): storage.size_bytes(p) for p in files}
-            (directory / _FILES_NAME).write_text(json.dumps(sizes, indent=2) + "\n")
+        if not sharding.is_main_process():
+            return
+        files = []
+        for name in self._names:
+            files += storage.files_under(directory / name)
+        for name in self._texts:
+            files.append(directory / name)
+        sizes = {}
+        for file in files:
+            sizes[str(file.relative_to(directory))] = storage.size_bytes(file)
+        (directory / _FILES_NAME).write_text(format_json(sizes))
 
     def close(self) -> None:
         """Frees the handler's resources."""
@@ -302,7 +316,7 @@ class CheckpointArgs(ocp.args.CheckpointArgs):
 
 def check_destination(path: Path) -> None:
     """Raises ValueError unless a new directory can be created at `path`."""
-    os.fspath(path).encode()  # raises for names that are not UTF-8, which TensorStore cannot write
+    os.fspath(path).encode()  # raises if the name is not UTF-8; TensorStore cannot write it
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already")
     if not path.absolute().parent.is_dir():
@@ -346,7 +360,7 @@ def save(path: str | Path, files: dict[str, str], trees: dict[str, Any]) -> None
     Args:
       path: New directory.
       files: Contents of its text files by name, "config.json" among them.
-      trees: Its trees of jax arrays by folder; numpy arrays would be copied by Orbax first.
+      trees: Its trees of jax arrays by folder. Orbax would copy numpy arrays first.
 
     Raises:
       ValueError: `path` exists, its parent folder does not, or there is no room.

@@ -1,6 +1,5 @@
-"""Converts a codec or a speech model between the official layout and that of moss_tok."""
+"""Converts a codec or a speech model between the official layout and the layout of moss_tok."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from moss_tok import checkpoint, storage, tensors
 from moss_tok.codec import huggingface, pretrained
 from moss_tok.errors import check_choice
+from moss_tok.json_files import format_json
 from moss_tok.speech import huggingface as speech_huggingface
 from moss_tok.speech import pretrained as speech_pretrained
 
@@ -33,8 +33,8 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
       The layout that was written: "checkpoint" or "official".
 
     Raises:
-      ValueError: `source` is missing, broken or not supported, `destination` exists or its folder
-        does not, dtype is unknown, or a weight does not fit into it.
+      ValueError: `source` is missing, broken or not supported, `destination` exists, its folder
+        does not exist, dtype is unknown, or a weight does not fit into it.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     folder = checkpoint.find_checkpoint(source)
@@ -43,7 +43,9 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     if speech_pretrained.is_speech(folder):
         return _convert_speech(folder, destination, dtype)
     training = checkpoint.read_training(folder)
-    files = {checkpoint.TRAINING_NAME: json.dumps(training, indent=2) + "\n"} if training else {}
+    files = {}
+    if training:
+        files[checkpoint.TRAINING_NAME] = format_json(training)
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         _check_range(params, dtype)
@@ -62,7 +64,9 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
 
 def _check_range(params: Any, dtype: str) -> None:
     """Raises ValueError if a weight is too large for the type."""
-    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(params))
+    largest = 0.0
+    for leaf in jax.tree.leaves(params):
+        largest = max(largest, float(np.abs(leaf).max()))
     limit = float(ml_dtypes.finfo(_DTYPES[dtype]).max)
     if largest > limit:
         raise ValueError(

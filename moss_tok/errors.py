@@ -7,7 +7,7 @@ from typing import Any
 
 from moss_tok import extras
 
-# No real model or run needs larger values, with which arithmetic on sizes could overflow.
+# Arithmetic on sizes could overflow with larger values; no real model or run needs them.
 _LARGEST = {int: 2**31 - 1, float: 1e12}
 _LARGEST_COUNT = 4096  # of layers, heads, quantizers, channels
 _LARGEST_WIDTH = 2**20

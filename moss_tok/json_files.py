@@ -97,6 +97,11 @@ def read_json_lines(
     return rows
 
 
+def format_json(value: Any) -> str:
+    """The text of a JSON file with this value, indented."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def format_json_lines(rows: Iterable[dict[str, Any]]) -> str:
     """The text of a JSONL file with these objects."""
     lines = [json.dumps(row) + "\n" for row in rows]

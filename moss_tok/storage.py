@@ -22,7 +22,8 @@ Path: TypeAlias = pathlib.Path | epath.Path
 _PREFIX = "gs://"
 _LOST_AND_FOUND = "lost+found"  # folder of ext4 that only root can read
 _POINTER = b"version https://git-lfs"
-_ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")  # gs:/x is a typo, not a folder "gs:"
+# It also matches gs:/x, which is a typo and not a folder called "gs:".
+_ADDRESS = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/|://")
 
 
 def to_path(name: str | Path) -> Path:
@@ -114,7 +115,9 @@ def _find_local(pattern: str) -> list[pathlib.Path]:
         return list(map(pathlib.Path, glob.glob(pattern)))
     # `glob` would follow circular links for "**", so `files_under` lists the folders instead.
     number = parts.index("**")
-    tops = glob.glob(os.path.join(*parts[:number])) if number else [os.curdir]
+    tops = [os.curdir]
+    if number > 0:
+        tops = glob.glob(os.path.join(*parts[:number]))
     paths = []
     for top in tops:
         for path in files_under(pathlib.Path(top)):
@@ -127,20 +130,24 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     """Whether the parts of a path match those of a pattern; "**" matches any number of folders."""
     if not pattern:
         return not parts
-    if pattern[0] == "**" and _matches(parts, pattern[1:]):
+    first, *following = pattern
+    following = tuple(following)
+    if first == "**" and _matches(parts, following):
         return True
-    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+    if not parts:
         return False
-    if pattern[0] == "**":
+    if parts[0].startswith(".") and not first.startswith("."):
+        return False
+    if first == "**":
         return _matches(parts[1:], pattern)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    return fnmatch.fnmatchcase(parts[0], first) and _matches(parts[1:], following)
 
 
 def files_under(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, sorted.
 
     Links are followed, but no folder is entered twice, because links may be circular. Links to
-    missing files are listed, too, so that reading them raises an error that names the file.
+    missing files are listed, too: reading them then raises an error that names the file.
 
     Raises:
       OSError: A folder cannot be read.
@@ -231,7 +238,7 @@ def set_mode(path: str | pathlib.Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and its contents; what cannot be removed is left without an error."""
+    """Removes a folder and its contents. Files that cannot be removed stay; this is no error."""
     try:
         epath.Path(path).rmtree(missing_ok=True)
     except OSError:
@@ -254,7 +261,7 @@ class Mirror:
             weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
 
     def fetch(self, *names: str) -> None:
-        """Copies those of the files that exist from the bucket."""
+        """Copies the files that exist from the bucket."""
         if not is_remote(self._folder):
             return
         for name in names:

@@ -19,12 +19,14 @@ def describe_array(array: Any) -> str:
 
 def describe_arrays(name: str, **arrays: Any) -> str:
     """Name, types and shapes: "Encoded(codes: int32 [2, 8, 16], lengths: int32 [2])"."""
-    parts = [f"{field}: {describe_array(array)}" for field, array in arrays.items()]
+    parts = []
+    for field, array in arrays.items():
+        parts.append(f"{field}: {describe_array(array)}")
     return f"{name}({', '.join(parts)})"
 
 
 def describe_values(array: Any, max_size: int = 8) -> str:
-    """The values of a concrete array of at most `max_size` entries; else its type and shape."""
+    """The values of a concrete array of at most `max_size` entries, or else its type and shape."""
     is_known = isinstance(array, np.ndarray)
     if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
         is_known = array.is_fully_addressable and not array.is_deleted()
@@ -35,13 +37,17 @@ def describe_values(array: Any, max_size: int = 8) -> str:
 
 def count_parameters(tree: Any) -> str:
     """Total number of entries in a tree of arrays: "1,774,566,400 parameters"."""
-    total = sum(math.prod(leaf.shape) for leaf in _arrays(tree))
+    total = 0
+    for leaf in _arrays(tree):
+        total += math.prod(leaf.shape)
     return f"{total:,} parameters"
 
 
 def megabytes(tree: Any) -> str:
     """Total memory of a tree of arrays: "12.3 MB"."""
-    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+    num_bytes = 0
+    for leaf in _arrays(tree):
+        num_bytes += math.prod(leaf.shape) * leaf.dtype.itemsize
     return f"{num_bytes / 1e6:.1f} MB"
 
 

@@ -1,7 +1,6 @@
 """Reads and writes safetensors files of other projects, with a table that maps their tensors."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from moss_tok import storage
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -172,7 +171,8 @@ def _num_rows(table: Iterable[Tensor]) -> dict[tuple[str, ...], int]:
     num_rows: dict[tuple[str, ...], int] = {}
     for tensor in table:
         if tensor.row is not None:
-            num_rows[tensor.path] = max(num_rows.get(tensor.path, 0), tensor.row + 1)
+            known = num_rows.get(tensor.path, 0)
+            num_rows[tensor.path] = max(known, tensor.row + 1)
     return num_rows
 
 
@@ -240,7 +240,7 @@ def write_folder(
             total_bytes += array.nbytes
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (path / INDEX_NAME).write_text(format_json(index))
 
 
 def split(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:

@@ -31,7 +31,7 @@ FLOORS = [
      "convert"],
     ["data.config", "data.jobs", "data.records", "data.sources", "data.pipeline", "data.prepare",
      "data.synthetic", "data.codes", "data.code_batches", "data.speech_batches", "data.batches",
-     "data.reading", "data.tokenize"],
+     "data.code_shards", "data.reading", "data.tokenize"],
     ["evaluation.metrics", "evaluation.sweep", "evaluation.report", "evaluation.baselines",
      "evaluation.datasets", "evaluation.reconstruction", "evaluation.scoring",
      "evaluation.results", "evaluation.transcription", "evaluation.pages"],

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CODEC = Path(__file__).parent / "codec"
-# What the codec is not; `moss-tok info` and `moss-tok demo` print it.
+# Warning that `moss-tok info` and `moss-tok demo` print.
 NOTE = "a demonstration of the recipe, not a replacement for the published weights"
 
 

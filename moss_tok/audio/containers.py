@@ -165,7 +165,8 @@ def _wav(file: BinaryIO, size: int, head: bytes) -> Layout:
             return _layout(start, long_size, size, format_tag=format_tag)
         available = size - start
         fields = {long_at: struct.pack("<QQQ", size - 8, available, 0)}
-        return Layout(0, start, available, format_tag, _patched(file, start, size, fields))
+        pieces = _patched(file, start, size, fields)
+        return Layout(start=start, length=available, format_tag=format_tag, pieces=pieces)
     available = size - start
     announced = length
     is_zero = length == 0 and _has_audio(file, start, size, f"{order}4sI")
@@ -224,7 +225,8 @@ def _w64(file: BinaryIO, size: int) -> Layout:
             if 24 < length < _STREAMED_64 or available <= 0:
                 return _layout(start, length - 24, size)
             fields = {place + 16: struct.pack("<Q", available + 24)}
-            return Layout(0, start, available, 0, _patched(file, start, size, fields))
+            pieces = _patched(file, start, size, fields)
+            return Layout(start=start, length=available, pieces=pieces)
         if length < 24 or length >= _STREAMED_64:
             return Layout()
         place += (length + 7) // 8 * 8
@@ -239,20 +241,22 @@ def _aiff(file: BinaryIO, size: int) -> Layout:
         if start + length > audio or not _has_audio(file, audio, size, ">4sI"):
             return _layout(start, length, size)
         available = min(size - start, 0x7FFFFFFF)
-        pieces = _patched(file, start, size, {start - 4: struct.pack(">I", available)})
-        return Layout(0, start, available, 0, pieces, size_zero=True)
+        field = struct.pack(">I", available)
+        pieces = _patched(file, start, size, {start - 4: field})
+        return Layout(start=start, length=available, pieces=pieces, size_zero=True)
     return Layout()
 
 
 def _au(file: BinaryIO, size: int, order: str) -> Layout:
-    start, length = struct.unpack(f"{order}4xII", _at(file, 0, 12).ljust(12, b"\0"))
+    header = _at(file, 0, 12).ljust(12, b"\0")
+    start, length = struct.unpack(f"{order}4xII", header)
     if length and length not in (0x7FFFFFFF, 0x80000000):
         return _layout(start, length, size)
     if size <= start:
         return Layout()
     field = struct.pack(f"{order}I", 0xFFFFFFFF)  # means unknown in this format
     pieces = _patched(file, start, size, {8: field})
-    return Layout(0, start, size - start, 0, pieces, size_zero=length == 0)
+    return Layout(start=start, length=size - start, pieces=pieces, size_zero=length == 0)
 
 
 def _at(file: BinaryIO, place: int, length: int) -> bytes:
@@ -276,8 +280,10 @@ def _caf(file: BinaryIO, size: int) -> Layout:
     available = size - start
     if 4 < length < _STREAMED_64 or available <= 4:  # the chunk begins with a count of four bytes
         return _layout(start, length, size)
-    pieces = _patched(file, start, size, {place + 4: struct.pack(">Q", available)})
-    return Layout(0, start, available, 0, pieces, size_zero=length in (0, 4))
+    field = struct.pack(">Q", available)
+    pieces = _patched(file, start, size, {place + 4: field})
+    is_zero = length in (0, 4)
+    return Layout(start=start, length=available, pieces=pieces, size_zero=is_zero)
 
 
 def _nist(file: BinaryIO, size: int) -> Layout:

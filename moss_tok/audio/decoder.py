@@ -57,8 +57,9 @@ def read_all(decoder: Decoder) -> np.ndarray:
     """All samples, [S, C]."""
     if decoder.num_frames is not None:
         return decoder.read(decoder.num_frames)
-    blocks = list(read_blocks(decoder))
-    return np.concatenate(blocks) if blocks else np.zeros((0, decoder.num_channels), np.float32)
+    blocks = [np.zeros((0, decoder.num_channels), np.float32)]
+    blocks += read_blocks(decoder)
+    return np.concatenate(blocks)
 
 
 def skip(decoder: Decoder, frames: int) -> None:

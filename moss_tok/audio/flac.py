@@ -50,7 +50,8 @@ def find_streams(file: BinaryIO, start: int, end: int) -> list[tuple[int, int]]:
     if is_long and _goes_up(file, start, end, info) and _last_frame(file, start, end, info):
         return [(start, end)]
     starts = _find_all(file, start, end)
-    return list(zip(starts, [*starts[1:], end], strict=True))
+    ends = [*starts[1:], end]
+    return list(zip(starts, ends, strict=True))
 
 
 def is_whole(file: BinaryIO, start: int, end: int) -> bool:

@@ -143,18 +143,21 @@ class Link:
         """A file from which a decoder makes at least `num_samples`."""
         if self.format.layer < 3:  # no Xing header: decoders guess the length from the size
             offset, length = self.extents[-1]
-            last = (offset + length - self.last_bytes, self.last_bytes)
-            return [*self.extents, *[last] * (2 + self.num_frames // 100)]
+            last_frame = (offset + length - self.last_bytes, self.last_bytes)
+            num_copies = 2 + self.num_frames // 100
+            return self.extents + [last_frame] * num_copies
         if self._has_padding():
             return [self._info_frame(self.num_frames, self.lame), *self.extents]
         # mpg123 removes its delay if there is a Xing header, so add samples for it to remove.
         delay = self.format.samples_per_frame - _DECODER_DELAY
-        lame = bytes(21) + bytes((delay >> 4, (delay & 15) << 4)) + bytes(13)
-        info = self._info_frame(self.num_frames + 1, b"LAME" + lame[4:])
+        delay_and_padding = bytes((delay >> 4, (delay & 15) << 4))
+        lame = b"LAME" + bytes(17) + delay_and_padding + bytes(13)
+        info = self._info_frame(self.num_frames + 1, lame)
         return [info, self.format.empty_frame(b""), *self.extents]
 
     def _info_frame(self, num_frames: int, lame: bytes) -> bytes:
-        return self.format.empty_frame(b"Xing" + struct.pack(">II", 1, num_frames) + lame)
+        fields = struct.pack(">II", 1, num_frames)
+        return self.format.empty_frame(b"Xing" + fields + lame)
 
     def _has_padding(self) -> bool:
         """Whether the Xing header gives the encoder's padding at both ends."""

@@ -149,7 +149,7 @@ def _decoder(opened: _Input, use: Use) -> Decoder:
 
 
 def _read_head(opened: _Input) -> tuple[bytes, int]:
-    """The first bytes after ID3 tags, and where they are."""
+    """The first bytes after ID3 tags, and their offset."""
     start = 0
     while True:
         opened.file.seek(start)
@@ -232,7 +232,12 @@ def _open_flac(opened: _Input, start: int, use: Use) -> Decoder:
         # Reading the whole file shows a missing end anyway.
         is_whole = use is Use.ALL or flac.is_whole(opened.file, first, end)
         makers.append(functools.partial(_flac_stream, opened.name, file, is_whole))
-    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+    return _join(opened.name, makers)
+
+
+def _join(name: str, makers: list[Callable[[], Decoder]]) -> Decoder:
+    """One decoder of several streams in sequence."""
+    return makers[0]() if len(makers) == 1 else Chain(name, makers)
 
 
 def _flac_stream(name: str, file: BinaryIO, is_whole: bool) -> Decoder:
@@ -266,7 +271,7 @@ def _open_ogg(opened: _Input, start: int) -> Decoder:
     if not links[-1].ended:
         notes.say_once(f"{opened.name}: has no last page, may be cut; read to where it ends")
     makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
-    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+    return _join(opened.name, makers)
 
 
 def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
@@ -301,7 +306,7 @@ def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder 
         raise ValueError(f"{opened.name}: truncated, {missing} frames missing")
     is_plain = is_plain and len(links) == 1 and links[0].start == start
     makers = [functools.partial(_mpeg_link, opened, link, is_plain) for link in links]
-    return makers[0]() if len(makers) == 1 else Chain(opened.name, makers)
+    return _join(opened.name, makers)
 
 
 def _mpeg_link(opened: _Input, link: mpeg.Link, is_plain: bool) -> Decoder:

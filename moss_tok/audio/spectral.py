@@ -35,8 +35,9 @@ def frame(wav: jax.Array, window_length: int) -> jax.Array:
       [B, 1 + S // (window_length / 4), window_length].
     """
     hop = window_length // 4
+    half = window_length // 2
     num_frames = 1 + wav.shape[-1] // hop
-    wav = jnp.pad(wav, ((0, 0), (window_length // 2, window_length // 2)), mode="reflect")
+    wav = jnp.pad(wav, ((0, 0), (half, half)), mode="reflect")
     num_hops = num_frames + 3
     hops = wav[:, : num_hops * hop].reshape(wav.shape[0], num_hops, hop)
     quarters = [hops[:, i : i + num_frames] for i in range(4)]
@@ -87,6 +88,7 @@ def log_mel(
     filters = mel_filters(sample_rate, window_length, num_mels)
     mel = _apply(filters, magnitude(wav, window_length))
     # The level of noise in a Hann window, with filters of area 1 Hz.
-    noise = 10 ** (floor_db / 20) * math.sqrt(0.375 * window_length) * window_length / sample_rate
+    noise_rms = 10 ** (floor_db / 20)
+    noise = noise_rms * math.sqrt(0.375 * window_length) * window_length / sample_rate
     floor = max(1e-5, noise)
     return jnp.log10(jnp.maximum(mel, floor))

@@ -1,4 +1,4 @@
-"""What both streaming classes share: a buffer per slot, and chunks of the compiled sizes."""
+"""The base of the streaming classes: a buffer per slot, and chunks of the compiled sizes."""
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -47,7 +47,10 @@ def scan_chunks(
         count = jnp.where(index == 0, first_count, frames_per_chunk)
         chunk = _slice(x, start * in_unit, frames_per_chunk * in_unit)
         chunk = zero_past(chunk, lengths - start * in_unit)
-        span = Span(jnp.broadcast_to(start, (batch,)), jnp.broadcast_to(count, (batch,)))
+        span = Span(
+            start=jnp.broadcast_to(start, (batch,)),
+            count=jnp.broadcast_to(count, (batch,)),
+        )
         result, caches = step(caches, chunk, span)
         out = jax.lax.dynamic_update_slice_in_dim(out, result, start * out_unit, axis=2)
         return (caches, out), None

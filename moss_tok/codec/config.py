@@ -5,14 +5,13 @@ static argument of `jax.jit`.
 """
 
 import dataclasses
-import json
 import math
 import numbers
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moss_tok.errors import check_choice, check_positive
-from moss_tok.json_files import from_fields, parse_json_object
+from moss_tok.json_files import format_json, from_fields, parse_json_object
 
 if TYPE_CHECKING:
     import jax
@@ -235,7 +234,7 @@ class CodecConfig:
             for module in getattr(self, side):
                 modules.append({"type": _TYPE_NAMES[type(module)]} | dataclasses.asdict(module))
             fields[side] = modules
-        return json.dumps(fields, indent=2) + "\n"
+        return format_json(fields)
 
     @classmethod
     def from_json(cls, text: str) -> "CodecConfig":

@@ -27,6 +27,7 @@ from moss_tok.codec import inference, streaming
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import Caches, empty_caches
 from moss_tok.errors import check_choice
+from moss_tok.json_files import format_json
 from moss_tok.nn.cache import Cache
 
 FUNCTIONS = ("encode", "decode", "encode_step", "decode_step")
@@ -130,7 +131,7 @@ def write(
 ) -> None:
     """Writes the results of `export` into an existing folder."""
     (folder / f"{function}.jaxexport").write_bytes(program)
-    (folder / "signature.json").write_text(json.dumps(signature, indent=2) + "\n")
+    (folder / "signature.json").write_text(format_json(signature))
     if params:
         arrays = jax.tree.map(np.asarray, params)
         tensors.write_tensors(folder / "params.safetensors", arrays)

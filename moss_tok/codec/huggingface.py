@@ -181,7 +181,7 @@ def read_official(path: Path, component: str = "all") -> tuple[CodecConfig, dict
     Args:
       path: Directory with config.json and safetensors.
       component: "all"; "encoder" or "decoder", to read that side and the quantizer only; or
-        "quantizer", to read that alone.
+        "quantizer", to read only the quantizer.
 
     Returns:
       The config, and the parameters as a tree of float32 numpy arrays.

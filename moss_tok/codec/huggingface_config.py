@@ -19,7 +19,7 @@ from moss_tok.codec.config import (
     TransformerConfig,
 )
 from moss_tok.errors import is_number
-from moss_tok.json_files import parse_json_object
+from moss_tok.json_files import format_json, parse_json_object
 
 _CLASSES = {
     "AutoConfig": "configuration_moss_audio_tokenizer.MossAudioTokenizerConfig",
@@ -276,7 +276,7 @@ def write_config(config: CodecConfig, dtype: str) -> str:
     if identities:
         fields[IDENTITIES] = list(identities)
     fields["dtype"] = dtype
-    return json.dumps(fields, indent=2) + "\n"
+    return format_json(fields)
 
 
 def _auto_map(config: CodecConfig, original: dict[str, str]) -> dict[str, str]:

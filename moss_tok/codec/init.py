@@ -65,7 +65,8 @@ def _dct(num_samples: int, num_coefficients: int) -> np.ndarray:
     """Orthonormal DCT-II [samples, coefficients], truncated or padded with zeros."""
     kernel = np.zeros((num_samples, num_coefficients))
     num_kept = min(kernel.shape)
-    kernel[:, :num_kept] = scipy.fft.dct(np.eye(num_samples), norm="ortho")[:, :num_kept]
+    dct = scipy.fft.dct(np.eye(num_samples), norm="ortho")
+    kernel[:, :num_kept] = dct[:, :num_kept]
     return kernel
 
 
@@ -100,9 +101,9 @@ def _dimension_kernels(num_quantizers: int, rvq_dim: int, codebook_dim: int) -> 
 
     The quantizers form four groups. Those of a group divide a block of dimensions among themselves
     in turn: the first group takes the first block, the second group the next one, and the third and
-    fourth groups take the same two blocks again, to code what is left of them. With random
-    directions, each quantizer would get a random tenth of the residual's energy, and the last ones
-    would get hardly anything that earlier ones had not coded.
+    fourth groups take the same two blocks again, to code the remaining residual. With random
+    directions, each quantizer would get a random tenth of the residual's energy, and earlier
+    quantizers would have coded nearly everything that the last ones get.
     """
     num_dims = min(codebook_dim - 1, rvq_dim)  # per quantizer
     group_size = max(1, num_quantizers // 4)

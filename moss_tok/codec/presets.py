@@ -59,6 +59,17 @@ def mirror(modules: tuple[ModuleConfig, ...]) -> tuple[ModuleConfig, ...]:
     return tuple(mirrored)
 
 
+def _quantizer(latents_dim: int, rvq_dim: int, num_quantizers: int) -> QuantizerConfig:
+    return QuantizerConfig(
+        input_dim=latents_dim,
+        rvq_dim=rvq_dim,
+        output_dim=latents_dim,
+        num_quantizers=num_quantizers,
+        codebook_size=1024,
+        codebook_dim=8,
+    )
+
+
 def _v1() -> CodecConfig:
     rows = [
         (240, 384, 768, 12, 12, 3072, 10.0),
@@ -67,8 +78,14 @@ def _v1() -> CodecConfig:
         (1280, 768, 1280, 20, 32, 5120, 10.0),
     ]
     encoder = _stack((240, 2, 2, 2), rows, "v1")
-    quantizer = QuantizerConfig(768, 512, 768, 32, 1024, 8)
-    return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
+    return CodecConfig(
+        sample_rate=24000,
+        num_channels=1,
+        encoder=encoder,
+        quantizer=_quantizer(latents_dim=768, rvq_dim=512, num_quantizers=32),
+        decoder=mirror(encoder),
+        layout="v1",
+    )
 
 
 def _v2() -> CodecConfig:
@@ -81,8 +98,14 @@ def _v2() -> CodecConfig:
         (1280, 768, 1280, 20, 32, 5120, 10.0),
     ]
     encoder = _stack((240, 2, 2, 2, 2, 2), rows, "v2")
-    quantizer = QuantizerConfig(768, 512, 768, 32, 1024, 8)
-    return CodecConfig(48000, 2, encoder, quantizer, mirror(encoder), "v2")
+    return CodecConfig(
+        sample_rate=48000,
+        num_channels=2,
+        encoder=encoder,
+        quantizer=_quantizer(latents_dim=768, rvq_dim=512, num_quantizers=32),
+        decoder=mirror(encoder),
+        layout="v2",
+    )
 
 
 def _nano() -> CodecConfig:
@@ -93,8 +116,14 @@ def _nano() -> CodecConfig:
         (768, 192, 256, 4, 4, 1024, 10.0),
     ]
     encoder = _stack((240, 2, 2, 2, 4), rows, "v2")
-    quantizer = QuantizerConfig(768, 512, 768, 16, 1024, 8)
-    return CodecConfig(48000, 2, encoder, quantizer, mirror(encoder), "v2")
+    return CodecConfig(
+        sample_rate=48000,
+        num_channels=2,
+        encoder=encoder,
+        quantizer=_quantizer(latents_dim=768, rvq_dim=512, num_quantizers=16),
+        decoder=mirror(encoder),
+        layout="v2",
+    )
 
 
 def _tiny() -> CodecConfig:
@@ -104,8 +133,14 @@ def _tiny() -> CodecConfig:
         (320, 256, 192, 3, 2, 512, 1.0),
     ]
     encoder = _stack((240, 2), rows, "v1", layer_scale=0.1)
-    quantizer = QuantizerConfig(256, 96, 256, 16, 1024, 8)
-    return CodecConfig(24000, 1, encoder, quantizer, mirror(encoder), "v1")
+    return CodecConfig(
+        sample_rate=24000,
+        num_channels=1,
+        encoder=encoder,
+        quantizer=_quantizer(latents_dim=256, rvq_dim=96, num_quantizers=16),
+        decoder=mirror(encoder),
+        layout="v1",
+    )
 
 
 _PRESETS = {"v1": _v1, "v2": _v2, "nano": _nano, "tiny": _tiny}

@@ -114,10 +114,16 @@ class ResidualQuantizer(nn.Module):
             self.output_projection = WeightNormProjection(c.rvq_dim, c.output_dim, ("rvq", "width"))
         if c.codebook_dim != c.rvq_dim:
             self.in_projections = WeightNormProjection(
-                c.rvq_dim, c.codebook_dim, ("rvq", "code"), c.num_quantizers
+                in_features=c.rvq_dim,
+                out_features=c.codebook_dim,
+                axes=("rvq", "code"),
+                quantizers=c.num_quantizers,
             )
             self.out_projections = WeightNormProjection(
-                c.codebook_dim, c.rvq_dim, ("code", "rvq"), c.num_quantizers
+                in_features=c.codebook_dim,
+                out_features=c.rvq_dim,
+                axes=("code", "rvq"),
+                quantizers=c.num_quantizers,
             )
         axes = ("quantizers", "codebook", "code")
         shape = (c.num_quantizers, c.codebook_size, c.codebook_dim)

@@ -193,7 +193,8 @@ def _reset_streams(state: StreamState, slots: jax.Array | np.ndarray) -> StreamS
     def clear(ring: jax.Array) -> jax.Array:
         return jnp.where(slots[:, None, None, None], 0, ring)
 
-    return StreamState(jnp.where(slots, 0, state.position), jax.tree.map(clear, state.caches))
+    position = jnp.where(slots, 0, state.position)
+    return StreamState(position, jax.tree.map(clear, state.caches))
 
 
 def init_stream(codec: Codec, side: str, batch_size: int) -> StreamState:

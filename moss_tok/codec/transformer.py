@@ -46,7 +46,9 @@ class SelfAttention(nn.Module):
         c = self.config
         dtype = self.compute.dtype
         precision = self.compute.precision
-        d, n, h = c.model_dim, c.num_heads, c.head_dim
+        d = c.model_dim
+        n = c.num_heads
+        h = c.head_dim
         axes = ("embed", "qkv", "heads", "head_dim")
         qkv = parameter(self, "qkv", (d, 3, n, h), axes, 1, dtype)
         out = parameter(self, "out", (n, h, d), ("heads", "head_dim", "embed"), 2, dtype, scale)

@@ -149,8 +149,8 @@ class BatchEncoder:
         keys = [key for key, _ in bucket]
         wavs = [wav for _, wav in bucket]
         empty = np.zeros_like(wavs[0][:, :0])
-        num_empty = num_rows - len(bucket)
-        wav, lengths = _batch(wavs + [empty] * num_empty, num_frames * self._config.hop_length)
+        wavs += [empty] * (num_rows - len(bucket))
+        wav, lengths = _batch(wavs, num_frames * self._config.hop_length)
 
         def encode(wav, lengths):
             return inference.encode(self._codec, wav, lengths, self._num_quantizers).codes
@@ -208,7 +208,8 @@ class BatchEncoder:
             self._compute(step_chunks, wav, lengths, functools.partial(store, keys))
         self._collect()
         for key in parts.keys() - slots.errors.keys() - {_IDLE}:
-            encoded[key] = np.concatenate(parts[key], axis=1), num_samples[key]
+            codes = np.concatenate(parts[key], axis=1)
+            encoded[key] = codes, num_samples[key]
         return slots.errors
 
     def _num_slots(self, num_recordings: int) -> int:
@@ -220,7 +221,8 @@ class BatchEncoder:
             num_recordings / 8 / self._mesh.size,
             self._device_batch_seconds / SLOT_SECONDS,
         )
-        return self._mesh.size * 2 ** max(0, math.floor(math.log2(max_slots)))
+        exponent = max(0, math.floor(math.log2(max_slots)))
+        return self._mesh.size * 2**exponent
 
     def _compute(
         self,
@@ -233,7 +235,7 @@ class BatchEncoder:
         placed = jax.device_put((wav, lengths), self._rows)
         self._collect()
         began = time.perf_counter()
-        with jax.set_mesh(self._mesh):  # kernels ask for it
+        with jax.set_mesh(self._mesh):  # attention kernels read it
             codes = function(*placed)
         ended = self._watch.submit(_wait_until_ready, codes)
         self._running = _Running(began, ended, lengths, codes, store)
@@ -260,7 +262,8 @@ class BatchEncoder:
 def _batch(wavs: Sequence[np.ndarray], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Stacks audio [C, S] to [B, C, num_samples] float32; returns it and the lengths [B]."""
     lengths = np.array([wav.shape[1] for wav in wavs], np.int32)
-    return inference.stack(wavs, num_samples).astype(np.float32, copy=False), lengths
+    batch = inference.stack(wavs, num_samples)
+    return batch.astype(np.float32, copy=False), lengths
 
 
 def _wait_until_ready(array: jax.Array) -> float:
@@ -300,7 +303,8 @@ class _Slots:
         self.chunk_samples = config.hop_length * max(1, round(SLOT_SECONDS * config.frame_rate))
         self.errors: dict[str, Exception] = {}
         self._waiting = iter(recordings)
-        self._idle = _Chunk(_IDLE, np.zeros((config.num_channels, 0), np.float32), False)
+        silence = np.zeros((config.num_channels, 0), np.float32)
+        self._idle = _Chunk(_IDLE, silence, begins=False)
         self._pool = pool
 
     def chunks(self) -> Iterator[list[_Chunk]]:

@@ -85,7 +85,12 @@ def read_set(source: Source, split: str, shape: CodeShape) -> CodeSet:
         if item_frames <= shape.max_frames and num_tokens <= shape.max_text_tokens:
             indices.append(index)
             num_frames.append(item_frames)
-    return CodeSet(source, np.array(indices, int), np.array(num_frames, int), num_texts)
+    return CodeSet(
+        source=source,
+        indices=np.array(indices, int),
+        num_frames=np.array(num_frames, int),
+        num_texts=num_texts,
+    )
 
 
 def find_sources(text: str) -> tuple[list[Source], list[float | None]]:
@@ -127,7 +132,9 @@ class PackedBatches:
             indices = grain.MapDataset.range(len(part)).seed(seed + set_number)
             add_number = functools.partial(_add_set_number, set_number)
             parts.append(indices.shuffle().repeat().map(add_number))
-        self._order = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        self._order = parts[0]
+        if len(parts) > 1:
+            self._order = grain.MapDataset.mix(parts, weights)
         self._window = functools.lru_cache(maxsize=4)(self._plan_window)
 
     def __len__(self) -> int:
@@ -181,7 +188,10 @@ class PackedBatches:
         for row in self._rows:
             arrays = self._read_arrays(members[row], shape)
             rows.append(arrays | {"position": np.int32(row)})
-        return {name: np.stack([arrays[name] for arrays in rows]) for name in rows[0]}
+        batch = {}
+        for name in rows[0]:
+            batch[name] = np.stack([arrays[name] for arrays in rows])
+        return batch
 
     def _read_arrays(self, member: Member, shape: tuple[int, ...]) -> Batch:
         failed = np.full((1, 2), -1, np.int64)

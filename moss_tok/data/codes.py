@@ -1,7 +1,7 @@
 """Shards of codes, as `moss-tok tokenize` writes them: ArrayRecord or JSON lines.
 
 A record is a msgpack map: `id`, `codes` (int16 little-endian, [Q, T] row by row), `num_quantizers`,
-`num_samples`, `metadata` (`domain`, `transcript`, ... where known).
+`num_samples`, `metadata` (`domain`, `transcript`, ... if known).
 """
 
 import dataclasses
@@ -198,7 +198,8 @@ class CodeSource:
             codes = np.array(fields.pop("audio_codes"), np.int16).T
             return Item(fields.pop("id"), codes, fields.pop("num_samples"), fields)
         fields = msgpack.unpackb(self._source[index])
-        codes = np.frombuffer(fields["codes"], "<i2").reshape(fields["num_quantizers"], -1)
+        values = np.frombuffer(fields["codes"], "<i2")
+        codes = values.reshape(fields["num_quantizers"], -1)
         return Item(fields["id"], codes, fields["num_samples"], fields["metadata"])
 
 

@@ -19,7 +19,8 @@ class DataConfig:
     )
     eval_data: str = setting(
         "",
-        "sources, as in train_data, whose test split is evaluated; empty: those of train_data",
+        "sources, as in train_data, whose test split is evaluated; empty: the sources of "
+        "train_data",
         free=True,
     )
     batch_size: int = count(

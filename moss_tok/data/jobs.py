@@ -18,7 +18,7 @@ from typing import Any
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json, read_json_object
 
 _PARTS = "parts"
 _MAX_AGE_SECONDS = 3600  # a process of another host has ended if its file is older than this
@@ -94,7 +94,7 @@ def begin(folder: Path, plan_name: str, plan: dict[str, Any], other_content: str
         _check_plan(folder, read_json_object(path), plan, other_content)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(plan, indent=2) + "\n")
+    files.write_text(path, format_json(plan))
 
 
 def _check_plan(

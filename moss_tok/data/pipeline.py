@@ -172,7 +172,8 @@ def _equalize(
     """Applies random gains an octave apart, linear in between, without a delay; wav [C, S]."""
     frequencies = np.fft.rfftfreq(wav.shape[1], 1 / sample_rate)
     octaves = np.log2(np.maximum(frequencies, 1.0))
-    edges = np.arange(np.ceil(np.log2(sample_rate / 2)), 4, -1)[::-1]  # from 32 Hz on
+    highest = np.ceil(np.log2(sample_rate / 2))
+    edges = np.arange(highest, 4, -1)[::-1]  # from 32 Hz on
     edge_gains_db = rng.uniform(-max_db, max_db, len(edges))
     gains_db = np.interp(octaves, edges, edge_gains_db)
     return _filter(wav, 10 ** (gains_db / 20))
@@ -183,7 +184,8 @@ def _add_noise(wav: np.ndarray, ratio_db: float, rng: np.random.Generator) -> np
     noise = rng.standard_normal(wav.shape, np.float32)
     bins = np.maximum(np.arange(wav.shape[1] // 2 + 1), 1.0)
     noise = _filter(noise, bins ** rng.uniform(-0.5, 0.0))
-    amplitude = np.sqrt(_mean_power(wav) / _mean_power(noise)) * 10 ** (-ratio_db / 20)
+    same_power = np.sqrt(_mean_power(wav) / _mean_power(noise))
+    amplitude = same_power * 10 ** (-ratio_db / 20)
     return wav + noise * np.float32(amplitude)
 
 
@@ -194,7 +196,8 @@ def _mean_power(wav: np.ndarray) -> float:
 def _filter(wav: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """Multiplies the spectrum of wav [C, S] by gains [S // 2 + 1]."""
     spectrum = np.fft.rfft(wav, axis=1) * gains
-    return np.fft.irfft(spectrum, wav.shape[1], axis=1).astype(np.float32)
+    filtered = np.fft.irfft(spectrum, wav.shape[1], axis=1)
+    return filtered.astype(np.float32)
 
 
 class _Rows:

@@ -26,7 +26,7 @@ from moss_tok.audio import files, manifest, notes
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.data import jobs, records
 from moss_tok.data.jobs import Plan, Shard
-from moss_tok.json_files import format_json_lines, read_json_lines
+from moss_tok.json_files import format_json, format_json_lines, read_json_lines
 
 _PLAN = "prepare.json"
 _PART = ".jsonl"  # suffix of a shard's part: a line per record and per rejected file
@@ -111,7 +111,8 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
     for number, part in enumerate(np.array_split(wav, num_parts, axis=-1)):
         data = _flac(part, rate, is_deep=subtype in _DEEP_SUBTYPES)
         part_name = f"{name}_{number:04d}" if is_cut else name
-        prepared.append(_record(data, part_name, part.shape[-1] / rate, metadata))
+        part_seconds = part.shape[-1] / rate
+        prepared.append(_record(data, part_name, part_seconds, metadata))
     return prepared
 
 
@@ -126,9 +127,10 @@ def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -
 
 def _flac(wav: np.ndarray, rate: int, is_deep: bool) -> bytes:
     buffer = io.BytesIO()
+    samples = np.clip(wav, -1, 1).T
     subtype = "PCM_24" if is_deep else "PCM_16"
     try:
-        soundfile.write(buffer, np.clip(wav, -1, 1).T, rate, format="FLAC", subtype=subtype)
+        soundfile.write(buffer, samples, rate, format="FLAC", subtype=subtype)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"FLAC cannot hold {wav.shape[0]} channels at {rate} Hz ({error})"
@@ -287,7 +289,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     }
     files.write_text(folder / "manifest.jsonl", format_json_lines(rows))
     files.write_text(folder / "rejected.jsonl", format_json_lines(rejected))
-    files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(folder / "summary.json", format_json(summary))
     if not rows:
         raise ValueError(f"all {len(rejected)} files were rejected, see {folder}/rejected.jsonl")
     for shard in empty_shards:
@@ -336,7 +338,7 @@ def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda
 
 
 def _without_shards(plan: Plan) -> Plan:
-    """The plan as it is sent to a worker along with each shard."""
+    """The plan for workers, which get their shards separately."""
     return dataclasses.replace(plan, folder=plan.folder.absolute(), shards=())
 
 

@@ -1,7 +1,7 @@
 """ArrayRecord shards of audio: each record is a msgpack map of an encoded file and its metadata.
 
 The keys are `audio` (the bytes of a FLAC file, or of any other format that is read) and
-`metadata` (a map with `id`, `domain`, `duration_s`, and `transcript` and more where known).
+`metadata` (a map with `id`, `domain`, `duration_s` and, if known, `transcript` and more).
 """
 
 import functools

@@ -23,7 +23,7 @@ class Recording:
       audio: File name or bytes.
       domain: As in `AudioItem`.
       duration_seconds: Length.
-      text: Its transcript or caption; empty where unknown.
+      text: Its transcript or caption; "" if unknown.
       task: The kind of text, one of TASKS.
     """
 

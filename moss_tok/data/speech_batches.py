@@ -161,7 +161,7 @@ def read_set(source: Source, split: str, shape: SpeechShape) -> SpeechSet:
 
 
 def _is_short(item: Item, text: str, shape: SpeechShape) -> bool:
-    """Whether a recording has frames, and neither too many of them nor too long a text."""
+    """Whether a recording has frames, but at most `max_frames`, and at most `max_text_tokens`."""
     if not 0 < item.codes.shape[1] <= shape.max_frames:
         return False
     return len(shape.tokenizer.encode(text)) <= shape.max_text_tokens

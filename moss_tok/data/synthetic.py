@@ -49,7 +49,8 @@ def write_dataset(folder: Path, sample_rate: int, num_clips: int = 240, seed: in
 
 def _finish(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     wav = wav + 1e-4 * rng.standard_normal(wav.size)  # no recording is free of noise
-    return (wav * rng.uniform(0.1, 0.6) / np.abs(wav).max()).astype(np.float32)
+    peak = rng.uniform(0.1, 0.6)
+    return (wav * peak / np.abs(wav).max()).astype(np.float32)
 
 
 def _time(sample_rate: int) -> np.ndarray:
@@ -76,10 +77,12 @@ def _notes(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
 
 def _sweep(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     """A sweep between two frequencies, up or down, with a slow tremolo."""
-    low, high = np.sort(np.exp(rng.uniform(np.log(80), np.log(sample_rate / 2.5), 2)))
-    ends = (low, high) if rng.random() < 0.5 else (high, low)
+    logarithms = rng.uniform(np.log(80), np.log(sample_rate / 2.5), 2)
+    first, last = np.sort(np.exp(logarithms))
+    if rng.random() >= 0.5:
+        first, last = last, first
     t = _time(sample_rate)
-    wav = scipy.signal.chirp(t, ends[0], _SECONDS, ends[1], method="logarithmic")
+    wav = scipy.signal.chirp(t, first, _SECONDS, last, method="logarithmic")
     tremolo = 1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.5, 6) * t)
     return wav * tremolo
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +30,13 @@ from moss_tok.codec import inference, pretrained
 from moss_tok.codec.inference import Codec
 from moss_tok.data import codes, jobs, records, sources
 from moss_tok.data.batches import BatchEncoder, CodesById, Statistics
+from moss_tok.data.code_shards import WRITERS, Row, metadata_of
 from moss_tok.data.config import PLAN
 from moss_tok.data.jobs import Plan, Shard
 from moss_tok.data.reading import Errors, Items, Reader, read_item
 from moss_tok.errors import check_choice, is_number
-from moss_tok.json_files import format_json_lines, read_json_object
+from moss_tok.json_files import format_json, format_json_lines, read_json_object
 
-FORMATS = ("arrayrecord", "jsonl")
 _PART = ".json"  # suffix of a shard's part
 
 
@@ -46,7 +46,7 @@ class Settings:
 
     Attributes:
       num_quantizers: Codes per frame.
-      format: One of FORMATS.
+      format: "arrayrecord" or "jsonl".
       shard_hours: Audio per shard.
       batch_seconds: Audio per batch and device, padding included.
       num_workers: Threads that read.
@@ -59,7 +59,7 @@ class Settings:
     num_workers: int = 4
 
     def __post_init__(self):
-        check_choice("format", self.format, FORMATS)
+        check_choice("format", self.format, tuple(WRITERS))
         for name in ("shard_hours", "batch_seconds", "num_workers"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
@@ -107,7 +107,14 @@ def _record(path: storage.Path, number: int) -> AudioItem:
     except ValueError:  # reported as a failure later, when it is encoded
         duration = 0.0
     domain = str(metadata.get("domain", "audio"))
-    return AudioItem(path, "", domain, float(duration), number, metadata)
+    return AudioItem(
+        path=path,
+        split="",
+        domain=domain,
+        duration_seconds=float(duration),
+        record=number,
+        metadata=metadata,
+    )
 
 
 def _unique_ids(items: Sequence[AudioItem], root: str) -> list[str]:
@@ -157,7 +164,7 @@ def make_plan(codec: Codec, items: Items, folder: str | Path, settings: Settings
     by_length = sorted(items, key=lambda pair: (pair[1].duration_seconds, pair[0]))
     content = []
     for item_id, item in by_length:
-        content.append((item_id, item.duration_seconds, _metadata(item)))
+        content.append((item_id, item.duration_seconds, metadata_of(item)))
     fields = {
         "codec": pretrained.fingerprint(codec),
         "data": jobs.digest(content),
@@ -235,15 +242,6 @@ def run(
     return encoder.statistics
 
 
-class _Row(NamedTuple):
-    """A recording as it is written: `codes` are [Q, T] int16."""
-
-    item_id: str
-    item: AudioItem
-    codes: np.ndarray
-    num_samples: int
-
-
 def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -> None:
     """Writes the codes of a shard, then its part, which `finish` reads."""
     rows = []
@@ -253,7 +251,7 @@ def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -
     for item_id, item in shard.items:
         if item_id in encoded:
             array, num_samples = encoded[item_id]
-            rows.append(_Row(item_id, item, array, num_samples))
+            rows.append(Row(item_id, item, array, num_samples))
             ids.append(item_id)
             num_frames += array.shape[1]
         if item_id in errors:
@@ -261,7 +259,7 @@ def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -
             failures.append({"id": item_id, "path": sources.item_name(item), "reason": reason})
     ids += [row["id"] for row in failures]
     with jobs.new_file(plan.folder / shard.name) as path:
-        _WRITERS[plan.settings.format](path, rows)
+        WRITERS[plan.settings.format](path, rows)
     part = {
         "num_items": len(rows),
         "num_frames": num_frames,
@@ -270,43 +268,6 @@ def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -
     }
     with jobs.new_file(plan.part_path(shard)) as path:
         path.write_text(json.dumps(part) + "\n")
-
-
-def _write_array_record(path: Path, rows: Sequence[_Row]) -> None:
-    if not rows:  # an ArrayRecord file without records cannot be opened
-        path.touch()
-        return
-    with codes.Writer(path) as writer:
-        for row in rows:
-            metadata = _metadata(row.item)
-            writer.write(codes.Item(row.item_id, row.codes, row.num_samples, metadata))
-
-
-def _write_jsonl(path: Path, rows: Sequence[_Row]) -> None:
-    with path.open("w") as file:
-        for row in rows:
-            reserved = {
-                "id": row.item_id,
-                "audio": str(row.item.path),
-                "num_samples": row.num_samples,
-            }
-            # These keys come first, and metadata with the same names does not replace them.
-            fields = reserved | _metadata(row.item) | reserved
-            if "text" not in fields and isinstance(fields.get("transcript"), str):
-                fields["text"] = fields["transcript"]  # the fine-tuning reads this key
-            fields["audio_codes"] = row.codes.T.tolist()
-            file.write(json.dumps(fields) + "\n")
-
-
-def _metadata(item: AudioItem) -> dict[str, Any]:
-    fields = {"domain": item.domain, "split": item.split}
-    for name, value in item.metadata.items():
-        if name not in ("id", "audio_codes"):
-            fields[name] = value
-    return fields
-
-
-_WRITERS = {"arrayrecord": _write_array_record, "jsonl": _write_jsonl}
 
 
 def finish(plan: Plan) -> dict[str, Any] | None:
@@ -337,7 +298,7 @@ def finish(plan: Plan) -> dict[str, Any] | None:
         "num_shards": len(plan.shards),
     }
     files.write_text(plan.folder / "failures.jsonl", format_json_lines(failures))
-    files.write_text(plan.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(plan.folder / "summary.json", format_json(summary))
     return summary
 
 

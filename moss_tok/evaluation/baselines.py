@@ -50,7 +50,11 @@ def parse(text: str) -> list[Baseline]:
       ValueError: Another form or rate, a tool that is not installed, a folder that does not exist,
         or a repeated name.
     """
-    baselines = [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
+    baselines = []
+    for part in text.split(","):
+        part = part.strip()
+        if part:
+            baselines.append(_parse_one(part))
     counts = collections.Counter(baseline.name for baseline in baselines)
     for name, count in counts.items():
         if count > 1:

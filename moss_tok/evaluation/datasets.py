@@ -49,7 +49,7 @@ def read_dataset(path: str | Path) -> Dataset:
         raise ValueError(f"{path}: no such file")
     manifest.refuse_recording(path)
     if path.stem.startswith("_") or path.stem == "bps":
-        raise ValueError(f"{path}: the name of a data set must not begin with _, nor be bps")
+        raise ValueError(f"{path}: the name of a data set must not begin with _ or be bps")
     if storage.printable(path.stem) != path.stem:
         raise ValueError(f"{path}: the name of a data set must be UTF-8")
     items = []
@@ -69,7 +69,13 @@ def read_dataset(path: str | Path) -> Dataset:
         lengths.append(seconds)
     if not items:
         raise ValueError(f"{path}: no lines")
-    return Dataset(path.stem, path.absolute(), tuple(items), tuple(texts), tuple(lengths))
+    return Dataset(
+        name=path.stem,
+        path=path.absolute(),
+        items=tuple(items),
+        texts=tuple(texts),
+        seconds=tuple(lengths),
+    )
 
 
 def _find_audio(fields: dict[str, Any], folder: Path) -> tuple[Path, float]:

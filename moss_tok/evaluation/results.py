@@ -62,8 +62,8 @@ def write_results(
     entry = results.setdefault(dataset.name, {})
     entry |= _means(scores.values(), metric_names)
     for domain, rows in _by_domain(dataset, scores).items():
-        means = _means(rows, metric_names)
-        entry.setdefault("_domains", {}).setdefault(domain, {}).update(means)
+        means_by_domain = entry.setdefault("_domains", {})
+        means_by_domain.setdefault(domain, {}).update(_means(rows, metric_names))
     errors = entry.setdefault("_metric_errors", {})
     for name in metric_names:
         errors[name] = _list_errors(scores, name)
@@ -177,7 +177,8 @@ def read_results(output: Path) -> dict[str, list[Result]]:
     for path in sorted(output.rglob("results.json")):
         results = _read_means(path)
         system = path.parent.relative_to(output).as_posix()
-        bps = results.get("bps", results.get("_meta", {}).get("bps"))
+        meta = results.get("_meta", {})
+        bps = results.get("bps", meta.get("bps"))
         for name, entry in results.items():
             if name.startswith("_") or name == "bps":
                 continue
@@ -186,8 +187,13 @@ def read_results(output: Path) -> dict[str, list[Result]]:
                 result = Result(system, bps, means)
                 table.setdefault(f"{name}, {domain}", []).append(result)
     for rows in table.values():
-        rows.sort(key=lambda row: (row.system.rpartition("/")[0], row.bps or 0))
+        rows.sort(key=_codec_and_rate)
     return table
+
+
+def _codec_and_rate(result: Result) -> tuple[str, int]:
+    codec = result.system.rpartition("/")[0]
+    return codec, result.bps or 0
 
 
 def to_cells(rows: Sequence[Result]) -> list[list[str]]:

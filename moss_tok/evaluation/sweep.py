@@ -83,7 +83,8 @@ def samples(codec: Codec, clips: Sequence[Clip]) -> dict[str, dict[str, np.ndarr
     """The longest clip of each domain, and its reconstructions at up to three bitrates."""
     longest: dict[str, Clip] = {}
     for clip in clips:
-        if clip.domain not in longest or clip.wav.size > longest[clip.domain].wav.size:
+        known = longest.get(clip.domain)
+        if known is None or clip.wav.size > known.wav.size:
             longest[clip.domain] = clip
     numbers = bitrates(codec.config)
     middle = numbers[len(numbers) // 2]
@@ -105,7 +106,8 @@ def reconstruct(codec: Codec, wav: np.ndarray, numbers: Sequence[int]) -> dict[i
     """Reconstructions [C, S] of one clip [C, S] from the first n quantizers, for each n."""
     size = wav.shape[-1]
     # Padding to 1, 2, 4, ... seconds saves compiles. It changes nothing: the decoder is causal.
-    doublings = max(0, math.ceil(math.log2(size / codec.config.sample_rate)))
+    seconds = size / codec.config.sample_rate
+    doublings = max(0, math.ceil(math.log2(seconds)))
     padded_size = codec.config.sample_rate * 2**doublings
     padded = np.pad(wav, ((0, 0), (0, padded_size - size)))
     encoded = encode(codec, padded[None], np.array([size]))
@@ -138,7 +140,10 @@ def evaluate(
     scores = collections.defaultdict(list)
     with ThreadPoolExecutor(2) as pool:  # NumPy's transforms release the interpreter lock
         for clip in clips:
-            wavs = {"silence": np.zeros_like(clip.wav), "shaped noise": shaped_noise(clip.wav)}
+            wavs = {
+                "silence": np.zeros_like(clip.wav),
+                "shaped noise": shaped_noise(clip.wav),
+            }
             for number, wav in reconstruct(codec, clip.wav, numbers).items():
                 wavs[system_name(number)] = wav
             for system, wav in wavs.items():
@@ -174,7 +179,8 @@ def _score(clip: Clip, wav: np.ndarray, rate: int) -> dict[str, float]:
 def shaped_noise(wav: np.ndarray, seed: int = 0) -> np.ndarray:
     """Noise [C, S] with the magnitude spectrum of `wav` [C, S] and random phases."""
     spectrum = np.abs(np.fft.rfft(wav))
-    phases = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum.shape)
+    generator = np.random.default_rng(seed)
+    phases = generator.uniform(0, 2 * np.pi, spectrum.shape)
     noise = np.fft.irfft(spectrum * np.exp(1j * phases), wav.shape[-1])
     return np.clip(noise, -1, 1).astype(np.float32)
 

@@ -1,10 +1,9 @@
-"""The architecture of a language model, that of Qwen2.5, as a frozen config; and presets."""
+"""The architecture of a language model (Qwen2.5) as a frozen config, and presets."""
 
 import dataclasses
-import json
 
 from moss_tok.errors import check_choice, check_positive
-from moss_tok.json_files import from_fields, parse_json_object
+from moss_tok.json_files import format_json, from_fields, parse_json_object
 from moss_tok.nn.blocks import BlockConfig
 
 INPUTS = ("codes", "latents")
@@ -72,7 +71,7 @@ class LanguageConfig:
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return format_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "LanguageConfig":
@@ -107,5 +106,13 @@ def preset(
     check_choice("language_model", name, PRESETS)
     dim, layers, heads, kv_heads, mlp = _SHAPES[name]
     return LanguageConfig(
-        latents_dim, vocab_size, end_id, dim, layers, heads, kv_heads, mlp, audio=audio
+        latents_dim=latents_dim,
+        vocab_size=vocab_size,
+        end_id=end_id,
+        model_dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_dim=mlp,
+        audio=audio,
     )

@@ -335,7 +335,8 @@ def generate(
     batch = len(latents)
     max_tokens = sampling.max_tokens
     end = language.config.end_id
-    latents = jnp.where(valid_mask(latents.shape[1], lengths)[..., None], latents, 0)
+    is_valid = valid_mask(latents.shape[1], lengths)
+    latents = jnp.where(is_valid[..., None], latents, 0)
     prompt = language.apply(latents, tasks, method="prompt")
     cache = empty_cache(language.config, language.compute, batch, prompt.shape[1] + max_tokens)
     span = Span(jnp.zeros(batch, jnp.int32), 1 + lengths)
@@ -357,7 +358,8 @@ def generate(
     last = jnp.full(batch, end)
     done = jnp.zeros(batch, bool)
     tokens = jnp.full((batch, max_tokens), -1, jnp.int32)
-    *_, tokens = jax.lax.while_loop(is_unfinished, step, (0, last, done, cache, tokens))
+    carry = (0, last, done, cache, tokens)
+    *_, tokens = jax.lax.while_loop(is_unfinished, step, carry)
     sizes = (tokens >= 0).sum(-1)
     return jnp.maximum(tokens, 0), sizes
 
@@ -370,7 +372,8 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Choice) -> jax.Array:
     logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
     if sampling.top_k:
         top_k = min(sampling.top_k, logits.shape[-1])  # it may exceed int32
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < top_k, logits, -jnp.inf)
+        is_likely = jnp.arange(logits.shape[-1]) < top_k
+        logits = jnp.where(is_likely, logits, -jnp.inf)
     probabilities = jax.nn.softmax(logits, axis=-1)
     # The probability of all more likely tokens; 0 for the first one, which always passes.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -52,8 +52,9 @@ def attend(
     if implementation == "auto":
         implementation = choose(num_frames, q.shape[-1], q.dtype)
     if implementation == "dense":
-        t = jnp.arange(num_frames)
-        mask = (t[None] <= t[:, None]) & (t[None] > t[:, None] - window)
+        t = jnp.arange(num_frames)[:, None]
+        s = jnp.arange(num_frames)[None]
+        mask = (s <= t) & (s > t - window)
         return _masked_attention(q, k, v, mask, precision)
     if implementation == "blocked":
         return _blocked(q, k, v, window, precision)
@@ -79,7 +80,8 @@ def choose(num_frames: int, head_dim: int, dtype: Any) -> str:
 
 def _masked_attention(q, k, v, mask, precision):
     """Softmax attention with mask [T, S] or [B, 1, T, S]; scores and softmax in float32."""
-    weights = jax.nn.softmax(_scores(q, k, mask, precision), axis=-1)
+    scores = _scores(q, k, mask, precision)
+    weights = jax.nn.softmax(scores, axis=-1)
     return _mix(weights.astype(v.dtype), v, precision)
 
 

@@ -170,7 +170,8 @@ class Block(nn.Module):
         y, fresh = GroupedAttention(c, self.compute, name="attention")(y, table, past, span)
         x = x + y
         y = rms_norm(c.norm_epsilon, "mlp_norm")(x).astype(x.dtype)
-        return x + SwiGLU(c.mlp_dim, c.model_dim, self.compute, name="mlp")(y), fresh
+        y = SwiGLU(c.mlp_dim, c.model_dim, self.compute, name="mlp")(y)
+        return x + y, fresh
 
 
 def stack_blocks(config: BlockConfig, num_layers: int, compute: ComputeConfig) -> nn.Module:

@@ -41,12 +41,19 @@ class Cache:
 
     def layer(self, index: jax.Array) -> "Cache":
         """The layer at `index`: [B, N, R, H]."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self)
+
+        def take(ring):
+            return jax.lax.dynamic_index_in_dim(ring, index, keepdims=False)
+
+        return jax.tree.map(take, self)
 
     def replace_layer(self, index: jax.Array, layer: "Cache") -> "Cache":
         """A cache with the layer at `index` replaced by `layer` [B, N, R, H]."""
-        put = jax.lax.dynamic_update_index_in_dim
-        return jax.tree.map(lambda x, new: put(x, new, index, 0), self, layer)
+
+        def put(rings, ring):
+            return jax.lax.dynamic_update_index_in_dim(rings, ring, index, axis=0)
+
+        return jax.tree.map(put, self, layer)
 
     def fresh(self, span: Span, k: jax.Array, v: jax.Array) -> "Cache":
         """The keys and values of a chunk that must go into this layer of a cache.
@@ -93,6 +100,7 @@ class Cache:
 
         def put(ring, new):
             rows = ring.at[:, jnp.arange(batch)[:, None], :, slot]
-            return rows.set(jnp.moveaxis(new, (1, 3), (0, 1)).astype(ring.dtype), mode="drop")
+            new = jnp.moveaxis(new, (1, 3), (0, 1))
+            return rows.set(new.astype(ring.dtype), mode="drop")
 
         return Cache(put(self.keys, fresh.keys), put(self.values, fresh.values))

@@ -128,4 +128,5 @@ def gelu(x: jax.Array) -> jax.Array:
     0.707.
     """
     y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + jax.lax.erf(y * np.sqrt(0.5)))).astype(x.dtype)
+    y = 0.5 * y * (1 + jax.lax.erf(y * np.sqrt(0.5)))
+    return y.astype(x.dtype)

@@ -21,8 +21,8 @@ def einsum(
       spec: Such as "btd,df->btf".
       x: Activations.
       weights: Weights.
-      precision: Matmul precision of jax.lax. With "BF16_BF16_F32", the operands are rounded to
-        bfloat16, and so are those of the two products of the backward pass.
+      precision: Matmul precision of jax.lax. With "BF16_BF16_F32", the operands of this product and
+        of the two products of the backward pass are rounded to bfloat16.
       out_dtype: Type of the result; None: that of the operands.
 
     Returns:

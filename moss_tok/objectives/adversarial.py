@@ -181,12 +181,14 @@ class AdversarialObjective(CodecObjective):
         All are scaled by the factor that brings the peak of the recording in `part` to 1.
         """
         wav = jnp.stack(wavs, axis=1)  # [B, W, C, S]
-        valid = jnp.arange(wav.shape[-1]) < part["length"][:, None, None]
-        peak = jnp.abs(jnp.where(valid, part["wav"], 0)).max((1, 2))
-        wav = jnp.where(valid[:, None], wav, 0)
+        is_valid = jnp.arange(wav.shape[-1]) < part["length"][:, None, None]
+        recording = jnp.where(is_valid, part["wav"], 0)
+        peak = jnp.abs(recording).max((1, 2))
+        wav = jnp.where(is_valid[:, None], wav, 0)
         wav = wav / jnp.maximum(peak, _QUIETEST_PEAK)[:, None, None, None]
         models = make_discriminators(self.adversarial.discriminators, self.compute.dtype)
-        layers = models[name].apply({"params": params}, wav.reshape(-1, *wav.shape[2:]))
+        items = wav.reshape(-1, *wav.shape[2:])  # [B * W, C, S]
+        layers = models[name].apply({"params": params}, items)
         features: list[losses.Features] = [[] for _ in wavs]
         for layer in layers:
             layer = layer.reshape(*wav.shape[:2], *layer.shape[1:])  # [B, W, ...]

@@ -218,5 +218,9 @@ def segment_shape(
 ) -> SegmentShape:
     """Shape of the segments that a codec is trained on."""
     return SegmentShape(
-        num_samples, codec.sample_rate, codec.num_channels, tokenizer, texts.max_text_tokens
+        num_samples=num_samples,
+        sample_rate=codec.sample_rate,
+        num_channels=codec.num_channels,
+        tokenizer=tokenizer,
+        max_text_tokens=texts.max_text_tokens,
     )

@@ -1,4 +1,4 @@
-"""Speech recognition from stored codes, where no encoder runs; the builder of recognition."""
+"""Speech recognition from stored codes, without an encoder; the builder of both recognitions."""
 
 import dataclasses
 import functools
@@ -82,11 +82,11 @@ class CodeRecognitionObjective(RecognitionObjective):
     def code_shape(self) -> CodeShape:
         """Shape of the recordings in a batch."""
         return CodeShape(
-            self.codec.quantizer.num_quantizers,
-            self.codec.num_frames(self.num_samples),
-            self.codec.frame_rate,
-            self.tokenizer,
-            self.settings.text.max_text_tokens,
+            num_quantizers=self.codec.quantizer.num_quantizers,
+            max_frames=self.codec.num_frames(self.num_samples),
+            frame_rate=self.codec.frame_rate,
+            tokenizer=self.tokenizer,
+            max_text_tokens=self.settings.text.max_text_tokens,
         )
 
     def evaluate(

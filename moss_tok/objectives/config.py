@@ -17,17 +17,15 @@ from moss_tok.training.config import DevicesConfig, OptimizerConfig, RunConfig, 
 STAGES = ("pretrain", "adversarial")
 TRAINABLE = ("all", "decoder", "language")
 _MODEL_HELP = (
-    "codec architecture: a preset (tiny, nano, v1, v2) or a config.json; empty: that of init_from, "
-    "else tiny"
+    "codec architecture: a preset (tiny, nano, v1, v2) or a config.json; empty: the architecture "
+    "of init_from, or tiny without init_from"
 )
-
-
 _TOKENIZER_HELP = (
-    "tokenizer of the texts: a tokenizer.json or its folder, or bytes; empty: that of the "
-    "language_model directory or of init_from, else bytes"
+    "tokenizer of the texts: a tokenizer.json or its folder, or bytes; empty: the tokenizer of the "
+    "language_model directory or of init_from, or else bytes"
 )
 _MAX_TEXT_HELP = (
-    "maximum length of a text in tokens; audio with a longer text is trained on without it, and "
+    "maximum length of a text in tokens; audio with a longer text is used without the text, and "
     "left out by the objective speech"
 )
 
@@ -215,17 +213,18 @@ class SpeechSettings:
         "", "codec of the codes: a checkpoint, a workdir, an official directory or a Hub id"
     )
     speech_model: str = setting(
-        "", "speech model to train: tiny, small or 1.7b; empty: that of init_from, else tiny"
+        "",
+        "speech model to train: tiny, small or 1.7b; empty: the model of init_from, or else tiny",
     )
     tokenizer: str = setting("", _TOKENIZER_HELP)
     max_text_tokens: int = count(128, _MAX_TEXT_HELP, at_least=1)
     speech_quantizers: int = count(
-        0, "number of quantizers that the speech model predicts; 0: all of the codec"
+        0, "number of quantizers that the speech model predicts; 0: all quantizers of the codec"
     )
     sequence_dropout: float = setting(
         0.5,
-        "share of sequences of which only the first K quantizers are read and predicted, K uniform "
-        "below all; 0: always all",
+        "share of sequences of which only the first K quantizers are read and predicted; K is "
+        "uniform and less than all; 0: all quantizers of every sequence",
         at_least=0,
         at_most=1,
     )

@@ -48,7 +48,8 @@ def reconstruction_losses(
         valid = frame_mask(lengths, num_samples, window_length)
 
         def over_frames(x, valid=valid):
-            return masked_mean(x.mean(-1).reshape(batch, channels, -1).mean(1), valid)
+            per_frame = x.mean(-1).reshape(batch, channels, -1).mean(1)
+            return masked_mean(per_frame, valid)
 
         def log_mel(x, window_length=window_length, num_mels=num_mels):
             x = x.reshape(-1, num_samples)
@@ -68,7 +69,7 @@ def reconstruction_losses(
 def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:
     """L1 distance of valid samples, divided by the mean absolute reference: [B, C, S] -> [B].
 
-    Not in the paper; a small model on little data needs it to learn phases, and thus pitch.
+    Not in the paper; a small model on little data needs it to learn phases, and therefore pitch.
     """
     valid = jnp.arange(wav.shape[-1]) < lengths[:, None]
     distance = masked_mean(jnp.abs(wav - wav_hat).mean(1), valid)
@@ -87,8 +88,9 @@ def frame_mask(lengths: jax.Array, num_samples: int, window_length: int) -> jax.
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean over the last axis where `mask` is true; 0 where it is false everywhere."""
+    total = jnp.where(mask, x, 0).sum(-1)
     count = mask.sum(-1)
-    return jnp.where(mask, x, 0).sum(-1) / jnp.maximum(count, 1)
+    return total / jnp.maximum(count, 1)
 
 
 def quantizer_losses(

@@ -55,7 +55,8 @@ def draw_hidden_frames(
     frames = jnp.arange(num_frames)
 
     def draw(position, length):
-        width, start = jax.random.uniform(jax.random.fold_in(key, position), (2, 2))
+        item_key = jax.random.fold_in(key, position)
+        width, start = jax.random.uniform(item_key, (2, 2))
         width = width * length * share / 2
         start = start * (length - width)
         is_in_span = (frames[:, None] >= start) & (frames[:, None] < start + width)

@@ -189,7 +189,9 @@ def _without_folders(objective: Objective, state: TrainState) -> TrainState:
     for name in objective.extra_folders:
         extra.pop(name, None)
     state = state.replace(extra=extra)
-    return state.replace(params=None) if state.ema is None else state.replace(ema=None)
+    if state.ema is None:
+        return state.replace(params=None)
+    return state.replace(ema=None)
 
 
 def _restore(folder: storage.Path, objective: Objective, like: TrainState) -> TrainState:
@@ -208,7 +210,9 @@ def _restore(folder: storage.Path, objective: Objective, like: TrainState) -> Tr
     leaves = [flat[name] for name in _flat(shapes)]
     state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     state = state.replace(extra=state.extra | extra)
-    return state.replace(params=best) if like.ema is None else state.replace(ema=best)
+    if like.ema is None:
+        return state.replace(params=best)
+    return state.replace(ema=best)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:

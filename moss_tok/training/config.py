@@ -155,8 +155,8 @@ class DevicesConfig:
     )
     precision: str = setting(
         "default",
-        "matmul precision: default (that of the device), high, highest, or BF16_BF16_F32 (bfloat16 "
-        "operands, float32 sums: fast on CPUs with AMX)",
+        "matmul precision: default (chosen by the device), high, highest, or BF16_BF16_F32 "
+        "(bfloat16 operands, float32 sums: fast on CPUs with AMX)",
         choices=MATMUL_PRECISIONS,
     )
     attention: str = setting(
@@ -186,7 +186,11 @@ class DevicesConfig:
     def compute(self) -> ComputeConfig:
         """Compute settings of models during training."""
         return ComputeConfig(
-            self.dtype, self.precision, self.attention, self.remat, self.unroll_layers
+            dtype=self.dtype,
+            precision=self.precision,
+            attention=self.attention,
+            remat=self.remat,
+            unroll_layers=self.unroll_layers,
         )
 
 

@@ -36,7 +36,12 @@ def train(config: TrainConfig, objective: Objective) -> bool:
     """
     mesh = sharding.make_mesh(config.devices.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size)
-    recipe = Recipe(objective, config.optimizer, config.run.seed, config.devices.num_microbatches)
+    recipe = Recipe(
+        objective=objective,
+        optimizer=config.optimizer,
+        seed=config.run.seed,
+        num_microbatches=config.devices.num_microbatches,
+    )
     shapes = state_shapes(recipe, mesh)
     workdir = storage.to_path(config.run.workdir)
     start.check_same_run(workdir, config)
@@ -175,7 +180,7 @@ class Run:
         not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
         raise ValueError(
             f"step {step}: {', '.join(not_finite)} not finite; {limit} updates "
-            "in a row had to be skipped; the last checkpoint is untouched"
+            "in a row were skipped; the last checkpoint is intact"
         )
 
     def _log_line(self, step: int, state: TrainState) -> TrainState:

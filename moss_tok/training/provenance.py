@@ -6,7 +6,6 @@ that it started from. Each checkpoint adds its number of steps. `moss-tok conver
 
 import collections
 import hashlib
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -16,7 +15,7 @@ import jax
 
 from moss_tok import checkpoint, settings, storage
 from moss_tok.data import sources
-from moss_tok.json_files import parse_json_object, read_lines
+from moss_tok.json_files import format_json, parse_json_object, read_lines
 from moss_tok.training.config import TrainConfig
 
 _OWN_ENTRIES = ("seed", "train_data", "init_from")  # flags with entries outside "flags"
@@ -108,4 +107,4 @@ def _describe_start(init_from: str) -> dict[str, Any]:
 
 def to_text(fields: dict[str, Any], steps: int) -> str:
     """The text of training.json in the checkpoint after some steps."""
-    return json.dumps({"steps": steps} | fields, indent=2) + "\n"
+    return format_json({"steps": steps} | fields)

@@ -1,13 +1,12 @@
 """The start of a run: checks its settings against an earlier run; resumes or initializes."""
 
-import json
 from typing import Any
 
 import jax
 
 from moss_tok import checkpoint, settings, sharding, storage
 from moss_tok.audio import files
-from moss_tok.json_files import read_json_object
+from moss_tok.json_files import format_json, read_json_object
 from moss_tok.training.checkpoints import Checkpoints
 from moss_tok.training.config import TrainConfig
 from moss_tok.training.objective import Say
@@ -57,7 +56,7 @@ def write_config(workdir: storage.Path, config: TrainConfig) -> None:
       ValueError: A process does not see the file.
     """
     path = workdir / _CONFIG_NAME
-    text = json.dumps(settings.flatten(config), indent=2) + "\n"
+    text = format_json(settings.flatten(config))
     if sharding.is_main_process():
         files.write_text(path, text)
     sharding.barrier("settings")

@@ -108,10 +108,13 @@ def init_state(recipe: Recipe, params: Any = None, extra: Any = None) -> TrainSt
     extra = nn.meta.unbox(objective.init_extra(key)) | (extra or {})
     extra |= objective.init_extra_optimizers(recipe.optimizer, extra)
     transformation = optimizer.of_objective(recipe.optimizer, objective)
+    ema = None
+    if recipe.optimizer.ema_decay:
+        ema = jax.tree.map(jnp.copy, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params) if recipe.optimizer.ema_decay else None,
+        ema=ema,
         opt_state=transformation.init(objective.trained(params)),
         extra=extra,
         totals=zero_totals(objective),

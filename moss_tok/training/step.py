@@ -42,7 +42,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     batch = objective.prepare(key, state.step, batch)
     masks = objective.masks(batch)
-    batch = batch | {"term_shares": {name: _shares(mask) for name, mask in masks.items()}}
+    shares = {name: _shares(mask) for name, mask in masks.items()}
+    batch = batch | {"term_shares": shares}
     parts = microbatches.split(batch, recipe.num_microbatches)
 
     def compute_outputs(trained):
