@@ -21,6 +21,7 @@ from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
+_FEWEST = 64  # positions of a batch; fewer are not worth a program, which takes long to compile
 _TARGET_PARTS = 4  # targets are computed for a multiple of this share of the positions
 
 
@@ -185,7 +186,8 @@ class SpeechBatches(PackedBatches):
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
         """T, and how many of them are computed as targets."""
-        num_positions = code_batches.bucket_size(max(map(self.size, members)), 2**31)
+        most = max(_FEWEST, *map(self.size, members))
+        num_positions = code_batches.bucket_size(most, 2**31)
         longest = max(self._sets[part].num_frames[place] for part, place, _ in members)
         share = -(-num_positions // _TARGET_PARTS)
         num_targets = -(-(int(longest) + 1) // share) * share
