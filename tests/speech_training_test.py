@@ -129,6 +129,11 @@ def test_a_batch_is_a_function_of_its_number(folder):
         assert all(np.array_equal(a[name][[1, 3]], b[name]) for name in a)
 
 
+def test_short_recordings_share_one_length(folder):
+    # Each length is a program, and compiling one takes longer than many steps of a small model.
+    assert {batch["text"].shape for batch in some_batches(folder, 20)} == {(4, 64)}
+
+
 def rows_of(batches):
     """The sequences of batches: tokens, codes, first."""
     for batch in batches:

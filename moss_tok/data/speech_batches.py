@@ -23,6 +23,7 @@ from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
+_MIN_POSITIONS = 64  # of a batch; fewer are not worth a program, which takes long to compile
 _TARGET_PARTS = 4  # the number of targets is a multiple of the positions divided by this number
 
 
@@ -232,7 +233,8 @@ class SpeechBatches(PackedBatches):
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
         """(T, F): positions, and how many of them are computed as targets."""
-        num_positions = code_batches.bucket_size(max(map(self.size, members)), 2**31)
+        largest = max(_MIN_POSITIONS, *map(self.size, members))
+        num_positions = code_batches.bucket_size(largest, 2**31)
         longest = 0  # frames
         for set_number, index, _ in members:
             longest = max(longest, int(self._sets[set_number].num_frames[index]))

@@ -1,0 +1,133 @@
+"""Reads sequences of spoken digits from audio, by templates: a measure of intelligibility.
+
+Connected word recognition by dynamic time warping (Ney, 1984, "The use of a one-stage dynamic
+programming algorithm for connected word recognition"). Every recording of a single word is a
+template; a sequence of templates, with silence between them, is aligned to the audio so that the
+sum of the distances of frames is least. Nothing is trained, so the reader knows no grammar and
+cannot guess a word that does not sound like one of its templates.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import librosa
+import numpy as np
+
+RATE = 24000
+_HOP = 240  # samples, 10 ms
+_WINDOW = 720
+_TOP_HZ = 3800  # the recordings of digits have nothing above 4 kHz
+_NUM_COEFFICIENTS = 13
+SILENCE = ""
+
+
+def cepstra(wav: np.ndarray) -> np.ndarray:
+    """Mel cepstra [C, T] of audio [S] at `RATE`; the first is the log energy."""
+    return librosa.feature.mfcc(
+        y=wav, sr=RATE, n_mfcc=_NUM_COEFFICIENTS, n_fft=1024, win_length=_WINDOW, hop_length=_HOP,
+        n_mels=26, fmin=80, fmax=_TOP_HZ,
+    )  # fmt: skip
+
+
+def features(wav: np.ndarray) -> np.ndarray:
+    """What is compared, [T, 2 C]: cepstra, energy below the loudest frame, and their slopes."""
+    found = cepstra(wav)
+    loud = found[0] > found[0].max() - 120  # in the unit of the first coefficient
+    found[0] = np.maximum(found[0] - found[0].max(), -150) / 4
+    found[1:] -= found[1:, loud].mean(axis=1, keepdims=True)
+    slopes = librosa.feature.delta(found, width=5) if found.shape[1] >= 5 else 0 * found
+    return np.concatenate([found, 3 * slopes]).T.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Templates of words, one after the other; the last is silence of one frame.
+
+    Attributes:
+      frames: [J, D] features of all templates, divided by `scale`.
+      words: The word of each template.
+      starts: [N] first frame of each template.
+      ends: [N] last frame of each template.
+      scale: [D] standard deviations of the features.
+      penalty: Cost of each word; more makes fewer words.
+    """
+
+    frames: np.ndarray
+    words: tuple[str, ...]
+    starts: np.ndarray
+    ends: np.ndarray
+    scale: np.ndarray
+    penalty: float
+
+    @classmethod
+    def of(cls, templates: Sequence[tuple[str, np.ndarray]], penalty: float) -> "Reader":
+        """A reader with templates of (word, audio [S])."""
+        found = [features(wav) for _, wav in templates]
+        every = np.concatenate(found)
+        scale = every.std(axis=0)
+        quiet = every[every[:, 0] <= np.percentile(every[:, 0], 3)].mean(axis=0, keepdims=True)
+        found.append(quiet)
+        sizes = np.array([len(x) for x in found])
+        ends = np.cumsum(sizes) - 1
+        words = (*(word for word, _ in templates), SILENCE)
+        starts = ends - sizes + 1
+        return cls(np.concatenate(found) / scale, words, starts, ends, scale, penalty)
+
+    def read(self, wav: np.ndarray) -> str:
+        """The words in audio [S], separated by spaces."""
+        heard = features(wav) / self.scale
+        distances = _distances(heard, self.frames)  # [T, J]
+        silence = len(self.words) - 1
+        costs = np.full(len(self.frames), np.inf, np.float32)
+        origins = np.full(len(self.frames), -1)  # frame before which a template was entered
+        best = np.zeros(len(heard) + 1, np.float32)  # cost of the best sequence up to a frame
+        chosen: list[tuple[int, int]] = []  # by frame: the last template, its origin
+        for time, distance in enumerate(distances):
+            costs, origins = self._advance(costs, origins, best[time], time)
+            costs += distance
+            at_ends = costs[self.ends]
+            template = int(at_ends.argmin())
+            best[time + 1] = at_ends[template]
+            chosen.append((template, int(origins[self.ends[template]])))
+        said = []
+        time = len(heard)
+        while time > 0:
+            template, time = chosen[time - 1]
+            if template != silence:
+                said.append(self.words[template])
+        return " ".join(reversed(said))
+
+    def _advance(
+        self, costs: np.ndarray, origins: np.ndarray, best: float, time: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Costs [J] of the best ways into each frame of a template, and their origins.
+
+        A way stays on a frame, goes on by one or skips one; it enters only first frames.
+        """
+        ways = [costs]
+        sources = [origins]
+        for step in (1, 2):
+            moved = np.full_like(costs, np.inf)
+            moved[step:] = costs[:-step]
+            for offset in range(step):
+                inside = self.starts[self.starts + offset <= self.ends] + offset
+                moved[inside] = np.inf
+            source = np.full_like(origins, -1)
+            source[step:] = origins[:-step]
+            ways.append(moved)
+            sources.append(source)
+        entered = np.full_like(costs, np.inf)
+        entered[self.starts] = best + self.penalty
+        entered[self.starts[-1]] = best + self.penalty / 4
+        ways.append(entered)
+        sources.append(np.full_like(origins, time))
+        stacked = np.stack(ways)
+        choice = stacked.argmin(axis=0)
+        places = np.arange(len(costs))
+        return stacked[choice, places], np.stack(sources)[choice, places]
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Euclidean distances [T, J] of features [T, D] and [J, D]."""
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+    return np.sqrt(np.maximum(squares, 0))
