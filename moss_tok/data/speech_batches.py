@@ -21,7 +21,7 @@ from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
-_TARGET_PARTS = 4  # targets are computed for a multiple of this share of the positions
+_TARGET_PARTS = 8  # targets are computed for a multiple of this share of the positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +185,8 @@ class SpeechBatches(PackedBatches):
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
         """T, and how many of them are computed as targets."""
-        num_positions = code_batches.bucket_size(max(map(self.size, members)), 2**31)
         longest = max(self._sets[part].num_frames[place] for part, place, _ in members)
-        share = -(-num_positions // _TARGET_PARTS)
-        num_targets = -(-(int(longest) + 1) // share) * share
-        return num_positions, min(num_targets, num_positions)
+        return array_sizes(max(map(self.size, members)), int(longest))
 
     def read(self, member: Member) -> Sample:
         """The sequence."""
@@ -204,6 +201,21 @@ class SpeechBatches(PackedBatches):
     def arrays(self, item: Sample | None, shape: tuple[int, ...]) -> Batch:
         """See `batches`."""
         return arrays(self._shape.config, item, shape)
+
+
+def array_sizes(num_positions: int, num_frames: int) -> tuple[int, int]:
+    """Sizes of the arrays of a batch: positions, and those of them that are computed as targets.
+
+    They are few, because a step is compiled for each.
+
+    Args:
+      num_positions: Of the longest sequence.
+      num_frames: Of the longest recording; its end is predicted, too.
+    """
+    padded = code_batches.bucket_size(num_positions, 2**31)
+    share = -(-padded // _TARGET_PARTS)
+    num_targets = -(-(num_frames + 1) // share) * share
+    return padded, min(num_targets, padded)
 
 
 def sample(shape: SpeechShape, item: Item, reference: Item | None = None) -> Sample:

@@ -85,6 +85,8 @@ def find_sets(
       ValueError: No such source, no evaluation recordings, or one of the checks.
     """
     data = config.data
+    if not data.train_data:
+        raise ValueError("train_data must name codes of moss-tok tokenize or JSON lines, got none")
     sources, weights = code_batches.find_sources(data.train_data)
     held_out = sources
     if data.eval_data:

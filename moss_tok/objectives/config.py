@@ -330,8 +330,10 @@ def configure(**flags: Any) -> TrainConfig:
     """
     selection = settings.build(SelectionConfig, flags)
     chosen = OBJECTIVES[selection.name].settings
-    data = data_settings(flags.get("train_data", ""))
-    if data not in OBJECTIVES[selection.name].data:
+    accepted = OBJECTIVES[selection.name].data
+    train_data = flags.get("train_data", "")
+    data = data_settings(train_data) if train_data else accepted[0]
+    if data not in accepted:
         wanted = "audio, but train_data holds codes"
         if data is AudioDataConfig:
             wanted = "codes (of moss-tok tokenize, or JSON lines), but train_data holds none"
