@@ -360,21 +360,26 @@ def test_costs_of_an_attention_kernel():
     names = {"jit(f)/encoder/stage_1/layers/splash_mha_fwd": 2.0}
     module, rate = codec.encoder[1], codec.stage_rates("encoder")[1]
     frames = 256
-    found = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
+    costs = compile_check.attention_costs
+
+    def attention_of(name):
+        return costs.of_codec(name, codec, frames / rate)
+
+    found = costs.kernel_costs(names, attention_of, compute, items=3)
     heads = 2 * 3 * module.num_heads
     assert kernels.splash_block(frames, frames) == 256
     assert found.flops == heads * 2 * 2 * 256 * 256 * module.head_dim
     assert found.hbm_bytes == heads * 256 * 128 * 2 * (2 + 3)
     for precision, passes in (("highest", 6), ("high", 6), ("default", 1)):  # it has no high
         compute = ComputeConfig(precision=precision)
-        exact = compile_check.kernel_costs(names, codec, compute, frames / rate, items=3)
+        exact = costs.kernel_costs(names, attention_of, compute, items=3)
         assert exact.flops == passes * found.flops
     compute = ComputeConfig(dtype="bfloat16")
     language = LanguageConfig(8, 257, 256, 128, 1, 2, 1, 64)
-    names = {"jit(f)/SemanticHead/model/layers/splash_mha_fwd": 2.0}
-    found = compile_check.kernel_costs(
-        names, codec, compute, 200 / codec.frame_rate, 6, language, 54, (2, 4)
-    )
+    name = "jit(f)/SemanticHead/model/layers/splash_mha_fwd"
+    attention = costs.of_codec(name, codec, 200 / codec.frame_rate, language, 54)
+    assert attention == costs.Attention(256, 256, 2, 64)
+    found = costs.kernel_costs({name: 2.0}, lambda _: attention, compute, 6, (2, 4))
     assert found.flops == 2 * 3 * 2 * 2 * 2 * 256 * 256 * 64  # 2 heads are not split over 4 chips
 
 
@@ -394,6 +399,19 @@ def test_a_train_step_on_a_v5e_host():
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"all-gather .* asynchronous", done.stdout), done.stdout
     assert re.search(r"reduce-scatter .* waited for", done.stdout), done.stdout  # small ones are
+
+
+def test_a_speech_step_on_a_v5e_host():
+    pytest.importorskip("libtpu")
+    run = ["--objective=speech", "--codec=tiny", "--batch_size=8", "--mesh=fsdp:4"]
+    run += ["--dtype=bfloat16", "--remat=full", "--segment_seconds=8", "--topology=v5e:2x2"]
+    done = check(*run, "--nocode")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tiny: 7.6 M parameters; 8 x 8 s, 230 positions padded to 256" in done.stdout
+    assert "train_step, optimised" in done.stdout and "utilisation" in done.stdout
+    done = check(*run, "--functions=encode")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: functions must be one of train_step, got 'encode'\n"
 
 
 def test_no_figure_waits_for_the_machine_code():

@@ -1,14 +1,7 @@
 """The demo: its server, and its page in a headless browser (skipped without Chromium)."""
 
-import asyncio
 import io
-import os
-import re
-import shutil
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,37 +11,22 @@ from helpers import RATE
 pytest.importorskip("aiohttp", reason="the extra `demo` is not installed")
 
 from aiohttp import WSMsgType
-from aiohttp.test_utils import TestClient, TestServer
+from demo_helpers import (
+    FAKE_DEVICES,
+    NARROW,
+    WIDE,
+    chromium,
+    demo,
+    no_sideways_scrolling,
+    noise,
+    open_page,
+    serve,
+    wav_bytes,
+)
 
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
-from moss_tok.demo import server, sound
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WIDE = {"width": 1280, "height": 900}
-NARROW = {"width": 390, "height": 844}
-SCREENSHOTS = os.environ.get("MOSS_TOK_SCREENSHOTS")  # folder to keep pictures of the page in
-
-
-def noise(seconds=1.0, scale=0.1):
-    return scale * np.random.default_rng(0).standard_normal(int(seconds * RATE))
-
-
-def wav_bytes(samples, rate=RATE):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV")
-    return buffer.getvalue()
-
-
-def serve(codec, check):
-    """Runs `check`, a coroutine function of a client, against a server."""
-
-    async def run():
-        app = server.Demo(codec, "tiny", "a test").app()
-        async with TestClient(TestServer(app)) as client:
-            return await check(client)
-
-    return asyncio.run(run())
+from moss_tok.demo import sound
 
 
 def test_a_recording(micro):
@@ -171,47 +149,14 @@ def test_busy_port(checkpoint, capsys):
 
 @pytest.fixture(scope="module")
 def address(checkpoint):
-    """The address of a demo in another process."""
-    argv = [sys.executable, "-m", "moss_tok", "demo", "--checkpoint", str(checkpoint), "--port=0"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
-        process.terminate()
+    with demo("--checkpoint", checkpoint) as found:
+        yield found
 
 
 @pytest.fixture
 def browser():
-    """Headless Chromium whose microphone is a beep each second."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium")
-    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-             "--no-sandbox", "--autoplay-policy=no-user-gesture-required"]  # fmt: skip
-    with playwright.sync_playwright() as run:
-        chromium = run.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
-
-
-def open_page(browser, address, viewport=WIDE, **options):
-    """The page, the addresses that it asks for, and the errors of its scripts."""
-    page = browser.new_context(viewport=viewport, bypass_csp=True, **options).new_page()
-    page.set_default_timeout(120_000)
-    asked, errors = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
-    page.wait_for_selector("body[data-ready]")
-    return page, asked, errors
-
-
-def screenshot(page, name):
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
-
-
-def no_sideways_scrolling(page):
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    with chromium(*FAKE_DEVICES) as started:
+        yield started
 
 
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
@@ -268,14 +213,9 @@ def test_recording_on_the_page(browser, address):
 
 
 def test_no_microphone(address):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium")
-    with playwright.sync_playwright() as run:
-        chromium = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, _, _ = open_page(chromium, f"{address}#live", permissions=["microphone"])
+    with chromium() as browser:
+        page, _, _ = open_page(browser, f"{address}#live", permissions=["microphone"])
         page.click("#start")
         page.wait_for_selector("#live-message.bad")
         assert page.inner_text("#live-message") == "No microphone was found."
         assert page.inner_text("#start") == "Start"
-        chromium.close()

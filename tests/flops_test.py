@@ -13,6 +13,8 @@ from moss_tok.language.model import SemanticHead
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives import flops
 from moss_tok.objectives.discriminators import Discriminators
+from moss_tok.speech.config import SpeechConfig, StackConfig
+from moss_tok.speech.model import SpeechModel
 
 COMPUTE = ComputeConfig(precision="default", attention="dense")
 
@@ -61,6 +63,42 @@ def test_a_language_model_counts_what_xla_counts():
     batch = (latents, num_frames * one, one, jnp.zeros((1, num_tokens), jnp.int32), one)
     found = counted(head.apply, head.init(jax.random.key(0), *batch), *batch)
     assert flops.language_flops(config, num_frames, num_tokens) == pytest.approx(found, rel=0.03)
+
+
+def test_a_speech_model_counts_what_xla_counts():
+    """Dense attention computes both triangles, which has no weight at these widths."""
+    temporal = StackConfig(512, 1, 4, 2, 128, 1024)
+    depth = StackConfig(256, 1, 2, 2, 128, 512)
+    config = SpeechConfig(320, 100, 7, temporal, depth, 128, slot_id=1, end_id=2)
+    model = SpeechModel(config, COMPUTE)
+    num_frames = 20
+    text = jnp.zeros((1, num_frames + 1), jnp.int32)
+    codes = jnp.zeros((1, 7, num_frames + 1), jnp.int32)
+    batch = (text, codes, jnp.ones((1, 7), bool))
+    found = counted(model.apply, model.init(jax.random.key(0), *batch), *batch)
+    end = flops.blocks_flops(depth, 1) + 2 * 128 * (2 * 512 + 256 + 2 * 256 + 512) + 2 * 512 * 320
+    expected = flops.speech_flops(config, num_frames + 1, num_frames) - end
+    assert expected == pytest.approx(found, rel=0.03)
+
+
+def test_a_speech_model_counted_by_hand():
+    """Three positions before the end: a token of text, and two frames of two codes."""
+    config = SpeechConfig(
+        7, 5, 2, StackConfig(8, 2, 2, 1, 4, 16), StackConfig(6, 3, 1, 1, 4, 10), 12, 1, 2
+    )
+    q, kv, out, mlp = 8 * 8, 2 * 8 * 4, 8 * 8, 3 * 8 * 16
+    scores_and_sums = 2 * (1 + 2 + 3) * 2 * 4  # keys that are seen, heads, width
+    temporal = 2 * (3 * (q + kv + out + mlp) + scores_and_sums)
+    weights = 4 * 6 * 4 + 3 * 6 * 10
+    frame = 3 * (3 * weights + 2 * (1 + 2 + 3) * 4)
+    end = 3 * (weights + 2 * 1 * 4)
+    depth = 2 * frame + end
+    channels = 2 * 3 + 1
+    before = channels * (2 * 8 * 12 + 12 * 6)
+    after = channels * (2 * 6 * 12 + 12 * 8)
+    heads = 3 * 8 * 7 + 2 * 2 * 8 * 6
+    expected = 2 * (temporal + depth + before + after + heads)
+    assert flops.speech_flops(config, 4, 2) == expected
 
 
 def test_a_step_costs_more_with_discriminators_and_less_with_frozen_parts():

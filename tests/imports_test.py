@@ -45,7 +45,7 @@ FLOORS = [
      "objectives.adversarial", "objectives.recognition", "objectives.code_data",
      "objectives.code_recognition", "objectives.speech_data", "objectives.speech",
      "objectives.flops"],
-    ["demo.sound", "demo.server"],
+    ["demo.sound", "demo.speech", "demo.server"],
     ["cli.arguments", "cli.commands", "cli.decode", "cli.encode", "cli.reconstruct", "cli.compare",
      "cli.convert", "cli.demo",
      "cli.info", "cli.prepare", "cli.stream",

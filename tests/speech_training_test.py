@@ -370,6 +370,7 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
         ({"codec": ""}, "objective=speech needs codec"),
         ({"init_from": "codec"}, "holds no speech model"),
         ({"trainable": "decoder"}, "objective=speech needs trainable=all"),
+        ({"train_data": ""}, "train_data must name codes"),
         ({"train_data": "in"}, "trains on codes .*, but train_data holds none"),
         ({"eval_data": "three", "num_eval_clips": 1}, "no recordings of the split 'test'"),
         ({"quantizer_dropout": 0.5}, "the objective speech on codes has no setting"),
@@ -377,7 +378,7 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
 )
 def test_what_is_refused(folder, tmp_path, changes, message):
     for name in ("train_data", "eval_data", "init_from"):
-        if name in changes:
+        if changes.get(name):
             changes = changes | {name: str(folder / changes[name])}
     with pytest.raises(ValueError, match=message):
         train(flags_of(folder, tmp_path / "run", **changes))

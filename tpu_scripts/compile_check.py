@@ -17,7 +17,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # libtpu warns without i
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import dataclasses
-import math
+import functools
 import re
 import sys
 import tempfile
@@ -26,30 +26,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attention_costs
 import hlo
 import jax
 import jax.numpy as jnp
 from absl import flags
 from estimates import CHIPS, Chip, Estimate, check_scaling, giga, show_scaling
 from flax import linen as nn
-from hlo_costs import PASSES
 from jax.experimental import topologies
 
 import moss_tok
 from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.codec.config import CodecConfig
-from moss_tok.codec.presets import load_codec_config
+from moss_tok.codec.presets import PRESETS, load_codec_config
 from moss_tok.errors import check_choice
-from moss_tok.language.config import LanguageConfig
-from moss_tok.nn.compute import BF16_PRODUCTS, PRECISIONS, ComputeConfig
-from moss_tok.nn.kernels import splash_block
+from moss_tok.nn.compute import PRECISIONS
 from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives import flops
 from moss_tok.objectives.config import build_objective
+from moss_tok.objectives.speech import SpeechObjective
 from moss_tok.training import state, step
+from moss_tok.training.config import TrainConfig
 
-FUNCTIONS = ("train_step", "encode", "decode")
+FUNCTIONS = ("train_step", "encode", "decode")  # of a codec; a speech model has the first
 
 
 def get_mesh(topology: str, text: str) -> jax.sharding.Mesh:
@@ -72,11 +72,11 @@ def lower(
     precision: str,
 ) -> jax.stages.Lowered:
     """Lowers the train step of a run, or encode or decode of a batch of the same shape."""
-    codec = recipe.objective.codec
     batch = step.batch_shapes(recipe, batch_size, mesh)
     if function == "train_step":
         shapes = state.state_shapes(recipe, mesh)
         return step.sharded_train_step(recipe, shapes, batch_size).lower(shapes, batch)
+    codec = recipe.objective.codec
     ready = moss_tok.Codec(_params(codec, mesh), codec, PRECISIONS[precision])
     argument = batch["wav"]
     if function == "decode":
@@ -157,56 +157,6 @@ def optimised(lowered: jax.stages.Lowered) -> Program:
     return Program(text, sum(map(int, arguments)), int(peak[1]), None)
 
 
-def kernel_costs(
-    kernels: dict[str, float],
-    codec: CodecConfig,
-    compute: ComputeConfig,
-    seconds: float,
-    items: int,
-    language: LanguageConfig | None = None,
-    num_tokens: int = 0,
-    parts: tuple[int, int] = (1, 1),
-) -> hlo.Costs:
-    """FLOPs and bytes of the attention kernels, which the HLO does not show.
-
-    Partly masked blocks count in full; keys and values are read for every block of queries that
-    attends to them.
-
-    Args:
-      kernels: Sources of the kernels, and how often each runs.
-      codec: The codec whose stages have kernels.
-      compute: Compute settings of the kernels.
-      seconds: Length of an item.
-      items: Number of items in a batch.
-      language: The language model; it has the kernels that belong to no stage.
-      num_tokens: Length of its text.
-      parts: Numbers of parts that items and heads are split into. If a number does not divide,
-        every chip computes all items or heads.
-    """
-    total = hlo.Costs()
-    half = compute.dtype == "bfloat16"
-    is_single = half or compute.precision in ("default", BF16_PRODUCTS)
-    passes = 1 if is_single else PASSES["highest"]  # kernels have no high
-    for name, times in kernels.items():
-        if stage := re.search(r"(encoder|decoder)/stage_(\d+)", name):
-            side, number = stage[1], int(stage[2])
-            module, window = getattr(codec, side)[number], codec.windows(side)[number]
-            frames = round(codec.stage_rates(side)[number] * seconds)
-        else:
-            module = language
-            window = frames = round(codec.frame_rate * seconds) + 2 + num_tokens
-        size = splash_block(frames, min(window, frames))
-        blocks = -(-frames // size)
-        seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))
-        rows = zip((items, module.num_heads), parts, strict=True)
-        heads = math.prod(size // n if size % n == 0 else size for size, n in rows)
-        products = {"fwd": 2, "dq": 3, "dkv": 4}[re.search(r"fwd|dq|dkv", name)[0]]
-        block_bytes = size * max(module.head_dim, 128) * (2 if half else 4)
-        total.flops += times * heads * seen * products * 2 * passes * size * size * module.head_dim
-        total.hbm_bytes += times * heads * block_bytes * (2 * seen + (products + 1) * blocks)
-    return total
-
-
 def report(
     function: str,
     recipe: state.Recipe,
@@ -217,8 +167,6 @@ def report(
     precision: str,
 ) -> bool:
     """Compiles a function, prints its costs, and returns whether it fits."""
-    objective = recipe.objective
-    codec = objective.codec
     began = time.perf_counter()
     try:
         make = compiled if flags.FLAGS.code else optimised
@@ -232,20 +180,8 @@ def report(
     peak = program.peak + (program.code or 0)
     fits = peak <= chip.hbm_bytes
     costs = hlo.analyse(program.text)
-    items = batch_size
-    if function == "train_step":
-        items //= step.fit_microbatches(recipe, mesh, batch_size).num_microbatches
-        compute = objective.compute
-        useful = batch_size * flops.item_flops(objective)
-    else:
-        compute = PRECISIONS[precision]
-        sides = flops.codec_flops(codec, objective.num_samples)
-        names = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
-        useful = batch_size * sum(sides[name] for name in names)
-    audio = objective.num_samples / codec.sample_rate
-    parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
-    text = (objective.language, objective.settings.text.max_text_tokens)
-    costs.add(kernel_costs(costs.kernels, codec, compute, audio, items, *text, parts))
+    useful = useful_flops(function, recipe, batch_size)
+    costs.add(_kernel_costs(function, recipe, batch_size, mesh, precision, costs.kernels))
     estimate = Estimate(chip, link_rate, mesh.size, costs, useful)
     made = "optimised" if program.code is None else "compiled"
     code = "" if program.code is None else f", code {giga(program.code)}"
@@ -260,6 +196,50 @@ def report(
     return fits
 
 
+def useful_flops(function: str, recipe: state.Recipe, batch_size: int) -> float:
+    """Useful FLOPs of a function on a batch, on all chips together."""
+    objective = recipe.objective
+    if function == "train_step":
+        return batch_size * flops.item_flops(objective)
+    sides = flops.codec_flops(objective.codec, objective.num_samples)
+    names = {"encode": ("encoder", "quantizer"), "decode": ("decoder",)}[function]
+    return batch_size * sum(sides[name] for name in names)
+
+
+def _kernel_costs(
+    function: str,
+    recipe: state.Recipe,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    precision: str,
+    kernels: dict[str, float],
+) -> hlo.Costs:
+    objective = recipe.objective
+    items = batch_size
+    compute = PRECISIONS[precision]
+    if function == "train_step":
+        items //= step.fit_microbatches(recipe, mesh, batch_size).num_microbatches
+        compute = objective.compute
+    if isinstance(objective, SpeechObjective):
+        # The depth Transformer has so few channels that it uses no kernel.
+        stack = objective.config.temporal
+        (size,), _ = objective.item_shapes()["text"]
+        attention = attention_costs.Attention(size, size, stack.num_heads, stack.head_dim)
+
+        def attention_of(name: str) -> attention_costs.Attention:
+            return attention
+    else:
+        attention_of = functools.partial(
+            attention_costs.of_codec,
+            codec=objective.codec,
+            seconds=objective.num_samples / objective.codec.sample_rate,
+            language=objective.language,
+            num_tokens=objective.settings.text.max_text_tokens,
+        )
+    parts = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
+    return attention_costs.kernel_costs(kernels, attention_of, compute, items, parts)
+
+
 def show_traffic(costs: hlo.Costs) -> None:
     """Prints the operations of the Python program with the most memory traffic."""
     largest = sorted(costs.traffic.items(), key=lambda item: -item[1])[: flags.FLAGS.top]
@@ -267,40 +247,68 @@ def show_traffic(costs: hlo.Costs) -> None:
         print(f"  {giga(num_bytes):>10} GB  {source}")
 
 
-def main() -> None:
-    """Compiles and reports the functions of --functions."""
-    jax.config.update("jax_enable_compilation_cache", False)  # no device here can run the programs
-    topology = flags.FLAGS.topology
-    precision = flags.FLAGS.codec_precision
-    functions = flags.FLAGS.functions.split(",")
-    for function in functions:
-        check_choice("functions", function, FUNCTIONS)
-    check_choice("codec_precision", precision, tuple(PRECISIONS))
-    config = train_flags.config()
-    init_from = config.run.init_from
+def find_codec(config: TrainConfig) -> CodecConfig | None:
+    """The codec of a run, without its weights; None if the flags say none.
+
+    The flag codec of the objective speech may also be the name of a preset.
+    """
+    if config.selection.name == "speech":
+        name = config.objective.codec
+        if name in PRESETS:
+            return load_codec_config(name)
+        return pretrained.load_config(name) if name else None
     model = getattr(config.objective, "codec", config.objective).model
-    if init_from and not model:
-        codec = pretrained.load_config(init_from)
-    else:
-        codec = load_codec_config(model or "tiny")
-    batch_size = config.data.batch_size
-    mesh = get_mesh(topology, config.devices.mesh)
-    sharding.check_batch_size(mesh, batch_size)
-    if flags.FLAGS.scaling:
-        check_scaling(mesh)
-    objective = build_objective(config, codec=codec)
-    recipe = state.Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    if config.run.init_from and not model:
+        return pretrained.load_config(config.run.init_from)
+    return load_codec_config(model or "tiny")
+
+
+def describe(
+    topology: str, mesh: jax.sharding.Mesh, config: TrainConfig, recipe: state.Recipe
+) -> None:
+    """Prints the slice, the model and the batch."""
     shapes = state.state_shapes(recipe, mesh)
     count = sum(x.size for x in jax.tree.leaves(shapes.params))
     discriminators = shapes.extra.get("discriminators")
     discriminator_count = sum(x.size for x in jax.tree.leaves(discriminators))
     more = f", discriminators {discriminator_count / 1e6:.1f} M" if discriminator_count else ""
     axes = " ".join(f"{name}:{size}" for name, size in mesh.shape.items())
+    items = f"{config.data.batch_size} x {config.data.segment_seconds:g} s"
+    objective = recipe.objective
+    if isinstance(objective, SpeechObjective):
+        model = config.objective.speech_model
+        (size,), _ = objective.item_shapes()["text"]
+        (num_targets,), _ = objective.item_shapes()["targets"]
+        items += (
+            f", {objective.num_positions} positions padded to {size}, "
+            f"{objective.max_frames} frames to {num_targets}"
+        )
+    else:
+        model = getattr(config.objective, "codec", config.objective).model
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
-    print(
-        f"{model or init_from}: {count / 1e6:.1f} M parameters{more}; "
-        f"{batch_size} x {config.data.segment_seconds:g} s"
-    )
+    print(f"{model or config.run.init_from}: {count / 1e6:.1f} M parameters{more}; {items}")
+
+
+def main() -> None:
+    """Compiles and reports the functions of --functions."""
+    jax.config.update("jax_enable_compilation_cache", False)  # no device here can run the programs
+    topology = flags.FLAGS.topology
+    precision = flags.FLAGS.codec_precision
+    check_choice("codec_precision", precision, tuple(PRECISIONS))
+    config = train_flags.config()
+    is_speech = config.selection.name == "speech"
+    known = FUNCTIONS[:1] if is_speech else FUNCTIONS
+    functions = flags.FLAGS.functions.split(",") if flags.FLAGS.functions else known
+    for function in functions:
+        check_choice("functions", function, known)
+    batch_size = config.data.batch_size
+    mesh = get_mesh(topology, config.devices.mesh)
+    sharding.check_batch_size(mesh, batch_size)
+    if flags.FLAGS.scaling:
+        check_scaling(mesh)
+    objective = build_objective(config, codec=find_codec(config))
+    recipe = state.Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
+    describe(topology, mesh, config, recipe)
     kind, _, shape = topology.partition(":")
     chip = CHIPS[kind]
     link_rate = chip.link_rate([int(n) for n in shape.split("x")])
@@ -315,7 +323,12 @@ def main() -> None:
 if __name__ == "__main__":
     train_flags.define()
     flags.DEFINE_string("topology", "v5p:2x2x1", "chip and shape of the slice, as in v5p:4x4x4")
-    flags.DEFINE_string("functions", ",".join(FUNCTIONS), "functions to compile")
+    flags.DEFINE_string(
+        "functions",
+        "",
+        f"functions to compile, separated by commas; empty: {', '.join(FUNCTIONS)}, or of the "
+        f"objective speech {FUNCTIONS[0]}",
+    )
     flags.DEFINE_string(
         "codec_precision", "highest", f"of encode and decode: {', '.join(PRECISIONS)}"
     )

@@ -209,3 +209,20 @@ def meter(total_seconds: float) -> Iterator[Callable[[float], None]]:
 
     with bar:
         yield add
+
+
+def codec_of_run(checkpoint: str, flag: str) -> str:
+    """The codec in the settings of a training workdir of a speech model.
+
+    Raises:
+      ValueError: They do not say which; the message names the `flag` that does.
+    """
+    from moss_tok import storage
+    from moss_tok.checkpoint import RUN_CONFIG_NAME
+    from moss_tok.json_files import read_json_object
+
+    path = storage.to_path(checkpoint) / RUN_CONFIG_NAME
+    codec = read_json_object(path).get("codec") if path.is_file() else None
+    if not codec:
+        raise ValueError(f"{checkpoint} does not say which codec it speaks with: give {flag}")
+    return codec

@@ -1,4 +1,4 @@
-"""Serves a page on this machine that reconstructs audio files and the microphone.
+"""Serves a page on this machine that reconstructs audio files and the microphone, and speaks texts.
 
 The page loads nothing from elsewhere and works without a network.
 """
@@ -13,6 +13,12 @@ EXAMPLE = "moss-tok demo --port 7860"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     arguments.add_checkpoint(parser)
+    parser.add_argument(
+        "--speaker",
+        metavar="RUN",
+        help="checkpoint or training workdir of a speech model, for the tab Speak; the default of "
+        "--checkpoint is then the codec in the settings of the workdir",
+    )
     parser.add_argument(
         "--port",
         type=int,
@@ -33,11 +39,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"the demo needs the extra: {extras.install('demo')}")
 
     from moss_tok.demo import server
+    from moss_tok.demo.speech import Speaker
 
     with server.bind(args.port) as listener:
-        codec = moss_tok.load(args.checkpoint)
-        name = Path(args.checkpoint).name if args.checkpoint else "the codec in moss_tok"
-        note = "" if args.checkpoint else assets.NOTE
+        checkpoint = args.checkpoint
+        if args.speaker and not checkpoint:
+            checkpoint = arguments.codec_of_run(args.speaker, "--checkpoint, its codec")
+        codec = moss_tok.load(checkpoint)
+        speaker = Speaker.load(args.speaker, codec) if args.speaker else None
+        name = Path(checkpoint).name if checkpoint else "the codec in moss_tok"
+        note = "" if checkpoint else assets.NOTE
         address = "http://{}:{}/".format(*listener.getsockname())
         print(f"open {address} in a browser; Ctrl+C ends the demo", flush=True)
-        server.run(codec, name, note, listener)
+        server.run(server.Demo(codec, name, note, speaker), listener)

@@ -113,9 +113,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampling(args: argparse.Namespace) -> Any:
     from moss_tok.speech.sampling import DEFAULT, Channel, Sampling
+    from moss_tok.speech.speaking import MAX_SEED
 
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"seed must be 0..{2**31 - 1}, got {args.seed}")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise ValueError(f"seed must be 0..{MAX_SEED}, got {args.seed}")
     if args.prompt_text and not args.prompt:
         raise ValueError("prompt-text needs --prompt, the recording in which it is said")
     channel = Channel(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
@@ -216,22 +217,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     speech = pretrained.load(args.checkpoint)
     generate.check_num_quantizers(speech.config, args.num_quantizers)
-    codec = moss_tok.load(args.codec or _codec_of_run(args.checkpoint))
+    codec = moss_tok.load(args.codec or arguments.codec_of_run(args.checkpoint, "--codec"))
     speaking.check_codec(speech.config, codec)
     return speech, codec
-
-
-def _codec_of_run(checkpoint: str) -> str:
-    """The codec in the settings of a training workdir."""
-    from moss_tok import storage
-    from moss_tok.checkpoint import RUN_CONFIG_NAME
-    from moss_tok.json_files import read_json_object
-
-    path = storage.to_path(checkpoint) / RUN_CONFIG_NAME
-    codec = read_json_object(path).get("codec") if path.is_file() else None
-    if not codec:
-        raise ValueError(f"{checkpoint} does not say which codec it speaks with: give --codec")
-    return codec
 
 
 def _requests(speech: Any, codec: Any, rows: list[_Row], is_list: bool) -> list[Any]:

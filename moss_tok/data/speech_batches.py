@@ -24,7 +24,7 @@ from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
 _MIN_POSITIONS = 64  # of a batch; fewer are not worth a program, which takes long to compile
-_TARGET_PARTS = 4  # the number of targets is a multiple of the positions divided by this number
+_TARGET_PARTS = 8  # the number of targets is a multiple of the positions divided by this number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +233,11 @@ class SpeechBatches(PackedBatches):
 
     def shape(self, members: Sequence[Member]) -> tuple[int, ...]:
         """(T, F): positions, and how many of them are computed as targets."""
-        largest = max(_MIN_POSITIONS, *map(self.size, members))
-        num_positions = code_batches.bucket_size(largest, 2**31)
+        num_positions = max(map(self.size, members))
         longest = 0  # frames
         for set_number, index, _ in members:
             longest = max(longest, int(self._sets[set_number].num_frames[index]))
-        step = math.ceil(num_positions / _TARGET_PARTS)
-        num_targets = math.ceil((longest + 1) / step) * step
-        return num_positions, min(num_targets, num_positions)
+        return array_sizes(num_positions, longest)
 
     def read(self, member: Member) -> Sample:
         """The sequence."""
@@ -255,6 +252,21 @@ class SpeechBatches(PackedBatches):
     def arrays(self, item: Sample | None, shape: tuple[int, ...]) -> Batch:
         """See `batches`."""
         return arrays(self._shape.config, item, shape)
+
+
+def array_sizes(num_positions: int, num_frames: int) -> tuple[int, int]:
+    """Sizes of the arrays of a batch: positions, and those of them that are computed as targets.
+
+    They are few, because a step is compiled for each.
+
+    Args:
+      num_positions: Of the longest sequence.
+      num_frames: Of the longest recording; its end is predicted, too.
+    """
+    padded = code_batches.bucket_size(max(_MIN_POSITIONS, num_positions), 2**31)
+    step = math.ceil(padded / _TARGET_PARTS)
+    num_targets = math.ceil((num_frames + 1) / step) * step
+    return padded, min(num_targets, padded)
 
 
 def sample(shape: SpeechShape, item: Item, reference: Item | None = None) -> Sample:

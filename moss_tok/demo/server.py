@@ -7,6 +7,7 @@
   GET  /recordings/ID/N.wav, .png   the audio and its spectrogram; N = 0: the original
   GET  /recordings/ID/N.codes.png   the codes, those of N quantizers in colour
   GET  /live?quantizers=N           a WebSocket, see `_live`
+  GET  /speak                       a WebSocket, see `_speak`; the result is a recording
 
 Errors are JSON {"error": one sentence} with status 400. Everything the page needs comes from here,
 and the browser is told to load nothing from elsewhere.
@@ -27,7 +28,7 @@ from aiohttp import WSMsgType, web
 
 import moss_tok
 from moss_tok.codec.inference import Codec
-from moss_tok.demo import sound
+from moss_tok.demo import sound, speech
 
 _PAGE = Path(__file__).parent / "page"
 _MAX_RECORDINGS = 8  # that are kept in memory
@@ -55,18 +56,18 @@ def bind(port: int) -> socket.socket:
     return listener
 
 
-def run(codec: Codec, name: str, note: str, listener: socket.socket) -> None:
+def run(demo: "Demo", listener: socket.socket) -> None:
     """Serves the demo until it is interrupted."""
-    app = Demo(codec, name, note).app()
-    web.run_app(app, sock=listener, print=lambda *_: None, access_log=None)
+    web.run_app(demo.app(), sock=listener, print=lambda *_: None, access_log=None)
 
 
 class Demo:
-    """The state of the server: the codec and the latest recordings."""
+    """The state of the server: the models and the latest recordings."""
 
-    def __init__(self, codec: Codec, name: str, note: str):
-        """Args: codec; its name and a note about it, which the page shows."""
+    def __init__(self, codec: Codec, name: str, note: str, speaker: speech.Speaker | None = None):
+        """Args: codec; its name and a note about it, which the page shows; what speaks texts."""
         self._codec = codec
+        self._speaker = speaker
         self._name = name
         self._note = note
         self._recordings: collections.OrderedDict[str, sound.Recording] = collections.OrderedDict()
@@ -74,6 +75,7 @@ class Demo:
         self._computing = asyncio.Lock()
         self._live_page: web.WebSocketResponse | None = None  # the latest
         self._streaming = asyncio.Lock()
+        self._speaking = asyncio.Lock()
 
     def app(self) -> web.Application:
         """The application."""
@@ -86,6 +88,7 @@ class Demo:
             web.get(r"/recordings/{id}/{n:\d+}", self._measure),
             web.get(r"/recordings/{id}/{n:\d+}.{kind:wav|png|codes\.png}", self._show),
             web.get("/live", self._live),
+            web.get("/speak", self._speak),
             web.static("/page", _PAGE),
         ])  # fmt: skip
         return app
@@ -104,20 +107,28 @@ class Demo:
             "bitrate": config.bitrate(1),
             "max_seconds": sound.MAX_SECONDS,
             "ticks": sound.frequency_ticks(config.sample_rate),
+            "speaker": self._speaker and self._speaker.describe(),
         })  # fmt: skip
 
     async def _add(self, request: web.Request) -> web.Response:
         data = await request.read()
         name = request.query.get("name", "recording")
         recording = await self._compute(sound.read, self._codec, data, name)
+        return web.json_response(self._keep(recording))
+
+    def _keep(self, recording: sound.Recording) -> dict[str, Any]:
+        """Stores a recording; its id and lengths for the page."""
         key = secrets.token_hex(8)
         self._recordings[key] = recording
         while len(self._recordings) > _MAX_RECORDINGS:
             old, _ = self._recordings.popitem(last=False)
             self._results = {k: v for k, v in self._results.items() if k[0] != old}
-        seconds = recording.wav.shape[1] / self._codec.config.sample_rate
-        fields = {"id": key, "seconds": seconds, "file_seconds": recording.seconds}
-        return web.json_response(fields | {"num_frames": recording.codes.shape[1]})
+        return {
+            "id": key,
+            "seconds": recording.wav.shape[1] / self._codec.config.sample_rate,
+            "file_seconds": recording.seconds,
+            "num_frames": recording.codes.shape[1],
+        }
 
     async def _measure(self, request: web.Request) -> web.Response:
         recording, number = self._requested(request)
@@ -143,14 +154,18 @@ class Demo:
         return web.Response(body=body, content_type="image/png")
 
     def _requested(self, request: web.Request) -> tuple[sound.Recording, int]:
-        recording = self._recordings.get(request.match_info["id"])
-        if recording is None:
-            raise ValueError("this recording is not kept any more: load it again")
+        recording = self._recording(request.match_info["id"])
         number = int(request.match_info["n"])
         most = self._codec.config.quantizer.num_quantizers
         if number > most:
             raise ValueError(f"num_quantizers must be 1..{most}, got {number}")
         return recording, number
+
+    def _recording(self, key: str) -> sound.Recording:
+        if key not in self._recordings:
+            raise ValueError("this recording is not kept any more: load it again")
+        self._recordings.move_to_end(key)  # the least recently used one is dropped first
+        return self._recordings[key]
 
     async def _wav(self, request: web.Request) -> np.ndarray:
         """The original (N = 0) or a reconstruction, which is computed once."""
@@ -205,6 +220,47 @@ class Demo:
                 await response.send_json(fields)
                 await response.send_bytes(samples.tobytes())
 
+    async def _speak(self, request: web.Request) -> web.WebSocketResponse:
+        """Speech while it is sampled.
+
+        The page sends {"text", "num_quantizers", "seed", "prompt": id of a recording or "",
+        "prompt_text"}. The server sends the mono samples of each block as float32, and at the end
+        {"id", "seconds", "num_frames"} of the speech, which is kept as a recording. An error is
+        {"error": one sentence}. The sampling ends early if the page closes the socket.
+        """
+        response = web.WebSocketResponse(max_msg_size=2**20)
+        await response.prepare(request)
+        message = await response.receive()
+        with contextlib.suppress(OSError):  # a page that was closed meanwhile
+            if message.type == WSMsgType.TEXT:
+                async with self._speaking:
+                    try:
+                        await self._send_speech(response, message.data)
+                    except ValueError as error:
+                        await response.send_json({"error": " ".join(str(error).split())})
+            await response.close()
+        return response
+
+    async def _send_speech(self, response: web.WebSocketResponse, message: str) -> None:
+        if self._speaker is None:
+            raise ValueError("the demo was started without --speaker")
+        wish = speech.parse_wish(message)
+        prompt = self._recording(wish.prompt) if wish.prompt else None
+        blocks = await asyncio.to_thread(self._speaker.begin, wish, prompt)
+        left = asyncio.create_task(response.receive())  # the page sends nothing more
+        parts = []
+        try:
+            while block := await asyncio.to_thread(next, blocks, None):
+                if left.done():
+                    return
+                parts.append(block)
+                await response.send_bytes(sound.to_mono(block.wav).tobytes())
+        finally:
+            left.cancel()
+            blocks.close()
+        recording = await asyncio.to_thread(sound.join, parts, self._codec.config.sample_rate)
+        await response.send_json(self._keep(recording))
+
 
 class LiveStreams:
     """An encoder and a decoder stream that blocks of mono samples pass through."""
@@ -231,7 +287,7 @@ class LiveStreams:
             "encode_ms": 1000 * (encoded - start),
             "decode_ms": 1000 * (decoded - encoded),
         }
-        return fields, np.clip(wav_hat.mean(0), -1, 1).astype("<f4")
+        return fields, sound.to_mono(wav_hat)
 
 
 async def _index(_: web.Request) -> web.FileResponse:

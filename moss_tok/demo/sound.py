@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.evaluation import metrics
+from moss_tok.speech.speaking import Block
 
 MAX_SECONDS = 60.0  # of a recording; the rest is not used
 _SILENCE_DB = -80.0  # RMS re full scale
@@ -52,6 +54,18 @@ def read(codec: Codec, data: bytes, name: str) -> Recording:
         raise ValueError(f"{name}: the recording is silent ({max(level, -120):.0f} dB)")
     wav = files.to_channels(wav, config.num_channels)
     return Recording(wav, encode_one(codec, wav), seconds)
+
+
+def join(blocks: Sequence[Block], sample_rate: int) -> Recording:
+    """The blocks of speech as a recording."""
+    wav = np.clip(np.concatenate([block.wav for block in blocks], axis=1), -1, 1)
+    codes = np.concatenate([block.codes for block in blocks], axis=1)
+    return Recording(wav, codes, wav.shape[1] / sample_rate)
+
+
+def to_mono(wav: np.ndarray) -> np.ndarray:
+    """[C, S] as samples [S] for the page, little-endian float32 in [-1, 1]."""
+    return np.clip(wav.mean(0), -1, 1).astype("<f4")
 
 
 def reconstruct(codec: Codec, recording: Recording, num_quantizers: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from moss_tok.nn.cache import Cache
 
 # Up to this many frames, the full score matrix is cheaper than a loop over blocks.
 _DENSE_FRAMES = 1024
+# Up to this many frames, it is cheaper than a kernel on TPUs, which pads them to 128.
+_SHORT_FRAMES = 64
 
 _BLOCK_FRAMES = (64, 256)  # smallest and largest block of queries
 
@@ -67,12 +69,12 @@ def attend(
 def choose(num_frames: int, head_dim: int, dtype: Any) -> str:
     """The implementation that "auto" uses.
 
-    It is the kernel of the accelerator if there is one, else "dense" for up to 1024 frames and
-    "blocked" for more. The devices are those of the current mesh (`jax.set_mesh`), or without a
-    mesh the default devices of jax.
+    It is the kernel of the accelerator if there is one, on TPUs for more than 64 frames; else
+    "dense" for up to 1024 frames and "blocked" for more. The devices are those of the current mesh
+    (`jax.set_mesh`), or without a mesh the default devices of jax.
     """
     if kernels.devices_are("tpu"):
-        return "splash"
+        return "dense" if num_frames <= _SHORT_FRAMES else "splash"
     if not kernels.missing_for_cudnn(head_dim, dtype):
         return "cudnn"
     return "dense" if num_frames <= _DENSE_FRAMES else "blocked"

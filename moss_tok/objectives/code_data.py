@@ -95,6 +95,8 @@ def find_sets(
       ValueError: A source does not exist, there are no evaluation recordings, or a check fails.
     """
     data = config.data
+    if not data.train_data:
+        raise ValueError("train_data must name codes of moss-tok tokenize or JSON lines, got none")
     sources, weights = code_batches.find_sources(data.train_data)
     held_out = sources
     if data.eval_data:

@@ -329,7 +329,8 @@ def configure(**flags: Any) -> TrainConfig:
     """
     selection = settings.build(SelectionConfig, flags)
     entry = OBJECTIVES[selection.name]
-    data = data_settings(flags.get("train_data", ""))
+    train_data = flags.get("train_data", "")
+    data = data_settings(train_data) if train_data else entry.data[0]
     if data not in entry.data:
         mismatch = "audio, but train_data holds codes"
         if data is AudioDataConfig:

@@ -2,7 +2,8 @@
 
 A multiplication and an addition count as two operations. The count includes the matrix products of
 the Transformers (weights, and attention within its window), the quantizers and the discriminators'
-convolutions. It excludes spectra, norms, element-wise operations and recomputation.
+convolutions. It excludes spectra, norms, embeddings, element-wise operations, padding and
+recomputation.
 """
 
 import math
@@ -16,6 +17,8 @@ from moss_tok.objectives.adversarial import AdversarialObjective
 from moss_tok.objectives.base import CodecBasedObjective
 from moss_tok.objectives.discriminators import Discriminators, make_discriminators
 from moss_tok.objectives.recognition import RecognitionObjective
+from moss_tok.objectives.speech import SpeechObjective
+from moss_tok.speech.config import SpeechConfig, StackConfig
 
 
 def stage_flops(stage: TransformerConfig, num_frames: int, window: int) -> float:
@@ -49,12 +52,16 @@ def codec_flops(codec: CodecConfig, num_samples: int) -> dict[str, float]:
 def language_flops(language: LanguageConfig, num_frames: int, num_tokens: int) -> float:
     """Forward FLOPs of the semantic head on an item of `num_frames` and `num_tokens` of text."""
     c = language
-    size = 2 + num_frames + num_tokens
-    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    weights = c.num_layers * c.model_dim * (heads + 3 * c.mlp_dim)
-    attended = 2 * c.num_layers * c.num_heads * c.head_dim * size * (size + 1) / 2
     outer = c.latents_dim * c.model_dim * num_frames + c.model_dim * c.vocab_size * (num_tokens + 1)
-    return 2.0 * (weights * size + attended + outer)
+    return blocks_flops(c, 2 + num_frames + num_tokens) + 2.0 * outer
+
+
+def blocks_flops(stack: LanguageConfig | StackConfig, size: int) -> float:
+    """Forward FLOPs of causal blocks with grouped queries on a sequence of `size`."""
+    heads = (2 * stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
+    weights = stack.model_dim * (heads + 3 * stack.mlp_dim)
+    attended = 2 * stack.num_heads * stack.head_dim * size * (size + 1) / 2
+    return 2.0 * stack.num_layers * (weights * size + attended)
 
 
 def discriminator_flops(objective: AdversarialObjective) -> float:
@@ -79,13 +86,36 @@ def discriminator_flops(objective: AdversarialObjective) -> float:
     return total
 
 
-def item_flops(objective: CodecBasedObjective) -> float:
+def speech_flops(speech: SpeechConfig, num_positions: int, num_frames: int) -> float:
+    """Forward FLOPs of a speech model on a sequence whose last `num_frames` frames are predicted.
+
+    The temporal Transformer reads all `num_positions` positions but the last, which ends speech.
+    The depth Transformer predicts all channels of a frame, and of the end the text channel alone.
+    """
+    c = speech
+    width = c.temporal.model_dim
+    inner = c.depth.model_dim
+    temporal = blocks_flops(c.temporal, num_positions - 1)
+    depth = num_frames * blocks_flops(c.depth, c.num_channels) + blocks_flops(c.depth, 1)
+    predicted = num_frames * c.num_channels + 1
+    before = 2 * width + inner  # gate, up and down of an adapter
+    after = 2 * inner + width
+    outer = predicted * (before + after) * c.adapter_dim
+    outer += (num_frames + 1) * width * c.vocab_size
+    outer += num_frames * c.num_quantizers * width * (c.codebook_size + 1)
+    return temporal + depth + 2.0 * outer
+
+
+def item_flops(objective: CodecBasedObjective | SpeechObjective) -> float:
     """Useful FLOPs of a training step per item; a backward pass counts as two forward passes.
 
-    The discriminators run on recordings and reconstructions with gradients of their parameters
-    (3 + 3), then on recordings without gradients (1) and on reconstructions with gradients of the
-    audio (2).
+    An item of the objective speech is its longest sequence, with all quantizers in use. The
+    discriminators run on recordings and reconstructions with gradients of their parameters (3 + 3),
+    then on recordings without gradients (1) and on reconstructions with gradients of the audio (2).
     """
+    if isinstance(objective, SpeechObjective):
+        num_positions = objective.num_positions
+        return 3 * speech_flops(objective.config, num_positions, objective.max_frames)
     codec = objective.codec
     forward = codec_flops(codec, objective.num_samples)
     passes = 3 if objective.trainable == "all" else 1

@@ -69,11 +69,16 @@ class SpeechObjective(Objective):
         """Parameters of the speech model."""
         return pretrained.init_boxed(self.config, key)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the longest sequence."""
+        return speech_data.longest(self.config, self.tokenizer, self.settings, self.max_frames)
+
     # ------------------------------------------------------------------- the step
 
     def item_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """See `speech_batches.batches`."""
-        size = speech_data.longest(self.config, self.tokenizer, self.settings, self.max_frames)
+        """See `speech_batches.batches`; those of the longest sequences."""
+        size, num_targets = speech_batches.array_sizes(self.num_positions, self.max_frames)
         scalar = ((), jnp.int32)
         return {
             "text": ((size,), jnp.int32),
@@ -81,7 +86,7 @@ class SpeechObjective(Objective):
             "first": scalar,
             "length": scalar,
             "num_quantizers": scalar,
-            "targets": ((self.max_frames + 1,), jnp.int8),
+            "targets": ((num_targets,), jnp.int8),
         }
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
@@ -129,14 +134,16 @@ class SpeechObjective(Objective):
         text = jnp.take_along_axis(part["text"], following, axis=1)
         codes = jnp.take_along_axis(part["codes"], following[:, None], axis=2)
 
-        def losses(states, text, codes):
-            text_logits, code_logits = apply(states, text, codes, method="logits")
+        channels = apply(states, text, codes, method="channel_states")  # [B, F, C, D]
+
+        def losses(channels, text, codes):
+            text_logits, code_logits = apply(channels, method="logits")
             cross_entropy = optax.softmax_cross_entropy_with_integer_labels
             return cross_entropy(text_logits, text), cross_entropy(code_logits, codes)
 
         if self.compute.remat != "none":  # logits of the whole vocabulary are large
             losses = jax.checkpoint(losses)
-        of_text, of_codes = losses(states, text, codes)  # [B, F], [B, Q, F]
+        of_text, of_codes = losses(channels, text, codes)  # [B, F], [B, Q, F]
         predicted = (valid & (following < last))[:, None] & part["in_use"][..., None]
         of_codes = jnp.where(predicted, of_codes, 0).sum(-1)
         of_text = jnp.where(valid, of_text, 0).sum(-1)

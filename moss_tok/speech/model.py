@@ -152,10 +152,10 @@ class SpeechModel(nn.Module):
             cache = cache.write(span, fresh)
         return self.depth_norm(x).astype(self.compute.dtype), cache
 
-    def logits(
+    def channel_states(
         self, states: jax.Array, next_text: jax.Array, next_codes: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Logits of the next positions, given their earlier channels.
+    ) -> jax.Array:
+        """Depth states of the channels of the next positions, each given the channels before it.
 
         Args:
           states: [B, T, D] of `temporal_states`.
@@ -163,7 +163,7 @@ class SpeechModel(nn.Module):
           next_codes: [B, Q, T] codes of the positions after these.
 
         Returns:
-          float32 [B, T, V] of the text channel, and [B, Q, T, K + 1] of the codes.
+          [B, T, C, D of the depth blocks].
         """
         batch, num_positions, width = states.shape
         embedded = self.embed_codes(next_codes[:, :-1])  # the last code predicts nothing
@@ -174,7 +174,14 @@ class SpeechModel(nn.Module):
         ], axis=2)  # [B, T, C, D]  # fmt: skip
         x = channels.reshape(batch * num_positions, -1, width)
         x, _ = self.depth_states(x)
-        x = self.out.states(x.reshape(batch, num_positions, *x.shape[1:]), slice(None))
+        return x.reshape(batch, num_positions, *x.shape[1:])
+
+    def logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Depth states [B, T, C, D] -> logits float32 [B, T, V] of text, [B, Q, T, K + 1] of codes.
+
+        They are those of the positions whose channels the states are.
+        """
+        x = self.out.states(x, slice(None))
         text = self.out.text_logits(x[:, :, 0])
         codes = self.out.code_logits(x[:, :, 1:], slice(None))
         return text, codes.swapaxes(1, 2)
@@ -185,4 +192,4 @@ class SpeechModel(nn.Module):
         """Teacher-forced logits of positions 1 .. T - 1 from text [B, T] and codes [B, Q, T]."""
         x = self.embed(text[:, :-1], codes[:, :, :-1], in_use)
         states, _ = self.temporal_states(x)
-        return self.logits(states, text[:, 1:], codes[:, :, 1:])
+        return self.logits(self.channel_states(states, text[:, 1:], codes[:, :, 1:]))

@@ -1,6 +1,6 @@
 """Audio of texts: codes from a speech model, decoded by the codec, whole or while sampled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from moss_tok.speech.sampling import DEFAULT, FIRST_IDEOGRAPH, Sampling
 from moss_tok.speech.steps import Speech
 
 _SILENCE_DB = -60.0  # a prompt below this level is silent
+MAX_SEED = 2**31 - 1
 
 
 class SpokenAudio(NamedTuple):
@@ -28,6 +29,18 @@ class SpokenAudio(NamedTuple):
 
     wav: np.ndarray
     ended: bool
+
+
+class Block(NamedTuple):
+    """A part of speech that is being sampled.
+
+    Attributes:
+      codes: [q, T], the codes that were sampled.
+      wav: [C, S], the audio that was decoded.
+    """
+
+    codes: np.ndarray
+    wav: np.ndarray
 
 
 def check_codec(config: SpeechConfig, codec: Codec) -> None:
@@ -59,10 +72,15 @@ def encode_prompt(codec: Codec, path: str) -> np.ndarray:
       ValueError: It cannot be read, or is silent.
     """
     wav = files.read(path, codec.config.sample_rate, codec.config.num_channels)
-    if not wav.shape[1] or files.level_db(wav) < _SILENCE_DB:
-        raise ValueError(f"{path}: the prompt is silent")
+    check_prompt(wav, path)
     codes, lengths = encode(codec, wav[None])
     return np.asarray(codes)[0, :, : int(lengths[0])]
+
+
+def check_prompt(wav: np.ndarray, name: str) -> None:
+    """Raises ValueError if a recording [C, S] of a speaker is silent."""
+    if not wav.shape[1] or files.level_db(wav) < _SILENCE_DB:
+        raise ValueError(f"{name}: the prompt is silent")
 
 
 def with_prompt(
@@ -156,22 +174,42 @@ def stream(
     Raises:
       ValueError: As `speak`; before the first block.
     """
+    blocks = stream_blocks(
+        speech, codec, request, sampling, seed, num_quantizers, item, block_frames
+    )
+    return (block.wav for block in blocks)
+
+
+def stream_blocks(
+    speech: Speech,
+    codec: Codec,
+    request: Request,
+    sampling: Sampling = DEFAULT,
+    seed: int = 0,
+    num_quantizers: int | None = None,
+    item: int = 0,
+    block_frames: int = 1,
+) -> Generator[Block, None, None]:
+    """`stream` with the codes of each block."""
     check_codec(speech.config, codec)
     number = generate.check_num_quantizers(speech.config, num_quantizers)
     blocks = generate.frames(speech, request, sampling, seed, number, item, block_frames)
     player = DecoderStream(codec, number, chunk_frames=[block_frames])
     beginning = request.beginning
-    return _play(player, blocks, None if beginning is None else beginning[:number])
+    return _play(player, blocks, None if beginning is None else beginning[:number], number)
 
 
 def _play(
-    player: DecoderStream, blocks: Iterator[np.ndarray], beginning: np.ndarray | None
-) -> Iterator[np.ndarray]:
+    player: DecoderStream,
+    blocks: Iterator[np.ndarray],
+    beginning: np.ndarray | None,
+    number: int,
+) -> Generator[Block, None, None]:
     with player:
         if beginning is not None:
             player.push(beginning.astype(np.int32))
         for codes in blocks:
-            yield player.push(codes)
+            yield Block(codes, player.push(codes))
         last = player.finish()
         if last.shape[1]:
-            yield last
+            yield Block(np.zeros((number, 0), np.int32), last)

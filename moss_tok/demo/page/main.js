@@ -1,7 +1,8 @@
-// Tabs, facts about the codec, and helpers of both tabs.
+// Tabs, facts about the codec, and helpers of the tabs.
 
 import { setUpFile } from "./file.js";
 import { setUpLive } from "./live.js";
+import { setUpSpeak } from "./speak.js";
 
 export const $ = (id) => document.getElementById(id);
 
@@ -77,6 +78,7 @@ async function main() {
   $("max-seconds").textContent = codec.max_seconds;
   setUpFile(codec);
   setUpLive(codec);
+  setUpSpeak(codec);
   document.body.dataset.ready = "yes";
 }
 

@@ -1,5 +1,7 @@
 // The microphone at the codec's sample rate, through an AudioWorklet.
 
+import { show } from "./main.js";
+
 const REASONS = {
   NotFoundError: "No microphone was found.",
   NotAllowedError: "The browser may not use the microphone: allow it beside the address of the page.",
@@ -55,4 +57,40 @@ export function toWav(blocks, sampleRate) {
   text(36, "data");
   header.setUint32(40, 4 * size, true);
   return new Blob([header, ...blocks], { type: "audio/wav" });
+}
+
+// Makes a button record with the microphone; `load` takes the recording as a blob and its name.
+export function setUpRecording(button, message, codec, load) {
+  const label = button.textContent;
+  let microphone = null;
+  let blocks = [];
+
+  async function start() {
+    blocks = [];
+    try {
+      microphone = await openMicrophone(codec.sample_rate, 2048);
+    } catch (error) {
+      show(message, error.message, "bad");
+      return;
+    }
+    button.classList.add("on");
+    microphone.node.port.onmessage = ({ data }) => {
+      blocks.push(data.block);
+      const seconds = (blocks.length * data.block.length) / codec.sample_rate;
+      button.textContent = `Stop (${seconds.toFixed(0)} s)`;
+      if (seconds >= codec.max_seconds) stop();
+    };
+    microphone.node.port.postMessage({ begin: true });
+  }
+
+  function stop() {
+    if (!microphone) return;
+    microphone.close();
+    microphone = null;
+    button.classList.remove("on");
+    button.textContent = label;
+    if (blocks.length) load(toWav(blocks, codec.sample_rate), "recording.wav");
+  }
+
+  button.onclick = () => (microphone ? stop() : start());
 }
