@@ -44,8 +44,9 @@ A flag that the chosen objective does not have is an error. The objective follow
 | `recognition` | `--trainable=language` | audio or codes |
 | `speech` | `--objective=speech` | codes |
 
-`free` in the last column means that a resumed run may have another value.
+"may change" in the last column: a resumed run may have another value.
 """
+_FLAG_HEADER = ("flag", "default", "meaning", "on resume")
 _SECTIONS = {
     "What is trained": objectives.SelectionConfig,
     "The run": RunConfig,
@@ -78,7 +79,7 @@ def flags() -> str:
             text += f"It also has {shared} flags of the sections above.\n"
         if fields:
             rows = [_flag_row(field) for field in fields]
-            text += _table(("flag", "default", "meaning", ""), rows)
+            text += _table(_FLAG_HEADER, rows)
     missing = set(objectives.all_fields()) - seen
     if missing:
         raise ValueError(f"docs/generate.py has no section for the flags {sorted(missing)}")
@@ -122,7 +123,7 @@ def _flag_row(field: dataclasses.Field) -> tuple[str, str, str, str]:
     if accepted:
         text += f" ({' and '.join(accepted)})"
     shown = f"`{default}`" if default != "" else ""
-    return f"`--{field.name}`", shown, text, "free" if field.metadata["free"] else ""
+    return f"`--{field.name}`", shown, text, "may change" if field.metadata["free"] else ""
 
 
 def _process_flags() -> str:
@@ -134,9 +135,9 @@ def _process_flags() -> str:
     for name in names:
         flag = absl_flags.FLAGS[name]
         shown = f"`{flag.default}`" if flag.default != "" else ""
-        rows.append((f"`--{name}`", shown, flag.help, "free"))
+        rows.append((f"`--{name}`", shown, flag.help, "may change"))
     about = "How the processes of a run connect, and where compiled programs are kept."
-    return f"\n## Processes\n\n{about}\n{_table(('flag', 'default', 'meaning', ''), rows)}"
+    return f"\n## Processes\n\n{about}\n{_table(_FLAG_HEADER, rows)}"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -291,11 +291,17 @@ def test_no_page_says_what_is_missing():
 # -------------------------------------------------------------------- generated
 
 
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_reference_is_current():
     helpers.train_script()  # a process can define its flags only once
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = script("generate")
     advice = "run python docs/generate.py"
     assert (generate.FOLDER / "commands.md").read_text() == generate.commands(), advice
     assert (generate.FOLDER / "flags.md").read_text() == generate.flags(), advice
@@ -318,6 +324,8 @@ def test_the_first_command_prints_what_the_readme_says(folder, capsys):
     printed = table(capsys.readouterr().out)
     shown = [rows for _, text in blocks(ROOT / "README.md", "") if (rows := table(text))]
     np.testing.assert_allclose(printed, shown[0], atol=2e-3)
+    script("pictures").draw(folder / "compared", folder / "picture.png")
+    assert 50_000 < (folder / "picture.png").stat().st_size < 300_000
 
 
 def table(text):
