@@ -42,7 +42,15 @@ EVAL = ["mir_eval>=0.8", "pesq>=0.0.4"]
 LANGUAGE = ["tokenizers>=0.20"]
 EXPORT = ["flatbuffers"]
 FFMPEG = ["av>=16"]
-TESTS = ["gcp-storage-emulator", "playwright", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1", "ruff==0.17.6"]
+TESTS = [
+    "gcp-storage-emulator",
+    "markdown-it-py>=3",
+    "playwright",
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "ruff==0.17.6",
+]
 
 setuptools.setup(
     name="moss_tok",
@@ -72,6 +80,7 @@ setuptools.setup(
         "train": TRAIN,
         "beam": TRAIN + BEAM,
         "demo": DEMO,
+        "docs": DOCS,
         "eval": TRAIN + EVAL,
         "export": EXPORT,
         "ffmpeg": FFMPEG,
