@@ -5,13 +5,15 @@
 
 `words`: word error rates of generated texts at each number of quantizers, beside the same texts
 spoken by people (their codes, decoded), and how many texts run to the longest duration, gain or
-lose words. `speed`: the first block and the real-time factor of `speech.stream`. `digits` is the
-output of `spoken_digits.py`. What OUT already has is not computed again. All words are read by
+lose words. `speed`: the first block and the real-time factor of `speech.stream`. `pictures`:
+spectrograms of two of the texts that `words` has made audio of. `digits` is the output of
+`spoken_digits.py`. What OUT already has is not computed again. All words are read by
 `digit_reader.py`. Its templates are clips that the speech model has not heard, decoded from the
 same number of quantizers.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from typing import Any
 import digit_reader
 import jiwer
 import librosa
+import matplotlib.pyplot as plt
 import numpy as np
 
 import moss_tok
@@ -30,6 +33,7 @@ from moss_tok.cli.main import Parser
 from moss_tok.codec.inference import Codec, decode_batch, encode_batch
 from moss_tok.json_files import read_json_lines
 from moss_tok.speech import generate
+from moss_tok.speech.sampling import DEFAULT
 
 NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
 BATCH = 25
@@ -75,6 +79,14 @@ def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[n
     return found
 
 
+def sampling_of(args: argparse.Namespace) -> speech.Sampling:
+    """How models sample."""
+    channel = speech.Channel(
+        temperature=args.temperature, repetition_penalty=args.repetition_penalty
+    )
+    return dataclasses.replace(DEFAULT, first=channel, others=channel)
+
+
 # --------------------------------------------------------------------------- words
 
 
@@ -83,6 +95,7 @@ class Study:
 
     Attributes:
       codec: Of the codes of all speech models.
+      sampling: How models sample.
       tests: Recordings that no speech model has heard, with their "codes".
       singles: Other such recordings, of one word each.
     """
@@ -90,6 +103,7 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         """Encodes the recordings, unless OUT has their codes."""
         self.codec = moss_tok.load(args.codec)
+        self.sampling = sampling_of(args)
         self.out = args.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.tests = self._encoded("test", read_recordings(args.digits / "test", args, args.number))
@@ -150,7 +164,7 @@ def _measure(
     ended = [True] * len(codes)
     if model is not None:
         requests = [speech.Request(row["transcript"]) for row in study.tests]
-        spoken = generate.generate(model, requests, num_quantizers=number)
+        spoken = generate.generate(model, requests, study.sampling, num_quantizers=number)
         codes = [result.codes for result in spoken]
         ended = [result.ended for result in spoken]
     wavs = decode_all(study.codec, codes, number)
@@ -186,12 +200,13 @@ def speed(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoint:
         model = speech.load(checkpoint)
         request = speech.Request("four seven")
+        sampling = sampling_of(args)
         found = []
         for seed in range(4):
             start = np.array([time.perf_counter(), time.process_time()])
             first = None
             samples = 0
-            for wav in speech.stream(model, codec, request, seed=seed):
+            for wav in speech.stream(model, codec, request, sampling, seed):
                 now = np.array([time.perf_counter(), time.process_time()])
                 first = now - start if first is None else first
                 samples += wav.shape[1]
@@ -204,19 +219,56 @@ def speed(args: argparse.Namespace) -> None:
         print(f"real-time factor: {processor_factor:.2f} by processor time, {wall_factor:.2f}")
 
 
+# --------------------------------------------------------------------------- pictures
+
+
+def pictures(args: argparse.Namespace) -> None:
+    """Draws the spectrograms of two texts, as people and as a model speak them."""
+    study = Study(args)
+    name = Path(args.checkpoint[0]).name
+    number = args.quantizers
+    longest = sorted(range(len(study.tests)), key=lambda i: -len(study.tests[i]["transcript"]))
+    for place, index in enumerate(longest[:2], 1):
+        row = study.tests[index]
+        (decoded,) = decode_all(study.codec, [row["codes"]], number)
+        path = study.out / f"{name}-{number}" / f"{index:03}.wav"
+        said = files.read(path, digit_reader.RATE, 1)[0]
+        shown = {
+            "recording": row["wav"],
+            f"recording, {number} quantizers": decoded,
+            f"speech model, {number} quantizers": said,
+        }
+        figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), sharey=True, layout="constrained")
+        for axis, (title, wav) in zip(axes, shown.items(), strict=True):
+            power = librosa.feature.melspectrogram(
+                y=wav, sr=digit_reader.RATE, n_fft=1024, hop_length=240, n_mels=80, fmax=5000
+            )
+            level = librosa.power_to_db(power, ref=np.max, top_db=60)
+            seconds = len(wav) / digit_reader.RATE
+            axis.imshow(level, origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
+            axis.set(title=title, xlabel="seconds")
+        axes[0].set_ylabel("mel band")
+        figure.suptitle(repr(row["transcript"]))
+        figure.savefig(study.out / f"{name}_{place}.png", dpi=70)
+
+
 def main() -> None:
     """Runs a study."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("words", "speed"))
+    parser.add_argument("study", choices=("words", "speed", "pictures"))
     parser.add_argument("--checkpoint", action="append", default=[], help="speech model")
     parser.add_argument("--codec", help="its codec (default: the one in the package)")
     parser.add_argument("--digits", type=Path, default=Path("digits"))
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--speaker", default="", help="only recordings of this speaker")
+    parser.add_argument("--temperature", type=float, default=DEFAULT.first.temperature)
+    penalty = DEFAULT.first.repetition_penalty
+    parser.add_argument("--repetition-penalty", type=float, default=penalty)
+    parser.add_argument("--quantizers", type=int, default=8, help="number, for pictures")
     parser.add_argument("--number", type=int, default=100, help="most texts")
     parser.add_argument("--seconds", type=float, default=1.6, help="longest recording of people")
     args = parser.parse_args()
-    {"words": words, "speed": speed}[args.study](args)
+    {"words": words, "speed": speed, "pictures": pictures}[args.study](args)
 
 
 if __name__ == "__main__":
