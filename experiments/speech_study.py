@@ -1,27 +1,29 @@
-"""Measures what speech models say: words, endings, voices, speed. See `speech.md`.
+"""Measures what speech models say: words, endings, speed. See `speech.md`.
 
-    python experiments/speech_study.py words --digits=digits --out=study --checkpoint=runs/tts ...
-    python experiments/speech_study.py voices --digits=digits --out=study --checkpoint=runs/prompted
-    python experiments/speech_study.py speed --out=study --checkpoint=runs/tts
+    python experiments/speech_study.py words --digits=digits --checkpoint=runs/tts_digits
+    python experiments/speech_study.py speed --checkpoint=runs/tts_digits
 
-`words`: word error rates of 100 generated texts at each number of quantizers, beside the same texts
+`words`: word error rates of generated texts at each number of quantizers, beside the same texts
 spoken by people (their codes, decoded), and how many texts run to the longest duration, gain or
-lose words. `voices`: whether a prompt chooses the voice. `speed`: the first block and the real-time
-factor of `speech.stream`. `digits` is the output of `spoken_digits.py`. What OUT already has is not
-computed again. All words are read by `digit_reader.py`, whose templates are clips that the
-speech model has not heard.
+lose words. `speed`: the first block and the real-time factor of `speech.stream`. `pictures`:
+spectrograms of two of the texts that `words` has made audio of. `digits` is the output of
+`spoken_digits.py`. What OUT already has is not computed again. All words are read by
+`digit_reader.py`. Its templates are clips that the speech model has not heard, decoded from the
+same number of quantizers.
 """
 
 import argparse
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import digit_reader
 import jiwer
 import librosa
+import matplotlib.pyplot as plt
 import numpy as np
 
 import moss_tok
@@ -31,25 +33,31 @@ from moss_tok.cli.main import Parser
 from moss_tok.codec.inference import Codec, decode_batch, encode_batch
 from moss_tok.json_files import read_json_lines
 from moss_tok.speech import generate
+from moss_tok.speech.sampling import DEFAULT
 
 NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
 BATCH = 25
-PENALTIES = (0.0, 3.0, 6.0, 12.0)
 
 
-def read_recordings(folder: Path, number: int, seconds: float) -> list[dict[str, Any]]:
+def read_recordings(folder: Path, args: argparse.Namespace, number: int) -> list[dict[str, Any]]:
     """The first recordings of a folder that are short enough, with their audio "wav" [S]."""
     found = []
     for _, row in read_json_lines(folder / "manifest.jsonl"):
-        if row["duration_s"] <= seconds and len(found) < number:
+        fits = row["duration_s"] <= args.seconds and args.speaker in ("", row["speaker"])
+        if fits and len(found) < number:
             wav = files.read(folder / row["path"], digit_reader.RATE, 1)[0]
             found.append(row | {"wav": wav})
     return found
 
 
+def _few_sizes(num_frames: int) -> int:
+    """A length for arrays: one of few, because a program is compiled for each."""
+    return 40 * -(-num_frames // 40)
+
+
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Codes [Q, T] of recordings [C, S], with one program."""
-    size = codec.config.num_frames(max(wav.shape[1] for wav in wavs))
+    size = _few_sizes(codec.config.num_frames(max(wav.shape[1] for wav in wavs)))
     found = []
     for start in range(0, len(wavs), BATCH):
         part = list(wavs[start : start + BATCH])
@@ -61,7 +69,7 @@ def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
 def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
     """Audio [S] of the first `number` of the codes [q, T], with one program for all numbers."""
     limit = codec.config.quantizer.num_quantizers
-    size = 32 * -(-max(x.shape[1] for x in codes) // 32)
+    size = _few_sizes(max(x.shape[1] for x in codes))
     found = []
     for start in range(0, len(codes), BATCH):
         part = [np.pad(x, ((0, limit - len(x)), (0, 0))) for x in codes[start : start + BATCH]]
@@ -71,28 +79,38 @@ def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[n
     return found
 
 
+def sampling_of(args: argparse.Namespace) -> speech.Sampling:
+    """How models sample."""
+    channel = speech.Channel(
+        temperature=args.temperature, repetition_penalty=args.repetition_penalty
+    )
+    return dataclasses.replace(DEFAULT, first=channel, others=channel)
+
+
+# --------------------------------------------------------------------------- words
+
+
 class Study:
-    """What all studies share: the codec, the people's recordings, and the reader.
+    """People's recordings as codes, and readers.
 
     Attributes:
       codec: Of the codes of all speech models.
-      tests: Recordings of people that no model has heard, with their "codes".
-      heard: Recordings that speech models have not heard.
-      others: Recordings that speech models have heard.
-      out: Folder of the results.
+      sampling: How models sample.
+      tests: Recordings that no speech model has heard, with their "codes".
+      singles: Other such recordings, of one word each.
     """
 
     def __init__(self, args: argparse.Namespace):
         """Encodes the recordings, unless OUT has their codes."""
         self.codec = moss_tok.load(args.codec)
+        self.sampling = sampling_of(args)
         self.out = args.out
         self.out.mkdir(parents=True, exist_ok=True)
-        self.tests = self._people("test", args.digits, args.number, args.seconds)
-        self.heard = self._people("reader", args.digits, 800, args.seconds)
-        self.others = self._people("speech", args.digits, 50, args.seconds)
+        self.tests = self._encoded("test", read_recordings(args.digits / "test", args, args.number))
+        heard = read_recordings(args.digits / "reader", args, 10**6)
+        self.singles = self._encoded("reader", [r for r in heard if " " not in r["transcript"]])
 
-    def _people(self, name: str, digits: Path, number: int, seconds: float) -> list[dict[str, Any]]:
-        rows = read_recordings(digits / name, number, seconds)
+    def _encoded(self, name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         path = self.out / f"{name}.npz"
         if not path.exists():
             found = encode_all(self.codec, [row["wav"][None] for row in rows])
@@ -102,176 +120,75 @@ class Study:
                 row["codes"] = saved[f"arr_{index}"].astype(np.int32)
         return rows
 
-    def reader(self) -> digit_reader.Reader:
-        """A reader with one-word recordings of people as templates, decoded from their codes.
-
-        The penalty is the one with the fewest errors on sequences that are no templates.
-        """
-        singles = [row for row in self.heard if " " not in row["transcript"]]
-        wavs = decode_all(self.codec, [row["codes"] for row in singles], NUMBERS[-1])
+    def reader(self, number: int) -> digit_reader.Reader:
+        """A reader that is used to the sound of this number of quantizers."""
+        wavs = decode_all(self.codec, [row["codes"] for row in self.singles], number)
         trimmed = [librosa.effects.trim(wav, top_db=30)[0] for wav in wavs]
-        words = [row["transcript"] for row in singles]
-        templates = list(zip(words, trimmed, strict=True))
-        path = self.out / "penalty.json"
-        if path.exists():
-            return digit_reader.Reader.of(templates, json.loads(path.read_text()))
-        audio = decode_all(self.codec, [row["codes"] for row in self.others], NUMBERS[-1])
-        rates = {}
-        for penalty in PENALTIES:
-            reader = digit_reader.Reader.of(templates, penalty)
-            texts = [reader.read(wav) for wav in audio]
-            rates[penalty] = jiwer.wer([row["transcript"] for row in self.others], texts)
-            print(f"penalty {penalty:g}: word error rate {rates[penalty]:.3f}", flush=True)
-        best = min(rates, key=rates.get)
-        path.write_text(json.dumps(best))
-        return digit_reader.Reader.of(templates, best)
+        words = [row["transcript"] for row in self.singles]
+        return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
 
 
-# --------------------------------------------------------------------------- words
+# What is heard of each text, its "seconds", and whether the model has "ended" it.
+Rows = list[dict[str, Any]]
 
 
 def words(args: argparse.Namespace) -> None:
-    """Prints the table of word error rates and the table of faults."""
+    """Prints the table of word error rates and of faults."""
     study = Study(args)
-    reader = study.reader()
     texts = [row["transcript"] for row in study.tests]
-    codes = [row["codes"] for row in study.tests]
-    print(f"{len(texts)} texts")
-    print("| speech of | quantizers | WER | extra words | fewer words | cut | seconds |")
+    print(f"{len(texts)} texts, {len(study.singles)} templates")
+    print("| speech of | quantizers | WER | more words | fewer words | cut | seconds |")
     print("|---|---|---|---|---|---|---|")
+    models = {Path(path).name: speech.load(path) for path in args.checkpoint}
     for number in NUMBERS:
-        path = study.out / f"people-{number}.json"
-        if not path.exists():
-            wavs = decode_all(study.codec, codes, number)
-            rows = [{"heard": reader.read(wav), "seconds": len(wav) / digit_reader.RATE,
-                     "ended": True} for wav in wavs]  # fmt: skip
-            path.write_text(json.dumps(rows))
-        print_words("people", number, texts, json.loads(path.read_text()))
-    for checkpoint in args.checkpoint:
-        model = speech.load(checkpoint)
-        name = Path(checkpoint).name
-        for number in NUMBERS:
-            if number > model.config.num_quantizers:
+        reader = None
+        for name, model in {"people": None, **models}.items():
+            if model is not None and number > model.config.num_quantizers:
                 continue
             path = study.out / f"{name}-{number}.json"
             if not path.exists():
-                rows = speak(study, reader, model, texts, number, study.out / f"{name}-{number}")
-                path.write_text(json.dumps(rows))
+                reader = reader or study.reader(number)
+                path.write_text(json.dumps(_measure(study, reader.read, model, number, path)))
             print_words(name, number, texts, json.loads(path.read_text()))
 
 
-def speak(
+def _measure(
     study: Study,
-    reader: digit_reader.Reader,
-    model: speech.Speech,
-    texts: Sequence[str],
+    read: Callable[[np.ndarray], str],
+    model: speech.Speech | None,
     number: int,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """What is heard of each text, its seconds, and whether the model ended it; writes audio."""
-    requests = [speech.Request(text) for text in texts]
-    spoken = generate.generate(model, requests, num_quantizers=number)
-    wavs = decode_all(study.codec, [result.codes for result in spoken], number)
-    folder.mkdir(exist_ok=True)
+    path: Path,
+) -> Rows:
+    """Reads the texts as a model speaks them, and writes its audio; None: as people do."""
+    codes = [row["codes"] for row in study.tests]
+    ended = [True] * len(codes)
+    if model is not None:
+        requests = [speech.Request(row["transcript"]) for row in study.tests]
+        spoken = generate.generate(model, requests, study.sampling, num_quantizers=number)
+        codes = [result.codes for result in spoken]
+        ended = [result.ended for result in spoken]
+    wavs = decode_all(study.codec, codes, number)
     rows = []
-    for index, (wav, result) in enumerate(zip(wavs, spoken, strict=True)):
-        files.write(folder / f"{index:03}.wav", wav[None], digit_reader.RATE)
+    for index, (wav, end) in enumerate(zip(wavs, ended, strict=True)):
+        if model is not None:
+            path.with_suffix("").mkdir(exist_ok=True)
+            files.write(path.with_suffix("") / f"{index:03}.wav", wav[None], digit_reader.RATE)
         seconds = len(wav) / digit_reader.RATE
-        rows.append({"heard": reader.read(wav), "seconds": seconds, "ended": result.ended})
+        rows.append({"heard": read(wav), "seconds": seconds, "ended": end})
     return rows
 
 
-def print_words(name: str, number: int, texts: Sequence[str], rows: list[dict[str, Any]]) -> None:
+def print_words(name: str, number: int, texts: Sequence[str], rows: Rows) -> None:
     """Prints a row of the table."""
     heard = [row["heard"] for row in rows]
     rate = jiwer.wer(list(texts), heard)
-    more = [len(x.split()) > len(text.split()) for x, text in zip(heard, texts, strict=True)]
-    fewer = [len(x.split()) < len(text.split()) for x, text in zip(heard, texts, strict=True)]
+    change = [len(x.split()) - len(text.split()) for x, text in zip(heard, texts, strict=True)]
+    more = np.mean(np.array(change) > 0)
+    fewer = np.mean(np.array(change) < 0)
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
-    shares = f"{np.mean(more):.2f} | {np.mean(fewer):.2f} | {cut:.2f} | {seconds:.2f}"
-    print(f"| {name} | {number} | {rate:.3f} | {shares} |", flush=True)
-
-
-# --------------------------------------------------------------------------- voices
-
-
-def voice(wav: np.ndarray) -> np.ndarray:
-    """Means and deviations of the mel cepstra of the loud frames, without the energy, [2 (C - 1)].
-
-    They describe the long-term spectrum, so the same speaker has similar ones for all words.
-    """
-    found = digit_reader.cepstra(wav)
-    loud = found[0] > found[0].max() - 120
-    return np.concatenate([found[1:, loud].mean(axis=1), found[1:, loud].std(axis=1)])
-
-
-class Voices:
-    """The mean voice of each speaker, and the distance of two voices.
-
-    The distance is Mahalanobis's with the covariance of recordings of one speaker, which says what
-    differences the words make.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]], wavs: Sequence[np.ndarray]):
-        """Of recordings of people."""
-        found = np.array([voice(wav) for wav in wavs])
-        speakers = np.array([row["speaker"] for row in rows])
-        self.names = sorted(set(speakers))
-        self.means = np.array([found[speakers == name].mean(axis=0) for name in self.names])
-        residuals = found - self.means[np.searchsorted(self.names, speakers)]
-        self._whiten = np.linalg.cholesky(np.linalg.inv(np.cov(residuals.T)))
-
-    def distances(self, wav: np.ndarray) -> np.ndarray:
-        """Distances [N] to each speaker."""
-        return np.linalg.norm((self.means - voice(wav)) @ self._whiten, axis=1)
-
-
-def voices(args: argparse.Namespace) -> None:
-    """Prints how often, and how closely, speech has the voice of a speaker."""
-    study = Study(args)
-    rows = study.heard[:400]
-    wavs = decode_all(study.codec, [row["codes"] for row in rows], 8)
-    known = Voices(rows, wavs)
-    tests = study.tests
-    people = decode_all(study.codec, [row["codes"] for row in tests], 8)
-    print("| speech of | nearest to its speaker | distance to its speaker | to the others |")
-    print("|---|---|---|---|")
-    speakers = [row["speaker"] for row in tests]
-    print_voices("people", known, people, speakers)
-    for checkpoint in args.checkpoint:
-        model = speech.load(checkpoint)
-        # The prompt of a text is the next test recording of the same speaker.
-        prompts = [_next(tests, index) for index in range(len(tests))]
-        plain = [speech.Request(row["transcript"]) for row in tests]
-        prompted = [
-            speech.with_prompt(model.config, row["transcript"], other["codes"], other["transcript"])
-            for row, other in zip(tests, prompts, strict=True)
-        ]
-        number = min(8, model.config.num_quantizers)
-        for name, requests in (("with the prompt", prompted), ("without", plain)):
-            spoken = generate.generate(model, requests, num_quantizers=number)
-            wavs = decode_all(study.codec, [result.codes for result in spoken], number)
-            print_voices(f"{Path(checkpoint).name}, {name}", known, wavs, speakers)
-
-
-def _next(tests: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
-    """The next recording of the same speaker."""
-    turned = [*tests[index + 1 :], *tests[:index]]
-    return next(row for row in turned if row["speaker"] == tests[index]["speaker"])
-
-
-def print_voices(
-    name: str, known: Voices, wavs: Sequence[np.ndarray], speakers: Sequence[str]
-) -> None:
-    """Prints a row of the table."""
-    found = np.array([known.distances(wav) for wav in wavs])
-    own = np.array([known.names.index(speaker) for speaker in speakers])
-    places = np.arange(len(own))
-    right = np.mean(found.argmin(axis=1) == own)
-    to_own = found[places, own]
-    to_others = (found.sum(axis=1) - to_own) / (found.shape[1] - 1)
-    print(f"| {name} | {right:.2f} | {to_own.mean():.2f} | {to_others.mean():.2f} |", flush=True)
+    cells = f"{more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
+    print(f"| {name} | {number} | {rate:.3f} | {cells} |", flush=True)
 
 
 # --------------------------------------------------------------------------- speed
@@ -282,38 +199,76 @@ def speed(args: argparse.Namespace) -> None:
     codec = moss_tok.load(args.codec)
     for checkpoint in args.checkpoint:
         model = speech.load(checkpoint)
-        request = speech.Request("four seven two")
-        for _ in speech.stream(model, codec, request):
-            pass  # compiles
+        request = speech.Request("four seven")
+        sampling = sampling_of(args)
         found = []
-        for seed in range(1, 6):
+        for seed in range(4):
             start = np.array([time.perf_counter(), time.process_time()])
             first = None
             samples = 0
-            for wav in speech.stream(model, codec, request, seed=seed):
+            for wav in speech.stream(model, codec, request, sampling, seed):
                 now = np.array([time.perf_counter(), time.process_time()])
                 first = now - start if first is None else first
                 samples += wav.shape[1]
             factor = (now - start) / (samples / codec.config.sample_rate)
             found.append([*first, *factor])
-        wall, processor, wall_factor, processor_factor = np.median(found, axis=0)
-        print(f"{checkpoint}, medians of 5 texts:")
+        # The first text compiles the programs.
+        wall, processor, wall_factor, processor_factor = np.median(found[1:], axis=0)
+        print(f"{checkpoint}, medians of {len(found) - 1} texts:")
         print(f"first block: {1000 * processor:.0f} ms of processor time, {1000 * wall:.0f} ms")
         print(f"real-time factor: {processor_factor:.2f} by processor time, {wall_factor:.2f}")
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+def pictures(args: argparse.Namespace) -> None:
+    """Draws the spectrograms of two texts, as people and as a model speak them."""
+    study = Study(args)
+    name = Path(args.checkpoint[0]).name
+    number = args.quantizers
+    longest = sorted(range(len(study.tests)), key=lambda i: -len(study.tests[i]["transcript"]))
+    for place, index in enumerate(longest[:2], 1):
+        row = study.tests[index]
+        (decoded,) = decode_all(study.codec, [row["codes"]], number)
+        path = study.out / f"{name}-{number}" / f"{index:03}.wav"
+        said = files.read(path, digit_reader.RATE, 1)[0]
+        shown = {
+            "recording": row["wav"],
+            f"recording, {number} quantizers": decoded,
+            f"speech model, {number} quantizers": said,
+        }
+        figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), sharey=True, layout="constrained")
+        for axis, (title, wav) in zip(axes, shown.items(), strict=True):
+            power = librosa.feature.melspectrogram(
+                y=wav, sr=digit_reader.RATE, n_fft=1024, hop_length=240, n_mels=80, fmax=5000
+            )
+            level = librosa.power_to_db(power, ref=np.max, top_db=60)
+            seconds = len(wav) / digit_reader.RATE
+            axis.imshow(level, origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
+            axis.set(title=title, xlabel="seconds")
+        axes[0].set_ylabel("mel band")
+        figure.suptitle(repr(row["transcript"]))
+        figure.savefig(study.out / f"{name}_{place}.png", dpi=70)
 
 
 def main() -> None:
     """Runs a study."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("words", "voices", "speed"))
+    parser.add_argument("study", choices=("words", "speed", "pictures"))
     parser.add_argument("--checkpoint", action="append", default=[], help="speech model")
     parser.add_argument("--codec", help="its codec (default: the one in the package)")
     parser.add_argument("--digits", type=Path, default=Path("digits"))
     parser.add_argument("--out", type=Path, default=Path("study"))
-    parser.add_argument("--number", type=int, default=100, help="number of texts")
+    parser.add_argument("--speaker", default="", help="only recordings of this speaker")
+    parser.add_argument("--temperature", type=float, default=DEFAULT.first.temperature)
+    penalty = DEFAULT.first.repetition_penalty
+    parser.add_argument("--repetition-penalty", type=float, default=penalty)
+    parser.add_argument("--quantizers", type=int, default=8, help="number, for pictures")
+    parser.add_argument("--number", type=int, default=100, help="most texts")
     parser.add_argument("--seconds", type=float, default=1.6, help="longest recording of people")
     args = parser.parse_args()
-    {"words": words, "voices": voices, "speed": speed}[args.study](args)
+    {"words": words, "speed": speed, "pictures": pictures}[args.study](args)
 
 
 if __name__ == "__main__":
