@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.signal
 
 from moss_tok import extras
 
@@ -149,7 +148,7 @@ def _spectrum(wav: np.ndarray, window_length: int) -> np.ndarray:
     """
     hop = window_length // 4
     half = window_length // 2
-    window = np.sqrt(scipy.signal.get_window("hann", window_length))
+    window = np.sqrt(np.hanning(window_length + 1)[:-1])
     if wav.size <= half:
         raise ValueError(f"needs more than {half} samples at 16 kHz, got {wav.size}")
     wav = np.pad(wav.astype(np.float64), half, mode="reflect")

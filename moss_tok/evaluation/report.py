@@ -36,7 +36,11 @@ def save_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if not names:
         return
     num_rows = math.ceil(len(names) / 2)
-    figure, axes = _figure(num_rows, (11, 2.0 * num_rows), num_columns=2)
+    height = 2.0 * num_rows
+    # With margins that are computed, every label would be laid out twice.
+    figure, axes = _figure(num_rows, (11, height), num_columns=2, layout=None)
+    edge = 0.5 / height
+    figure.subplots_adjust(0.07, edge, 0.99, 1 - edge / 3, wspace=0.2, hspace=0.12)
     for axis, name in zip(axes, names, strict=False):
         _draw_curve(axis, rows, name)
     for axis in axes[max(0, len(names) - 2) : len(names)]:  # the lowest of each column
@@ -59,10 +63,18 @@ def _draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     axis.plot(steps, values, color=None if values.ndim == 1 else "C0", alpha=0.8)
     axis.set(ylabel=name.replace("_", " "))
     if name.endswith(("loss", "_norm")) and (values > 0).all():
-        axis.set(yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:.3g}")
+        _scale_by_logarithm(axis)
     axis.grid(alpha=0.3)
+
+
+def _scale_by_logarithm(axis: Any) -> None:
+    """Few ticks, because each costs as much time as a curve: 1, 2, 5, or more in a narrow range."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set(yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:.3g}")
 
 
 def _curve_names(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -215,12 +227,17 @@ def _draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
     )
 
 
-def _figure(num_rows: int, size: tuple[float, float], num_columns: int = 1) -> tuple[Any, Any]:
+def _figure(
+    num_rows: int,
+    size: tuple[float, float],
+    num_columns: int = 1,
+    layout: str | None = "constrained",
+) -> tuple[Any, Any]:
     # Imported here because it is slow; not through pyplot, which may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)
     return figure, axes.ravel()

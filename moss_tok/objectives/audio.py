@@ -13,7 +13,7 @@ from moss_tok.codec import pretrained
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.presets import load_codec_config
-from moss_tok.data import pipeline, sources, synthetic
+from moss_tok.data import pipeline, sources
 from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.pipeline import SegmentShape
 from moss_tok.evaluation import sweep, transcription
@@ -136,6 +136,8 @@ def _evaluation_items(config: TrainConfig, source: str) -> list[AudioItem] | Non
 
 
 def _synthetic_manifest(workdir: storage.Path, mirror: storage.Mirror, sample_rate: int) -> str:
+    from moss_tok.data import synthetic  # SciPy's filters take a second to import
+
     manifest = str(workdir / "synthetic" / synthetic.MANIFEST)
     if sharding.is_main_process() and not storage.to_path(manifest).exists():
         synthetic.write_dataset(mirror.local / "synthetic", sample_rate)
