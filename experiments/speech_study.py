@@ -29,7 +29,7 @@ import numpy as np
 import moss_tok
 from moss_tok import speech
 from moss_tok.audio import files
-from moss_tok.cli.main import Parser
+from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec, decode_batch, encode_batch
 from moss_tok.json_files import read_json_lines
 from moss_tok.speech import generate

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_tok.audio import files
-from moss_tok.cli.main import Parser
+from moss_tok.cli.commands import Parser
 from moss_tok.json_files import read_json_lines
 
 RATE = 8000  # of the clips, Hz

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moss_tok.audio import files
-from moss_tok.cli.main import Parser
+from moss_tok.cli.commands import Parser
 
 # (audio, its transcript or "")
 Recordings = list[tuple[Path, str]]

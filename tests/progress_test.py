@@ -4,9 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from moss_tok.objectives.config import build_objective, configure
 from moss_tok.training import progress
 
 OBJECTIVE = SimpleNamespace(progress=lambda values: "")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "adversarial"])
+def test_a_run_says_what_to_look_for(stage):
+    config = configure(model="tiny", stage=stage, waveform_weight=20.0)
+    signs = build_objective(config).good_signs()
+    assert "waveform falls below 0.8 (1 is silence)" in signs
+    assert "perplexity rises above 614 of 1024 codes" in signs
+    assert ("discriminator" in signs) == (stage == "adversarial")
 
 
 @pytest.fixture

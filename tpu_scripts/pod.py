@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moss_tok.cli.main import Parser
+from moss_tok.cli.commands import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "moss_tok_run"  # on each worker; locked while train.py runs

@@ -40,6 +40,10 @@ class AdversarialObjective(CodecObjective):
         adversarial = ("adversarial_loss", "feature_matching_loss", "discriminator_loss")
         return super().term_names + adversarial
 
+    def good_signs(self) -> str:
+        """Those of the first stage, and of the discriminators."""
+        return f"{super().good_signs()}, discriminator falls below 0.5 (guessing) but not to 0"
+
     def init_extra(self, key: jax.Array) -> Extra:
         """Initial parameters of the discriminators."""
         model = Discriminators(self.adversarial.discriminators, self.compute.dtype)

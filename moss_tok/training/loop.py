@@ -48,10 +48,7 @@ def train(config: TrainConfig, objective: Objective) -> bool:
     mirror = storage.Mirror(workdir)
     data = objective.find_data(config, mirror, progress.say)
     start.write_config(workdir, config)
-    progress.say(f"{data.describe()}; workdir {workdir}")
-    if 0 < config.optimizer.decay_steps < config.run.num_steps:
-        decayed = config.optimizer.decay_steps
-        progress.say(f"warning: the learning rate is 0 from step {decayed} (decay_steps) on")
+    progress.introduce(config, objective, data)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         steps = checkpoints.Checkpoints(workdir, config.run, objective, provenance.describe(config))

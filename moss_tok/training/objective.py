@@ -244,6 +244,10 @@ class Objective:
         del values
         return ""
 
+    def good_signs(self) -> str:
+        """Values of the progress line that show that the model learns; printed once."""
+        return ""
+
     def evaluate(
         self,
         params: Params,

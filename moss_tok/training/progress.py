@@ -7,7 +7,8 @@ from typing import Any
 import tqdm
 
 from moss_tok import sharding
-from moss_tok.training.objective import Objective
+from moss_tok.training.config import TrainConfig
+from moss_tok.training.objective import Objective, TrainingData
 
 _LONG_WAIT = 0.1  # share of the time; more workers would help
 
@@ -43,6 +44,16 @@ class Rates:
     def leave_out(self, seconds: float) -> None:
         """Excludes time that was not spent on training."""
         self._began += seconds
+
+
+def introduce(config: TrainConfig, objective: Objective, data: TrainingData) -> None:
+    """Says what the run trains on, and how to read its progress lines."""
+    say(f"{data.describe()}; workdir {config.run.workdir}")
+    if objective.good_signs():
+        say(f"good signs: {objective.good_signs()}")
+    if 0 < config.optimizer.decay_steps < config.run.num_steps:
+        decayed = config.optimizer.decay_steps
+        say(f"warning: the learning rate is 0 from step {decayed} (decay_steps) on")
 
 
 def line(step: int, num_steps: int, values: dict[str, Any], objective: Objective) -> str:
