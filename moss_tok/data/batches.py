@@ -5,6 +5,7 @@ chunk by chunk as streams, several side by side; when one ends, the next takes i
 recording is padded to the length of another, and memory does not grow with the length.
 """
 
+import bisect
 import collections
 import dataclasses
 import math
@@ -23,6 +24,7 @@ from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
 
 _LARGEST_BATCH = 64  # recordings per device
+_COMPILE_SECONDS = 300.0  # compiling a program takes as long as encoding that much audio, or longer
 SLOT_SECONDS = 10.0  # chunk of a long recording; on average half of its last chunk is padding
 
 # By recording: its codes [Q, T] int16, and its samples per channel.
@@ -63,6 +65,7 @@ class BatchEncoder:
         self._codec, self._config = codec.replace(params=params), codec.config
         self._num_quantizers, self._seconds = num_quantizers, batch_seconds
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
+        self._sizes: list[int] = []
         self._running: tuple[float, np.ndarray, Any, Future, Take] | None = None
         # Notes when a batch is done, not when its result is used.
         self._watch = ThreadPoolExecutor(1)
@@ -73,9 +76,18 @@ class BatchEncoder:
         """Audio of a batch on all devices."""
         return self._seconds * self._mesh.size
 
+    def expect(self, seconds: Sequence[float]) -> None:
+        """Chooses the lengths of batches for recordings that have about these lengths."""
+        rate = self._config.frame_rate
+        lengths = [max(1, math.ceil(length * rate)) for length in seconds]
+        self._sizes = choose_sizes(lengths, _COMPILE_SECONDS * rate * self._mesh.size)
+
     def add(self, key: str, wav: np.ndarray, found: Found) -> None:
         """Adds a recording [C, S] to a batch, which is encoded once it is full. See `flush`."""
         size = inference.bucket_frames(self._config.num_frames(wav.shape[1]))
+        place = bisect.bisect_left(self._sizes, size)
+        if place < len(self._sizes):
+            size = self._sizes[place]
         self._buckets[size].append((key, wav))
         if len(self._buckets[size]) == self._batch_size(size):
             self._launch(size, self._buckets.pop(size), found)
@@ -207,6 +219,29 @@ class BatchEncoder:
         rows = np.asarray(out).astype(np.int16)
         take([codes[:, :count] for codes, count in zip(rows, counts, strict=True)])
         self._running = None
+
+
+def choose_sizes(lengths: Sequence[int], program_frames: float) -> list[int]:
+    """Lengths of batches, shortest first, for recordings of these lengths, in frames.
+
+    They minimize the frames of padding plus `program_frames` for each length, because each needs
+    a program of its own. So few short recordings are not encoded by a dozen programs, each of which
+    takes seconds to compile.
+    """
+    counts = collections.Counter(inference.bucket_frames(length) for length in lengths)
+    sizes = sorted(counts)
+    # Cost and lengths for the recordings of the first n sizes.
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for end in range(1, len(sizes) + 1):
+        size = sizes[end - 1]
+        padding = 0
+        options = []
+        for start in reversed(range(end)):
+            padding += counts[sizes[start]] * (size - sizes[start])
+            cost, chosen = best[start]
+            options.append((cost + padding + program_frames, [*chosen, size]))
+        best.append(min(options))
+    return best[-1][1]
 
 
 def _batch(wavs: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:

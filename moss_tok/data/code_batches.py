@@ -25,6 +25,7 @@ from moss_tok.language.text import Tokenizer
 
 _WINDOW_BATCHES = 32  # that are packed together
 _BUCKETS_PER_OCTAVE = 2  # lengths; a step is compiled for each
+_SHORTEST = 16  # shorter batches are padded, which costs less than to compile more programs
 
 Batch = dict[str, np.ndarray]
 Source = CodeSource | LineSource
@@ -178,7 +179,7 @@ class PackedBatches:
 
 def bucket_size(members_size: int, most: int) -> int:
     """A length for the arrays of a batch: one of few, because a step is compiled for each."""
-    return min(bucket_frames(members_size, _BUCKETS_PER_OCTAVE), most)
+    return min(bucket_frames(max(members_size, _SHORTEST), _BUCKETS_PER_OCTAVE), most)
 
 
 class CodeBatches(PackedBatches):

@@ -244,6 +244,8 @@ class _Reader:
         found: Found = {}
         failed: Failed = {}
         long = []
+        durations = [item.duration_seconds for _, item in items]
+        encoder.expect([length for length in durations if not inference.is_long(length)])
         for key, item, audio in self._read_ahead(3 * encoder.batch_seconds, items):
             try:
                 wav = audio and audio.result()

@@ -30,6 +30,7 @@ from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
 
 _BATCH_SIZE = 16  # recordings that are transcribed at once
+_SHORTEST = 32  # frames; padding to this costs less than to compile more programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def transcribe(
     limit = codec.config.check_num_quantizers(codes.shape[1])
     if num_quantizers is not None and not 1 <= num_quantizers <= limit:
         raise ValueError(f"num_quantizers must be 1..{limit}, got {num_quantizers}")
-    padding = bucket_frames(codes.shape[-1]) - codes.shape[-1]
+    padding = _padded_frames(codes.shape[-1]) - codes.shape[-1]
     codes = np.pad(np.asarray(codes), ((0, 0), (0, 0), (0, padding)))
     latents = _quantized_latents(codec, codes, num_quantizers or limit)
     return _generate_texts(language, latents, lengths, task, sampling, seed)
@@ -241,7 +242,7 @@ def _in_batches(
       A text per recording, in their order.
     """
     texts = [""] * len(recordings)
-    sizes = [bucket_frames(-(-x.shape[-1] // unit)) * unit for x in recordings]
+    sizes = [_padded_frames(-(-x.shape[-1] // unit)) * unit for x in recordings]
     for size in sorted(set(sizes)):
         members = [i for i, s in enumerate(sizes) if s == size]
         # Only two batch sizes, so that each size compiles at most twice.
@@ -255,6 +256,11 @@ def _in_batches(
             for i, text in zip(rows, batch_texts, strict=False):
                 texts[i] = text
     return texts
+
+
+def _padded_frames(num_frames: int) -> int:
+    """The length that audio is padded to, so that few programs are compiled."""
+    return bucket_frames(max(num_frames, _SHORTEST))
 
 
 def input_latents(
