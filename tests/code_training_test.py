@@ -116,6 +116,21 @@ def test_a_run_resumes_exactly(folder, tmp_path):
     assert table["text"].keys() == {"1 quantizer", "4 quantizers"}
 
 
+def test_codes_are_transcribed_by_the_command(folder, tmp_path, capsys):
+    """From the codes of `moss-tok encode` with the codec that the run started from."""
+    assert train(flags_of(folder, tmp_path / "run", num_steps=1, num_eval_clips=0))
+    audio = str(folder / "in" / "0.flac")
+    codes = str(tmp_path / "codes.npz")
+    assert main(["encode", audio, codes, f"--checkpoint={folder / 'codec'}"]) == 0
+    texts = []
+    for source in (audio, codes):
+        capsys.readouterr()
+        options = [f"--checkpoint={tmp_path / 'run'}", "--max-tokens=2"]
+        assert main(["transcribe", source, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -306,6 +306,20 @@ def test_error_rates():
         transcription.error_rates([" "], ["x"])
 
 
+def test_short_recordings_are_transcribed_by_one_program(micro, language, rng, monkeypatch):
+    shapes = set()
+
+    def note_shape(language, latents, *_):
+        shapes.add(latents.shape[:2])
+        return np.zeros((len(latents), 1), np.int32), np.zeros(len(latents), np.int32)
+
+    monkeypatch.setattr(generate, "generate", note_shape)
+    codes = [rng.integers(0, 16, (2, size)) for size in range(1, 16)]
+    assert generate.transcribe_codes(micro, language, codes) == [""] * 15
+    assert generate.transcribe(micro, language, codes[4][None]) == [""]
+    assert shapes == {(16, 32), (1, 32)}
+
+
 def test_a_codec_without_language_model(micro, tmp_path):
     pretrained.save(tmp_path / "c", micro.config, micro.params)
     with pytest.raises(ValueError, match="has no language model; train one with"):

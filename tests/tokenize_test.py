@@ -235,6 +235,32 @@ def test_padding_on_many_devices(micro, rng, monkeypatch, longest):
     assert encoder.statistics.padded_seconds < 1.1 * encoder.statistics.audio_seconds
 
 
+@pytest.mark.parametrize(
+    ("lengths", "program_frames", "expected"),
+    [
+        ([], 10, []),
+        ([3, 4, 5, 6], 5, [6]),
+        ([3, 4, 5, 6], 3, [4, 6]),
+        ([3, 4, 5, 6], 0.5, [3, 4, 5, 6]),
+        ([4] * 100 + [5, 6], 99, [4, 6]),
+        ([17, 30, 100], 1000, [104]),
+    ],
+)
+def test_buckets_of_few_recordings_are_joined(lengths, program_frames, expected):
+    assert batches.choose_sizes(lengths, program_frames) == expected
+
+
+def test_few_short_recordings_need_one_program(micro, rng):
+    encoder = batches.BatchEncoder(micro, 1, batch_seconds=1000.0)
+    wavs = [rng.standard_normal((1, size)).astype(np.float32) for size in range(400, 2000, 80)]
+    encoder.expect([wav.shape[1] / micro.config.sample_rate for wav in wavs])
+    found = {}
+    for number, wav in enumerate(wavs):
+        encoder.add(str(number), wav, found)
+    encoder.flush(found)
+    assert len(found) == len(wavs) and len(encoder.statistics.shapes) == 1
+
+
 def test_killed_and_gone_on_with(root, whole, tmp_path):
     """A run killed between its shards leaves them; the next one does the others only."""
     out = tmp_path / "out"

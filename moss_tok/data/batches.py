@@ -5,6 +5,7 @@ chunk by chunk as streams, several side by side; when one ends, the next takes i
 recording is padded to the length of another, and memory does not grow with the length.
 """
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -25,6 +26,7 @@ from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
 
 _LARGEST_BATCH = 64  # recordings per device
+_COMPILE_SECONDS = 300.0  # compiling a program takes as long as encoding that much audio, or longer
 SLOT_SECONDS = 10.0  # chunk of a long recording; on average half of its last chunk is padding
 
 # Recording id -> codes [Q, T] int16, number of samples per channel.
@@ -85,6 +87,7 @@ class BatchEncoder:
         self._num_quantizers = num_quantizers
         self._device_batch_seconds = batch_seconds
         self._buckets: dict[int, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
+        self._sizes: list[int] = []  # lengths of batches in frames; empty: `bucket_frames` decides
         self._running: _Running | None = None
         # Notes when a batch is done, not when its result is used.
         self._watch = ThreadPoolExecutor(1)
@@ -95,6 +98,12 @@ class BatchEncoder:
         """Audio of a batch on all devices."""
         return self._device_batch_seconds * self._mesh.size
 
+    def expect(self, seconds: Sequence[float]) -> None:
+        """Chooses the lengths of batches for recordings that have about these lengths."""
+        rate = self._config.frame_rate
+        lengths = [max(1, math.ceil(length * rate)) for length in seconds]
+        self._sizes = choose_sizes(lengths, _COMPILE_SECONDS * rate * self._mesh.size)
+
     def add(self, key: str, wav: np.ndarray, encoded: CodesById) -> None:
         """Adds a recording [C, S] to a batch. A full batch is encoded; `flush` encodes the others.
 
@@ -104,6 +113,9 @@ class BatchEncoder:
           encoded: Receives the codes.
         """
         num_frames = inference.bucket_frames(self._config.num_frames(wav.shape[1]))
+        index = bisect.bisect_left(self._sizes, num_frames)
+        if index < len(self._sizes):
+            num_frames = self._sizes[index]
         self._buckets[num_frames].append((key, wav))
         if len(self._buckets[num_frames]) == self._batch_size(num_frames):
             self._encode_bucket(num_frames, self._buckets.pop(num_frames), encoded)
@@ -257,6 +269,29 @@ class BatchEncoder:
             rows.append(codes[:, :num_frames].astype(np.int16))
         batch.store(rows)
         self._running = None
+
+
+def choose_sizes(lengths: Sequence[int], program_frames: float) -> list[int]:
+    """Lengths of batches, shortest first, for recordings of these lengths, in frames.
+
+    They minimize the frames of padding plus `program_frames` for each length, because each length
+    needs a program of its own. So a few short recordings are not encoded by a dozen programs, each
+    of which takes seconds to compile.
+    """
+    counts = collections.Counter(inference.bucket_frames(length) for length in lengths)
+    sizes = sorted(counts)
+    # best[n]: the cost and the lengths of batches for the recordings of the first n sizes.
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for end in range(1, len(sizes) + 1):
+        size = sizes[end - 1]
+        padding = 0
+        options = []
+        for start in reversed(range(end)):
+            padding += counts[sizes[start]] * (size - sizes[start])
+            cost, chosen = best[start]
+            options.append((cost + padding + program_frames, [*chosen, size]))
+        best.append(min(options))
+    return best[-1][1]
 
 
 def _batch(wavs: Sequence[np.ndarray], num_samples: int) -> tuple[np.ndarray, np.ndarray]:

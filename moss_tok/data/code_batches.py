@@ -25,6 +25,7 @@ from moss_tok.language.text import Tokenizer
 
 _WINDOW_BATCHES = 32  # number of batches that are packed together
 _BUCKETS_PER_OCTAVE = 2  # lengths per octave; a step is compiled for each
+_MIN_LENGTH = 16  # shorter batches are padded, which costs less than to compile more programs
 
 Batch = dict[str, np.ndarray]
 Source = CodeSource | LineSource
@@ -209,7 +210,7 @@ def bucket_size(length: int, max_length: int) -> int:
 
     It is one of a few lengths, because a step is compiled for each.
     """
-    return min(bucket_frames(length, _BUCKETS_PER_OCTAVE), max_length)
+    return min(bucket_frames(max(length, _MIN_LENGTH), _BUCKETS_PER_OCTAVE), max_length)
 
 
 class CodeBatches(PackedBatches):

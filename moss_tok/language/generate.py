@@ -30,6 +30,7 @@ from moss_tok.nn.cache import Span
 from moss_tok.nn.compute import ComputeConfig
 
 _BATCH_SIZE = 16  # recordings that are transcribed at once
+_MIN_FRAMES = 32  # padding to this length costs less than to compile more programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def transcribe(
     limit = codec.config.check_num_quantizers(array.shape[1])
     if num_quantizers is not None and not 1 <= num_quantizers <= limit:
         raise ValueError(f"num_quantizers must be 1..{limit}, got {num_quantizers}")
-    padding = bucket_frames(array.shape[-1]) - array.shape[-1]
+    padding = _padded_frames(array.shape[-1]) - array.shape[-1]
     padded = np.pad(np.asarray(array), ((0, 0), (0, 0), (0, padding)))
     latents = _quantized_latents(codec, padded, num_quantizers or limit)
     return _generate_texts(language, latents, sizes, task, sampling, seed)
@@ -243,7 +244,7 @@ def _in_batches(
     buckets: dict[int, list[int]] = collections.defaultdict(list)  # size -> recordings
     for index, recording in enumerate(recordings):
         num_frames = -(-recording.shape[-1] // unit)
-        buckets[bucket_frames(num_frames) * unit].append(index)
+        buckets[_padded_frames(num_frames) * unit].append(index)
     texts = [""] * len(recordings)
     for size in sorted(buckets):
         members = buckets[size]
@@ -258,6 +259,11 @@ def _in_batches(
             for row, text in zip(rows, batch_texts, strict=False):
                 texts[row] = text
     return texts
+
+
+def _padded_frames(num_frames: int) -> int:
+    """The length that audio is padded to, so that few programs are compiled."""
+    return bucket_frames(max(num_frames, _MIN_FRAMES))
 
 
 def input_latents(
