@@ -17,6 +17,7 @@ from typing import Any
 
 import command
 import matplotlib
+from PIL import Image
 
 from moss_tok.audio import files
 
@@ -59,10 +60,18 @@ def _figures() -> list[dict[str, Any]]:
     for number in plt.get_fignums():
         buffer = io.BytesIO()
         plt.figure(number).savefig(buffer, format="png", dpi=70, bbox_inches="tight")
+        buffer = _fewer_colours(buffer)
         data = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
         outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
     plt.close("all")
     return outputs
+
+
+def _fewer_colours(png: io.BytesIO) -> io.BytesIO:
+    """The picture in 64 colours, about a third of the size."""
+    small = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+    return small
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
 from moss_tok.data import sources
 from moss_tok.evaluation import sweep
+from moss_tok.json_files import read_json_object
 from moss_tok.objectives import flops, losses
 from moss_tok.objectives.config import build_objective, configure
 from moss_tok.training.config import TrainConfig
@@ -52,8 +53,7 @@ def read_run(workdir: Path) -> TrainConfig:
     path = workdir / checkpoint.RUN_CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{workdir}: no run of train.py")
-    flags = json.loads(path.read_text())
-    return configure(**{name: value for name, value in flags.items()})
+    return configure(**read_json_object(path))
 
 
 def read_segments(train_data: str, codec: Codec, num_samples: int, silence_db: float) -> Segments:

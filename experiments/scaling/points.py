@@ -54,7 +54,7 @@ class Point:
             "seed": str(self.seed),
             "batch_size": str(self.batch_size),
             "quantizer_dropout": f"{self.quantizer_dropout:g}",
-            "learning_rate": f"{learning_rate(self.size, self.batch_size):.4g}",
+            "learning_rate": f"{learning_rate(self.batch_size):.4g}",
             "trainable": self.trainable,
         }
         if self.start is None:
@@ -63,13 +63,12 @@ class Point:
         return flags | {"init_from": str(steps / checkpoint.step_name(self.start.num_steps))}
 
 
-def learning_rate(size: str, batch_size: int) -> float:
-    """The peak learning rate.
+def learning_rate(batch_size: int) -> float:
+    """The peak learning rate: the same for all models, times the square root of the batch size.
 
-    It is proportional to 1 / width, as in muP for Adam at equal depth, and to the square root of
-    the batch size. It was not tuned for each model.
+    It was not tuned for each model.
     """
-    return LEARNING_RATE * (8 / SIZES[size]) * (batch_size / BATCH_SIZE) ** 0.5
+    return LEARNING_RATE * (batch_size / BATCH_SIZE) ** 0.5
 
 
 def model_path(out: Path, size: str) -> Path:

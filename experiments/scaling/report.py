@@ -68,35 +68,38 @@ def is_baseline(size: str) -> Callable[[Point], bool]:
     return lambda point: point.size == size and point.name.startswith("size-")
 
 
+def sizes_of(results: Results) -> list[str]:
+    """The sizes of which there are results, smallest first."""
+    return [size for size in SIZES if any(is_baseline(size)(point) for point in results)]
+
+
 def sizes(results: Results) -> tuple[plt.Figure, str]:
     """Loss against parameters and against compute."""
     domains = domains_of(results)
-    losses = np.array([losses_of(results, is_baseline(size)) for size in SIZES])
-    means = fits.mean_loss(losses, domains).mean(-1)
-    singles = [first(results, is_baseline(size)) for size in SIZES]
-    parameters = np.array([result["parameters"] for result in singles])
+    names = sizes_of(results)
+    losses = np.array([losses_of(results, is_baseline(size)) for size in names])
+    parameters = parameters_of(results)
+    compute, curves = _compute_curves(results)
     law = fits.bootstrap(parameters, losses, domains)
     predicted = fits.predict_largest(parameters, losses, domains)
-    compute, curves = _compute_curves(results, domains)
-    all_compute = compute.ravel()
-    best = fits.frontier(all_compute, fits.mean_loss(curves, domains).mean(-1).ravel())
-    flat = curves.reshape(-1, *curves.shape[2:])
-    compute_law = fits.bootstrap(all_compute[best], flat[best], domains)
+    compute_law = _law_of_frontier(compute, curves, domains)
+
+    means = fits.mean_loss(losses, domains).mean(-1)
     low, high = np.percentile(fits.resample(losses, domains), fits.PERCENTILES, axis=0)
     rows = []
-    for number, size in enumerate(SIZES):
-        rows.append([
-            size, f"{parameters[number]:,}", f"{compute[number, -1]:.3g}",
-            f"{learning_rate(size, BATCH_SIZE):.2g}", f"{means[number]:.3f}",
-            f"{low[number]:.2f} to {high[number]:.2f}",
-        ])  # fmt: skip
-    text = "\n\n".join([
-        table(["model", "parameters", "FLOPs", "learning rate", "held-out loss", "95 %"], rows),
-        f"{_law_text('loss', 'parameters', law)}  \n{_law_text('loss', 'FLOPs', compute_law)}",
+    for number, size in enumerate(names):
+        interval = f"{low[number]:.2f} to {high[number]:.2f}"
+        flops = f"{compute[number, -1]:.3g}"
+        rows.append([size, f"{parameters[number]:,}", flops, f"{means[number]:.3f}", interval])
+    text = [
+        table(["model", "parameters", "FLOPs", "held-out loss", "95 %"], rows),
+        _law_text("loss", "parameters", law),
         f"The largest, predicted from the others: {predicted.predicted:.3f} "
         f"({predicted.low:.3f} to {predicted.high:.3f}), measured {predicted.measured:.3f}: "
         f"an error of {predicted.error:+.2%}.",
-    ])  # fmt: skip
+    ]
+    if compute_law is not None:
+        text.insert(2, _law_text("loss", "FLOPs", compute_law))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     _draw_law(left, law, parameters)
@@ -105,19 +108,38 @@ def sizes(results: Results) -> tuple[plt.Figure, str]:
     left.errorbar(parameters.max(), predicted.predicted, errors, fmt="x", color="C3",
                   label="predicted from the others")  # fmt: skip
     _label(left, "parameters", "held-out loss")
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(names):
         curve = fits.mean_loss(curves[number], domains).mean(-1)
         right.plot(compute[number], curve, "o-", label=size, markersize=4)
-    _draw_law(right, compute_law, all_compute)
+    if compute_law is not None:
+        _draw_law(right, compute_law, compute)
     _label(right, "training FLOPs", "held-out loss")
-    return figure, text
+    return figure, "\n\n".join(text)
 
 
-def _compute_curves(results: Results, domains: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def parameters_of(results: Results) -> np.ndarray:
+    """Numbers of parameters of the sizes."""
+    singles = [first(results, is_baseline(size)) for size in sizes_of(results)]
+    return np.array([result["parameters"] for result in singles])
+
+
+def _law_of_frontier(
+    compute: np.ndarray, curves: np.ndarray, domains: list[str]
+) -> fits.Fit | None:
+    """The power law of the lowest losses at each compute; None if one point is below all others."""
+    flat = curves.reshape(-1, *curves.shape[2:])
+    means = fits.mean_loss(flat, domains).mean(-1)
+    best = fits.frontier(compute.ravel(), means)
+    if len(best) < 2:
+        return None
+    return fits.bootstrap(compute.ravel()[best], flat[best], domains)
+
+
+def _compute_curves(results: Results) -> tuple[np.ndarray, np.ndarray]:
     """FLOPs [sizes, steps] and losses [sizes, steps, seeds, recordings] of all checkpoints."""
     compute = []
     curves = []
-    for size in SIZES:
+    for size in sizes_of(results):
         result = first(results, is_baseline(size))
         steps = sorted(map(int, result["losses"]))
         compute.append([step * result["flops_per_step"] for step in steps])
@@ -132,7 +154,7 @@ def _law_text(y: str, x: str, law: fits.Fit) -> str:
 
 
 def _draw_law(axes: plt.Axes, law: fits.Fit, x: np.ndarray) -> None:
-    grid = np.geomspace(x.min(), x.max(), 50)
+    grid = np.geomspace(np.min(x), np.max(x), 50)
     low, high = law.band(grid)
     axes.fill_between(grid, low, high, color="0.85", label="95 % band")
     axes.plot(grid, law.law(grid), color="0.4", label=f"exponent {-law.law.exponent:.3f}")
@@ -156,23 +178,24 @@ def joint(results: Results) -> tuple[plt.Figure, str]:
         "end to end": lambda size: _continued(size, "all"),
         "frozen encoder": lambda size: _continued(size, "decoder"),
     }
-    parameters = [first(results, is_baseline(size))["parameters"] for size in SIZES]
+    names = sizes_of(results)
+    parameters = parameters_of(results)
     losses = {}
     for kind, chosen in kinds.items():
-        losses[kind] = np.array([losses_of(results, chosen(size)) for size in SIZES])
+        losses[kind] = np.array([losses_of(results, chosen(size)) for size in names])
     gain = _difference(losses["end to end"], losses["frozen encoder"], domains)
     figure, axes = plt.subplots(figsize=(6, 4))
     means = {}
     laws = []
     for number, (kind, values) in enumerate(losses.items()):
         means[kind] = fits.mean_loss(values, domains).mean(-1)
-        law = fits.bootstrap(np.array(parameters), values, domains)
+        law = fits.bootstrap(parameters, values, domains)
         laws.append(f"{kind}: {_law_text('loss', 'parameters', law)}  ")
         axes.plot(parameters, means[kind], "o", color=f"C{number}")
         axes.plot(parameters, law.law(parameters), color=f"C{number}", label=kind)
     _label(axes, "parameters", "held-out loss")
     rows = []
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(names):
         cells = [f"{means[kind][number]:.3f}" for kind in kinds]
         rows.append([size, *cells, gain[number]])
     header = ["model", "start", "continued end to end", "continued with a frozen encoder",
@@ -231,7 +254,7 @@ def batch(results: Results) -> tuple[plt.Figure, str]:
         point = next(point for point in results if point.batch_size == size)
         means.append(float(fits.mean_loss(losses, domains).mean()))
         change = _difference(losses[None], baseline[None], domains)[0]
-        rate = learning_rate(point.size, size)
+        rate = learning_rate(size)
         rows.append([str(size), str(point.num_steps), f"{rate:.2g}", f"{means[-1]:.3f}", change])
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.plot(BATCH_SIZES, means, "o-", label="same audio")

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = STUDIES[args.study](args.num_steps, args.num_seeds)
         results = complete(study, args.out, args.train_data)
         text = report.write(args.study, results, args.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)
