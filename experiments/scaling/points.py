@@ -1,0 +1,163 @@
+"""The family of models, and the training runs (points) of each scaling study."""
+
+import dataclasses
+from pathlib import Path
+
+from moss_tok import checkpoint
+from moss_tok.codec.config import CodecConfig, ModuleConfig, TransformerConfig, read_codec_config
+
+SMALL_CODEC = Path(__file__).parents[1] / "small_codec.json"
+
+# Widths in eighths of those of small_codec.json, by name; the names are rounded parameter counts.
+SIZES = {"1M": 3, "3M": 5, "6M": 8, "15M": 13}
+SMALLEST = "1M"  # of which dropout and batch size are studied
+
+LEARNING_RATE = 1.5e-3  # of small_codec.json at a batch size of 8
+BATCH_SIZE = 8
+QUANTIZER_DROPOUT = 0.5
+DROPOUTS = (0.0, 0.5, 1.0)
+BATCH_SIZES = (4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A training run.
+
+    Attributes:
+      name: Name of its workdir.
+      size: The model, a key of SIZES.
+      num_steps: Length of the run.
+      seed: Seed of the run.
+      batch_size: Segments per step.
+      quantizer_dropout: Share of items that use only the first quantizers.
+      trainable: What is trained, "all" or "decoder".
+      start: The point whose weights it starts from; None: new weights.
+    """
+
+    name: str
+    size: str
+    num_steps: int
+    seed: int = 0
+    batch_size: int = BATCH_SIZE
+    quantizer_dropout: float = QUANTIZER_DROPOUT
+    trainable: str = "all"
+    start: "Point | None" = None
+
+    def flags(self, out: Path, train_data: str) -> dict[str, str]:
+        """Its flags of train.py beside those of base.flags."""
+        quarter = max(1, self.num_steps // 4)
+        flags = {
+            "train_data": train_data,
+            "num_steps": str(self.num_steps),
+            "checkpoint_every": str(quarter),
+            "keep_every": str(quarter),
+            "seed": str(self.seed),
+            "batch_size": str(self.batch_size),
+            "quantizer_dropout": f"{self.quantizer_dropout:g}",
+            "learning_rate": f"{learning_rate(self.batch_size):.4g}",
+            "trainable": self.trainable,
+        }
+        if self.start is None:
+            return flags | {"model": str(model_path(out, self.size))}
+        steps = out / self.start.name / checkpoint.STEPS_FOLDER
+        return flags | {"init_from": str(steps / checkpoint.step_name(self.start.num_steps))}
+
+
+def learning_rate(batch_size: int) -> float:
+    """The peak learning rate: the same for all models, times the square root of the batch size.
+
+    It was not tuned for each model.
+    """
+    return LEARNING_RATE * (batch_size / BATCH_SIZE) ** 0.5
+
+
+def model_path(out: Path, size: str) -> Path:
+    """The config of a model of the family."""
+    return out / f"{size}.json"
+
+
+def scaled(config: CodecConfig, eighths: int) -> CodecConfig:
+    """The codec with all widths of its Transformers multiplied by `eighths` / 8.
+
+    Depth, number of heads, rates, quantizer and the widths between stages stay the same.
+    """
+    encoder = tuple(_scaled_module(module, eighths) for module in config.encoder)
+    decoder = tuple(_scaled_module(module, eighths) for module in config.decoder)
+    return dataclasses.replace(config, encoder=encoder, decoder=decoder)
+
+
+def _scaled_module(module: ModuleConfig, eighths: int) -> ModuleConfig:
+    if not isinstance(module, TransformerConfig):
+        return module
+    model_dim = module.model_dim * eighths // 8
+    return dataclasses.replace(
+        module,
+        model_dim=model_dim,
+        mlp_dim=module.mlp_dim * eighths // 8,
+        input_projection=module.input_projection or module.input_dim != model_dim,
+        output_projection=module.output_projection or module.output_dim != model_dim,
+    )
+
+
+def write_models(out: Path) -> None:
+    """Writes the configs of the family into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    small_codec = read_codec_config(SMALL_CODEC)
+    for size, eighths in SIZES.items():
+        model_path(out, size).write_text(scaled(small_codec, eighths).to_json())
+
+
+def sizes(num_steps: int, num_seeds: int) -> list[Point]:
+    """Every size, with every seed."""
+    points = []
+    for size in SIZES:
+        for seed in range(num_seeds):
+            points.append(_baseline(size, num_steps, seed))
+    return points
+
+
+def joint(num_steps: int, num_seeds: int) -> list[Point]:
+    """Every size, continued for as many steps, end to end and with a frozen encoder."""
+    points = []
+    for size in SIZES:
+        for seed in range(num_seeds):
+            start = _baseline(size, num_steps, seed)
+            points.append(start)
+            for trainable in ("all", "decoder"):
+                name = f"continued-{trainable}-{size}-seed{seed}"
+                points.append(Point(name, size, num_steps, seed, trainable=trainable, start=start))
+    return points
+
+
+def dropout(num_steps: int, num_seeds: int) -> list[Point]:
+    """The smallest model with several shares of quantizer dropout."""
+    points = []
+    for share in DROPOUTS:
+        for seed in range(num_seeds):
+            if share == QUANTIZER_DROPOUT:
+                points.append(_baseline(SMALLEST, num_steps, seed))
+                continue
+            name = f"dropout{share:g}-{SMALLEST}-seed{seed}"
+            points.append(Point(name, SMALLEST, num_steps, seed, quantizer_dropout=share))
+    return points
+
+
+def batch(num_steps: int, num_seeds: int) -> list[Point]:
+    """The smallest model with several batch sizes, on the same amount of audio."""
+    points = []
+    for batch_size in BATCH_SIZES:
+        for seed in range(num_seeds):
+            if batch_size == BATCH_SIZE:
+                points.append(_baseline(SMALLEST, num_steps, seed))
+                continue
+            name = f"batch{batch_size}-{SMALLEST}-seed{seed}"
+            steps = max(1, num_steps * BATCH_SIZE // batch_size)
+            points.append(Point(name, SMALLEST, steps, seed, batch_size=batch_size))
+    return points
+
+
+def _baseline(size: str, num_steps: int, seed: int) -> Point:
+    return Point(f"size-{size}-seed{seed}", size, num_steps, seed)
+
+
+STUDIES = {"sizes": sizes, "joint": joint, "dropout": dropout, "batch": batch}
