@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -333,6 +334,12 @@ def test_the_full_size_step_traces(folder):
     after, metrics = jax.eval_shape(lambda s, b: steps.train_step(recipe, s, b), state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == () and objective.config.num_quantizers == 32
+    prepared = jax.eval_shape(objective.prepare, jax.random.key(0), 0, batch)
+    compute = dataclasses.replace(objective.compute, attention="dense")  # without loops of its own
+    objective = dataclasses.replace(objective, compute=compute)
+    traced = str(jax.make_jaxpr(objective.cross_entropies)(state.params, prepared))
+    loops = re.findall(r"\bscan\[.*?length=(\d+)", traced, re.DOTALL)
+    assert loops == ["28", "4"]  # over the layers; none over frames or channels
 
 
 def test_three_utterances_are_learned_by_heart(folder, tmp_path):
