@@ -54,8 +54,9 @@ def attend(
     if implementation == "auto":
         implementation = choose(num_frames, q.shape[-1], q.dtype)
     if implementation == "dense":
-        t = jnp.arange(num_frames)[:, None]
-        s = jnp.arange(num_frames)[None]
+        frames = jnp.arange(num_frames)
+        t = frames[:, None]
+        s = frames[None]
         mask = (s <= t) & (s > t - window)
         return _masked_attention(q, k, v, mask, precision)
     if implementation == "blocked":
