@@ -28,8 +28,8 @@ from moss_tok.training.state import Recipe, init_state
 from moss_tok.training.step import train_step
 
 _FOLDER = Path(__file__).parent
-_BLOCK_STEPS = 16
-_WARM_UP_STEPS = 32  # a window of batches, which has all lengths of codes
+_BLOCK_STEPS = 8
+_WINDOW = 32  # batches of codes, among which are all lengths
 _SETTLE_SECONDS = 2.0  # after a block, for readers to fill their buffers
 
 
@@ -70,8 +70,8 @@ def read_flags(name: str) -> dict[str, Any]:
     return values
 
 
-def make_run(flags: dict[str, Any], pad: bool = False) -> Run:
-    """Opens the data, initializes the state and compiles the step for all shapes of batches.
+def make_run(flags: dict[str, Any], num_warm_up: int = 1, pad: bool = False) -> Run:
+    """Opens the data, initializes the state and compiles the step in some steps.
 
     `pad`: codes are padded to segment_seconds.
     """
@@ -95,7 +95,7 @@ def make_run(flags: dict[str, Any], pad: bool = False) -> Run:
     batches = map(finished, data.batches(0, range(config.data.batch_size)))
     state = jax.jit(init_state, static_argnums=0)(recipe)
     run = Run(recipe, state, batches, list(itertools.islice(batches, _BLOCK_STEPS)))
-    for batch in itertools.islice(batches, _WARM_UP_STEPS):
+    for batch in itertools.islice(batches, num_warm_up):
         run.step(batch)
     return run
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("codec", help="of both runs")
     parser.add_argument("audio", help="a manifest")
     parser.add_argument("codes", help="the codes of its recordings, from moss-tok tokenize")
-    parser.add_argument("--num_turns", type=int, default=5)
+    parser.add_argument("--num_turns", type=int, default=4)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as workdir:
         common = {"init_from": args.codec, "workdir": workdir, "num_eval_clips": 0}
@@ -128,7 +128,7 @@ def main() -> None:
         runs = {
             "audio": make_run(audio),
             "codes, padded": make_run(codes, pad=True),
-            "codes": make_run(codes),
+            "codes": make_run(codes, num_warm_up=_WINDOW),
         }
     step = take_turns([run.steps for run in runs.values()], args.num_turns)
     with_data = take_turns([run.steps_with_data for run in runs.values()], args.num_turns)
