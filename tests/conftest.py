@@ -12,21 +12,25 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes sha
 
 # Equal programs are compiled once, also by the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import atexit
 import gc
 import shutil
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import GOLDEN, init_params, micro_config
+import soundfile
+from helpers import GOLDEN, ROOT, forget_programs, init_params, micro_config, write_wav
 
 import moss_tok
+from moss_tok.cli import main as command_line
 from moss_tok.language import config as language_config
 
+sys.path.append(str(ROOT / "tpu_scripts"))
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -39,6 +43,18 @@ def pytest_configure(config):
         return  # a TPU belongs to one process, here the worker
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         jax.devices()
+
+
+# The files that take longest begin first, so that both workers end together.
+LONGEST = (
+    "run_test.py", "training_test.py", "streaming_test.py", "semantic_test.py", "sharding_test.py",
+    "processes_test.py", "speech_training_test.py", "storage_test.py", "code_training_test.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +79,32 @@ def micro():
     return moss_tok.Codec(init_params(config), config)
 
 
+@pytest.fixture(scope="session")
+def _coded_recording(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coded")
+    wav = 0.1 * np.random.default_rng(0).standard_normal(30000)
+    soundfile.write(folder / "in.wav", wav, 24000)
+    paths = [str(folder / name) for name in ("in.wav", "in.npz")]
+    assert command_line.main(["encode", *paths, "--checkpoint", str(GOLDEN / "v1_tiny")]) == 0
+    return folder
+
+
+@pytest.fixture
+def coded_folder(_coded_recording, tmp_path, monkeypatch):
+    """A working directory with a recording `in.wav` and its codes `in.npz`."""
+    shutil.copytree(_coded_recording, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A folder with a/one.wav, b/one.wav and c.wav."""
+    for name in ("a/one.wav", "b/one.wav", "c.wav"):
+        write_wav(tmp_path / name)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def small_language_model():
     """Makes `language_model=tiny` a hundredth as large."""
@@ -74,7 +116,7 @@ def small_language_model():
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     yield
-    jax.clear_caches()
+    forget_programs()
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +124,7 @@ def _forget_programs_in_time():
     """A compiled training step takes 4,600 memory maps; a process may have 65,530."""
     yield
     if Path("/proc/self/maps").read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+        forget_programs()
 
 
 @pytest.fixture

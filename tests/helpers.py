@@ -23,6 +23,7 @@ import soundfile
 from moss_tok.codec import init as codec_init
 from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
 from moss_tok.codec.presets import mirror
+from moss_tok.data import prepare
 from moss_tok.language.config import LanguageConfig
 from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives.config import build_objective, configure
@@ -93,10 +94,26 @@ def make_recipe(flags, codec=CODEC, language=None) -> Recipe:
     return Recipe(objective, config.optimizer, config.run.seed, config.devices.num_microbatches)
 
 
+@functools.cache
+def _jitted_step(recipe, mesh, batch_size):
+    return steps.sharded_train_step(recipe, states.state_shapes(recipe, mesh), batch_size)
+
+
 def train(flags) -> bool:
-    """A whole run."""
+    """A whole run; equal runs in a file share their step, which is traced once."""
+
+    def shared_step(recipe, shapes, batch_size):
+        return _jitted_step(recipe, shapes.step.sharding.mesh, batch_size)
+
     config = configure(**flags)
-    return loop.train(config, build_objective(config))
+    with mock.patch.object(loop, "sharded_train_step", shared_step):
+        return loop.train(config, build_objective(config))
+
+
+def forget_programs():
+    """Drops what was traced and compiled."""
+    _jitted_step.cache_clear()
+    jax.clear_caches()
 
 
 def plain_sgd(config, peak, decayed):
@@ -156,6 +173,26 @@ def make_clips(folder, lengths=(1.0, 0.7, 0.1, 2.0, 0.6, 0.6)):
     return folder
 
 
+def write_wav(path, seconds=0.3):
+    """A recording of noise, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wav = 0.1 * np.random.default_rng(0).standard_normal(int(seconds * RATE))
+    soundfile.write(os.fspath(path), wav, RATE)
+
+
+def prepare_folder(source, folder):
+    """Prepares a data set in this process; its records and what was rejected."""
+    plan = prepare.make_plan(source, folder, prepare.Settings(num_shards=1))
+    for shard in plan.shards:
+        prepare.write_shard(plan, shard)
+    prepare.finish(plan)
+    rows, rejected = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("manifest.jsonl", "rejected.jsonl")
+    )
+    return rows, rejected
+
+
 def small_run(flags, clips, folder, **changes):
     """Flags of a run on the codec and clips of the tests, with a workdir that is not there yet."""
     (folder / "micro.json").write_text(CODEC.to_json())
@@ -171,6 +208,11 @@ def leaves_equal(a, b) -> bool:
     """Whether two trees hold the same values, bit for bit."""
     same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
     return all(jax.tree.leaves(same))
+
+
+def assert_near(found, expected):
+    """1e-5 of full scale; the golden models' random weights reach an amplitude of 27."""
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 def rows_without_timing(workdir):
@@ -196,9 +238,12 @@ def train_script():
     return module
 
 
-def train_py(*flags) -> int:
-    """Runs train.py in this process, which saves the imports; returns the exit code."""
-    main = train_script().main
+def train_py(*flags, main=None) -> int:
+    """Runs train.py in this process, which saves the imports; returns the exit code.
+
+    Another function may stand for its `main`.
+    """
+    main = main or train_script().main
     absl.flags.FLAGS.unparse_flags()
     with mock.patch.object(sys, "argv", ["train.py", *flags]):
         with pytest.raises(SystemExit) as ended:
@@ -206,8 +251,11 @@ def train_py(*flags) -> int:
     return ended.value.code
 
 
-def start(config, *flags, num_devices=1, environment=(), python=()):
-    """train.py in a process group of its own; what it compiles is kept, for the next one."""
+def start(config, *flags, num_devices=8, environment=(), python=()):
+    """train.py in a process group of its own; what it compiles is kept, for the next one.
+
+    With as many devices as here, it takes what was compiled here.
+    """
     xla_flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={num_devices}")
     added = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": xla_flags}
     cache = f"--compilation_cache_dir={jax.config.jax_compilation_cache_dir}"

@@ -1,43 +1,21 @@
-"""Data sets, names, disks and checkpoints as people have them: read, or refused by name."""
+"""Manifests, names and links as people have them: read, or refused by name."""
 
-import contextlib
 import errno
 import json
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-import safetensors.numpy
-import soundfile
-from helpers import GOLDEN, leaves_equal
+from helpers import RATE, prepare_folder, write_wav
 
-import moss_tok
-from moss_tok import storage, tensors
+from moss_tok import storage
 from moss_tok.audio import files, manifest
 from moss_tok.cli import arguments
-from moss_tok.cli.main import main
-from moss_tok.codec import codes, pretrained
-from moss_tok.data import pipeline, prepare, records, sources, tokenize
-from moss_tok.data.config import AudioDataConfig
+from moss_tok.data import records, sources, tokenize
 from moss_tok.evaluation import datasets, pages
-from moss_tok.language import text
-
-RATE = 8000
-SETTINGS = prepare.Settings(num_shards=1)
-
-
-def write_wav(path, seconds=0.3):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wav = 0.1 * np.random.default_rng(0).standard_normal(int(seconds * RATE))
-    soundfile.write(os.fspath(path), wav, RATE)
 
 
 def write_names(folder, names):
@@ -50,30 +28,10 @@ def write_names(folder, names):
     (folder / "made.wav").unlink()
 
 
-def prepared(source, folder):
-    """Prepares a data set in this process; its records and what was rejected."""
-    plan = prepare.make_plan(source, folder, SETTINGS)
-    for shard in plan.shards:
-        prepare.write_shard(plan, shard)
-    prepare.finish(plan)
-    rows, rejected = (
-        [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        for name in ("manifest.jsonl", "rejected.jsonl")
-    )
-    return rows, rejected
-
-
 # --------------------------------------------------------------------------------------- manifests
 
 LINES = ['{"path": "a/one.wav"}', '{"path": "b/one.wav"}', '{"path": "ABSOLUTE"}']
 TEXT = "".join(line + "\n" for line in LINES)
-
-
-@pytest.fixture
-def recordings(tmp_path):
-    for name in ("a/one.wav", "b/one.wav", "c.wav"):
-        write_wav(tmp_path / name)
-    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -174,7 +132,7 @@ def named(tmp_path):
 
 
 def test_names_in_shards_for_training(named, tmp_path):
-    rows, rejected = prepared(named, tmp_path / "out")
+    rows, rejected = prepare_folder(named, tmp_path / "out")
     assert len(rows) + len(rejected) == len(NAMES) + 1
     stems = {Path(os.fsdecode(name)).stem for name in NAMES}
     assert stems <= {row["id"] for row in rows} <= stems | {"\\xff\\xfe"}
@@ -262,7 +220,7 @@ def test_links_in_circles(tmp_path, monkeypatch):
         names = [path.name for path in storage.find(pattern) if path.exists()]
         assert sorted(names) == ["a.wav", "b.wav"]
     assert [str(path) for path in storage.find("in/**/real/*")] == ["in/real/a.wav"]
-    rows, rejected = prepared(tmp_path / "in", tmp_path / "out")
+    rows, rejected = prepare_folder(tmp_path / "in", tmp_path / "out")
     assert {row["id"] for row in rows} == {"a", "b"}
     assert {Path(row["rejected"]).name for row in rejected} == {"gone.wav", "x.wav", "y.wav"}
 
@@ -283,249 +241,3 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         storage.files_under(tmp_path)
     (tmp_path / "closed").rmdir()
     assert storage.files_under(tmp_path) == []
-
-
-# ------------------------------------------------------------------- files that vanish, or change
-
-
-def test_files_that_vanish_or_break_while_they_are_read(recordings, tmp_path, monkeypatch):
-    for name in ("vanishing.flac", "broken.wav"):
-        write_wav(recordings / name)
-    plan = prepare.make_plan(recordings, tmp_path / "out", SETTINGS)
-    (recordings / "vanishing.flac").unlink()
-    read = files.read_native
-
-    def read_native(audio):
-        if Path(str(audio)).name == "broken.wav":
-            raise OSError(errno.EIO, "Input/output error")
-        return read(audio)
-
-    monkeypatch.setattr(files, "read_native", read_native)
-    for shard in plan.shards:
-        prepare.write_shard(plan, shard)
-    summary = prepare.finish(plan)
-    assert summary["records"] == 3 and summary["rejected"] == {"cannot be read": 2}
-    text = (tmp_path / "out" / "rejected.jsonl").read_text()
-    assert "(No such file or directory)" in text and "(Input/output error)" in text
-
-
-def test_what_is_checked_is_what_is_stored(tmp_path, monkeypatch):
-    path = tmp_path / "a.flac"
-    write_wav(path)
-    before, read = path.read_bytes(), files.read_native
-
-    def read_native(audio):
-        found = read(audio)
-        write_wav(path, 0.6)
-        return found
-
-    monkeypatch.setattr(files, "read_native", read_native)
-    item = manifest.AudioItem(path, "train", "sound", 0.3)
-    (record,) = prepare.prepare_file(item, SETTINGS)
-    assert record.audio == before != path.read_bytes()
-    assert record.metadata["duration_s"] == 0.3
-
-
-def test_training_goes_on_where_a_file_breaks(recordings, monkeypatch):
-    def read_segment(audio, *args):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr(files, "read_segment", read_segment)
-    mixture = sources.training_mixture(str(recordings), 0.1)
-    shape = pipeline.SegmentShape(800, RATE, 1)
-    stream = pipeline.batches(AudioDataConfig(batch_size=2), mixture, shape)
-    assert (next(stream)["failed"][:, :, 0] == 0).all()
-
-
-@pytest.mark.parametrize("metadata", [{"n": 2**70}, {"speaker": "\udcff"}, {"id": "\ud800"}])
-def test_what_a_record_cannot_hold(recordings, tmp_path, metadata):
-    row = {"path": "c.wav"} | metadata
-    (recordings / "m.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="its metadata cannot be stored"):
-        prepare.make_plan(recordings / "m.jsonl", tmp_path / "out", SETTINGS)
-    assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------- disks
-
-
-@contextlib.contextmanager
-def largest_file(size_bytes):
-    """No file can be larger: writing fails, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_disk_without_room_for_a_checkpoint(micro, tmp_path, monkeypatch):
-    used = shutil.disk_usage(tmp_path)._replace(free=9000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: used)
-    with pytest.raises(ValueError, match=r"a checkpoint needs 0\.1 MB, 0\.0 MB are free"):
-        pretrained.save(tmp_path / "out", micro.config, micro.params)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_while_shards_are_written(recordings, tmp_path):
-    plan = prepare.make_plan(recordings, tmp_path / "out", SETTINGS)
-    with largest_file(1000), pytest.raises(ValueError, match="record: could not be written .*File"):
-        prepare.write_shard(plan, plan.shards[0])
-    left = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert left == {"prepare.json"}
-    rows, _ = prepared(recordings, tmp_path / "out")
-    assert len(rows) == 3
-
-
-@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
-def test_a_full_disk_while_audio_is_written(tmp_path, suffix, rng, capfd):
-    """One line, and none of what libsndfile's callbacks print."""
-    path = tmp_path / f"a{suffix}"
-    wav = rng.uniform(-1, 1, (1, 40000)).astype(np.float32)
-    with largest_file(1000), pytest.raises(OSError, match=re.escape(f"File too large: '{path}'")):
-        files.write(path, wav, RATE)
-    assert capfd.readouterr() == ("", "")
-    assert list(tmp_path.iterdir()) == []
-    files.write(path, wav, RATE)
-    assert soundfile.info(path).frames == 40000
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_folder_of_files_ends_where_there_is_no_room(recordings, tmp_path, number, capsys):
-    """What is done stays, what could not be read is named; nothing is computed for nothing."""
-    calls = []
-
-    def function(path, target):
-        calls.append(path)
-        if len(calls) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-        if len(calls) == 3:
-            try:
-                raise OSError(number, os.strerror(number))
-            except OSError as error:
-                raise ValueError("could not be written") from error
-        return copy(path, target)
-
-    write_wav(recordings / "d.wav")
-    message = f"c.npz: {os.strerror(number)}; 1 of 4 files are done"
-    with pytest.raises(ValueError, match=message):
-        arguments.each_file(str(recordings), str(tmp_path / "out"), (".wav", ".npz"), function)
-    assert len(calls) == 3
-    assert "one.wav: [Errno 5] Input/output error" in capsys.readouterr().err
-    assert [p.name for p in storage.files_under(tmp_path / "out")] == ["one.npz"]
-
-
-def test_a_read_only_folder_is_noticed_first(recordings, tmp_path, monkeypatch, capsys):
-    def refuse(dir):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    command = ["encode", str(recordings), str(tmp_path / "out")]
-    assert main([*command, "--checkpoint", str(GOLDEN / "v1_tiny")]) == 2
-    error = capsys.readouterr().err
-    assert error == f"error: [Errno 30] Read-only file system: '{tmp_path}/out'\n"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
-def test_printing_onto_a_full_disk():
-    command = [sys.executable, "-m", "moss_tok", "info", "tiny"]
-    with open("/dev/full", "w") as full:
-        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert found.returncode == 2
-    assert found.stderr == "error: [Errno 28] No space left on device\n"
-
-
-# ------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture
-def cached(tmp_path):
-    """An official checkpoint as the cache of the Hugging Face Hub has it: links into blobs."""
-    top = tmp_path / "models--openmoss--tiny"
-    snapshot = top / "snapshots" / "0123abc"
-    snapshot.mkdir(parents=True)
-    (top / "blobs").mkdir()
-    (top / "refs").mkdir()
-    (top / "refs" / "main").write_text("0123abc")
-    for number, name in enumerate(("config.json", "model.safetensors")):
-        shutil.copy(GOLDEN / "v1_tiny" / name, top / "blobs" / f"{number}")
-        (snapshot / name).symlink_to(f"../../blobs/{number}")
-    return top
-
-
-def test_the_cache_of_the_hub(cached, v1_tiny):
-    for path in (cached, cached / "snapshots" / "0123abc"):
-        assert leaves_equal(moss_tok.load(path).params, v1_tiny.params)
-    (cached / "blobs" / "1").unlink()
-    with pytest.raises(ValueError, match="model.safetensors: a link to a missing file"):
-        moss_tok.load(cached)
-    index = cached / "snapshots" / "0123abc" / tensors.INDEX_NAME
-    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
-    with pytest.raises(ValueError, match="model.safetensors: a link to a missing file"):
-        moss_tok.load(cached)
-    (cached / "refs" / "main").write_text("another")
-    with pytest.raises(ValueError, match="no config.json, so it is not a checkpoint"):
-        moss_tok.load(cached)
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7\n"
-
-
-def test_pointers_of_git_lfs(micro, cached, tmp_path):
-    pretrained.save(tmp_path / "ours", micro.config, micro.params)
-    largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda p: p.stat().st_size)
-    paths = [cached / "blobs" / "1", largest]
-    for name in ("a.npz", "tokenizer.json", "a.array_record"):
-        paths.append(tmp_path / name)
-    for path in paths:
-        path.write_bytes(POINTER)
-    for call, name in (
-        (lambda: moss_tok.load(cached), "model.safetensors: "),
-        (lambda: moss_tok.load(tmp_path / "ours"), "broken checkpoint: params/.*: "),
-        (lambda: codes.read(tmp_path / "a.npz", micro), r"a.npz: not a .npz .*\("),
-        (lambda: text.load(tmp_path), r"tokenizer.json: not a tokenizer.json \("),
-        (lambda: records.shard(tmp_path / "a.array_record"), r"no ArrayRecord files \("),
-    ):
-        with pytest.raises(
-            ValueError, match=f"{name}this is a git-lfs pointer: run `git lfs pull`"
-        ):
-            call()
-
-
-def test_a_checkpoint_that_was_copied_halfway(micro, tmp_path, capfd):
-    """Whichever file is missing or cut; one line, and nothing that Orbax prints."""
-    whole = tmp_path / "whole"
-    pretrained.save(whole, micro.config, micro.params)
-    names = ["files.json", *json.loads((whole / "files.json").read_text())]
-    for name in names:
-        for size in (None, 0, 7):
-            half = shutil.copytree(whole, tmp_path / "half")
-            data = (half / name).read_bytes()
-            (half / name).unlink()
-            if size is not None:
-                (half / name).write_bytes(data[:size])
-            if size is None or len(data) != size:
-                with pytest.raises(ValueError, match="broken|no config.json") as error:
-                    moss_tok.load(half)
-                assert "\n" not in str(error.value)
-            shutil.rmtree(half)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_weights_of_other_precisions(tmp_path, v1_tiny, dtype):
-    """As they are: what was rounded when they were written."""
-    folder = shutil.copytree(GOLDEN / "v1_tiny", tmp_path / "official")
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    kind = jnp.dtype(dtype)
-    rounded = {name: x.astype(kind) for name, x in tensors.items()}
-    safetensors.numpy.save_file(rounded, folder / "model.safetensors")
-    fields = json.loads((folder / "config.json").read_text()) | {"dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(fields))
-    found = moss_tok.load(folder)
-    back = {name: x.astype(np.float32) for name, x in rounded.items()}
-    safetensors.numpy.save_file(back, folder / "model.safetensors")
-    assert leaves_equal(found.params, moss_tok.load(folder).params)
-    wav = 0.1 * np.sin(np.arange(3840, dtype=np.float32))[None, None]
-    assert moss_tok.encode(found, wav).codes.shape == moss_tok.encode(v1_tiny, wav).codes.shape

@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok
 from moss_tok import sharding
-from moss_tok.cli.main import main
 from moss_tok.codec import inference, live, presets, pretrained, streaming
 from moss_tok.codec.config import CodecConfig, QuantizerConfig
 from moss_tok.nn import attention, rope
@@ -515,12 +514,6 @@ def test_errors_of_the_steps(v1_tiny):
         with pytest.raises(ValueError, match=message):
             call()
     moss_tok.encode_step(v1_tiny, state, wav)  # none of them took the state
-
-
-def test_closed_standard_input(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", None)
-    assert main(["stream", "--checkpoint", "none"]) == 2
-    assert capsys.readouterr().err == "error: standard input is closed\n"
 
 
 def test_a_window_of_one_frame():

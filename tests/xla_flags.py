@@ -11,8 +11,9 @@ def for_cpus() -> str:
         "--xla_llvm_disable_expensive_passes=true",
     ]
     jaxlib = version("jaxlib")
-    if jaxlib < "0.11.1":  # later versions do not know it
+    if jaxlib < "0.11.1":  # later versions do not know them
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     elif jaxlib < "0.12":  # for steps that are jitted without `sharding.compiler_options`
         flags.append("--xla_cpu_multi_thread_eigen=false")
     return " ".join(flags)
