@@ -274,9 +274,9 @@ class BatchEncoder:
 def choose_sizes(lengths: Sequence[int], program_frames: float) -> list[int]:
     """Lengths of batches, shortest first, for recordings of these lengths, in frames.
 
-    They minimize the frames of padding plus `program_frames` for each length, because each length
-    needs a program of its own. So a few short recordings are not encoded by a dozen programs, each
-    of which takes seconds to compile.
+    The lengths minimize the cost: the frames of padding, plus `program_frames` for each length,
+    because each length needs a program of its own. So a few short recordings do not need a dozen
+    programs, each of which takes seconds to compile.
     """
     counts = collections.Counter(inference.bucket_frames(length) for length in lengths)
     sizes = sorted(counts)

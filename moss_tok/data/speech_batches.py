@@ -23,7 +23,7 @@ from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import FORM, Positions, Request
 
-_MIN_POSITIONS = 64  # of a batch; fewer are not worth a program, which takes long to compile
+_MIN_POSITIONS = 64  # shorter batches are padded: a program of their own takes long to compile
 _TARGET_PARTS = 8  # the number of targets is a multiple of the positions divided by this number
 
 
@@ -255,13 +255,13 @@ class SpeechBatches(PackedBatches):
 
 
 def array_sizes(num_positions: int, num_frames: int) -> tuple[int, int]:
-    """Sizes of the arrays of a batch: positions, and those of them that are computed as targets.
+    """Sizes (T, F) of the arrays of a batch: positions, and positions that are computed as targets.
 
-    They are few, because a step is compiled for each.
+    There are few different sizes, because a step is compiled for each.
 
     Args:
-      num_positions: Of the longest sequence.
-      num_frames: Of the longest recording; its end is predicted, too.
+      num_positions: Positions of the longest sequence.
+      num_frames: Frames of the longest recording. The end of speech is one more target.
     """
     padded = code_batches.bucket_size(max(_MIN_POSITIONS, num_positions), 2**31)
     step = math.ceil(padded / _TARGET_PARTS)
