@@ -80,6 +80,12 @@ def test_cudnn_agrees_with_brute_force(num_frames, window, mesh):
         check_gradients(jax.jit(attend), num_frames, window, "bfloat16", 2e-2)
 
 
+def test_tpus_use_their_kernel_unless_it_pads_much(monkeypatch):
+    monkeypatch.setattr(kernels, "devices_are", lambda kind: kind == "tpu")
+    assert attention.choose(33, 128, jnp.bfloat16) == "dense"
+    assert attention.choose(65, 128, jnp.bfloat16) == "splash"
+
+
 @pytest.mark.parametrize(("num_frames", "window"), [(300, 70), (65, 65), (65, 20), (1, 1)])
 def test_cudnn_is_asked_for_the_window(num_frames, window, monkeypatch):
     """What cuDNN is given, computed by XLA."""

@@ -151,10 +151,11 @@ def test_a_train_step_on_a_v5e_host():
 def test_a_speech_step_on_a_v5e_host():
     pytest.importorskip("libtpu")
     run = ["--objective=speech", "--codec=tiny", "--batch_size=8", "--mesh=fsdp:4"]
-    run += ["--dtype=bfloat16", "--remat=full", "--segment_seconds=8", "--topology=v5e:2x2"]
+    run += ["--dtype=bfloat16", "--remat=full", "--segment_seconds=2", "--topology=v5e:2x2"]
     done = check(*run, "--nocode")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "tiny: 7.6 M parameters; 8 x 8 s, 230 positions padded to 256" in done.stdout
+    sizes = "230 positions padded to 256, 100 frames to 128"
+    assert f"tiny: 10.8 M parameters; 8 x 2 s, {sizes}\n" in done.stdout
     assert "train_step, optimised" in done.stdout and "utilisation" in done.stdout
     done = check(*run, "--functions=encode")
     assert (done.returncode, done.stdout) == (2, "")

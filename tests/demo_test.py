@@ -205,7 +205,7 @@ def test_live_on_the_page(browser, address, viewport):
 def test_recording_on_the_page(browser, address):
     page, _, errors = open_page(browser, address, permissions=["microphone"])
     page.click("#record")
-    page.wait_for_function("document.getElementById('record').textContent.includes('1 s')")
+    page.wait_for_function("document.getElementById('record').textContent.includes('2 s')")
     page.click("#record")
     page.wait_for_selector("#result[data-shown='4']")
     assert page.inner_text("#file-name") == "recording.wav"

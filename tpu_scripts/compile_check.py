@@ -286,7 +286,8 @@ def describe(
     else:
         model = getattr(config.objective, "codec", config.objective).model
     print(f"{topology}: {mesh.size} chips, mesh {axes}")
-    print(f"{model or config.run.init_from}: {count / 1e6:.1f} M parameters{more}; {items}")
+    model = model or config.run.init_from or "tiny"
+    print(f"{model}: {count / 1e6:.1f} M parameters{more}; {items}")
 
 
 def main() -> None:

@@ -75,8 +75,8 @@ export class Tracks {
     const { seconds } = this.recording;
     const steps = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20];
     const step = steps.find((x) => seconds / x <= 8) ?? 20;
-    const times = [];
-    for (let i = 0; i * step <= seconds - step; i++) times.push(i * step); // room for the last one
+    const times = [0];
+    for (let i = 1; i * step <= seconds - step; i++) times.push(i * step); // room for the last one
     times.push(seconds);
     this.box.querySelectorAll(".times").forEach((row) => {
       row.replaceChildren(...times.map((time, i) => {
