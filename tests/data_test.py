@@ -50,6 +50,12 @@ def test_a_batch_is_a_function_of_its_number(clips):
     assert {pipeline.DOMAINS[d] for b in seen for d in b["domain"]} == {"music"}
 
 
+def test_batches_of_one(clips):
+    batch = next(batches(clips, {"batch_size": 1}))
+    assert batch["wav"].shape == (1, 1, 2048)
+    assert equal(batch, {k: v[:1] for k, v in next(batches(clips)).items()})
+
+
 def test_processes_share_a_batch(clips):
     config = FLAGS | dict(batch_size=5)
     whole = batches(clips, config)

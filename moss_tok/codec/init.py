@@ -38,7 +38,7 @@ def _low_pass(modules: tuple[ModuleConfig, ...], stages: Any, side: str) -> Any:
     projections of the decoder are the transposes. The blocks then learn to correct a waveform that
     is already roughly right. From random projections a small model does not find even the principal
     components within hours; its audio is noise of the right spectrum, without pitch
-    (experiments/README.md).
+    (experiments/notebook.md).
     """
     stages = dict(stages)
     for number, module in enumerate(modules):

@@ -25,6 +25,7 @@ from moss_tok.language.text import Tokenizer
 
 _LINGER_SECONDS = 120.0  # during which a worker works on after SIGTERM
 _TRIES = 8  # draws for an item; then a silent one is used, or padding if none could be read
+_ENDLESS = 2**62  # batches
 
 Batch = dict[str, np.ndarray]
 
@@ -281,7 +282,8 @@ def batches(
     dataset = dataset.map_with_index(add_position)
     if rows is not None and len(rows) < config.batch_size:
         dataset = grain.MapDataset.source(_Rows(dataset, config.batch_size, rows))
-    dataset = dataset.batch(len(rows or range(config.batch_size)))[start:]
+    # The length of an endless dataset is sys.maxsize, which grain rounds up for batches of one.
+    dataset = dataset[:_ENDLESS].batch(len(rows or range(config.batch_size)))[start:]
     if not config.num_workers:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
         return iter(dataset.to_iter_dataset(options))
