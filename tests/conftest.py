@@ -24,10 +24,12 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from helpers import GOLDEN, ROOT, forget_programs, init_params, micro_config, write_wav
+from helpers import GOLDEN, MOST_FRAMES, ROOT, forget_programs, init_params, micro_config, write_wav
 
 import moss_tok
 from moss_tok.cli import main as command_line
+from moss_tok.codec import presets
+from moss_tok.codec.config import CodecConfig, QuantizerConfig
 from moss_tok.language import config as language_config
 
 sys.path.append(str(ROOT / "tpu_scripts"))
@@ -77,6 +79,27 @@ def micro():
     """A codec of `micro_config` with random weights."""
     config = micro_config()
     return moss_tok.Codec(init_params(config), config)
+
+
+@pytest.fixture(scope="session")
+def v2_micro():
+    """The six stages and windows of v2, a hundredth as long, in stereo; random weights."""
+    windows = (0.01, 0.02, 0.04, 0.08, 0.1, 0.1)
+    rows = [(6 if i == 0 else 8, 8 if i == 5 else 4, 16, 2, 1, 32, windows[i]) for i in range(6)]
+    encoder = presets._stack((6, 2, 2, 2, 2, 2), rows, "v2", layer_scale=0.5)
+    quantizer = QuantizerConfig(8, 6, 8, 4, 16, 3)
+    config = CodecConfig(9600, 2, encoder, quantizer, presets.mirror(encoder), "v2")
+    return moss_tok.Codec(init_params(config), config)
+
+
+@pytest.fixture(scope="module", params=["v1_tiny", "nano_tiny", "v2_micro"])
+def whole(request):
+    """A codec, audio of two streams, and what encode and decode make of all of it."""
+    codec = request.getfixturevalue(request.param)
+    shape = (2, codec.config.num_channels, MOST_FRAMES * codec.config.hop_length)
+    wav = 0.1 * np.random.default_rng(3).standard_normal(shape, np.float32)
+    codes = moss_tok.encode(codec, wav).codes
+    return codec, wav, np.asarray(codes), np.asarray(moss_tok.decode(codec, codes).wav)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 ROOT = Path(__file__).parents[1]
 RATE = 8000  # Hz, of the tiny models and recordings
+MOST_FRAMES = 108  # more than three of the longest window, in code frames, of the golden models
 
 
 def micro_config(**changes) -> CodecConfig:
