@@ -163,6 +163,7 @@ def _draw_law(axes: plt.Axes, law: fits.Fit, x: np.ndarray) -> None:
 def _label(axes: plt.Axes, x: str, y: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # they would overlap
     axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_xlabel(x)
@@ -234,7 +235,6 @@ def dropout(results: Results) -> tuple[plt.Figure, str]:
         axes.plot(numbers, means, "o-", label=f"quantizer dropout {share:g}")
     _label(axes, "quantizers in use", "held-out loss")
     axes.set_xticks(numbers, [str(number) for number in numbers])
-    axes.minorticks_off()
     header = ["quantizer dropout", *(_quantizers(number) for number in numbers)]
     return figure, table(header, rows)
 
@@ -260,7 +260,6 @@ def batch(results: Results) -> tuple[plt.Figure, str]:
     axes.plot(BATCH_SIZES, means, "o-", label="same audio")
     _label(axes, "batch size", "held-out loss")
     axes.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
-    axes.minorticks_off()
     header = ["batch size", "steps", "learning rate", "held-out loss",
               f"minus batch size {BATCH_SIZE}, 95 %"]  # fmt: skip
     return figure, table(header, rows)
