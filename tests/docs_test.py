@@ -87,6 +87,7 @@ def folder(tmp_path, monkeypatch):
     for codes in ("codes", "codes_all"):
         (tmp_path / codes).mkdir()
         (tmp_path / codes / "plan.json").write_text("{}")
+    (tmp_path / "codes.jsonl").write_text('{"audio_codes": [[0]], "text": "one"}\n')
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     absl.flags.FLAGS.unparse_flags()
