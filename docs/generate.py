@@ -86,12 +86,22 @@ def flags() -> str:
     return text + _process_flags()
 
 
+def _paragraph(text: str) -> str:
+    """A paragraph of a description; its indented lines, which are commands, stay lines."""
+    words = [line for line in text.splitlines() if not line.startswith("  ")]
+    commands = [f"    {line.strip()}\n" for line in text.splitlines() if line.startswith("  ")]
+    paragraph = f"{' '.join(' '.join(words).split())}\n\n"
+    if commands:
+        paragraph += "".join(commands) + "\n"
+    return paragraph
+
+
 def _command(name: str) -> str:
     parser = cli.build_parser(name)
     example = parser.epilog.partition("\n")[2].strip()
     description = " ".join(line for line in parser.description.split("\n\n")[0].split())
     rest = parser.description.strip().split("\n\n")[1:]
-    more = "".join(f"{' '.join(part.split())}\n\n" for part in rest)
+    more = "".join(_paragraph(part) for part in rest)
     rows = [_argument_row(action) for action in parser._actions if action.dest != "help"]
     return (
         f"\n## moss-tok {name}\n\n{description}\n\n{more}```\n{example}\n```\n"

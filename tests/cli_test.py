@@ -51,7 +51,7 @@ def test_encode_num_quantizers(coded_folder):
 def test_reconstruct(coded_folder, capsys, output):
     assert main(["reconstruct", "in.wav", output, "--checkpoint", CODEC]) == 0
     assert soundfile.info(output).frames == 30000
-    assert "600 bit/s (8 quantizers), mel distance" in capsys.readouterr().out
+    assert "600 bit/s (8 quantizers), mel_loss" in capsys.readouterr().out
 
 
 def test_stereo_48k_of_a_mono_file(coded_folder):

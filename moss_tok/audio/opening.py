@@ -87,6 +87,8 @@ def _open_input(source: Source, use: Use) -> Iterator[_Input]:
     path = storage.to_path(source)
     try:
         with storage.named_errors(path):
+            if path.is_dir():
+                raise ValueError(f"{path}: a folder, not a file")
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
             is_remote = storage.is_remote(path)

@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
     from moss_tok import storage
     from moss_tok.audio import files
 
-    if not storage.to_local_path(args.input).is_dir():
+    source = storage.to_local_path(args.input)
+    if not source.exists():
+        raise ValueError(f"{args.input}: no such file")
+    if not source.is_dir():
         files.check_output(args.output)
     codec = moss_tok.load(args.checkpoint, component="decoder")
     codec.config.check_num_quantizers(args.num_quantizers)

@@ -1,4 +1,4 @@
-"""Encodes an audio file, or all of a folder, and decodes it again; prints the mel distance."""
+"""Encodes an audio file, or all of a folder, and decodes it again; prints the mel_loss."""
 
 import argparse
 import functools
@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from moss_tok import storage
     from moss_tok.audio import files
 
-    if not storage.to_local_path(args.input).is_dir():
+    source = storage.to_local_path(args.input)
+    if not source.exists():
+        raise ValueError(f"{args.input}: no such file")
+    if not source.is_dir():
         files.check_output(args.output)
     codec = moss_tok.load(args.checkpoint)
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
@@ -63,7 +66,7 @@ def _reconstruct(codec: Any, num_quantizers: int, source: Path, output: Path) ->
     files.write_blocks(output, measured(), config.sample_rate, config.num_channels, seconds)
     line = f"{output}: {config.bitrate(num_quantizers):.0f} bit/s ({num_quantizers} quantizers)"
     if distances:
-        line += f", mel distance {np.average(distances, weights=sizes):.3f}"
+        line += f", mel_loss {np.average(distances, weights=sizes):.3f}"
     return line
 
 

@@ -26,7 +26,7 @@ from moss_tok.codec.inference import Codec
 from moss_tok.codec.streaming import encode_step, init_encoder_stream, reset_streams
 
 _LARGEST_BATCH = 64  # recordings per device
-_COMPILE_SECONDS = 300.0  # compiling a program takes as long as encoding that much audio, or longer
+_COMPILE_SECONDS = 100.0  # of audio: encoding it takes about as long as compiling a program
 SLOT_SECONDS = 10.0  # chunk of a long recording; on average half of its last chunk is padding
 
 # Recording id -> codes [Q, T] int16, number of samples per channel.

@@ -51,8 +51,6 @@ class Reader:
         encoded: CodesById = {}
         errors: Errors = {}
         long_recordings: list[tuple[str, Blocks]] = []
-        durations = [item.duration_seconds for _, item in items]
-        encoder.expect([seconds for seconds in durations if not inference.is_long(seconds)])
         for pending in self._read_ahead(_BATCHES_AHEAD * encoder.batch_seconds, items):
             wav = None
             if pending.audio is not None:

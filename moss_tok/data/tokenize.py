@@ -207,6 +207,16 @@ def check_share(shard_index: int, num_shards: int) -> None:
         raise ValueError(f"shard-index must be 0..{num_shards - 1}, got {shard_index}")
 
 
+def _short_durations(shards: Sequence[Shard]) -> list[float]:
+    """Seconds of the recordings that are encoded in batches, not as streams."""
+    durations = []
+    for shard in shards:
+        for _, item in shard.items:
+            if not inference.is_long(item.duration_seconds):
+                durations.append(item.duration_seconds)
+    return durations
+
+
 def run(
     codec: Codec,
     plan: Plan,
@@ -230,6 +240,8 @@ def run(
     began = time.perf_counter()
     settings = plan.settings
     encoder = BatchEncoder(codec, settings.num_quantizers, settings.batch_seconds)
+    # From all shards, whichever are done here: a resumed job makes the same batches.
+    encoder.expect(_short_durations(plan.shards))
     with ThreadPoolExecutor(settings.num_workers) as pool:
         reader = Reader(codec, pool, progress)
         for shard in plan.shards[shard_index::num_shards]:
