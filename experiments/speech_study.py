@@ -5,9 +5,8 @@
 
 `words`: word error rates of generated texts at each number of quantizers, beside the same texts
 spoken by people (their codes, decoded), and how many texts run to the longest duration, gain or
-lose words. `speed`: the first block and the real-time factor of `speech.stream`. `pictures`:
-spectrograms of two of the texts that `words` has made audio of. `digits` is the output of
-`spoken_digits.py`. What OUT already has is not computed again. All words are read by
+lose words. `speed`: the first block and the real-time factor of `speech.stream`. `digits` is the
+output of `spoken_digits.py`. What OUT already has is not computed again. All words are read by
 `digit_reader.py`. Its templates are clips that the speech model has not heard, decoded from the
 same number of quantizers.
 """
@@ -23,7 +22,6 @@ from typing import Any
 import digit_reader
 import jiwer
 import librosa
-import matplotlib.pyplot as plt
 import numpy as np
 
 import moss_tok
@@ -219,43 +217,10 @@ def speed(args: argparse.Namespace) -> None:
         print(f"real-time factor: {processor_factor:.2f} by processor time, {wall_factor:.2f}")
 
 
-# --------------------------------------------------------------------------- pictures
-
-
-def pictures(args: argparse.Namespace) -> None:
-    """Draws the spectrograms of two texts, as people and as a model speak them."""
-    study = Study(args)
-    name = Path(args.checkpoint[0]).name
-    number = args.quantizers
-    longest = sorted(range(len(study.tests)), key=lambda i: -len(study.tests[i]["transcript"]))
-    for place, index in enumerate(longest[:2], 1):
-        row = study.tests[index]
-        (decoded,) = decode_all(study.codec, [row["codes"]], number)
-        path = study.out / f"{name}-{number}" / f"{index:03}.wav"
-        said = files.read(path, digit_reader.RATE, 1)[0]
-        shown = {
-            "recording": row["wav"],
-            f"recording, {number} quantizers": decoded,
-            f"speech model, {number} quantizers": said,
-        }
-        figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), sharey=True, layout="constrained")
-        for axis, (title, wav) in zip(axes, shown.items(), strict=True):
-            power = librosa.feature.melspectrogram(
-                y=wav, sr=digit_reader.RATE, n_fft=1024, hop_length=240, n_mels=80, fmax=5000
-            )
-            level = librosa.power_to_db(power, ref=np.max, top_db=60)
-            seconds = len(wav) / digit_reader.RATE
-            axis.imshow(level, origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
-            axis.set(title=title, xlabel="seconds")
-        axes[0].set_ylabel("mel band")
-        figure.suptitle(repr(row["transcript"]))
-        figure.savefig(study.out / f"{name}_{place}.png", dpi=70)
-
-
 def main() -> None:
     """Runs a study."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("words", "speed", "pictures"))
+    parser.add_argument("study", choices=("words", "speed"))
     parser.add_argument("--checkpoint", action="append", default=[], help="speech model")
     parser.add_argument("--codec", help="its codec (default: the one in the package)")
     parser.add_argument("--digits", type=Path, default=Path("digits"))
@@ -264,11 +229,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=DEFAULT.first.temperature)
     penalty = DEFAULT.first.repetition_penalty
     parser.add_argument("--repetition-penalty", type=float, default=penalty)
-    parser.add_argument("--quantizers", type=int, default=8, help="number, for pictures")
     parser.add_argument("--number", type=int, default=100, help="most texts")
     parser.add_argument("--seconds", type=float, default=1.6, help="longest recording of people")
     args = parser.parse_args()
-    {"words": words, "speed": speed, "pictures": pictures}[args.study](args)
+    {"words": words, "speed": speed}[args.study](args)
 
 
 if __name__ == "__main__":
