@@ -148,7 +148,9 @@ def check_python(arguments):
 def knows(script, option):
     """Whether a script defines an option; the flags of train.py pass through some scripts."""
     bare = option.removeprefix("--")
-    return f'"{option}"' in script or f'"{bare}"' in script or bare in known_flags()
+    negated = bare.removeprefix("no")  # of a boolean flag of absl
+    names = (f'"{option}"', f'"{bare}"', f'"{negated}"')
+    return any(name in script for name in names) or bare in known_flags()
 
 
 @cache
