@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from absl import logging
 from helpers import GOLDEN, MOST_FRAMES, ROOT, forget_programs, init_params, micro_config, write_wav
 
 import moss_tok
@@ -140,6 +141,14 @@ def small_language_model():
 def _forget_programs():
     yield
     forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _restore_verbosity():
+    """train.py shows errors only, also when a test runs it in its own process."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(autouse=True)

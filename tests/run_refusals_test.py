@@ -75,6 +75,6 @@ def test_flag_files_are_valid(capsys):
         assert train_py(f"--flagfile={path}", *flags) == 2
         error = capsys.readouterr().err
         expected = "error: model must be one of"
-        if "--objective=speech" in path.read_text():
+        if path.name.startswith("tts"):
             expected = "error: the objective speech trains on codes"
         assert expected in error, (path, error)
