@@ -178,7 +178,7 @@ def make_bad(tmp_path, kind):
     ("kind", "message"),
     [
         ("missing", "no such file"),
-        ("folder", "folder: a folder, not a file"),
+        ("folder", "a folder, not a file"),
         ("text", "not audio"),
         ("no bytes", "not audio"),
         ("empty", "empty audio"),
