@@ -55,10 +55,11 @@ class CodecObjective(CodecBasedObjective):
     def good_signs(self) -> str:
         """The values of the quickstart after some hundred steps; see docs/train.md."""
         signs = ["reconstruction falls"]
-        if self.settings.waveform_weight and self.trainable == "all":
-            signs.append("waveform falls below 0.8 (1 is silence)")
-        num_codes = self.codec.quantizer.codebook_size
-        signs.append(f"perplexity rises above {0.6 * num_codes:.0f} of {num_codes} codes")
+        if self.trainable == "all":
+            if self.settings.waveform_weight:
+                signs.append("waveform falls below 0.8 (1 is silence)")
+            num_codes = self.codec.quantizer.codebook_size
+            signs.append(f"perplexity rises above {0.6 * num_codes:.0f} of {num_codes} codes")
         return ", ".join(signs)
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
