@@ -50,50 +50,105 @@ def train(flagfile: str, workdir: Path, *flags: str) -> list[str]:
     return [*command, f"--train_data={STARTER}", f"--workdir={workdir}", *flags]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the parts are."""
+
+    recipe: str  # what is added to small_codec.flags
+    rate: tuple[str, ...]  # the product that the utilisation refers to
+    small: tuple[str, ...]  # flags of the small runs
+    large: tuple[str, ...]  # runs of benchmark_training.py
+    presets: str
+    seconds: str
+    batches: str
+    slots: str
+    minutes: str
+
+
+FULL = Sizes(
+    recipe="batch_size=48,segment_seconds=1.92",
+    rate=("--matmul_dtype=bfloat16", "--matmul_size=16384"),
+    small=("--batch_size=48", "--num_workers=8", "--num_steps=300", "--log_every=100"),
+    large=(
+        "v1:batch_size=64,segment_seconds=12,dtype=bfloat16,remat=dots",
+        "v1:batch_size=32,segment_seconds=12,dtype=bfloat16,remat=dots,stage=adversarial",
+        "nano:batch_size=64,segment_seconds=6,dtype=bfloat16,remat=dots",
+    ),
+    presets="v1,nano",
+    seconds="10",
+    batches="1,16,64",
+    slots="1,64",
+    minutes="20",
+)
+TINY = Sizes(
+    recipe="batch_size=2,segment_seconds=0.96,mel_turns=10",
+    rate=("--matmul_size=512",),
+    small=("--batch_size=2", "--num_steps=4", "--log_every=2", "--num_eval_clips=1"),
+    large=("tiny:batch_size=2,segment_seconds=0.96",),
+    presets="tiny",
+    seconds="1",
+    batches="1,2",
+    slots="1,2",
+    minutes="0.2",
+)
+
+
 def all_parts(output: Path, official: str | None, rehearse: bool) -> list[Part]:
     """The parts, the important ones first: the last ones may find no time left."""
-    recipe = f"{EXPERIMENTS}/small_codec.json:flagfile={EXPERIMENTS}/small_codec.flags"
-    recipe += ",precision=highest,batch_size=48,segment_seconds=1.92"
-    rate = ["--matmul_dtype=bfloat16", "--matmul_size=16384"]
-    small = ["--batch_size=48", "--num_workers=8", "--num_steps=300", "--log_every=100"]
-    large = ["v1:batch_size=64,segment_seconds=12,dtype=bfloat16,remat=dots"]
-    large += ["v1:batch_size=32,segment_seconds=12,dtype=bfloat16,remat=dots,stage=adversarial"]
-    large += ["nano:batch_size=64,segment_seconds=6,dtype=bfloat16,remat=dots"]
-    presets = "v1,nano"
-    batches = "1,16,64"
-    seconds = "10"
-    slots = "1,64"
-    minutes = "20"
-    if rehearse:
-        recipe += ",batch_size=2,segment_seconds=0.96,mel_turns=10"
-        rate = ["--matmul_size=512"]
-        small = ["--batch_size=2", "--num_steps=4", "--log_every=2", "--num_eval_clips=1"]
-        large = ["tiny:batch_size=2,segment_seconds=0.96"]
-        presets = "tiny"
-        batches = "1,2"
-        seconds = "1"
-        slots = "1,2"
-        minutes = "0.2"
-    bulk = [f"--presets={presets}", f"--seconds={seconds}", f"--batch_sizes={batches}"]
-    if official:
-        bulk += [f"--official={official}", "--compile"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(output / "cache")}
-    compile_recipe = script("benchmark_training.py", "--num_steps=5", *rate, recipe)
+    sizes = TINY if rehearse else FULL
+    tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"{ROOT}/tests/attention_test.py"]
+    cuda = {} if rehearse else {"MOSS_TOK_TEST_PLATFORM": "cuda"}
+    return [
+        *training_parts(output, sizes),
+        *inference_parts(sizes, official),
+        Part("attention", "Tests of the attention kernel", 60, [tests], cuda),
+    ]
+
+
+def training_parts(output: Path, sizes: Sizes) -> list[Part]:
+    """Compiling, large models, small models."""
+    codec = f"{EXPERIMENTS}/small_codec.json:flagfile={EXPERIMENTS}/small_codec.flags"
+    run = f"{codec},precision=highest,{sizes.recipe}"
+    compiling = script("benchmark_training.py", "--num_steps=5", *sizes.rate, run)
+    large = script("benchmark_training.py", "--num_steps=8", *sizes.rate, *sizes.large)
+    small = [
+        train("quickstart.flags", output / "quickstart", *sizes.small, "--num_microbatches=1"),
+        train("small_codec.flags", output / "small_codec", *sizes.small, "--precision=highest"),
+    ]
     return [
         Part(
             "compile",
             "Compiling the step of small_codec.flags: cold, then from the cache",
             70,
-            [compile_recipe, compile_recipe],
-            cache,
+            [compiling, compiling],
+            {"JAX_COMPILATION_CACHE_DIR": str(output / "cache")},
         ),
         Part(
             "large",
             "Training large models",
             220,
-            [script("benchmark_training.py", "--num_steps=8", *rate, *large)],
+            [large],
             {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"},
         ),
+        Part(
+            "small",
+            "Training small models: steps per second, share of the time waiting for data",
+            60,
+            small,
+        ),
+    ]
+
+
+def inference_parts(sizes: Sizes, official: str | None) -> list[Part]:
+    """Encoding and decoding, streams, and a data set."""
+    presets = f"--presets={sizes.presets}"
+    bulk = [presets, f"--seconds={sizes.seconds}", f"--batch_sizes={sizes.batches}"]
+    if official:
+        bulk += [f"--official={official}", "--compile"]
+    streams = [presets, f"--slots={sizes.slots}", "--num_chunks=100"]
+    preset = sizes.presets.split(",")[-1]
+    tokenize = [f"--preset={preset}", f"--minutes={sizes.minutes}", "--precision=bfloat16"]
+    return [
         Part(
             "bulk",
             "Encoding and decoding, bfloat16",
@@ -101,48 +156,12 @@ def all_parts(output: Path, official: str | None, rehearse: bool) -> list[Part]:
             [script("benchmark_codec.py", *bulk, "--dtype=bfloat16")],
         ),
         Part(
-            "small",
-            "Training small models: steps per second, share of the time waiting for data",
-            60,
-            [
-                train("quickstart.flags", output / "quickstart", *small, "--num_microbatches=1"),
-                train("small_codec.flags", output / "small_codec", *small, "--precision=highest"),
-            ],
-        ),
-        Part(
             "streaming",
             "Streams",
             40,
-            [
-                script(
-                    "benchmark_streaming.py",
-                    f"--presets={presets}",
-                    f"--slots={slots}",
-                    "--num_chunks=100",
-                    "--dtype=bfloat16",
-                )
-            ],
+            [script("benchmark_streaming.py", *streams, "--dtype=bfloat16")],
         ),
-        Part(
-            "tokenize",
-            "moss-tok tokenize",
-            40,
-            [
-                script(
-                    "benchmark_tokenize.py",
-                    f"--preset={presets.split(',')[-1]}",
-                    f"--minutes={minutes}",
-                    "--precision=bfloat16",
-                )
-            ],
-        ),
-        Part(
-            "attention",
-            "Tests of the attention kernel",
-            60,
-            [[sys.executable, "-m", "pytest", "-q", "-n", "0", f"{ROOT}/tests/attention_test.py"]],
-            {} if rehearse else {"MOSS_TOK_TEST_PLATFORM": "cuda"},
-        ),
+        Part("tokenize", "moss-tok tokenize", 40, [script("benchmark_tokenize.py", *tokenize)]),
     ]
 
 
