@@ -13,6 +13,7 @@ so small that a CPU runs it in minutes; its numbers say nothing.
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -234,6 +235,17 @@ def summarize(part: Part, text: str) -> str:
     return f"## {part.title}\n\n" + "\n".join(lines) + "\n"
 
 
+def speeds(output: Path) -> str:
+    """A table of the last lines of metrics.jsonl of the small runs."""
+    lines = ["| run | steps per s | audio s/s | share of waiting for data |", "|---|---|---|---|"]
+    for path in sorted(output.glob("*/metrics.jsonl")):
+        row = json.loads(path.read_text().splitlines()[-1])
+        numbers = [row["steps_per_second"], row["audio_seconds_per_second"]]
+        share = row["data_wait_share"]
+        lines.append(f"| {path.parent.name} | {numbers[0]:.2f} | {numbers[1]:.0f} | {share:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Runs the parts within the time limit and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -261,7 +273,8 @@ def main() -> None:
         print(f"== {part.title}", flush=True)
         limit = left if args.rehearse else min(part.limit_seconds, left)
         text = run_part(part, output, limit)
-        report.append(summarize(part, text))
+        table = speeds(output) if part.name == "small" else ""
+        report.append(f"## {part.title}\n\n{table}" if table else summarize(part, text))
         (output / "report.md").write_text("\n".join(report))
     shutil.rmtree(output / "cache", ignore_errors=True)
     print((output / "report.md").read_text())
