@@ -156,9 +156,8 @@ class Demo:
     def _requested(self, request: web.Request) -> tuple[sound.Recording, int]:
         recording = self._recording(request.match_info["id"])
         number = int(request.match_info["n"])
-        most = self._codec.config.quantizer.num_quantizers
-        if number > most:
-            raise ValueError(f"num_quantizers must be 1..{most}, got {number}")
+        if number:  # 0 is the original
+            self._codec.config.check_num_quantizers(number)
         return recording, number
 
     def _recording(self, key: str) -> sound.Recording:
