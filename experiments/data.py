@@ -285,6 +285,7 @@ def main() -> None:
     parser.add_argument("--packages", default="", help="names, with commas between; default: all")
     args = parser.parse_args()
     debs = args.debs or args.out / "debs"
+    args.out.mkdir(parents=True, exist_ok=True)
     debs.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in args.packages.split(",") if name]
     if unknown := set(wanted) - {package.name for package in PACKAGES}:
