@@ -11,7 +11,7 @@ from helpers import PRETRAIN, make_clips, small_run
 
 from moss_tok import settings
 from moss_tok.codec import pretrained
-from moss_tok.codec.config import read_codec_config
+from moss_tok.codec.config import TransformerConfig, read_codec_config
 from moss_tok.objectives.config import all_fields, configure
 from moss_tok.training import start
 
@@ -103,6 +103,9 @@ def test_the_family(tmp_path):
             counts.append(sum(leaf.size for leaf in leaves))
     assert counts == [1_265_120, 14_713_120]
     assert read_codec_config(tmp_path / "6M.json") == read_codec_config(points.SMALL_CODEC)
+    deep = read_codec_config(points.model_path(tmp_path, points.DEEP))
+    layers = [module.num_layers for module in deep.encoder if isinstance(module, TransformerConfig)]
+    assert layers == [8, 16, 16]
 
 
 def base_flags():
@@ -110,7 +113,7 @@ def base_flags():
     return dict(line[2:].split("=", 1) for line in lines if line.startswith("--"))
 
 
-@pytest.mark.parametrize("study", ["sizes", "joint", "dropout", "batch"])
+@pytest.mark.parametrize("study", ["sizes", "joint", "dropout", "batch", "streams"])
 def test_points_are_runs(study, tmp_path):
     """Names are unique, starts come first, and train.py takes the flags."""
     import points
@@ -138,7 +141,7 @@ def result_of(point, loss=1.0):
     """What heldout.py writes, without training."""
     import points
 
-    width = points.SIZES[point.size]
+    width = points.SIZES.get(point.size, 4)
     last = str(point.num_steps)
     steps = {str(point.num_steps // 2): {"16": [1.2 * loss] * len(DOMAINS)}}
     steps[last] = {n: [loss * (1 + 1 / int(n))] * len(DOMAINS) for n in ("1", "4", "16")}
@@ -223,6 +226,7 @@ def test_a_study_may_get_longer_but_nothing_else(tmp_path):
         ("joint", 4, ["frozen encoder: loss = ", "+0.000 (+0.000 to +0.000)"]),
         ("dropout", 3, ["| quantizer dropout | 1 quantizer | 4 quantizers |", "| 0.5 | 2.000 |"]),
         ("batch", 4, ["| 16 | 20 | 0.0021 |"]),
+        ("streams", 2, ["| bfloat16 | 1.200 | 1.062 |", "+0.000 (+0.000 to +0.000)"]),
     ],
 )
 def test_reports(tmp_path, name, rows, words):
@@ -231,7 +235,7 @@ def test_reports(tmp_path, name, rows, words):
 
     results = {}
     for point in points.STUDIES[name](40, 2):
-        loss = 1.0 if name in ("dropout", "joint") else points.SIZES[point.size] ** -0.2
+        loss = points.SIZES[point.size] ** -0.2 if name in ("sizes", "batch") else 1.0
         results[point] = result_of(point, loss)
     text = report.write(name, results, tmp_path)
     assert (tmp_path / f"{name}.md").read_text() == text + "\n"

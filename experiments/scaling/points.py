@@ -11,12 +11,14 @@ SMALL_CODEC = Path(__file__).parents[1] / "small_codec.json"
 # Widths in eighths of those of small_codec.json, by name; the names are rounded parameter counts.
 SIZES = {"1M": 3, "3M": 5, "6M": 8, "15M": 13}
 SMALLEST = "1M"  # of which dropout and batch size are studied
+DEEP = "deep"  # the smallest with 8 times the layers: 40 blocks per side, 24 in one stage
 
 LEARNING_RATE = 1.5e-3  # of small_codec.json at a batch size of 8
 BATCH_SIZE = 8
 QUANTIZER_DROPOUT = 0.5
 DROPOUTS = (0.0, 0.5, 1.0)
 BATCH_SIZES = (4, 8, 16, 32)
+STREAMS = ("float32", "bfloat16")  # types of the residual streams; products are bfloat16 in both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Point:
 
     Attributes:
       name: Name of its workdir.
-      size: The model, a key of SIZES.
+      size: The model, a key of SIZES, or DEEP.
       num_steps: Length of the run.
       seed: Seed of the run.
       batch_size: Segments per step.
       quantizer_dropout: Share of items that use only the first quantizers.
       trainable: What is trained, "all" or "decoder".
+      dtype: Type of the residual streams, "float32" or "bfloat16".
       start: The point whose weights it starts from; None: new weights.
     """
 
@@ -41,6 +44,7 @@ class Point:
     batch_size: int = BATCH_SIZE
     quantizer_dropout: float = QUANTIZER_DROPOUT
     trainable: str = "all"
+    dtype: str = "float32"
     start: "Point | None" = None
 
     def flags(self, out: Path, train_data: str) -> dict[str, str]:
@@ -56,6 +60,7 @@ class Point:
             "quantizer_dropout": f"{self.quantizer_dropout:g}",
             "learning_rate": f"{learning_rate(self.batch_size):.4g}",
             "trainable": self.trainable,
+            "dtype": self.dtype,
         }
         if self.start is None:
             return flags | {"model": str(model_path(out, self.size))}
@@ -99,12 +104,27 @@ def _scaled_module(module: ModuleConfig, eighths: int) -> ModuleConfig:
     )
 
 
+def deepened(config: CodecConfig, factor: int) -> CodecConfig:
+    """The codec with `factor` times as many layers in every stage."""
+
+    def deepen(module: ModuleConfig) -> ModuleConfig:
+        if not isinstance(module, TransformerConfig):
+            return module
+        return dataclasses.replace(module, num_layers=module.num_layers * factor)
+
+    encoder = tuple(deepen(module) for module in config.encoder)
+    decoder = tuple(deepen(module) for module in config.decoder)
+    return dataclasses.replace(config, encoder=encoder, decoder=decoder)
+
+
 def write_models(out: Path) -> None:
-    """Writes the configs of the family into `out`."""
+    """Writes the configs of the family and of the deep model into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     small_codec = read_codec_config(SMALL_CODEC)
     for size, eighths in SIZES.items():
         model_path(out, size).write_text(scaled(small_codec, eighths).to_json())
+    deep = deepened(scaled(small_codec, SIZES[SMALLEST]), 8)
+    model_path(out, DEEP).write_text(deep.to_json())
 
 
 def sizes(num_steps: int, num_seeds: int) -> list[Point]:
@@ -156,8 +176,18 @@ def batch(num_steps: int, num_seeds: int) -> list[Point]:
     return points
 
 
+def streams(num_steps: int, num_seeds: int) -> list[Point]:
+    """The deep model with float32 and with bfloat16 residual streams."""
+    points = []
+    for dtype in STREAMS:
+        for seed in range(num_seeds):
+            name = f"streams-{dtype}-seed{seed}"
+            points.append(Point(name, DEEP, num_steps, seed, dtype=dtype))
+    return points
+
+
 def _baseline(size: str, num_steps: int, seed: int) -> Point:
     return Point(f"size-{size}-seed{seed}", size, num_steps, seed)
 
 
-STUDIES = {"sizes": sizes, "joint": joint, "dropout": dropout, "batch": batch}
+STUDIES = {"sizes": sizes, "joint": joint, "dropout": dropout, "batch": batch, "streams": streams}

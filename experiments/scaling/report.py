@@ -7,7 +7,7 @@ from typing import Any
 import fits
 import matplotlib
 import numpy as np
-from points import BATCH_SIZE, BATCH_SIZES, DROPOUTS, SIZES, Point, learning_rate
+from points import BATCH_SIZE, BATCH_SIZES, DROPOUTS, SIZES, STREAMS, Point, learning_rate
 
 from moss_tok.audio import files
 
@@ -265,4 +265,32 @@ def batch(results: Results) -> tuple[plt.Figure, str]:
     return figure, table(header, rows)
 
 
-_REPORTS = {"sizes": sizes, "joint": joint, "dropout": dropout, "batch": batch}
+def streams(results: Results) -> tuple[plt.Figure, str]:
+    """Loss after each quarter of training, with float32 and with bfloat16 residual streams."""
+    domains = domains_of(results)
+    result = next(iter(results.values()))
+    steps = sorted(map(int, result["losses"]))
+    float32 = _loss_curve(results, STREAMS[0], len(steps))
+    figure, axes = plt.subplots(figsize=(6, 4))
+    rows = []
+    for dtype in STREAMS:
+        losses = _loss_curve(results, dtype, len(steps))
+        means = fits.mean_loss(losses, domains).mean(-1)
+        axes.plot(steps, means, "o-", label=f"{dtype} streams")
+        cells = [f"{mean:.3f}" for mean in means]
+        rows.append([dtype, *cells, _difference(losses, float32, domains)[-1]])
+    _label(axes, "steps", "held-out loss")
+    axes.set_xticks(steps, [str(step) for step in steps])
+    header = ["residual streams", *(f"step {step}" for step in steps), "end minus float32, 95 %"]
+    return figure, table(header, rows)
+
+
+def _loss_curve(results: Results, dtype: str, num_steps: int) -> np.ndarray:
+    """Losses [checkpoints, seeds, recordings] of the points with these streams."""
+    curve = []
+    for place in range(num_steps):
+        curve.append(losses_of(results, lambda point: point.dtype == dtype, place))
+    return np.array(curve)
+
+
+_REPORTS = {"sizes": sizes, "joint": joint, "dropout": dropout, "batch": batch, "streams": streams}

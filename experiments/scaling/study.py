@@ -3,11 +3,11 @@
     python experiments/scaling/study.py sizes --train_data=data/manifest.jsonl
 
 Studies: `sizes` (loss against parameters and compute, with power laws), `joint` (end to end
-against a frozen encoder and quantizer), `dropout` (quantizer dropout), `batch` (batch size). Each
-point is a run of train.py in its own folder of --out. If interrupted, run the same command again:
-finished points are not run again, the others resume. With a larger --num_steps, the points continue
-from where they ended. It prints and writes OUT/STUDY.md and
-OUT/STUDY.png.
+against a frozen encoder and quantizer), `dropout` (quantizer dropout), `batch` (batch size),
+`streams` (type of the residual streams of a deep model). Each point is a run of train.py in its own
+folder of --out. If interrupted, run the same command again: finished points are not run again, the
+others resume. With a larger --num_steps, the points continue from where they ended. It prints and
+writes OUT/STUDY.md and OUT/STUDY.png.
 """
 
 import argparse
