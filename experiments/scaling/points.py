@@ -13,7 +13,9 @@ SIZES = {"1M": 3, "3M": 5, "6M": 8, "15M": 13}
 SMALLEST = "1M"  # of which dropout and batch size are studied
 DEEP = "deep"  # the smallest with 8 times the layers: 40 blocks per side, 24 in one stage
 
-LEARNING_RATE = 1.5e-3  # of small_codec.json at a batch size of 8
+LEARNING_RATE = 1.5e-3  # of SMALLEST at a batch size of 8
+CODEBOOK_LEARNING_RATE = 4.5e-3  # of all models
+DEEP_DIVISOR = 3.0  # the deep model learns this many times slower than SMALLEST
 BATCH_SIZE = 8
 QUANTIZER_DROPOUT = 0.5
 DROPOUTS = (0.0, 0.5, 1.0)
@@ -50,6 +52,8 @@ class Point:
     def flags(self, out: Path, train_data: str) -> dict[str, str]:
         """Its flags of train.py beside those of base.flags."""
         quarter = max(1, self.num_steps // 4)
+        rate = learning_rate(self.size, self.batch_size)
+        codebook_rate = CODEBOOK_LEARNING_RATE * (self.batch_size / BATCH_SIZE) ** 0.5
         flags = {
             "train_data": train_data,
             "num_steps": str(self.num_steps),
@@ -58,7 +62,8 @@ class Point:
             "seed": str(self.seed),
             "batch_size": str(self.batch_size),
             "quantizer_dropout": f"{self.quantizer_dropout:g}",
-            "learning_rate": f"{learning_rate(self.batch_size):.4g}",
+            "learning_rate": f"{rate:.4g}",
+            "codebook_learning_rate": f"{codebook_rate / rate:.4g}",
             "trainable": self.trainable,
             "dtype": self.dtype,
         }
@@ -68,12 +73,10 @@ class Point:
         return flags | {"init_from": str(steps / checkpoint.step_name(self.start.num_steps))}
 
 
-def learning_rate(batch_size: int) -> float:
-    """The peak learning rate: the same for all models, times the square root of the batch size.
-
-    It was not tuned for each model.
-    """
-    return LEARNING_RATE * (batch_size / BATCH_SIZE) ** 0.5
+def learning_rate(size: str, batch_size: int) -> float:
+    """The peak learning rate: proportional to 1 / width, and to the root of the batch size."""
+    divisor = DEEP_DIVISOR if size == DEEP else SIZES[size] / SIZES[SMALLEST]
+    return LEARNING_RATE / divisor * (batch_size / BATCH_SIZE) ** 0.5
 
 
 def model_path(out: Path, size: str) -> Path:

@@ -7,7 +7,16 @@ from typing import Any
 import fits
 import matplotlib
 import numpy as np
-from points import BATCH_SIZE, BATCH_SIZES, DROPOUTS, SIZES, STREAMS, Point, learning_rate
+from points import (
+    BATCH_SIZE,
+    BATCH_SIZES,
+    DROPOUTS,
+    SIZES,
+    SMALLEST,
+    STREAMS,
+    Point,
+    learning_rate,
+)
 
 from moss_tok.audio import files
 
@@ -254,7 +263,7 @@ def batch(results: Results) -> tuple[plt.Figure, str]:
         point = next(point for point in results if point.batch_size == size)
         means.append(float(fits.mean_loss(losses, domains).mean()))
         change = _difference(losses[None], baseline[None], domains)[0]
-        rate = learning_rate(size)
+        rate = learning_rate(SMALLEST, size)
         rows.append([str(size), str(point.num_steps), f"{rate:.2g}", f"{means[-1]:.3f}", change])
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.plot(BATCH_SIZES, means, "o-", label="same audio")
