@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_MAX_SHOWN = 60  # characters of a bad line in its error message
+_MAX_SHOWN = 60  # characters of a bad line or text in its error message
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
@@ -67,8 +67,10 @@ def parse_json_line(line: str, place: str, example: str = "") -> dict[str, Any]:
 
 
 def shorten(line: str) -> str:
-    """The beginning of a line, in quotes, for error messages."""
-    return repr(line if len(line) <= _MAX_SHOWN else line[:_MAX_SHOWN] + "...")
+    """The beginning of a line or text, in quotes, for error messages."""
+    if len(line) > _MAX_SHOWN:
+        line = line[:_MAX_SHOWN] + "..."
+    return repr(line)
 
 
 def read_json_lines(
