@@ -287,12 +287,12 @@ def main() -> None:
     debs = args.debs or args.out / "debs"
     args.out.mkdir(parents=True, exist_ok=True)
     debs.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in args.packages.split(",") if name]
-    if unknown := set(wanted) - {package.name for package in PACKAGES}:
+    chosen = [name for name in args.packages.split(",") if name]
+    if unknown := set(chosen) - {package.name for package in PACKAGES}:
         parser.error(f"unknown packages: {', '.join(sorted(unknown))}")
     lines = []
     for package in PACKAGES:
-        if wanted and package.name not in wanted:
+        if chosen and package.name not in chosen:
             continue
         done = args.out / "lines" / f"{package.name}.json"
         if not done.exists():
