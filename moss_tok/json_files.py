@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file, blank ones included.
+    """The lines of a text file, blank ones included.
 
     Lines may end in CR LF, and the file may begin with a byte-order mark, because editors and
     spreadsheets write such files.
@@ -42,7 +42,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
+        raise ValueError(f"{path}: must be UTF-8 text") from error
     lines = re.split("\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 

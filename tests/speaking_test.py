@@ -34,7 +34,6 @@ TEXTS = ["ab", "a longer one", "c", "seven 7", "xy z", "b"]
 REQUESTS = [Request(text) for text in TEXTS]
 
 
-NO_CODES = np.zeros((3, 0), np.int32)
 NOISE = 0.1 * np.random.default_rng(0).standard_normal(640)
 
 
@@ -167,8 +166,12 @@ def test_texts_that_cannot_be_said():
     with pytest.raises(ValueError, match="the text '<end>' has no tokens"):
         layout.check_text(CONFIG, ForgetfulTokenizer(), "<end>")
     with pytest.raises(ValueError, match="the text of the prompt 'x' has characters"):
-        request = Request("a", NO_CODES, "x")
+        request = Request("a", np.array([[0]]), "x")
         layout.check_request(CONFIG, LetterTokenizer(), request)
+    with pytest.raises(ValueError, match="reference must be 0..15, got 0..16"):
+        layout.check_request(CONFIG, BYTES, Request("a", np.array([[0, 16]])))
+    with pytest.raises(ValueError, match="beginning must be integers, got float"):
+        layout.check_request(CONFIG, BYTES, Request("a", beginning=np.zeros((3, 2))))
     with pytest.raises(ValueError, match="language 'x' has characters"):
         chat = dataclasses.replace(CONFIG, layout="chat")
         layout.check_request(chat, LetterTokenizer(), Request("a", details={"language": "x"}))
@@ -191,6 +194,9 @@ def folder(tmp_path_factory, speech):
     soundfile.write(folder / "silent.wav", 0 * NOISE, 16000)
     (folder / "empty.txt").write_text("\n")
     (folder / "twice.jsonl").write_text('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n')
+    (folder / "long.jsonl").write_text(json.dumps({"text": "a", "id": "x" * 300}))
+    (folder / "bar.jsonl").write_text('{"text": "a", "id": "x|y"}\n')
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "up.jsonl").write_text('{"text": "a", "id": "../x"}\n')
     (folder / "key.jsonl").write_text('{"text": "a", "voice": "x"}\n')
     (folder / "blank.jsonl").write_text('{"text": "a"}\n{"text": " "}\n')
@@ -274,8 +280,8 @@ def test_options_of_evaluate_that_do_not_go_together(options, message, capsys, t
         (["ab", "OUT.wav", "--checkpoint=DIR/codec"], "holds no speech model"),
         (["ab", "OUT.wav", "--prompt=DIR/silent.wav"], "silent.wav: the prompt is silent"),
         (["ab", "OUT.wav", "--prompt=DIR/none.wav"], "none.wav: no such file"),
-        (["ab", "OUT.wav", "--prompt=DIR/long.wav"], "the reference and the text have 1[67]. pos"),
-        (["ab" * 40, "OUT.wav"], "the text have 81 positions, the context of this model is 64"),
+        (["ab", "OUT.wav", "--prompt=DIR/long.wav"], "the prompt and the text have 1[67]. pos"),
+        (["ab" * 40, "OUT.wav"], "the text has 81 positions, the context of this model is 64"),
         (["ab", "OUT.wav", "--prompt-text=a"], "prompt-text needs --prompt"),
         (["ab", "OUT.wav", "--pcm=s16"], "pcm is for standard output"),
         (["ab", "OUT.wav", "--top-p=0"], "top_p must be above 0"),
@@ -283,6 +289,9 @@ def test_options_of_evaluate_that_do_not_go_together(options, message, capsys, t
         (["DIR/empty.txt", "OUT"], "empty.txt: no lines"),
         (["DIR/twice.jsonl", "OUT"], "twice.jsonl:2: another line has the id 'x', too"),
         (["DIR/up.jsonl", "OUT"], "up.jsonl:1: id must be a file's name"),
+        (["DIR/long.jsonl", "OUT"], "long.jsonl:1: id must be a file's name"),
+        (["DIR/bar.jsonl", "OUT"], "bar.jsonl:1: id must be a file's name"),
+        (["DIR/latin.txt", "OUT"], "latin.txt: must be UTF-8 text"),
         (["DIR/key.jsonl", "OUT"], "key.jsonl:1: unknown key 'voice'; accepted: id, text"),
         (["DIR/blank.jsonl", "OUT"], "0002: the text is empty"),
         (["DIR/number.jsonl", "OUT"], r"number.jsonl:1: id must be a text, got \[1\]"),

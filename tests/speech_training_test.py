@@ -20,11 +20,13 @@ from moss_tok.data import codes, speech_batches
 from moss_tok.language.text import ByteTokenizer
 from moss_tok.objectives import code_use
 from moss_tok.objectives.config import all_fields, build_objective, configure
+from moss_tok.objectives.speech import choose_samples
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
 from moss_tok.speech.layout import Request
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.sampling import GREEDY
+from moss_tok.speech.steps import Speech
 from moss_tok.training import optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
@@ -276,6 +278,16 @@ def test_what_the_loss_counts(folder):
         np.testing.assert_allclose(sums[row], expected, rtol=1e-4)
         frames = end - first
         assert counts[row].tolist() == [frames + 1, frames, frames * (3 - row)]
+
+
+def test_an_evaluation_leaves_out_texts_that_cannot_be_said(folder):
+    objective = objective_of(folder)
+    items = make_items(8)
+    items[0].metadata["transcript"] = " "
+    speech = Speech({}, objective.config, objective.tokenizer)
+    chosen = choose_samples(speech, items)
+    assert [item.id for item, _ in chosen] == ["1", "3", "5"]
+    assert [request.text for _, request in chosen] == ["seven", "one", "six two"]
 
 
 def test_a_run_resumes_exactly(folder, tmp_path):

@@ -100,11 +100,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _parse_sampling(args: argparse.Namespace) -> Any:
     """How to sample; ValueError if an option is out of range."""
-    from moss_tok.speech.sampling import DEFAULT, Channel, Sampling
-    from moss_tok.speech.speaking import MAX_SEED
+    from moss_tok.speech.sampling import DEFAULT, Channel, Sampling, check_seed
 
-    if not 0 <= args.seed <= MAX_SEED:
-        raise ValueError(f"seed must be 0..{MAX_SEED}, got {args.seed}")
+    check_seed(args.seed)
     if args.prompt_text and not args.prompt:
         raise ValueError("prompt-text needs --prompt, the recording in which it is said")
     columns = [

@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from moss_tok.json_files import parse_json_object, read_lines, shorten
+
 SUFFIXES = (".txt", ".jsonl", ".lst")
+_MAX_NAME_BYTES = 200  # file names have at most 255 bytes, and temporary ones are longer
+_NOT_IN_NAMES = set("/\\\0|")  # the last one separates the fields of meta.lst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +53,9 @@ def read(path: Path, prompt: str = "", prompt_text: str = "") -> list[Row]:
     Raises:
       ValueError: The file has no lines, a line is bad, or two rows have the same name.
     """
-    from moss_tok import json_files
-
     parse = _PARSERS[path.suffix.lower()]
     rows: dict[str, Row] = {}
-    for number, line in enumerate(json_files.read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -72,8 +74,9 @@ def read(path: Path, prompt: str = "", prompt_text: str = "") -> list[Row]:
 
 
 def _check(row: Row) -> None:
-    if row.name.startswith(".") or not row.name or set(row.name) & set("/\\\0"):
-        raise ValueError(f"id must be a file's name, got {row.name!r}")
+    is_short = 0 < len(row.name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    if not is_short or row.name.startswith(".") or set(row.name) & _NOT_IN_NAMES:
+        raise ValueError(f"id must be a file's name, got {shorten(row.name)}")
     if row.prompt and not Path(row.prompt).is_file():
         raise ValueError(f"{row.prompt}: no such file")
 
@@ -84,7 +87,6 @@ def _parse_text(line: str, name: str, folder: Path) -> Row:
 
 
 def _parse_object(line: str, name: str, folder: Path) -> Row:
-    from moss_tok.json_files import parse_json_object
     from moss_tok.speech.layout import FORM
 
     accepted = ("id", "text", "prompt", "prompt_text", *FORM)
@@ -116,7 +118,7 @@ def _parse_seed_line(line: str, name: str, folder: Path) -> Row:
     """A line of a meta.lst: id|text of the prompt|prompt|text[|recording]."""
     parts = line.strip().split("|")
     if len(parts) not in (4, 5):
-        raise ValueError(f"must be id|text of the prompt|prompt|text, got {line.strip()[:60]!r}")
+        raise ValueError(f"must be id|text of the prompt|prompt|text, got {shorten(line.strip())}")
     name, prompt_text, prompt, text = parts[:4]
     return _row(folder, name, text, prompt, prompt_text, {})
 
@@ -143,6 +145,6 @@ def write_listing(folder: Path, rows: Sequence[Row]) -> None:
         prompt = str(Path(row.prompt).absolute()) if row.prompt else ""
         fields = []
         for field in (row.name, row.prompt_text, prompt, row.text):
-            fields.append(" ".join(field.split()))
+            fields.append(" ".join(field.replace("|", " ").split()))
         lines.append("|".join(fields) + "\n")
     files.write_text(folder / "meta.lst", "".join(lines))

@@ -10,7 +10,8 @@ from moss_tok.demo.sound import Recording
 from moss_tok.json_files import parse_json_object
 from moss_tok.speech import pretrained, speaking
 from moss_tok.speech.layout import Request
-from moss_tok.speech.speaking import MAX_SEED, Block
+from moss_tok.speech.sampling import check_seed
+from moss_tok.speech.speaking import Block
 from moss_tok.speech.steps import Speech
 
 
@@ -43,8 +44,7 @@ def parse_message(text: str) -> SpeakMessage:
             raise ValueError(f"{field.name} must be of type {field.type.__name__}, got {value!r}")
         values[field.name] = value
     message = SpeakMessage(**values)
-    if not 0 <= message.seed <= MAX_SEED:
-        raise ValueError(f"the seed must be 0..{MAX_SEED}, got {message.seed}")
+    check_seed(message.seed)
     return message
 
 

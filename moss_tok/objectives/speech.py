@@ -1,5 +1,6 @@
 """Speech synthesis: a speech model learns to predict the codes of a frozen codec from texts."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from moss_tok.objectives import code_use, speech_data
 from moss_tok.objectives.config import SpeechSettings
 from moss_tok.speech import generate, pretrained
 from moss_tok.speech.config import SpeechConfig
+from moss_tok.speech.layout import Request
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.steps import Speech
 from moss_tok.training.config import TrainConfig
@@ -253,23 +255,34 @@ class SpeechObjective(Objective):
             return {}, 0, ""
         codec = speech_data.load_decoder(self.settings.codec)
         speech = Speech(params, self.config, self.tokenizer)
-        chosen = items[:: max(1, len(items) // _NUM_SAMPLES)][:_NUM_SAMPLES]
-        requests = [speech_batches.request_of(item) for item in chosen]
+        chosen = choose_samples(speech, items)
+        requests = [request for _, request in chosen]
         spoken = generate.generate(speech, requests)
         samples = {}
         lengths = []
-        for number, (item, result) in enumerate(zip(chosen, spoken, strict=True), 1):
+        for number, ((item, request), result) in enumerate(zip(chosen, spoken, strict=True), 1):
             recorded = decode_one(codec, item.codes.astype(np.int32))
             samples[f"speech_{number}"] = {
                 "recorded": recorded,
                 "spoken": decode_one(codec, result.codes),
             }
-            text = requests[number - 1].text
             seconds = result.codes.shape[1] / self.config.frame_rate
             ending = "" if result.ended else ", cut"
             recorded_seconds = item.codes.shape[1] / self.config.frame_rate
-            lengths.append(f"{text!r} {seconds:.2f} s{ending} ({recorded_seconds:.2f} s)")
+            lengths.append(f"{request.text!r} {seconds:.2f} s{ending} ({recorded_seconds:.2f} s)")
         return samples, codec.config.sample_rate, "spoken (recorded): " + "; ".join(lengths)
+
+
+def choose_samples(speech: Speech, items: Sequence[Item]) -> list[tuple[Item, Request]]:
+    """A few recordings, evenly spread, and their requests; without texts that cannot be said."""
+    speakable = []
+    for item in items:
+        request = speech_batches.request_of(item)
+        with contextlib.suppress(ValueError):  # it must not end a run
+            generate.check_request(speech, request)
+            speakable.append((item, request))
+    step = max(1, len(speakable) // _NUM_SAMPLES)
+    return speakable[::step][:_NUM_SAMPLES]
 
 
 @functools.partial(jax.jit, static_argnums=0)

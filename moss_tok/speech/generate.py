@@ -12,7 +12,7 @@ from moss_tok.codec.inference import bucket_frames
 from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import Positions, Request
-from moss_tok.speech.sampling import DEFAULT, Sampling, longest_speech
+from moss_tok.speech.sampling import DEFAULT, Sampling, check_seed, longest_speech
 from moss_tok.speech.steps import BLOCK_FRAMES, Speech, State, begin, sample_frames
 
 _BATCH_SIZE = 16  # texts that are spoken at once
@@ -61,9 +61,10 @@ def generate(
       The speech of each request. It does not include the `beginning` of a request.
 
     Raises:
-      ValueError: A text cannot be said (see `layout.check_request`); a text and its reference are
-        longer than the model's context; or num_quantizers is out of range.
+      ValueError: A text cannot be said (see `layout.check_request`); a text and its prompt are
+        longer than the model's context; or seed or num_quantizers is out of range.
     """
+    check_seed(seed)
     num_quantizers = check_num_quantizers(speech.config, num_quantizers)
     prompts = [_make_prompt(speech, request) for request in requests]
     shapes = [prompt.shape for prompt in prompts]
@@ -91,6 +92,7 @@ def frames(
     The blocks together are the codes that `generate` returns for the same seed and item. The errors
     are the same, too, and are raised before the first block.
     """
+    check_seed(seed)
     num_quantizers = check_num_quantizers(speech.config, num_quantizers)
     if not 1 <= block_frames <= BLOCK_FRAMES:
         raise ValueError(f"block_frames must be 1..{BLOCK_FRAMES}, got {block_frames}")
@@ -147,9 +149,10 @@ def _make_prompt(speech: Speech, request: Request) -> _Prompt:
     size = len(positions.text)
     room = config.max_positions - size
     if room < 1:
-        parts = "the text" if request.reference is None else "the reference and the text"
+        has_prompt = request.reference is not None or request.beginning is not None
+        parts = "the prompt and the text have" if has_prompt else "the text has"
         raise ValueError(
-            f"{parts} have {size} positions, the context of this model is {config.max_positions}"
+            f"{parts} {size} positions, the context of this model is {config.max_positions}"
         )
     max_frames = longest_speech(config, request.text)
     if request.beginning is not None:

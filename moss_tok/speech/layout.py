@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moss_tok.codec.checks import check_code_range, check_integers, check_shape
 from moss_tok.json_files import shorten
 from moss_tok.language.text import Tokenizer, missing_characters
 from moss_tok.speech.config import SpeechConfig
@@ -111,13 +112,24 @@ def token_fields(tokenizer: Tokenizer) -> dict[str, int | str]:
 
 
 def check_request(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> None:
-    """Raises ValueError unless a model can say the text of a request, and read its other texts."""
+    """Raises ValueError unless a model can say the text of a request, and read all else in it."""
+    for name, codes in (("reference", request.reference), ("beginning", request.beginning)):
+        if codes is not None:
+            _check_codes(config, name, codes)
     check_text(config, tokenizer, request.text)
     if request.reference_text:
         check_text(config, tokenizer, request.reference_text, "the text of the prompt")
     if config.layout == "chat":
         for name, value in request.details.items():
-            check_text(config, tokenizer, value, name)
+            if value.strip():
+                check_text(config, tokenizer, value, name)
+
+
+def _check_codes(config: SpeechConfig, name: str, codes: np.ndarray) -> None:
+    """Raises ValueError unless codes are integers [q, T] in [0, K)."""
+    check_shape(name, codes, ("Q", "T"))
+    check_integers(name, codes)
+    check_code_range(name, codes, config.codebook_size)
 
 
 def check_text(

@@ -61,8 +61,15 @@ class Sampling:
     others: Channel = Channel()
 
 
+MAX_SEED = 2**31 - 1
 DEFAULT = Sampling()
 GREEDY = Sampling(Channel(0.0), Channel(0.0), Channel(0.0))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError if a random seed is out of range."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be 0..{MAX_SEED}, got {seed}")
 
 
 def choose_each(logits: jax.Array, keys: jax.Array, channel: Channel) -> jax.Array:

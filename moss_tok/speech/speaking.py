@@ -16,7 +16,6 @@ from moss_tok.speech.sampling import DEFAULT, FIRST_IDEOGRAPH, Sampling
 from moss_tok.speech.steps import Speech
 
 _SILENCE_DB = -60.0  # a prompt below this level is silent
-MAX_SEED = 2**31 - 1
 
 
 class SpokenAudio(NamedTuple):
