@@ -76,7 +76,8 @@ def open_page(browser, address, viewport=WIDE, **options):
     """The page, the addresses that it asks for, and the errors of its scripts."""
     page = browser.new_context(viewport=viewport, bypass_csp=True, **options).new_page()
     page.set_default_timeout(120_000)
-    asked, errors = [], []
+    asked = []
+    errors = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)

@@ -282,15 +282,15 @@ def wait_for(condition, process, seconds=240):
 
 def processes_of(session):
     """Numbers of the processes of a session that are not zombies."""
-    found = []
+    numbers = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            numbers.append(int(stat.parent.name))
+    return numbers
 
 
 def wait_until_gone(session, seconds=10):
