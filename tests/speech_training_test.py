@@ -183,6 +183,31 @@ def test_json_lines(folder):
         speech_batches.read_set(codes.open_source(folder / "bad.jsonl"), "train", shape)
 
 
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ([[[1, 2], [3, 4]]], [[1, 3], [2, 4]]),
+        ([[[1, 2], [3, 4]], None], [[1, 3], [2, 4]]),
+        (None, None),
+        ([None, [[1, 2]]], "lines.jsonl:1: reference_audio_codes must be a list with one"),
+        ([[[1, 2]], [[3, 4]]], "must be a list with one reference"),
+        ("x", "must be a list with one reference"),
+        ([[1, 2]], r"a reference must be lists of integers \[T, Q\]"),
+    ],
+)
+def test_lists_of_references(tmp_path, references, expected):
+    """As the official files for several speakers have them."""
+    row = {"audio_codes": [[5, 6]], "text": "a", "reference_audio_codes": references}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row))
+    source = codes.open_source(tmp_path / "lines.jsonl")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            source[0]
+        return
+    reference = source[0].metadata.get(codes.REFERENCE)
+    assert (None if reference is None else reference.tolist()) == expected
+
+
 class ChatTokenizer(ByteTokenizer):
     """Bytes, and the names of the chat layout as single tokens."""
 
