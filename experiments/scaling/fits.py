@@ -131,7 +131,7 @@ def predict_largest(x: np.ndarray, losses: np.ndarray, domains: list[str]) -> Pr
 
 
 def frontier(compute: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Indices, by compute, of points [P] to which none with less compute has as low a loss."""
+    """Indices of points [P] with a lower loss than all points with less compute, in order."""
     chosen = []
     best = np.inf
     for index in np.lexsort((losses, compute)):

@@ -22,7 +22,8 @@ def losses_of(
 ) -> np.ndarray:
     """Held-out losses [seeds, recordings] of the points that are chosen.
 
-    `step` and `quantizers` count from the last (-1), the end of the run and all quantizers.
+    `step` and `quantizers` are indices; the last ones (-1) are the end of the run and all
+    quantizers.
     """
     rows = []
     for point, result in results.items():
