@@ -50,9 +50,11 @@ def demo(*arguments):
     """The address of a demo in another process."""
     argv = [sys.executable, "-m", "moss_tok", "demo", "--port=0", *map(str, arguments)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
-        process.terminate()
+        try:
+            line = process.stdout.readline()
+            yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+        finally:  # also if the test is skipped; otherwise Popen would wait for ever
+            process.terminate()
 
 
 @contextlib.contextmanager
