@@ -58,10 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _segments(items: Sequence[AudioItem], args: argparse.Namespace) -> Segment:
-    """Reads and augments a whole recording, by its place in `items`."""
-    given = {field.name: getattr(args, field.name) for field in _AUGMENTATIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    config = settings.build(AudioDataConfig, given | {"silence_db": _ANY_LEVEL_DB})
+    """A function that reads and augments a whole recording, by its index in `items`."""
+    flags = {"silence_db": _ANY_LEVEL_DB}
+    for field in _AUGMENTATIONS:
+        value = getattr(args, field.name)
+        if value is not None:
+            flags[field.name] = value
+    config = settings.build(AudioDataConfig, flags)
     longest = max(item.duration_seconds for item in items) * (1 + config.augment_speed)
     longest += config.augment_shift_seconds
     shape = SegmentShape(int(np.ceil(longest * args.sample_rate)), args.sample_rate, 1)
@@ -75,7 +78,8 @@ def _rows(
     for number, item in enumerate(items):
         row = {"split": item.split, "domain": item.domain} | item.metadata
         yield row | {"path": str(Path(item.path).absolute()), "duration_s": item.duration_seconds}
-        for copy in range(args.copies if item.split == "train" else 0):
+        num_copies = args.copies if item.split == "train" else 0
+        for copy in range(num_copies):
             rng = np.random.default_rng((args.seed, number, copy))
             wav = _copy(segments, number, rng, args)
             path = args.output.absolute() / f"{number}_{copy}.flac"

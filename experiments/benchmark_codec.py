@@ -56,7 +56,8 @@ def main() -> None:
         return
     others = ["official", "compiled"][: 1 + args.compile] if args.official else []
     heads = ["preset", "batch", "seconds", "what", "ours"]
-    heads += [x for other in others for x in (other, "ratio")]
+    for other in others:
+        heads += [other, "ratio"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in args.presets.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -90,11 +91,11 @@ def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.
 
 
 def _print_rows(case: list[str], others: list[str], results: dict[str, dict[str, float]]) -> None:
-    for what, ours in results["ours"].items():
-        unit = "GB" if "memory" in what else "s"
-        cells = [*case[:-1], case[-1] + what, f"{ours:.3g} {unit}"]
+    for quantity, ours in results["ours"].items():
+        unit = "GB" if "memory" in quantity else "s"
+        cells = [*case[:-1], case[-1] + quantity, f"{ours:.3g} {unit}"]
         for other in others:
-            theirs = results.get(other, {}).get(what)
+            theirs = results.get(other, {}).get(quantity)
             cells += [f"{theirs:.3g} {unit}", f"{ours / theirs:.2f}"] if theirs else ["-", "-"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -134,7 +135,7 @@ def random_params(config: Any, seed: int = 0) -> dict[str, Any]:
         return jax.tree.unflatten(tree, pool.map(draw, *zip(*leaves, strict=True)))
 
 
-def _given(args: argparse.Namespace, case: list[str]) -> np.ndarray:
+def _input(args: argparse.Namespace, case: list[str]) -> np.ndarray:
     """The input of a case: audio [B, C, S] or codes [B, Q, T]."""
     batch, seconds, function = case
     config = preset(args.presets)
@@ -180,18 +181,21 @@ def _ours(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     loading = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9 if on_gpu else _peak_gb()
 
     def prepare(case):
-        given, function = jax.device_put(_given(args, case)), getattr(moss_tok, case[2])
-        return (jax.jit(function).lower(codec, given).compile() if on_gpu else function), given
+        array = jax.device_put(_input(args, case))
+        function = getattr(moss_tok, case[2])
+        if on_gpu:
+            function = jax.jit(function).lower(codec, array).compile()
+        return function, array
 
     with ThreadPoolExecutor() as pool:
         prepared = list(pool.map(prepare, args.cases))
-    for function, given in prepared:
+    for function, array in prepared:
         if on_gpu:
             memory = function.memory_analysis()
-            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes + given.nbytes
+            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes + array.nbytes
 
-        def run(function=function, given=given):
-            jax.block_until_ready(function(codec, given))
+        def run(function=function, array=array):
+            jax.block_until_ready(function(codec, array))
 
         seconds, peak = _measure(run, args.repeats)
         yield {
@@ -216,12 +220,13 @@ def _official(args: argparse.Namespace, compiled: bool = False) -> Iterator[dict
     loading = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else _peak_gb()
     bfloat16 = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     for case in args.cases:
-        given = torch.from_numpy(_given(args, case)).to(device)
-        given = given if case[2] == "encode" else given.transpose(0, 1).long()  # [Q, B, T]
-        call = getattr(model, case[2])
+        tensor = torch.from_numpy(_input(args, case)).to(device)
+        if case[2] == "decode":
+            tensor = tensor.transpose(0, 1).long()  # [Q, B, T]
+        function = getattr(model, case[2])
 
-        def run(call=call, given=given):
-            call(given, return_dict=True)
+        def run(function=function, tensor=tensor):
+            function(tensor, return_dict=True)
             if on_gpu:
                 torch.cuda.synchronize()
 

@@ -6,7 +6,7 @@
 Weights are random. The time of a chunk is from numpy array to numpy array. Real time is the length
 of a chunk divided by the time of encode and decode together, at the 99th percentile. With
 --check_seconds it also compares the codes and the audio of streams in chunks of 1, 7 and random
-numbers of frames with `encode` and `decode` of the whole.
+numbers of frames with `encode` and `decode` of the whole recording.
 """
 
 import argparse

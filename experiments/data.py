@@ -10,8 +10,9 @@ speech.jsonl, music.jsonl, sound.jsonl and corpus.jsonl have parts of it, for us
 (pip install av) decodes raw G.722 and all other formats; dpkg-deb opens the packages.
 
 About one recording in thirty is held out as the split "test"; all pieces of a recording have the
-same split. The train lines of another manifest (--corpus) are added under the same rule, its test
-lines never: use the "test" split made here to choose recipes, and that of the corpus to report.
+same split. --corpus adds the train lines of another manifest, split by the same rule. Its test
+lines are never added: choose recipes by the "test" split that is made here, and report results on
+that of the corpus.
 
 The licences are from each package's /usr/share/doc/PACKAGE/copyright, read in November 2026. All
 permit modification and redistribution, also commercial; CC BY-SA and GPL require the same licence.
@@ -287,12 +288,12 @@ def main() -> None:
     debs = args.debs or args.out / "debs"
     args.out.mkdir(parents=True, exist_ok=True)
     debs.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in args.packages.split(",") if name]
-    if unknown := set(wanted) - {package.name for package in PACKAGES}:
+    chosen = [name for name in args.packages.split(",") if name]
+    if unknown := set(chosen) - {package.name for package in PACKAGES}:
         parser.error(f"unknown packages: {', '.join(sorted(unknown))}")
     lines = []
     for package in PACKAGES:
-        if wanted and package.name not in wanted:
+        if chosen and package.name not in chosen:
             continue
         done = args.out / "lines" / f"{package.name}.json"
         if not done.exists():

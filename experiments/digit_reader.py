@@ -32,13 +32,16 @@ def cepstra(wav: np.ndarray) -> np.ndarray:
 
 
 def features(wav: np.ndarray) -> np.ndarray:
-    """What is compared, [T, 2 C]: cepstra, energy below the loudest frame, and their slopes."""
-    found = cepstra(wav)
-    loud = found[0] > found[0].max() - 120  # in the unit of the first coefficient
-    found[0] = np.maximum(found[0] - found[0].max(), -150) / 4
-    found[1:] -= found[1:, loud].mean(axis=1, keepdims=True)
-    slopes = librosa.feature.delta(found, width=5) if found.shape[1] >= 5 else 0 * found
-    return np.concatenate([found, 3 * slopes]).T.astype(np.float32)
+    """Features [T, 2 C]: cepstra, energy relative to the loudest frame, and their slopes."""
+    coefficients = cepstra(wav)
+    energy = coefficients[0]
+    is_loud = energy > energy.max() - 120  # in the unit of the first coefficient
+    coefficients[0] = np.maximum(energy - energy.max(), -150) / 4
+    coefficients[1:] -= coefficients[1:, is_loud].mean(axis=1, keepdims=True)
+    slopes = np.zeros_like(coefficients)
+    if coefficients.shape[1] >= 5:
+        slopes = librosa.feature.delta(coefficients, width=5)
+    return np.concatenate([coefficients, 3 * slopes]).T.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +65,26 @@ class Reader:
     @classmethod
     def of(cls, templates: Sequence[tuple[str, np.ndarray]]) -> "Reader":
         """A reader with templates of (word, audio [S])."""
-        found = [features(wav) for _, wav in templates]
-        every = np.concatenate(found)
-        scale = every.std(axis=0)
-        quiet = every[every[:, 0] <= np.percentile(every[:, 0], 3)].mean(axis=0, keepdims=True)
-        found.append(quiet)
-        sizes = np.array([len(x) for x in found])
+        parts = [features(wav) for _, wav in templates]
+        frames = np.concatenate(parts)
+        scale = frames.std(axis=0)
+        is_quiet = frames[:, 0] <= np.percentile(frames[:, 0], 3)
+        silence = frames[is_quiet].mean(axis=0, keepdims=True)
+        parts.append(silence)
+        sizes = np.array([len(part) for part in parts])
         ends = np.cumsum(sizes) - 1
-        words = (*(word for word, _ in templates), SILENCE)
         starts = ends - sizes + 1
-        return cls(np.concatenate(found) / scale, words, starts, ends, scale)
+        words = (*(word for word, _ in templates), SILENCE)
+        return cls(np.concatenate(parts) / scale, words, starts, ends, scale)
 
     def read(self, wav: np.ndarray) -> str:
         """The words in audio [S], separated by spaces."""
-        heard = features(wav) / self.scale
-        distances = _distances(heard, self.frames)  # [T, J]
+        frames = features(wav) / self.scale
+        distances = _distances(frames, self.frames)  # [T, J]
         silence = len(self.words) - 1
         costs = np.full(len(self.frames), np.inf, np.float32)
         origins = np.full(len(self.frames), -1)  # frame before which a template was entered
-        best = np.zeros(len(heard) + 1, np.float32)  # cost of the best sequence up to a frame
+        best = np.zeros(len(frames) + 1, np.float32)  # cost of the best sequence up to a frame
         chosen: list[tuple[int, int]] = []  # by frame: the last template, its origin
         for time, distance in enumerate(distances):
             costs, origins = self._advance(costs, origins, best[time], time)
@@ -89,42 +93,43 @@ class Reader:
             template = int(at_ends.argmin())
             best[time + 1] = at_ends[template]
             chosen.append((template, int(origins[self.ends[template]])))
-        said = []
-        time = len(heard)
-        while time > 0:
+        words = []
+        time = len(frames)
+        while time > 0:  # from the last template to the first
             template, time = chosen[time - 1]
             if template != silence:
-                said.append(self.words[template])
-        return " ".join(reversed(said))
+                words.append(self.words[template])
+        return " ".join(reversed(words))
 
     def _advance(
         self, costs: np.ndarray, origins: np.ndarray, best: float, time: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Costs [J] of the best ways into each frame of a template, and their origins.
+        """Costs [J] of the best paths to each frame of the templates, and their origins.
 
-        A way stays on a frame, goes on by one or skips one; it enters only first frames.
+        A path stays on a frame, moves to the next one or skips one. It enters a template at its
+        first frame.
         """
-        ways = [costs]
-        sources = [origins]
+        path_costs = [costs]
+        path_origins = [origins]
         for step in (1, 2):
             moved = np.full_like(costs, np.inf)
             moved[step:] = costs[:-step]
             for offset in range(step):
                 inside = self.starts[self.starts + offset <= self.ends] + offset
                 moved[inside] = np.inf
-            source = np.full_like(origins, -1)
-            source[step:] = origins[:-step]
-            ways.append(moved)
-            sources.append(source)
+            moved_origins = np.full_like(origins, -1)
+            moved_origins[step:] = origins[:-step]
+            path_costs.append(moved)
+            path_origins.append(moved_origins)
         entered = np.full_like(costs, np.inf)
         entered[self.starts] = best + _PENALTY
         entered[self.starts[-1]] = best + _PENALTY / 4
-        ways.append(entered)
-        sources.append(np.full_like(origins, time))
-        stacked = np.stack(ways)
+        path_costs.append(entered)
+        path_origins.append(np.full_like(origins, time))
+        stacked = np.stack(path_costs)
         choice = stacked.argmin(axis=0)
-        places = np.arange(len(costs))
-        return stacked[choice, places], np.stack(sources)[choice, places]
+        frames = np.arange(len(costs))
+        return stacked[choice, frames], np.stack(path_origins)[choice, frames]
 
 
 def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -198,7 +198,7 @@ def run_part(part: Part, output: Path, seconds: float) -> str:
             sys.stdout.flush()
 
         for command in part.commands:
-            left = began + seconds - time.monotonic()
+            seconds_left = began + seconds - time.monotonic()
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -208,7 +208,7 @@ def run_part(part: Part, output: Path, seconds: float) -> str:
                 env=os.environ | part.environment,
                 start_new_session=True,  # so that a stop ends its workers, too
             )
-            with time_limit(process, max(1.0, left)) as stopped:
+            with time_limit(process, max(1.0, seconds_left)) as stopped:
                 for line in process.stdout:
                     show(line)
                 code = process.wait()
@@ -267,14 +267,16 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     report = [f"# {' '.join(sys.argv)}\n"]
     for part in parts:
-        left = deadline - time.monotonic()
-        if part.name not in names or left < 5:
+        seconds_left = deadline - time.monotonic()
+        if part.name not in names or seconds_left < 5:
             continue
         print(f"== {part.title}", flush=True)
-        limit = left if args.rehearse else min(part.limit_seconds, left)
+        limit = seconds_left if args.rehearse else min(part.limit_seconds, seconds_left)
         text = run_part(part, output, limit)
-        table = speeds(output) if part.name == "small" else ""
-        report.append(f"## {part.title}\n\n{table}" if table else summarize(part, text))
+        if part.name == "small":
+            report.append(f"## {part.title}\n\n{speeds(output)}")
+        else:
+            report.append(summarize(part, text))
         (output / "report.md").write_text("\n".join(report))
     shutil.rmtree(output / "cache", ignore_errors=True)
     print((output / "report.md").read_text())

@@ -58,8 +58,9 @@ def histograms(codec, recordings, num_quantizers):
     rows = []
     for wav, *_ in recordings:
         codes = inference.encode_one(codec, wav)[:num_quantizers]
-        parts = np.array_split(codes, PARTS, axis=1)
-        counts = [np.bincount(row, minlength=size) for part in parts for row in part]
+        counts = []
+        for part in np.array_split(codes, PARTS, axis=1):
+            counts += [np.bincount(row, minlength=size) for row in part]
         rows.append(np.concatenate(counts) / codes.shape[1])
     return np.sqrt(np.array(rows, np.float32))
 
@@ -88,21 +89,24 @@ def probe(args):
     numbers = [int(n) for n in args.num_quantizers.split(",")]
     for checkpoint in args.checkpoint:
         codec = moss_tok.load(checkpoint, component="encoder")
-        train, test = (read(codec, split(args.data, name)) for name in ("train", "test"))
+        train = read(codec, split(args.data, "train"))
+        test = read(codec, split(args.data, "test"))
         names = sorted({text for _, text, _ in train})
-        labels = [np.array([names.index(text) for _, text, _ in part]) for part in (train, test)]
+        train_labels = np.array([names.index(text) for _, text, _ in train])
+        test_labels = np.array([names.index(text) for _, text, _ in test])
         for number in numbers:
-            features = [histograms(codec, part, number) for part in (train, test)]
-            weights = fit(jnp.asarray(features[0]), jnp.asarray(labels[0]), len(names))
-            guesses = np.argmax(features[1] @ np.asarray(weights), axis=1)
-            correct[checkpoint, number] = guesses == labels[1]
+            train_features = histograms(codec, train, number)
+            test_features = histograms(codec, test, number)
+            weights = fit(jnp.asarray(train_features), jnp.asarray(train_labels), len(names))
+            guesses = np.argmax(test_features @ np.asarray(weights), axis=1)
+            correct[checkpoint, number] = guesses == test_labels
     print(f"{len(train)} training, {len(test)} test recordings, {len(names)} texts; 95 % intervals")
     print("| checkpoint | quantizers | accuracy | above the last checkpoint |\n|---|---|---|---|")
-    for (checkpoint, number), right in correct.items():
-        more = right.astype(float) - correct[args.checkpoint[-1], number]
-        cells = "{:.3f} ({:.3f} to {:.3f})".format(right.mean(), *interval(right))
-        gained = "{:+.3f} ({:+.3f} to {:+.3f})".format(more.mean(), *interval(more))
-        print(f"| {checkpoint} | {number} | {cells} | {gained} |", flush=True)
+    for (checkpoint, number), is_correct in correct.items():
+        difference = is_correct.astype(float) - correct[args.checkpoint[-1], number]
+        accuracy = "{:.3f} ({:.3f} to {:.3f})".format(is_correct.mean(), *interval(is_correct))
+        gain = "{:+.3f} ({:+.3f} to {:+.3f})".format(difference.mean(), *interval(difference))
+        print(f"| {checkpoint} | {number} | {accuracy} | {gain} |", flush=True)
 
 
 def gap(args):
@@ -112,14 +116,19 @@ def gap(args):
     checkpoint = args.checkpoint[0]
     codec = moss_tok.load(checkpoint, "encoder")
     language = language_models.load(checkpoint)
-    recordings = read(codec, split(args.data, "test"))
-    recordings = [r for r in recordings if r[0].shape[1] <= args.seconds * codec.config.sample_rate]
+    max_samples = args.seconds * codec.config.sample_rate
+    recordings = []
+    for recording in read(codec, split(args.data, "test")):
+        wav, *_ = recording
+        if wav.shape[1] <= max_samples:
+            recordings.append(recording)
     if len(recordings) < 2:
         raise ValueError(f"{args.data}: fewer than 2 test recordings with a text within --seconds")
-    losses = np.array([
-        [loss(codec, language, wav, *text) for wav in (own, other(recordings, i), own[:, :0])]
-        for i, (own, *text) in enumerate(recordings)
-    ])  # fmt: skip
+    rows = []
+    for index, (wav, *text) in enumerate(recordings):
+        wavs = (wav, other_audio(recordings, index), wav[:, :0])
+        rows.append([loss(codec, language, x, *text) for x in wavs])
+    losses = np.array(rows)
     print(f"{len(losses)} test recordings, nats per token; 95 % intervals over recordings")
     for name, column in zip(("right audio", "wrong audio", "no audio"), losses.T, strict=True):
         cells = "{:.3f} ({:.3f} to {:.3f})".format(column.mean(), *interval(column))
@@ -130,10 +139,10 @@ def gap(args):
         print(f"| {name} | {cells} |")
 
 
-def other(recordings, i):
-    """The next recording, cut or repeated to the length of recording i."""
-    wav = recordings[(i + 1) % len(recordings)][0]
-    size = recordings[i][0].shape[1]
+def other_audio(recordings, index):
+    """Audio of the next recording, cut or repeated to the length of the one at `index`."""
+    wav, *_ = recordings[(index + 1) % len(recordings)]
+    size = recordings[index][0].shape[1]
     return np.tile(wav, -(-size // wav.shape[1]))[:, :size]
 
 

@@ -2,13 +2,18 @@
 
     python experiments/speech_study.py words --digits=digits --checkpoint=runs/tts_digits
     python experiments/speech_study.py speed --checkpoint=runs/tts_digits
+    python experiments/speech_study.py speed
 
-`words`: word error rates of generated texts at each number of quantizers, beside the same texts
-spoken by people (their codes, decoded), and how many texts run to the longest duration, gain or
-lose words. `speed`: the first block and the real-time factor of `speech.stream`. `digits` is the
-output of `spoken_digits.py`. What OUT already has is not computed again. All words are read by
-`digit_reader.py`. Its templates are clips that the speech model has not heard, decoded from the
-same number of quantizers.
+`words` prints the word error rate of generated speech at each number of quantizers, beside that of
+the same texts spoken by people (their codes, decoded). It also counts the texts that were cut at
+the longest duration, that gained words and that lost words. `digits` is the output of
+`spoken_digits.py`. What OUT already has is not computed again. `digit_reader.py` reads all words.
+Its templates are clips that the speech model has not heard, decoded from the same number of
+quantizers.
+
+`speed` prints the time to the first block and the real-time factor of `speech.stream`. Without a
+checkpoint, it measures a random model with the shape of `tts_digits.flags`; the weights do not
+change the speed.
 """
 
 import argparse
@@ -20,32 +25,39 @@ from pathlib import Path
 from typing import Any
 
 import digit_reader
+import jax
 import jiwer
 import librosa
 import numpy as np
+from flax import linen as nn
 
 import moss_tok
 from moss_tok import speech
 from moss_tok.audio import files
+from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec, decode_batch, encode_batch
 from moss_tok.json_files import read_json_lines
-from moss_tok.speech import generate
+from moss_tok.language.text import ByteTokenizer
+from moss_tok.speech import generate, layout, pretrained
+from moss_tok.speech.config import preset
 from moss_tok.speech.sampling import DEFAULT
 
 NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
 BATCH = 25
+NUM_STREAMS = 7  # of which medians are taken
 
 
 def read_recordings(folder: Path, args: argparse.Namespace, number: int) -> list[dict[str, Any]]:
     """The first recordings of a folder that are short enough, with their audio "wav" [S]."""
-    found = []
+    recordings: list[dict[str, Any]] = []
     for _, row in read_json_lines(folder / "manifest.jsonl"):
-        fits = row["duration_s"] <= args.seconds and args.speaker in ("", row["speaker"])
-        if fits and len(found) < number:
+        if len(recordings) == number:
+            break
+        if row["duration_s"] <= args.seconds and args.speaker in ("", row["speaker"]):
             wav = files.read(folder / row["path"], digit_reader.RATE, 1)[0]
-            found.append(row | {"wav": wav})
-    return found
+            recordings.append(row | {"wav": wav})
+    return recordings
 
 
 def _few_sizes(num_frames: int) -> int:
@@ -56,25 +68,26 @@ def _few_sizes(num_frames: int) -> int:
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Codes [Q, T] of recordings [C, S], with one program."""
     size = _few_sizes(codec.config.num_frames(max(wav.shape[1] for wav in wavs)))
-    found = []
-    for start in range(0, len(wavs), BATCH):
-        part = list(wavs[start : start + BATCH])
-        padded = part + part[:1] * (BATCH - len(part))
-        found += encode_batch(codec, padded, num_frames=size)[: len(part)]
-    return found
+    codes: list[np.ndarray] = []
+    for _, rows, padded_rows in batch_by_shape([size] * len(wavs), BATCH):
+        batch = encode_batch(codec, [wavs[row] for row in padded_rows], num_frames=size)
+        codes += batch[: len(rows)]
+    return codes
 
 
 def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
     """Audio [S] of the first `number` of the codes [q, T], with one program for all numbers."""
     limit = codec.config.quantizer.num_quantizers
     size = _few_sizes(max(x.shape[1] for x in codes))
-    found = []
-    for start in range(0, len(codes), BATCH):
-        part = [np.pad(x, ((0, limit - len(x)), (0, 0))) for x in codes[start : start + BATCH]]
-        padded = part + part[:1] * (BATCH - len(part))
-        wavs = decode_batch(codec, padded, number, num_frames=size)
-        found += [wav[0] for wav in wavs[: len(part)]]
-    return found
+    wavs: list[np.ndarray] = []
+    for _, rows, padded_rows in batch_by_shape([size] * len(codes), BATCH):
+        batch = []
+        for row in padded_rows:
+            num_missing = limit - len(codes[row])
+            batch.append(np.pad(codes[row], ((0, num_missing), (0, 0))))
+        decoded = decode_batch(codec, batch, number, num_frames=size)
+        wavs += [wav[0] for wav in decoded[: len(rows)]]
+    return wavs
 
 
 def sampling_of(args: argparse.Namespace) -> speech.Sampling:
@@ -105,14 +118,15 @@ class Study:
         self.out = args.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.tests = self._encoded("test", read_recordings(args.digits / "test", args, args.number))
-        heard = read_recordings(args.digits / "reader", args, 10**6)
-        self.singles = self._encoded("reader", [r for r in heard if " " not in r["transcript"]])
+        recordings = read_recordings(args.digits / "reader", args, 10**6)
+        singles = [row for row in recordings if " " not in row["transcript"]]
+        self.singles = self._encoded("reader", singles)
 
     def _encoded(self, name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         path = self.out / f"{name}.npz"
         if not path.exists():
-            found = encode_all(self.codec, [row["wav"][None] for row in rows])
-            np.savez(path, *(x.astype(np.int16) for x in found))
+            codes = encode_all(self.codec, [row["wav"][None] for row in rows])
+            np.savez(path, *(recording.astype(np.int16) for recording in codes))
         with np.load(path) as saved:
             for index, row in enumerate(rows):
                 row["codes"] = saved[f"arr_{index}"].astype(np.int32)
@@ -126,7 +140,7 @@ class Study:
         return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
 
 
-# What is heard of each text, its "seconds", and whether the model has "ended" it.
+# For each text: the words "heard", the "seconds", and whether the model "ended" the speech.
 Rows = list[dict[str, Any]]
 
 
@@ -180,9 +194,10 @@ def print_words(name: str, number: int, texts: Sequence[str], rows: Rows) -> Non
     """Prints a row of the table."""
     heard = [row["heard"] for row in rows]
     rate = jiwer.wer(list(texts), heard)
-    change = [len(x.split()) - len(text.split()) for x, text in zip(heard, texts, strict=True)]
-    more = np.mean(np.array(change) > 0)
-    fewer = np.mean(np.array(change) < 0)
+    num_heard = np.array([len(words.split()) for words in heard])
+    num_written = np.array([len(text.split()) for text in texts])
+    more = np.mean(num_heard > num_written)
+    fewer = np.mean(num_heard < num_written)
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
     cells = f"{more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
@@ -192,36 +207,92 @@ def print_words(name: str, number: int, texts: Sequence[str], rows: Rows) -> Non
 # --------------------------------------------------------------------------- speed
 
 
+def random_model(codec: Codec) -> speech.Speech:
+    """A random model with the shape of `tts_digits.flags`, which never ends speech by itself."""
+    tokenizer = ByteTokenizer()
+    config = preset(
+        "tiny",
+        codebook_size=codec.config.quantizer.codebook_size,
+        num_quantizers=8,
+        frame_rate=codec.config.frame_rate,
+        **layout.token_fields(tokenizer),
+    )
+    init = jax.jit(pretrained.init_boxed, static_argnums=0)
+    params = nn.meta.unbox(init(config, jax.random.key(0)))
+    # silu(x) x times a positive matrix is positive, so that the frame is always more likely than
+    # the end of speech.
+    heads = params["out"]
+    heads["up"] = heads["up"].at[0].set(heads["gate"][0])
+    heads["down"] = heads["down"].at[0].set(abs(heads["down"][0]))
+    heads["text_head"] = heads["text_head"].at[:, config.slot_id].set(1)
+    heads["text_head"] = heads["text_head"].at[:, config.end_id].set(-1)
+    return speech.Speech(params, config, tokenizer)
+
+
+def _clocks() -> np.ndarray:
+    """Seconds by the clock and of processor time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def stream_seconds(
+    model: speech.Speech, codec: Codec, sampling: speech.Sampling, number: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Streams a text.
+
+    Returns:
+      Seconds to the first block and in total, both by the clock and of processor time; and seconds
+      of audio.
+    """
+    start = _clocks()
+    first = None
+    num_samples = 0
+    request = speech.Request("four seven")
+    for wav in speech.stream(model, codec, request, sampling, seed, number):
+        if first is None:
+            first = _clocks() - start
+        num_samples += wav.shape[1]
+    return first, _clocks() - start, num_samples / codec.config.sample_rate
+
+
 def speed(args: argparse.Namespace) -> None:
-    """Prints the time to the first block and the real-time factor, by processor and by clock."""
+    """Prints the time to the first block and the real-time factor."""
     codec = moss_tok.load(args.codec)
-    for checkpoint in args.checkpoint:
-        model = speech.load(checkpoint)
-        request = speech.Request("four seven")
-        sampling = sampling_of(args)
-        found = []
-        for seed in range(4):
-            start = np.array([time.perf_counter(), time.process_time()])
-            first = None
-            samples = 0
-            for wav in speech.stream(model, codec, request, sampling, seed):
-                now = np.array([time.perf_counter(), time.process_time()])
-                first = now - start if first is None else first
-                samples += wav.shape[1]
-            factor = (now - start) / (samples / codec.config.sample_rate)
-            found.append([*first, *factor])
-        # The first text compiles the programs.
-        wall, processor, wall_factor, processor_factor = np.median(found[1:], axis=0)
-        print(f"{checkpoint}, medians of {len(found) - 1} texts:")
-        print(f"first block: {1000 * processor:.0f} ms of processor time, {1000 * wall:.0f} ms")
-        print(f"real-time factor: {processor_factor:.2f} by processor time, {wall_factor:.2f}")
+    models = {path: speech.load(path) for path in args.checkpoint}
+    if not models:
+        models["random weights"] = random_model(codec)
+    print("| model | quantizers | first block, ms of processor time (clock) | real-time factor "
+          "by processor time (clock) |")  # fmt: skip
+    print("|---|---|---|---|")
+    for name, model in models.items():
+        for number in NUMBERS:
+            if number <= model.config.num_quantizers:
+                _print_speed(name, model, codec, sampling_of(args), number)
+
+
+def _print_speed(
+    name: str, model: speech.Speech, codec: Codec, sampling: speech.Sampling, number: int
+) -> None:
+    """Prints a row of medians."""
+    stream_seconds(model, codec, sampling, number, seed=0)  # compiles the programs
+    first_blocks = []
+    factors = []
+    for seed in range(NUM_STREAMS):
+        first, total, audio_seconds = stream_seconds(model, codec, sampling, number, seed)
+        first_blocks.append(1000 * first)
+        factors.append(total / audio_seconds)
+    clock, processor = np.median(first_blocks, axis=0)
+    clock_factor, processor_factor = np.median(factors, axis=0)
+    print(f"| {name} | {number} | {processor:.0f} ({clock:.0f}) | {processor_factor:.2f} "
+          f"({clock_factor:.2f}) |", flush=True)  # fmt: skip
 
 
 def main() -> None:
     """Runs a study."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=("words", "speed"))
-    parser.add_argument("--checkpoint", action="append", default=[], help="speech model")
+    parser.add_argument(
+        "--checkpoint", action="append", default=[], help="speech model; repeat for several"
+    )
     parser.add_argument("--codec", help="its codec (default: the one in the package)")
     parser.add_argument("--digits", type=Path, default=Path("digits"))
     parser.add_argument("--out", type=Path, default=Path("study"))
@@ -229,7 +300,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=DEFAULT.first.temperature)
     penalty = DEFAULT.first.repetition_penalty
     parser.add_argument("--repetition-penalty", type=float, default=penalty)
-    parser.add_argument("--number", type=int, default=100, help="most texts")
+    parser.add_argument("--number", type=int, default=100, help="largest number of texts")
     parser.add_argument("--seconds", type=float, default=1.6, help="longest recording of people")
     args = parser.parse_args()
     {"words": words, "speed": speed}[args.study](args)

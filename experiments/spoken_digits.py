@@ -7,12 +7,13 @@ training and one for the test) are joined to sequences of one to five digits of 
 three folders of FLAC with a manifest.jsonl each:
 
   speech  for a speech model: the clips with an even number
-  reader  for a recogniser: those with an odd number, so that it has heard none of the former
+  reader  for a recogniser: the clips with an odd number, which the speech model does not have
   test    from the test clips
 
-A clip is cut to where it is at most 35 dB below its loudest part and set to one loudness. Between
-two clips, and around all, is silence of random length. In `speech` and `reader`, one recording in
-forty is of the split "test". The same command makes the same files.
+The edges of a clip that are more than 35 dB below its loudest part are cut, and all clips get the
+same loudness. There is silence of random length between two clips, and at both ends of a recording.
+In `speech` and `reader`, one recording in forty is in the split "test". The same command makes the
+same files.
 """
 
 import argparse
@@ -43,8 +44,10 @@ def trim(wav: np.ndarray) -> np.ndarray:
     size = RATE // 100
     blocks = wav[: len(wav) // size * size].reshape(-1, size)
     power = np.square(blocks).mean(axis=1)
-    (loud,) = np.nonzero(power > power.max() * 10 ** (-QUIET_DB / 10))
-    wav = wav[max(0, loud[0] - 2) * size : (loud[-1] + 3) * size]
+    (loud_blocks,) = np.nonzero(power > power.max() * 10 ** (-QUIET_DB / 10))
+    first = max(0, loud_blocks[0] - 2)
+    last = loud_blocks[-1] + 2
+    wav = wav[first * size : (last + 1) * size]
     wav = wav - wav.mean()
     level = np.sqrt(np.square(wav).mean())
     return np.clip(wav * 10 ** (LEVEL_DB / 20) / level, -1, 1)
@@ -52,7 +55,7 @@ def trim(wav: np.ndarray) -> np.ndarray:
 
 def read_clips(corpus: Path) -> dict[str, Clips]:
     """The clips of each of the three folders; ValueError if the corpus has none."""
-    found: dict[str, Clips] = {}
+    clips: dict[str, Clips] = {}
     for _, row in read_json_lines(corpus):
         if row.get("subset") != "fsdd":
             continue
@@ -61,12 +64,12 @@ def read_clips(corpus: Path) -> dict[str, Clips]:
             number = int(Path(row["path"]).stem.rsplit("-", 1)[1])
             folder = "reader" if number % 2 else "speech"
         wav = files.read(corpus.parent / row["path"], RATE, 1)[0]
-        speakers = found.setdefault(folder, collections.defaultdict(dict))
+        speakers = clips.setdefault(folder, collections.defaultdict(dict))
         words = speakers[row["speaker"]]
         words.setdefault(row["transcript"].lower(), []).append(trim(wav))
-    if len(found) < 3:
+    if len(clips) < 3:
         raise ValueError(f"{corpus}: has no clips of the subset 'fsdd' in both splits")
-    return found
+    return clips
 
 
 def silence(random: np.random.Generator, seconds: tuple[float, float]) -> np.ndarray:
@@ -77,14 +80,14 @@ def silence(random: np.random.Generator, seconds: tuple[float, float]) -> np.nda
 def join(random: np.random.Generator, words: dict[str, list[np.ndarray]]) -> tuple[str, np.ndarray]:
     """A sequence of random digits, and its audio [S]."""
     number = 1 + random.choice(len(DIGIT_SHARES), p=DIGIT_SHARES)
-    said = random.choice(sorted(words), number)
+    chosen = random.choice(sorted(words), number)
     parts = [silence(random, EDGE_SECONDS)]
-    for place, word in enumerate(said):
-        if place:
+    for index, word in enumerate(chosen):
+        if index:
             parts.append(silence(random, PAUSE_SECONDS))
         parts.append(words[word][random.integers(len(words[word]))])
     parts.append(silence(random, EDGE_SECONDS))
-    return " ".join(said), np.concatenate(parts)
+    return " ".join(chosen), np.concatenate(parts)
 
 
 def write(folder: Path, clips: Clips, number: int, seed: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_MAX_SHOWN = 60  # characters of a bad line in its error message
+_MAX_SHOWN = 60  # characters of a bad line or text in its error message
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file, blank ones included.
+    """The lines of a text file, blank ones included.
 
     Lines may end in CR LF, and the file may begin with a byte-order mark, because editors and
     spreadsheets write such files.
@@ -42,7 +42,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, with a JSON object per line") from error
+        raise ValueError(f"{path}: must be UTF-8 text") from error
     lines = re.split("\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 
@@ -67,8 +67,10 @@ def parse_json_line(line: str, place: str, example: str = "") -> dict[str, Any]:
 
 
 def shorten(line: str) -> str:
-    """The beginning of a line, in quotes, for error messages."""
-    return repr(line if len(line) <= _MAX_SHOWN else line[:_MAX_SHOWN] + "...")
+    """The beginning of a line or text, in quotes, for error messages."""
+    if len(line) > _MAX_SHOWN:
+        line = line[:_MAX_SHOWN] + "..."
+    return repr(line)
 
 
 def read_json_lines(

@@ -66,7 +66,9 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sha
     num_fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = []
     for size in sizes.values():
-        shape.append(len(devices) // num_fixed if size == -1 else size)
+        if size == -1:
+            size = len(devices) // num_fixed
+        shape.append(size)
     num_used = math.prod(shape)
     is_open = -1 in sizes.values()
     may_be_partial = jax.process_count() == 1 and not is_open

@@ -106,7 +106,7 @@ def read_tensors(
     path: Path,
     files: dict[str, Path],
     table: Iterable[Tensor],
-    wanted: set[str],
+    requested: set[str],
 ) -> dict[str, Any]:
     """Reads some tensors of a table into a tree of float32 numpy arrays.
 
@@ -114,7 +114,7 @@ def read_tensors(
       path: The directory, for error messages.
       files: Files of all stored tensors, by name.
       table: All tensors that must be stored; all are checked.
-      wanted: Names of the tensors to read.
+      requested: Names of the tensors to read.
 
     Raises:
       ValueError: Tensors are missing, unknown, misshapen or of another type; all of them are named.
@@ -132,7 +132,7 @@ def read_tensors(
                 problem = _problem(tensor, tensors.get_slice(name))
                 if problem:
                     problems.append(problem)
-                elif name in wanted and not problems:
+                elif name in requested and not problems:
                     array = tensors.get_tensor(name).astype(np.float32)
                     _put(params, tensor, tensor.to_ours(array), num_rows)
     if problems:

@@ -51,8 +51,8 @@ def agree(data, name="a"):
     for start in [0, *rng.integers(0, num_samples, 6), max(0, num_samples - 100)]:
         # A little more than the sample's time: a float may be a little less.
         part = files.read_segment(source, (start + 0.01) / rate, 0.2, rate)
-        wanted = whole[:, start : start + int(np.ceil(0.2 * rate))]
-        np.testing.assert_allclose(part, wanted, atol=1e-6, rtol=0, err_msg=f"{name} {start}")
+        expected = whole[:, start : start + int(np.ceil(0.2 * rate))]
+        np.testing.assert_allclose(part, expected, atol=1e-6, rtol=0, err_msg=f"{name} {start}")
     return whole
 
 

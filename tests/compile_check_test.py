@@ -12,6 +12,7 @@ import hlo
 import hlo_costs
 import jax
 import pytest
+import speech_check
 from helpers import ROOT
 
 from moss_tok.codec.presets import load_codec_config
@@ -99,6 +100,21 @@ def test_bad_flags(flags, message):
 def test_chips_that_are_not_known():
     with pytest.raises(ValueError, match="topology must be one of v4, v5e, v5p, v6e"):
         compile_check.get_mesh("v3:2x2", "data:-1")
+
+
+def test_the_programs_of_speech_trace():
+    """The steps of generation and of the decoder take the shapes that `speech_check` gives them."""
+    traced = []
+
+    class Tracer(speech_check.Compiler):
+        def seconds(self, title, function, *args):
+            jax.eval_shape(function, *args)
+            traced.append(title)
+            return 1e-3
+
+    args = speech_check.parser().parse_args(["--num_quantizers=2", "--codec=tiny"])
+    speech_check.estimate(Tracer(estimates.CHIPS["v5e"], jax.devices()[0]), args)
+    assert traced == ["prompt", "depth Transformer", "frame", "decoder, a frame"]
 
 
 def test_costs_of_an_attention_kernel():

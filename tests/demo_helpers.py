@@ -50,9 +50,11 @@ def demo(*arguments):
     """The address of a demo in another process."""
     argv = [sys.executable, "-m", "moss_tok", "demo", "--port=0", *map(str, arguments)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
-        process.terminate()
+        try:
+            line = process.stdout.readline()
+            yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+        finally:  # also if the test is skipped; otherwise Popen would wait for ever
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -76,7 +78,8 @@ def open_page(browser, address, viewport=WIDE, **options):
     """The page, the addresses that it asks for, and the errors of its scripts."""
     page = browser.new_context(viewport=viewport, bypass_csp=True, **options).new_page()
     page.set_default_timeout(120_000)
-    asked, errors = [], []
+    asked = []
+    errors = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)

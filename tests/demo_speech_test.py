@@ -140,11 +140,11 @@ def test_a_page_that_leaves_ends_the_sampling(micro, speaker):
         ({"text": " "}, "the text is empty"),
         ({"text": "abx"}, "the text 'abx' has characters that the tokenizer lacks: 'x'"),
         ({"num_quantizers": 4}, "num_quantizers must be 1..3, got 4"),
-        ({"seed": -1}, "the seed must be 0..2147483647, got -1"),
+        ({"seed": -1}, "seed must be 0..2147483647, got -1"),
         ({"seed": "1"}, "seed must be of type int, got '1'"),
         ({"prompt": "x"}, "this recording is not kept any more: load it again"),
         ({"prompt": "QUIET"}, "the recording of the voice: the prompt is silent"),
-        ({"prompt": "LONG", "prompt_text": "a"}, "the reference and the text have "),
+        ({"prompt": "LONG", "prompt_text": "a"}, "the prompt and the text have "),
     ],
 )
 def test_errors_are_one_sentence(micro, speech, changes, message):

@@ -175,7 +175,7 @@ def make_clips(folder, lengths=(1.0, 0.7, 0.1, 2.0, 0.6, 0.6)):
 
 
 def write_wav(path, seconds=0.3):
-    """A recording of noise, in a folder that is made where it is missing."""
+    """A recording of noise; its folder is created if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wav = 0.1 * np.random.default_rng(0).standard_normal(int(seconds * RATE))
     soundfile.write(os.fspath(path), wav, RATE)
@@ -195,7 +195,7 @@ def prepare_folder(source, folder):
 
 
 def small_run(flags, clips, folder, **changes):
-    """Flags of a run on the codec and clips of the tests, with a workdir that is not there yet."""
+    """Flags of a run on the codec and clips of the tests, with a new workdir."""
     (folder / "micro.json").write_text(CODEC.to_json())
     paths = {
         "model": str(folder / "micro.json"),
@@ -242,7 +242,7 @@ def train_script():
 def train_py(*flags, main=None) -> int:
     """Runs train.py in this process, which saves the imports; returns the exit code.
 
-    Another function may stand for its `main`.
+    `main` replaces the function `main` of train.py.
     """
     main = main or train_script().main
     absl.flags.FLAGS.unparse_flags()
@@ -282,15 +282,15 @@ def wait_for(condition, process, seconds=240):
 
 def processes_of(session):
     """Numbers of the processes of a session that are not zombies."""
-    found = []
+    numbers = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            numbers.append(int(stat.parent.name))
+    return numbers
 
 
 def wait_until_gone(session, seconds=10):

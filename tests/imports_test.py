@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "moss_tok"
 # Rooms from the ground up; a tuple's rooms may import those before them in the same tuple.
 FLOORS = [
     ["version", "assets", "extras", "errors", "json_files", "settings", "mesh", "summary",
-     "storage", "sharding", "tensors", "checkpoint"],
+     "batching", "storage", "sharding", "tensors", "checkpoint"],
     ["nn.compute", "nn.products", "nn.rope", "nn.cache", "nn.kernels", "nn.attention", "nn.layers",
      "nn.blocks"],
     ["audio.notes", "audio.windows", "audio.decoder", "audio.mpeg", "audio.flac", "audio.ogg",
@@ -49,7 +49,8 @@ FLOORS = [
     ["cli.arguments", "cli.commands", "cli.decode", "cli.encode", "cli.reconstruct", "cli.compare",
      "cli.convert", "cli.demo",
      "cli.info", "cli.prepare", "cli.stream",
-     "cli.export", "cli.speak", "cli.evaluate", "cli.tokenize", "cli.transcribe", "cli.report",
+     "cli.export", "cli.speech_lists", "cli.speak", "cli.evaluate", "cli.tokenize",
+     "cli.transcribe", "cli.report",
      "cli.selftest", "cli.doctor", "cli.completion",
      "cli.main"],
 ]  # fmt: skip

@@ -78,7 +78,7 @@ NO_OBJECT = 'must be a JSON object like {"path": "a.wav"}, got '
         ("m.json", b'[{"path": "a.wav"}]', f'{NO_OBJECT}\'[{{"path": "a.wav"}}]\''),
         ("m.jsonl", b"x" * 1000, f"{NO_OBJECT}'{'x' * 60}...'"),
         ("m.jsonl", b'{"path": ' + b"1" * 5000 + b"}", NO_OBJECT),
-        ("m.jsonl", TEXT.encode("utf-16"), "must be UTF-8 text, with a JSON object per line"),
+        ("m.jsonl", TEXT.encode("utf-16"), "must be UTF-8 text"),
         ("m.jsonl", b'{"path": "\xe9.wav"}', "must be UTF-8 text"),
         ("m.wav", b"RIFF\xff\xff\xff\xff", "m.wav: is a recording"),
         ("m.jsonl", b"", "no lines"),

@@ -13,6 +13,8 @@ from flax import linen as nn
 from helpers import CODEC, init_params
 
 from moss_tok import checkpoint
+from moss_tok.cli import speak
+from moss_tok.cli.commands import build_parser
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained as codecs
 from moss_tok.codec.inference import Codec
@@ -113,7 +115,7 @@ def test_a_stream_equals_the_whole(speech, micro):
 def test_the_limit_follows_the_text():
     config = dataclasses.replace(CONFIG, frame_rate=12.5)
     seconds = [
-        sampling.most_frames(config, text) / 12.5 for text in ("a", "hello, you", "4 7", "好")
+        sampling.longest_speech(config, text) / 12.5 for text in ("a", "hello, you", "4 7", "好")
     ]
     np.testing.assert_allclose(seconds, [1.7, 3.1, 2.7, 2.1], atol=0.08)
 
@@ -127,6 +129,18 @@ def test_penalty_and_channels():
     assert Sampling().others == Channel(1.0, 50, 0.95, 1.1)
     with pytest.raises(ValueError, match="repetition_penalty must be 0.1..10, got 0"):
         Channel(repetition_penalty=0)
+
+
+class ForgetfulTokenizer:
+    """Drops the token that ends a text, as `FileTokenizer` does."""
+
+    unknown_id = None
+
+    def token_id(self, name):
+        return None
+
+    def encode(self, text):
+        return [1] * len(text.replace("<end>", ""))
 
 
 class LetterTokenizer:
@@ -149,6 +163,18 @@ def test_texts_that_cannot_be_said():
         layout.check_text(CONFIG, LetterTokenizer(), "abx éa")
     with pytest.raises(ValueError, match="not valid Unicode"):
         layout.check_text(CONFIG, BYTES, "a\ud800")
+    with pytest.raises(ValueError, match="the text '<end>' has no tokens"):
+        layout.check_text(CONFIG, ForgetfulTokenizer(), "<end>")
+    with pytest.raises(ValueError, match="the text of the prompt 'x' has characters"):
+        request = Request("a", np.array([[0]]), "x")
+        layout.check_request(CONFIG, LetterTokenizer(), request)
+    with pytest.raises(ValueError, match="reference must be 0..15, got 0..16"):
+        layout.check_request(CONFIG, BYTES, Request("a", np.array([[0, 16]])))
+    with pytest.raises(ValueError, match="beginning must be integers, got float"):
+        layout.check_request(CONFIG, BYTES, Request("a", beginning=np.zeros((3, 2))))
+    with pytest.raises(ValueError, match="language 'x' has characters"):
+        chat = dataclasses.replace(CONFIG, layout="chat")
+        layout.check_request(chat, LetterTokenizer(), Request("a", details={"language": "x"}))
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +194,15 @@ def folder(tmp_path_factory, speech):
     soundfile.write(folder / "silent.wav", 0 * NOISE, 16000)
     (folder / "empty.txt").write_text("\n")
     (folder / "twice.jsonl").write_text('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}\n')
+    (folder / "long.jsonl").write_text(json.dumps({"text": "a", "id": "x" * 300}))
+    (folder / "bar.jsonl").write_text('{"text": "a", "id": "x|y"}\n')
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "up.jsonl").write_text('{"text": "a", "id": "../x"}\n')
     (folder / "key.jsonl").write_text('{"text": "a", "voice": "x"}\n')
     (folder / "blank.jsonl").write_text('{"text": "a"}\n{"text": " "}\n')
+    (folder / "number.jsonl").write_text('{"text": "a", "id": [1]}\n')
+    (folder / "alone.jsonl").write_text('{"text": "a", "prompt_text": "b"}\n')
+    (folder / "alone.lst").write_text("u|b||a\n")
     return folder
 
 
@@ -191,8 +223,21 @@ def test_the_command(folder, tmp_path, capfdbinary):
     assert run(folder, "ab", "-", "--seed=3") == 0
     out = capfdbinary.readouterr().out
     assert out[:4] == b"RIFF" and out[44:] == raw
-    prompt = ("--prompt=DIR/noise.wav", "--prompt-text=hm", "--num-quantizers=2")
+    prompt = ("--prompt=DIR/noise.wav", "--num-quantizers=2")  # without what is said in it
     assert run(folder, "ab", tmp_path / "b.wav", *prompt) == 0
+
+
+def test_sampling_options_of_channel_groups():
+    def parse(*options):
+        args = build_parser("speak").parse_args(["a", "a.wav", "--checkpoint=x", *options])
+        return speak._parse_sampling(args)
+
+    assert parse() == sampling.DEFAULT
+    codes = Channel(0.5, 50, 0.95, 1.1)
+    assert parse("--temperature=0.5") == Sampling(sampling.DEFAULT.text, codes, codes)
+    assert parse("--top-k=0,1,2", "--repetition-penalty=1,1.2,1.3") == Sampling(
+        Channel(1.0, 0, 0.95, 1.0), Channel(1.0, 1, 0.95, 1.2), Channel(1.0, 2, 0.95, 1.3)
+    )
 
 
 def test_the_command_for_a_list(folder, tmp_path):
@@ -201,12 +246,27 @@ def test_the_command_for_a_list(folder, tmp_path):
     assert run(folder, tmp_path / "list.jsonl", tmp_path / "out") == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["0001.wav", "see.wav"]
     line = f"u1|hm|{folder / 'noise.wav'}|ab"
-    (tmp_path / "list.lst").write_text(f"{line}|x.wav\n")
+    (tmp_path / "list.lst").write_text(f"{line}|x.wav\nu2|||a b\n")
     paths = [f"--checkpoint={folder / 'tts'}", f"--codec={folder / 'codec'}"]
-    found = [f"--speak={tmp_path / 'list.lst'}", f"--output={tmp_path / 'seed'}"]
-    assert main(["evaluate", *paths, *found]) == 0
-    assert sorted(p.name for p in (tmp_path / "seed").iterdir()) == ["meta.lst", "u1.wav"]
-    assert (tmp_path / "seed" / "meta.lst").read_text() == f"{line}\n"
+    options = [f"--speak={tmp_path / 'list.lst'}", f"--output={tmp_path / 'seed'}"]
+    assert main(["evaluate", *paths, *options]) == 0
+    assert sorted(p.name for p in (tmp_path / "seed").iterdir()) == ["meta.lst", "u1.wav", "u2.wav"]
+    assert (tmp_path / "seed" / "meta.lst").read_text() == f"{line}\nu2|||a b\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--speak=a.lst", "--metrics=stoi"], "metrics has no effect with --speak"),
+        (["--speak=a.lst"], "speak needs --checkpoint, a speech model"),
+        (["--speak=none.lst", "--checkpoint=x"], "none.lst: no such file of texts"),
+        (["--speak=a.csv", "--checkpoint=x"], "a.csv: a file of texts must end in .txt, .jsonl"),
+        (["--dataset=a.jsonl", "--codec=x"], "codec has no effect without --speak"),
+    ],
+)
+def test_options_of_evaluate_that_do_not_go_together(options, message, capsys, tmp_path):
+    assert main(["evaluate", *options, f"--output={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -220,18 +280,32 @@ def test_the_command_for_a_list(folder, tmp_path):
         (["ab", "OUT.wav", "--checkpoint=DIR/codec"], "holds no speech model"),
         (["ab", "OUT.wav", "--prompt=DIR/silent.wav"], "silent.wav: the prompt is silent"),
         (["ab", "OUT.wav", "--prompt=DIR/none.wav"], "none.wav: no such file"),
-        (["ab", "OUT.wav", "--prompt=DIR/long.wav"], "the reference and the text have 1[67]. pos"),
-        (["ab" * 40, "OUT.wav"], "the text have 81 positions, the context of this model is 64"),
+        (["ab", "OUT.wav", "--prompt=DIR/long.wav"], "the prompt and the text have 1[67]. pos"),
+        (["ab" * 40, "OUT.wav"], "the text has 81 positions, the context of this model is 64"),
         (["ab", "OUT.wav", "--prompt-text=a"], "prompt-text needs --prompt"),
         (["ab", "OUT.wav", "--pcm=s16"], "pcm is for standard output"),
         (["ab", "OUT.wav", "--top-p=0"], "top_p must be above 0"),
         (["ab", "OUT.wav", "--seed=-1"], "seed must be 0"),
         (["DIR/empty.txt", "OUT"], "empty.txt: no lines"),
-        (["DIR/twice.jsonl", "OUT"], "two lines have the id 'x'"),
+        (["DIR/twice.jsonl", "OUT"], "twice.jsonl:2: another line has the id 'x', too"),
         (["DIR/up.jsonl", "OUT"], "up.jsonl:1: id must be a file's name"),
+        (["DIR/long.jsonl", "OUT"], "long.jsonl:1: id must be a file's name"),
+        (["DIR/bar.jsonl", "OUT"], "bar.jsonl:1: id must be a file's name"),
+        (["DIR/latin.txt", "OUT"], "latin.txt: must be UTF-8 text"),
         (["DIR/key.jsonl", "OUT"], "key.jsonl:1: unknown key 'voice'; accepted: id, text"),
         (["DIR/blank.jsonl", "OUT"], "0002: the text is empty"),
+        (["DIR/number.jsonl", "OUT"], r"number.jsonl:1: id must be a text, got \[1\]"),
+        (["DIR/alone.jsonl", "OUT"], "alone.jsonl:1: the text of a prompt needs a prompt"),
+        (["DIR/alone.lst", "OUT"], "alone.lst:1: the text of a prompt needs a prompt"),
         (["DIR/twice.jsonl", "-"], "must be a folder"),
+        (["DIR/none.txt", "OUT.wav"], "none.txt: no such file of texts"),
+        (["ab", "OUT.wav", "--prompt=DIR/noise.wav", "--prompt-text= "], "the prompt is empty"),
+        (
+            ["ab", "OUT.wav", "--temperature=1,2"],
+            "temperature must be a number, or three for the t",
+        ),
+        (["ab", "OUT.wav", "--top-k=1.5"], "top-k must be an integer, or three for .*'1.5'"),
+        (["ab", "OUT.wav", "--top-k=50,-1,50"], "top_k must be at least 0, got -1"),
     ],
 )
 def test_bad_input(folder, tmp_path, capsys, arguments, message):

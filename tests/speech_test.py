@@ -113,15 +113,15 @@ def test_step_by_step_equals_all_at_once(params, positions):
             span = Span(jnp.full(2, channel), jnp.ones(2, jnp.int32))
             depth, depth_cache = apply(channel_input, depth_cache, span, method="depth_states")
             here = slice(channel, channel + 1)
-            state = apply(depth, here, method=lambda m, x, c: m.out.states(x, c))
+            state = apply(depth, here, method="head_states")
             if channel == 0:
-                found = apply(state[:, 0], method=lambda m, x: m.out.text_logits(x))
+                found = apply(state[:, 0], method="text_logits")
                 np.testing.assert_allclose(found, expected_text[:, t], atol=1e-5)
                 token = text[:, t + 1]
                 channel_input = params["text_embedding"][token][:, None]
                 continue
             level = slice(channel - 1, channel)
-            found = apply(state, level, method=lambda m, x, q: m.out.code_logits(x, q))
+            found = apply(state, level, method="code_logits")
             np.testing.assert_allclose(found[:, 0], expected_codes[:, channel - 1, t], atol=1e-5)
             code = codes[:, channel - 1, t + 1]
             channel_input = params["code_embeddings"][channel - 1][code][:, None]

@@ -20,11 +20,13 @@ from moss_tok.data import codes, speech_batches
 from moss_tok.language.text import ByteTokenizer
 from moss_tok.objectives import code_use
 from moss_tok.objectives.config import all_fields, build_objective, configure
+from moss_tok.objectives.speech import choose_samples
 from moss_tok.speech import config as configs
 from moss_tok.speech import generate, layout, pretrained
 from moss_tok.speech.layout import Request
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.sampling import GREEDY
+from moss_tok.speech.steps import Speech
 from moss_tok.training import optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
@@ -181,6 +183,31 @@ def test_json_lines(folder):
         speech_batches.read_set(codes.open_source(folder / "bad.jsonl"), "train", shape)
 
 
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ([[[1, 2], [3, 4]]], [[1, 3], [2, 4]]),
+        ([[[1, 2], [3, 4]], None], [[1, 3], [2, 4]]),
+        (None, None),
+        ([None, [[1, 2]]], "lines.jsonl:1: reference_audio_codes must be a list with one"),
+        ([[[1, 2]], [[3, 4]]], "must be a list with one reference"),
+        ("x", "must be a list with one reference"),
+        ([[1, 2]], r"a reference must be lists of integers \[T, Q\]"),
+    ],
+)
+def test_lists_of_references(tmp_path, references, expected):
+    """As the official files for several speakers have them."""
+    row = {"audio_codes": [[5, 6]], "text": "a", "reference_audio_codes": references}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row))
+    source = codes.open_source(tmp_path / "lines.jsonl")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            source[0]
+        return
+    reference = source[0].metadata.get(codes.REFERENCE)
+    assert (None if reference is None else reference.tolist()) == expected
+
+
 class ChatTokenizer(ByteTokenizer):
     """Bytes, and the names of the chat layout as single tokens."""
 
@@ -276,6 +303,16 @@ def test_what_the_loss_counts(folder):
         np.testing.assert_allclose(sums[row], expected, rtol=1e-4)
         frames = end - first
         assert counts[row].tolist() == [frames + 1, frames, frames * (3 - row)]
+
+
+def test_an_evaluation_leaves_out_texts_that_cannot_be_said(folder):
+    objective = objective_of(folder)
+    items = make_items(8)
+    items[0].metadata["transcript"] = " "
+    speech = Speech({}, objective.config, objective.tokenizer)
+    chosen = choose_samples(speech, items)
+    assert [item.id for item, _ in chosen] == ["1", "3", "5"]
+    assert [request.text for _, request in chosen] == ["seven", "one", "six two"]
 
 
 def test_a_run_resumes_exactly(folder, tmp_path):

@@ -221,6 +221,7 @@ def update_language(**changes):
         (update_language(use_sliding_window=True), "use_sliding_window must be false, got true"),
         (update_language(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}),
          'rope_type must be "default", got "yarn"'),
+        (update_language(rope_parameters=[1]), "rope_parameters must be an object"),
         (update_language(num_key_value_heads=3), "must be a multiple of num_kv_heads 3"),
     ],
 )  # fmt: skip

@@ -84,7 +84,8 @@ def kernel_costs(
     passes = 1 if is_single else PASSES["highest"]  # kernels have no high
     for name, times in kernels.items():
         attention = attention_of(name)
-        num_frames, window = attention.num_frames, attention.window
+        num_frames = attention.num_frames
+        window = attention.window
         size = splash_block(num_frames, min(window, num_frames))
         blocks = -(-num_frames // size)
         seen = sum(i - max(0, i * size - window + 1) // size + 1 for i in range(blocks))

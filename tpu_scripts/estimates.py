@@ -98,12 +98,15 @@ class Estimate:
 
     def show(self) -> None:
         """Prints the terms."""
-        c, chip = self.costs, self.chip
+        c = self.costs
+        chip = self.chip
         groups: dict[Any, list[Collective]] = collections.defaultdict(list)
-        for x in c.collectives:
-            groups[x.opcode, "asynchronous" if x.is_async else "waited for"].append(x)
-        for (opcode, kind), xs in sorted(groups.items()):
-            count, size = sum(x.times for x in xs), sum(x.num_bytes for x in xs)
+        for transfer in c.collectives:
+            kind = "asynchronous" if transfer.is_async else "waited for"
+            groups[transfer.opcode, kind].append(transfer)
+        for (opcode, kind), transfers in sorted(groups.items()):
+            count = sum(transfer.times for transfer in transfers)
+            size = sum(transfer.num_bytes for transfer in transfers)
             print(f"  {opcode:<16} {count:.0f} x, {giga(size)} GB over a chip's links, {kind}")
         rows = {
             "arithmetic": f"{c.flops / 1e12:.1f} TFLOP / {chip.flops / 1e12:.0f} TFLOP/s = "
@@ -163,7 +166,8 @@ def show_scaling(
 
 def check_scaling(mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the program lacks transfers that a larger slice has."""
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    data = mesh.shape["data"]
+    fsdp = mesh.shape["fsdp"]
     if data == 1 or fsdp == 1:
         raise ValueError(f"scaling needs a mesh of data and fsdp above 1, got {data} and {fsdp}")
     for name in ("fsdp", "tensor"):

@@ -194,7 +194,8 @@ class _Module:
             return 0.0  # views and allocations; kernels are counted separately
         operands = [computation[name] for name in i.operands if name in computation]
         inner = self._computations[i.called("calls")] if i.opcode == "fusion" else None
-        read, written = 0.0, sum(a.num_bytes for a in i.arrays if a.in_hbm)
+        read = 0.0
+        written = sum(a.num_bytes for a in i.arrays if a.in_hbm)
         for number, operand in enumerate(operands):
             size = sum(a.num_bytes for a in operand.arrays if a.in_hbm)
             if size and inner:

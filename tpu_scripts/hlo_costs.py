@@ -37,12 +37,14 @@ def product_flops(computation: Computation, i: Instruction) -> float:
 def taps(window: dict[str, str], n: int, size: int, outputs: int) -> int:
     """Pairs of output position and kernel tap that meet an element of the input."""
 
-    def number(key, default):
+    def value(key, default):
         return window[key].split("x")[n] if key in window else default
 
-    kernel, stride = int(number("size", 1)), int(number("stride", 1))
-    low = int(number("pad", "0_0").split("_")[0])
-    base, dilation = int(number("lhs_dilate", 1)), int(number("rhs_dilate", 1))
+    kernel = int(value("size", 1))
+    stride = int(value("stride", 1))
+    low = int(value("pad", "0_0").split("_")[0])
+    base = int(value("lhs_dilate", 1))
+    dilation = int(value("rhs_dilate", 1))
     count = 0
     for tap in range(kernel):
         start = tap * dilation - low  # its position for the first output
@@ -87,9 +89,11 @@ class Collective:
 def collective(computation: Computation, i: Instruction, kind: str, is_async: bool) -> Collective:
     """The transfer that an instruction of this kind makes in one run."""
     group = first_group(i.attributes)
-    size, stride = len(group), group[1] - group[0] if len(group) > 1 else 0
-    operands = [a for name in i.operands for a in computation[name].arrays]
-    data = sum(math.prod(a.dims) * a.item_size for a in operands)  # one chip's share
+    size = len(group)
+    stride = group[1] - group[0] if size > 1 else 0
+    data = 0  # one chip's share
+    for name in i.operands:
+        data += sum(math.prod(a.dims) * a.item_size for a in computation[name].arrays)
     share = (size - 1) / size
     moved = {"all-reduce": 2 * share, "all-gather": size - 1.0, "collective-permute": 1.0}
     moved_bytes = data * moved.get(kind, share)

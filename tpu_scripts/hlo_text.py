@@ -98,12 +98,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     """For each computation: its name, whether it is the entry, and its lines."""
-    name, is_entry, lines = None, False, []
+    name = None
+    is_entry = False
+    lines: list[str] = []
     for line in text.splitlines():
         if name is None:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if head:
-                name, is_entry, lines = head[2], bool(head[1]), []
+                name = head[2]
+                is_entry = bool(head[1])
+                lines = []
         elif re.fullmatch(r'\}(, execution_thread="\w+")?', line):
             yield name, is_entry, lines
             name = None
@@ -121,17 +125,17 @@ def _instruction(line: str) -> Instruction | None:
     end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
     opened = line.index("(", end)
     closed = _closing(line, opened)
-    arrays = tuple(
-        Array(dtype, tuple(int(d) for d in dims.split(",") if d), layout or "")
-        for dtype, dims, layout in _ARRAY.findall(line[:end])
-    )
+    arrays = []
+    for dtype, listed, layout in _ARRAY.findall(line[:end]):
+        dims = tuple(int(size) for size in listed.split(",") if size)
+        arrays.append(Array(dtype, dims, layout or ""))
     inside = line[opened + 1 : closed]
     opcode = line[end:opened].strip()
     if opcode in ("constant", "parameter"):
         operands = (inside,)
     else:
         operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(head[1], arrays, opcode, operands, line[closed + 1 :])
+    return Instruction(head[1], tuple(arrays), opcode, operands, line[closed + 1 :])
 
 
 def _closing(text: str, start: int) -> int:

@@ -21,7 +21,9 @@ import moss_tok
 from moss_tok.audio import files, manifest
 
 STARTER = Path(__file__).parents[1] / "starter" / "manifest.jsonl"
-Q, FRAMES, BATCH_SIZE = 4, 50, 16  # codes per frame, frames per sequence, sequences per step
+Q = 4  # codes per frame
+FRAMES = 50  # per sequence
+BATCH_SIZE = 16  # sequences
 optimizer = optax.adamw(2e-3)
 
 

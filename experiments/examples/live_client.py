@@ -33,7 +33,8 @@ async def stream(url: str, path: str, speed: float) -> tuple[np.ndarray, np.ndar
     """
     async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
         config = _checked(await socket.receive())
-        rate, channels = config["sample_rate"], config["num_channels"]
+        rate = config["sample_rate"]
+        channels = config["num_channels"]
         wav = await asyncio.to_thread(files.read, path, rate, channels)
         sending = asyncio.create_task(_send(socket, wav, round(BLOCK_SECONDS * rate), speed))
         codes = [np.zeros((config["num_quantizers"], 0), np.int16)]

@@ -78,7 +78,7 @@ class Server:
         task.cancel()
 
     async def _compute_forever(self) -> None:
-        """Computes the waiting blocks of all clients at once, in a thread, again and again."""
+        """Repeatedly computes the waiting blocks of all clients at once, in a thread."""
         while True:
             await self._work.wait()
             self._work.clear()

@@ -118,8 +118,9 @@ class Prediction:
 def predict_largest(x: np.ndarray, losses: np.ndarray, domains: list[str]) -> Prediction:
     """Fits all points but that of the largest x, and predicts it."""
     order = np.argsort(x)
-    others, largest = order[:-1], order[-1]
-    law = bootstrap(x[others], losses[others], domains)
+    smaller = order[:-1]
+    largest = order[-1]
+    law = bootstrap(x[smaller], losses[smaller], domains)
     low, high = law.band(x[largest])
     return Prediction(
         predicted=float(law.law(x[largest])),
@@ -130,7 +131,7 @@ def predict_largest(x: np.ndarray, losses: np.ndarray, domains: list[str]) -> Pr
 
 
 def frontier(compute: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Indices, by compute, of points [P] to which none with less compute has as low a loss."""
+    """Indices of points [P] with a lower loss than all points with less compute, in order."""
     chosen = []
     best = np.inf
     for index in np.lexsort((losses, compute)):

@@ -82,10 +82,11 @@ def read_segments(train_data: str, codec: Codec, num_samples: int, silence_db: f
     return Segments(np.stack(wavs), np.array(recordings), domains)
 
 
-def _evenly(items: list[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[place] for place in places]
+def _evenly(items: list[Any], maximum: int) -> list[Any]:
+    """At most `maximum` of the items, evenly spread."""
+    number = min(maximum, len(items))
+    indices = np.linspace(0, len(items) - 1, number).round().astype(int)
+    return [items[index] for index in indices]
 
 
 def _cut(wav: np.ndarray, num_samples: int, silence_db: float) -> list[np.ndarray]:
@@ -120,8 +121,9 @@ def make_loss(config: TrainConfig) -> Any:
 
 def measure(codec: Codec, segments: Segments, loss: Any, num_quantizers: int) -> list[float]:
     """The loss of every recording, the mean over its segments."""
-    most = codec.config.quantizer.num_quantizers
-    mask = np.broadcast_to(np.arange(most) < num_quantizers, (_BATCH_SIZE, most))
+    limit = codec.config.quantizer.num_quantizers
+    in_use = np.arange(limit) < num_quantizers
+    mask = np.broadcast_to(in_use, (_BATCH_SIZE, limit))
     values = []
     for start in range(0, len(segments.wav), _BATCH_SIZE):
         wav = segments.wav[start : start + _BATCH_SIZE]

@@ -31,7 +31,8 @@ def losses_of(
 ) -> np.ndarray:
     """Held-out losses [seeds, recordings] of the points that are chosen.
 
-    `step` and `quantizers` count from the last (-1), the end of the run and all quantizers.
+    `step` and `quantizers` are indices; the last ones (-1) are the end of the run and all
+    quantizers.
     """
     rows = []
     for point, result in results.items():
@@ -78,8 +79,13 @@ def is_baseline(size: str) -> Callable[[Point], bool]:
 
 
 def sizes_of(results: Results) -> list[str]:
-    """The sizes of which there are results, smallest first."""
-    return [size for size in SIZES if any(is_baseline(size)(point) for point in results)]
+    """The sizes that have results, smallest first."""
+    sizes = []
+    for size in SIZES:
+        is_chosen = is_baseline(size)
+        if any(is_chosen(point) for point in results):
+            sizes.append(size)
+    return sizes
 
 
 def sizes(results: Results) -> tuple[plt.Figure, str]:

@@ -50,7 +50,7 @@ def complete(
     Args:
       study: The points; one that others start from comes before them.
       out: Folder of all points.
-      train_data: As of train.py.
+      train_data: The flag of train.py.
       run: Runs a command.
 
     Raises:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Completes a study and writes its report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--train_data", default=str(STARTER), help="as of train.py")
+    parser.add_argument("--train_data", default=str(STARTER), help="the flag of train.py")
     parser.add_argument("--out", type=Path, default="runs/scaling", help="folder of all points")
     parser.add_argument("--num_steps", type=int, default=600, help="steps per point")
     parser.add_argument("--num_seeds", type=int, default=1, help="runs per setting")

@@ -83,8 +83,10 @@ def read_layout(file: BinaryIO, size: int) -> Layout:
         return _w64(file, size)
     if head[:4] == b"FORM":
         return _aiff(file, size)
-    if head[:4] in (b".snd", b"dns."):
-        return _au(file, size, ">" if head[:4] == b".snd" else "<")
+    if head[:4] == b".snd":
+        return _au(file, size, ">")
+    if head[:4] == b"dns.":
+        return _au(file, size, "<")
     if head[:4] == b"caff":
         return _caf(file, size)
     if head[:8] == b"NIST_1A\n":

@@ -194,7 +194,7 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     if rate_in == rate_out:
         return wav
     out = soxr.resample(wav.T, rate_in, rate_out, quality="HQ").T
-    if out.shape[1] == 0:  # a few samples at a high rate are still a sound
+    if out.shape[1] == 0:  # a few samples at a high rate become at least one
         out = wav[:, :1]
     return np.ascontiguousarray(out, dtype=np.float32)
 

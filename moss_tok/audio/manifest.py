@@ -140,8 +140,18 @@ def read_text(metadata: dict[str, Any]) -> tuple[str, str]:
     if task not in TASKS:
         has_caption_only = metadata.get("caption") and not metadata.get("transcript")
         task = "caption" if has_caption_only else TASKS[0]
-    text = metadata.get("caption" if task == "caption" else "transcript")
-    return (text.strip() if isinstance(text, str) else ""), task
+    key = "caption" if task == "caption" else "transcript"
+    text = metadata.get(key)
+    if not isinstance(text, str):
+        return "", task
+    return text.strip(), task
+
+
+def domain_index(domain: str) -> int:
+    """Index in DOMAINS of a domain; other names count as "other"."""
+    if domain not in DOMAINS:
+        domain = "other"
+    return DOMAINS.index(domain)
 
 
 def _held_out(paths: list[str]) -> set[str]:

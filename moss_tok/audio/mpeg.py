@@ -224,7 +224,8 @@ class _Scanner:
         """See `find_links`."""
         links: list[Link] = []
         while self._fill(_VERIFIED_FRAMES * _LONGEST_FRAME):
-            format_ = self._format_at(self._place, links[-1] if links else None)
+            last_link = links[-1] if links else None
+            format_ = self._format_at(self._place, last_link)
             if format_ is None:
                 if not self._skip():
                     break
@@ -265,7 +266,8 @@ class _Scanner:
         if is_known and last.extents and sum(last.extents[-1]) == self._origin + place:
             return format_
         is_first = self._origin + place == self._start
-        for _ in range(1 if is_first else _VERIFIED_FRAMES - 1):
+        num_checked = 1 if is_first else _VERIFIED_FRAMES - 1
+        for _ in range(num_checked):
             place += sizes[self._key_at(place)]
             following = self._data[place : place + 4]
             if parse_header(following) != format_:

@@ -40,6 +40,34 @@ def add_num_quantizers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_audio_input(parser: argparse.ArgumentParser) -> None:
+    """Adds the audio to read: a file or a folder."""
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        help="audio file of any format, sample rate and number of channels, or a folder of them",
+    )
+
+
+def add_audio_output(parser: argparse.ArgumentParser) -> None:
+    """Adds the audio to write: a file or a folder."""
+    parser.add_argument(
+        "output", metavar="OUT.wav", help="wav, flac or ogg file; for a folder: a folder of wav"
+    )
+
+
+def check_audio_output(source: str, output: str) -> None:
+    """Raises ValueError if the input does not exist, or the output cannot be an audio file."""
+    from moss_tok import storage
+    from moss_tok.audio import files
+
+    path = storage.to_local_path(source)
+    if not path.exists():
+        raise ValueError(f"{source}: no such file")
+    if not path.is_dir():
+        files.check_output(output)
+
+
 def check_not_overwritten(source: str, output: str) -> None:
     """Raises ValueError if the output file is the input file."""
     if Path(source).resolve() == Path(output).resolve():
@@ -154,8 +182,9 @@ def discard_output() -> None:
 
 def progress(parts: Iterable[Any], total_seconds: float, part_seconds: float) -> Iterator[Any]:
     """Yields `parts`, each `part_seconds` of audio, and shows the progress."""
-    known = total_seconds < 1e9  # streams have no length in their header
-    with meter(total_seconds if known else 0.0) as add:
+    if total_seconds > 1e9:  # streams have no length in their header
+        total_seconds = 0.0
+    with meter(total_seconds) as add:
         for part in parts:
             yield part
             add(part_seconds)

@@ -77,7 +77,7 @@ def _table(config: Any, wav: Any, reconstructions: dict[int, Any]) -> list[str]:
 
 
 def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any]) -> None:
-    """Writes the picture, by which a folder is known as a comparison, and then the audio files."""
+    """Writes the picture, which marks the folder as a comparison, and then the audio files."""
     from moss_tok.audio import files
     from moss_tok.evaluation import report, sweep
 

@@ -16,23 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", metavar="IN.npz", help="codes written by moss-tok encode, or a folder of them"
     )
-    parser.add_argument(
-        "output", metavar="OUT.wav", help="wav, flac or ogg file; for a folder: a folder of wav"
-    )
+    arguments.add_audio_output(parser)
     arguments.add_codec(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import moss_tok
-    from moss_tok import storage
-    from moss_tok.audio import files
 
-    source = storage.to_local_path(args.input)
-    if not source.exists():
-        raise ValueError(f"{args.input}: no such file")
-    if not source.is_dir():
-        files.check_output(args.output)
+    arguments.check_audio_output(args.input, args.output)
     codec = moss_tok.load(args.checkpoint, component="decoder")
     codec.config.check_num_quantizers(args.num_quantizers)
     decode = functools.partial(_decode, codec, args.num_quantizers)

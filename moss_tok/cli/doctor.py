@@ -82,11 +82,12 @@ def _memory() -> str:
 
 
 def _describe_packages() -> Iterator[tuple[str, str]]:
-    found = []
+    installed = []
     for name in _PACKAGES:
-        if found_version := _version(name):
-            found.append(f"{name} {found_version}")
-    yield "packages", ", ".join(found)
+        version = _version(name)
+        if version:
+            installed.append(f"{name} {version}")
+    yield "packages", ", ".join(installed)
 
 
 def _version(package: str) -> str:

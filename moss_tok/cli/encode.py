@@ -12,11 +12,7 @@ EXAMPLE = "moss-tok encode speech.flac speech.npz --num-quantizers 8"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "input",
-        metavar="IN",
-        help="audio file of any format, sample rate and number of channels, or a folder of them",
-    )
+    arguments.add_audio_input(parser)
     parser.add_argument(
         "output",
         metavar="OUT.npz",

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if bool(args.speak) == bool(args.dataset):
         raise ValueError("give either --dataset, to score reconstructions, or --speak")
+    if args.codec and not args.speak:
+        raise ValueError("codec has no effect without --speak; the codec to score is --checkpoint")
     if args.speak:
         _speak(args)
     else:
@@ -83,18 +85,23 @@ def run(args: argparse.Namespace) -> None:
 
 def _speak(args: argparse.Namespace) -> None:
     """Speaks the texts of a list, as `moss-tok speak` does."""
-    from moss_tok.cli import speak
+    from moss_tok.cli import speak, speech_lists
 
-    given = [args.speak, args.output]
-    if args.checkpoint:
-        given.append(f"--checkpoint={args.checkpoint}")
+    for name in ("metrics", "baselines", "name"):
+        if getattr(args, name):
+            raise ValueError(f"{name} has no effect with --speak; leave one of them out")
+    if not args.checkpoint:
+        raise ValueError("speak needs --checkpoint, a speech model")
+    if not speech_lists.is_list(args.speak):
+        suffixes = ", ".join(speech_lists.SUFFIXES)
+        raise ValueError(f"{args.speak}: a file of texts must end in {suffixes}")
+    arguments_of_speak = [f"--checkpoint={args.checkpoint}"]
     if args.codec:
-        given.append(f"--codec={args.codec}")
+        arguments_of_speak.append(f"--codec={args.codec}")
     if args.num_quantizers:
-        given.append(f"--num-quantizers={args.num_quantizers}")
-    if Path(args.speak).suffix.lower() not in speak.LISTS or not Path(args.speak).is_file():
-        raise ValueError(f"{args.speak}: no such file of texts ({', '.join(speak.LISTS)})")
-    speak.run(commands.build_parser("speak").parse_args(given))
+        arguments_of_speak.append(f"--num-quantizers={args.num_quantizers}")
+    arguments_of_speak += ["--", args.speak, args.output]
+    speak.run(commands.build_parser("speak").parse_args(arguments_of_speak))
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
@@ -116,7 +123,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
         numbers = reconstruction.parse_numbers(args.num_quantizers, config.quantizer.num_quantizers)
     folder = Path(args.checkpoint).absolute() if args.checkpoint else assets.codec_folder()
     name = baselines.check_name(args.name or folder.name)
-    others = _parse_baselines(args.baselines, name, data)
+    codecs = _parse_baselines(args.baselines, name, data)
     output = Path(args.output)
     reconstruction.check_output(args.output)
     language = _load_language(args.checkpoint, data, requested)
@@ -126,17 +133,18 @@ def _reconstruct(args: argparse.Namespace) -> None:
     problems = []
     for dataset in data:
         problems += _evaluate_codec(codec, language, dataset, numbers, output / name, model, rate)
-        for other in others:
-            folder = output / other.name
+        for baseline in codecs:
+            folder = output / baseline.name
             names = reconstruction.reconstruct_by(
-                other, dataset, folder, config.sample_rate, config.num_channels
+                baseline, dataset, folder, config.sample_rate, config.num_channels
             )
-            _show_progress(names, dataset, f"by {other.name}")
-            problems.append(rate(dataset, folder, other.bps))
+            _show_progress(names, dataset, f"by {baseline.name}")
+            problems.append(rate(dataset, folder, baseline.bps))
     print(results.write_summary(output))
     print(pages.write_evaluation(output))
-    if problem := next(filter(None, problems), None):
-        raise ValueError(problem)
+    for problem in problems:
+        if problem:
+            raise ValueError(problem)
 
 
 def _parse_metrics(text: str) -> tuple[list[str], list[str]]:
@@ -213,13 +221,17 @@ def _parse_baselines(text: str, name: str, data: Sequence[Any]) -> list[Any]:
     """The baselines, checked against the codec's name and the recordings."""
     from moss_tok.evaluation import baselines
 
-    others = baselines.parse(text)
-    if name in [other.name.partition("/")[0] for other in others]:
-        raise ValueError(
-            f"the codec and a baseline are both called {name}: give the codec another --name"
-        )
-    baselines.check(others, [audio for dataset in data for audio, *_ in dataset.items])
-    return others
+    codecs = baselines.parse(text)
+    for baseline in codecs:
+        if baseline.name.partition("/")[0] == name:
+            raise ValueError(
+                f"the codec and a baseline are both called {name}: give the codec another --name"
+            )
+    recordings = []
+    for dataset in data:
+        recordings += [audio for audio, *_ in dataset.items]
+    baselines.check(codecs, recordings)
+    return codecs
 
 
 def _load_language(
@@ -237,7 +249,9 @@ def _load_language(
     text_requested = bool(set(requested) & set(results.TEXT_METRICS))
     if requested and not text_requested:
         return None
-    texts = [text for dataset in data for text in dataset.texts]
+    texts = []
+    for dataset in data:
+        texts += dataset.texts
     if not transcription.has_words(texts):
         if text_requested:
             raise ValueError("wer and cer need a data set whose lines have a transcript")

@@ -13,28 +13,17 @@ EXAMPLE = "moss-tok reconstruct speech.flac again.wav"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "input",
-        metavar="IN",
-        help="audio file of any format, sample rate and number of channels, or a folder of them",
-    )
-    parser.add_argument(
-        "output", metavar="OUT.wav", help="wav, flac or ogg file; for a folder: a folder of wav"
-    )
+    arguments.add_audio_input(parser)
+    arguments.add_audio_output(parser)
     arguments.add_codec(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import moss_tok
-    from moss_tok import storage
     from moss_tok.audio import files
 
-    source = storage.to_local_path(args.input)
-    if not source.exists():
-        raise ValueError(f"{args.input}: no such file")
-    if not source.is_dir():
-        files.check_output(args.output)
+    arguments.check_audio_output(args.input, args.output)
     codec = moss_tok.load(args.checkpoint)
     num_quantizers = codec.config.check_num_quantizers(args.num_quantizers)
     reconstruct = functools.partial(_reconstruct, codec, num_quantizers)

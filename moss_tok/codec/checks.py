@@ -144,7 +144,9 @@ def check_shape(
         return
     required = ", ".join(map(str, shape))
     message = f"{name} must have the shape [{required}], got {list(x.shape)}"
-    raise ValueError(f"{message}: {hint}" if hint else message)
+    if hint:
+        message = f"{message}: {hint}"
+    raise ValueError(message)
 
 
 def _has_shape(x: Any, shape: tuple[str | int, ...]) -> bool:

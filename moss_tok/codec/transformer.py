@@ -9,7 +9,7 @@ from flax import linen as nn
 from moss_tok import sharding
 from moss_tok.codec.config import TransformerConfig
 from moss_tok.nn import attention, rope
-from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.cache import Cache, Span, frame_positions
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import Projection, gelu, parameter, scan_layers
 from moss_tok.nn.products import einsum
@@ -177,9 +177,7 @@ class Stage(nn.Module):
         if c.input_projection:
             axes = ("width", "embed")
             x = Projection(c.model_dim, axes, self.compute, name="input_projection")(x)
-        positions = jnp.arange(x.shape[1])
-        if span is not None:
-            positions = span.start[:, None, None] + positions  # [B, 1, T]
+        positions = frame_positions(x.shape[1], span)
         table = rope.rope_table(positions, c.head_dim, c.max_period)
         block_args = (c, self.compute, self.window)
         if cache is not None and x.shape[1] > cache.num_frames:

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from moss_tok.audio import manifest
-from moss_tok.audio.manifest import DOMAINS, TASKS
+from moss_tok.audio.manifest import TASKS
 from moss_tok.codec.inference import bucket_frames
 from moss_tok.data import sources
 from moss_tok.data.codes import CodeSource, Item, LineSource, open_source
@@ -268,7 +268,7 @@ class CodeBatches(PackedBatches):
             "codes": codes,
             "length": np.int32(num_frames),
             "num_quantizers": np.int32(num_quantizers),
-            "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
+            "domain": np.int32(manifest.domain_index(domain)),
             "text": np.pad(np.array(tokens, np.int32), (0, padding)),
             "text_length": np.int32(len(tokens)),
             "task": np.int32(TASKS.index(task)),

@@ -69,7 +69,8 @@ class Writer:
 class LineSource:
     """Random access to the lines of a file for fine-tuning MOSS-TTS: a data source for grain.
 
-    A line is an object with `audio_codes` (lists [T, Q]), `text`, and optionally `ref_audio_codes`,
+    A line is an object with `audio_codes` (lists [T, Q]), `text`, and optionally `ref_audio_codes`
+    (lists [T, Q]) or `reference_audio_codes` (a list with these, and null for other speakers),
     `language`, `instruction`, ...
 
     Attributes:
@@ -108,9 +109,9 @@ class LineSource:
         try:
             fields = parse_json_object(line.decode("utf-8-sig"))
             codes = from_lists("audio_codes", fields.pop("audio_codes", None))
-            reference = fields.pop("ref_audio_codes", None)
+            reference = _pop_reference(fields)
             if reference is not None:
-                fields[REFERENCE] = from_lists("ref_audio_codes", reference)
+                fields[REFERENCE] = reference
             if not isinstance(fields.get("text"), str):
                 raise ValueError(f"text must be a string, got {fields.get('text')!r}")
         except ValueError as error:
@@ -120,6 +121,17 @@ class LineSource:
 
 
 REFERENCE = "reference"  # key of the metadata: codes [Q, T] of another recording of the speaker
+
+
+def _pop_reference(fields: dict[str, Any]) -> np.ndarray | None:
+    """Removes the reference of a line from its fields; ValueError if there are several speakers."""
+    lists = fields.pop("ref_audio_codes", None)
+    by_speaker = fields.pop("reference_audio_codes", None)
+    if by_speaker is not None:
+        if not isinstance(by_speaker, list) or not by_speaker or any(by_speaker[1:]):
+            raise ValueError("reference_audio_codes must be a list with one reference")
+        lists = by_speaker[0]
+    return None if lists is None else from_lists("a reference", lists)
 
 
 def from_lists(name: str, lists: Any) -> np.ndarray:

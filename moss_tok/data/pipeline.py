@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from moss_tok.audio import files, notes
-from moss_tok.audio.manifest import DOMAINS, TASKS
+from moss_tok.audio.manifest import TASKS, domain_index
 from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.sources import Mixture, Source
 from moss_tok.language.text import Tokenizer
@@ -85,11 +85,10 @@ class Segment(grain.transforms.RandomMap):
             index = int(rng.integers(len(self._source)))
         wav = self._augment(segment.wav, rng)
         padding = self._shape.num_samples - wav.shape[-1]
-        domain = segment.domain if segment.domain in DOMAINS else "other"
         arrays = {
             "wav": np.pad(wav, ((0, 0), (0, padding))),
             "length": np.int32(wav.shape[-1]),
-            "domain": np.int32(DOMAINS.index(domain)),
+            "domain": np.int32(domain_index(segment.domain)),
             "failed": failed,
         }
         if self._shape.tokenizer is not None:

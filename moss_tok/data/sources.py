@@ -171,7 +171,9 @@ def training_mixture(text: str, segment_seconds: float) -> Mixture:
         if not len(source):
             raise ValueError(f"{name}: no files of the split 'train'")
         sources.append(source)
-        weights.append(float(len(source)) if weight is None else weight)
+        if weight is None:
+            weight = float(len(source))
+        weights.append(weight)
     return Mixture(tuple(sources), tuple(weights))
 
 

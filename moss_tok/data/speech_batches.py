@@ -14,7 +14,6 @@ import numpy as np
 import tqdm
 
 from moss_tok.audio import manifest
-from moss_tok.audio.manifest import DOMAINS
 from moss_tok.data import code_batches
 from moss_tok.data.code_batches import Batch, Member, PackedBatches, Source
 from moss_tok.data.codes import REFERENCE, Item
@@ -305,7 +304,7 @@ def arrays(config: SpeechConfig, item: Sample | None, shape: tuple[int, ...]) ->
         "length": np.int32(length),
         "num_quantizers": np.int32(num_quantizers),
         "targets": np.zeros(num_targets, np.int8),
-        "domain": np.int32(DOMAINS.index(domain if domain in DOMAINS else "other")),
+        "domain": np.int32(manifest.domain_index(domain)),
     }
 
 

@@ -74,7 +74,8 @@ def find_items(source: str) -> list[tuple[str, AudioItem]]:
     if not source:
         raise ValueError("no source of recordings was given")
     path = storage.to_path(source)
-    root = str(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    root = str(folder)
     items = _list_items(source, path)
     ids = _unique_ids(items, root)
     for item_id, count in collections.Counter(ids).items():

@@ -1,7 +1,7 @@
 """The demo's server: the page, recordings as a small HTTP interface, and live audio.
 
   GET  /                            the page and its files
-  GET  /codec                       what the page has to know about the codec, JSON
+  GET  /codec                       what the page shows about the codec, JSON
   POST /recordings?name=NAME        an audio file; its id and length, JSON
   GET  /recordings/ID/N             bitrate and distances with N quantizers, JSON
   GET  /recordings/ID/N.wav, .png   the audio and its spectrogram; N = 0: the original
@@ -9,8 +9,8 @@
   GET  /live?quantizers=N           a WebSocket, see `_live`
   GET  /speak                       a WebSocket, see `_speak`; the result is a recording
 
-Errors are JSON {"error": one sentence} with status 400. Everything the page needs comes from here,
-and the browser is told to load nothing from elsewhere.
+Errors are JSON {"error": one sentence} with status 400. This server has everything that the page
+needs, and it forbids the browser to load anything from elsewhere.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from moss_tok.codec.inference import Codec
 from moss_tok.demo import sound, speech
 
 _PAGE = Path(__file__).parent / "page"
-_MAX_RECORDINGS = 8  # that are kept in memory
+_MAX_RECORDINGS = 8  # in memory
 _MAX_BYTES = 2**28  # of an uploaded file
 _CHUNK_FRAMES = (1, 4)  # of the live streams; 4 to catch up
 _HEADERS = {
@@ -65,7 +65,7 @@ class Demo:
     """The state of the server: the models and the latest recordings."""
 
     def __init__(self, codec: Codec, name: str, note: str, speaker: speech.Speaker | None = None):
-        """Args: codec; its name and a note about it, which the page shows; what speaks texts."""
+        """The page shows the name of the codec and the note about it."""
         self._codec = codec
         self._speaker = speaker
         self._name = name
@@ -189,8 +189,8 @@ class Demo:
 
         After the streams are compiled the server sends {"ready": true}. For each block that
         completes frames it sends {"codes": [[...], ...], "encode_ms", "decode_ms"} and then the
-        samples, as many as it has encoded. The page closes the socket. A page that starts ends the
-        one before it.
+        reconstructed samples of these frames. The page closes the socket. When another page starts
+        live audio, the server closes the socket of the earlier page.
         """
         response = web.WebSocketResponse(max_msg_size=2**20)
         await response.prepare(request)
@@ -240,24 +240,25 @@ class Demo:
             await response.close()
         return response
 
-    async def _send_speech(self, response: web.WebSocketResponse, message: str) -> None:
+    async def _send_speech(self, response: web.WebSocketResponse, text: str) -> None:
         if self._speaker is None:
             raise ValueError("the demo was started without --speaker")
-        wish = speech.parse_wish(message)
-        prompt = self._recording(wish.prompt) if wish.prompt else None
-        blocks = await asyncio.to_thread(self._speaker.begin, wish, prompt)
-        left = asyncio.create_task(response.receive())  # the page sends nothing more
-        parts = []
+        message = speech.parse_message(text)
+        prompt = self._recording(message.prompt) if message.prompt else None
+        blocks = await asyncio.to_thread(self._speaker.begin, message, prompt)
+        # The page sends nothing more, so this is done when the page closes the socket.
+        closing = asyncio.create_task(response.receive())
+        sent = []
         try:
             while block := await asyncio.to_thread(next, blocks, None):
-                if left.done():
+                if closing.done():
                     return
-                parts.append(block)
+                sent.append(block)
                 await response.send_bytes(sound.to_mono(block.wav).tobytes())
         finally:
-            left.cancel()
+            closing.cancel()
             blocks.close()
-        recording = await asyncio.to_thread(sound.join, parts, self._codec.config.sample_rate)
+        recording = await asyncio.to_thread(sound.join, sent, self._codec.config.sample_rate)
         await response.send_json(self._keep(recording))
 
 

@@ -1,4 +1,4 @@
-"""Speech of the demo: what the page asks for, and the speech model that says it."""
+"""Speech of the demo: the messages of the page, and the speech model that answers them."""
 
 import dataclasses
 from collections.abc import Generator
@@ -10,20 +10,21 @@ from moss_tok.demo.sound import Recording
 from moss_tok.json_files import parse_json_object
 from moss_tok.speech import pretrained, speaking
 from moss_tok.speech.layout import Request
-from moss_tok.speech.speaking import MAX_SEED, Block
+from moss_tok.speech.sampling import check_seed
+from moss_tok.speech.speaking import Block
 from moss_tok.speech.steps import Speech
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
-    """What to say.
+class SpeakMessage:
+    """A message of the page: a text to speak, and how.
 
     Attributes:
-      text: The text.
-      num_quantizers: How many quantizers to sample.
+      text: What to say.
+      num_quantizers: Number of quantizers to sample.
       seed: Seed of the sampling.
-      prompt: Id of a recording of the voice; "": none.
-      prompt_text: What is said in it.
+      prompt: Id of a recording of the voice; "" for none.
+      prompt_text: What is said in the recording.
     """
 
     text: str
@@ -33,24 +34,25 @@ class Wish:
     prompt_text: str
 
 
-def parse_wish(message: str) -> Wish:
-    """Reads the JSON object of a page; ValueError if it lacks a value or has a wrong one."""
-    fields = parse_json_object(message)
-    for field in dataclasses.fields(Wish):
+def parse_message(text: str) -> SpeakMessage:
+    """Reads the JSON object of a message; ValueError if a value is missing or wrong."""
+    fields = parse_json_object(text)
+    values = {}
+    for field in dataclasses.fields(SpeakMessage):
         value = fields.get(field.name)
         if type(value) is not field.type:
             raise ValueError(f"{field.name} must be of type {field.type.__name__}, got {value!r}")
-    wish = Wish(**{field.name: fields[field.name] for field in dataclasses.fields(Wish)})
-    if not 0 <= wish.seed <= MAX_SEED:
-        raise ValueError(f"the seed must be 0..{MAX_SEED}, got {wish.seed}")
-    return wish
+        values[field.name] = value
+    message = SpeakMessage(**values)
+    check_seed(message.seed)
+    return message
 
 
 class Speaker:
     """A speech model and its codec."""
 
     def __init__(self, model: Speech, codec: Codec, name: str):
-        """Raises ValueError if the model speaks the codes of another codec."""
+        """Raises ValueError if the model was trained on codes of another codec."""
         speaking.check_codec(model.config, codec)
         self._model = model
         self._codec = codec
@@ -62,33 +64,35 @@ class Speaker:
         return cls(pretrained.load(path), codec, Path(path).name)
 
     def describe(self) -> dict[str, Any]:
-        """What the page has to know, JSON."""
+        """What the page shows about the model, JSON."""
         return {"name": self._name, "num_quantizers": self._model.config.num_quantizers}
 
-    def begin(self, wish: Wish, prompt: Recording | None) -> Generator[Block, None, None]:
-        """Checks a wish and starts to sample.
+    def begin(
+        self, message: SpeakMessage, prompt: Recording | None
+    ) -> Generator[Block, None, None]:
+        """Checks a message and starts to sample.
 
         Args:
-          wish: What to say.
-          prompt: The recording of the voice.
+          message: What to say.
+          prompt: The recording of the voice, or None.
 
         Returns:
-          The blocks of the speech, each sampled when it is asked for.
+          Iterator over the blocks of the speech; each is sampled by `next`.
 
         Raises:
           ValueError: The text is empty or has characters that the tokenizer lacks, the prompt is
             silent or too long, or num_quantizers is out of range.
         """
-        request = Request(wish.text)
+        request = Request(message.text)
         if prompt is not None:
             speaking.check_prompt(prompt.wav, "the recording of the voice")
             request = speaking.with_prompt(
-                self._model.config, wish.text, prompt.codes, wish.prompt_text
+                self._model.config, message.text, prompt.codes, message.prompt_text
             )
         return speaking.stream_blocks(
             self._model,
             self._codec,
             request,
-            seed=wish.seed,
-            num_quantizers=wish.num_quantizers,
+            seed=message.seed,
+            num_quantizers=message.num_quantizers,
         )

@@ -65,7 +65,9 @@ def read_dataset(path: str | Path) -> Dataset:
         domain = storage.printable(str(fields.get("domain") or ""))
         items.append((audio, output_name, domain))
         text, task = manifest.read_text(fields)
-        texts.append(text if task == TASKS[0] else "")
+        if task != TASKS[0]:  # only transcripts are scored
+            text = ""
+        texts.append(text)
         lengths.append(seconds)
     if not items:
         raise ValueError(f"{path}: no lines")

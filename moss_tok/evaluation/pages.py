@@ -221,10 +221,11 @@ def write_run(workdir: Path) -> Path:
     for name, value in sorted(read_json_object(config).items()):
         settings.append([name, str(value)])
     tables.append(("Settings", settings))
+    pictures = [("Losses and codebooks", curves)] if curves.exists() else []
     page = Page(
         title=f"Run: {workdir.absolute().name}",
         notes=_progress_notes(rows),
-        pictures=[("Losses and codebooks", curves)] if curves.exists() else [],
+        pictures=pictures,
         clips=_samples(workdir / "samples"),
         tables=tables,
     )

@@ -29,7 +29,9 @@ def normalize(text: str) -> str:
     characters = []
     for character in text:
         is_sign = unicodedata.category(character)[0] in "PS"  # punctuation and symbols
-        characters.append(" " if is_sign and character != "'" else character)
+        if is_sign and character != "'":
+            character = " "
+        characters.append(character)
     return " ".join("".join(characters).split())
 
 

@@ -1,6 +1,5 @@
 """Generates text from audio, in jitted batches with a key-value cache."""
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -14,13 +13,9 @@ from jax.typing import ArrayLike
 
 from moss_tok import summary
 from moss_tok.audio.manifest import TASKS
+from moss_tok.batching import batch_by_shape
 from moss_tok.codec.checks import check_codes, check_part, check_recordings, check_wav
-from moss_tok.codec.inference import (
-    Codec,
-    bucket_frames,
-    encode,
-    stack,
-)
+from moss_tok.codec.inference import Codec, bucket_frames, encode, stack
 from moss_tok.codec.masks import prefix_mask, valid_mask, zero_past
 from moss_tok.errors import check_choice
 from moss_tok.language.config import LanguageConfig
@@ -241,23 +236,17 @@ def _in_batches(
     Returns:
       A text per recording, in their order.
     """
-    buckets: dict[int, list[int]] = collections.defaultdict(list)  # size -> recordings
-    for index, recording in enumerate(recordings):
+    sizes = []
+    for recording in recordings:
         num_frames = -(-recording.shape[-1] // unit)
-        buckets[_padded_frames(num_frames) * unit].append(index)
+        sizes.append(_padded_frames(num_frames) * unit)
     texts = [""] * len(recordings)
-    for size in sorted(buckets):
-        members = buckets[size]
-        # Only two batch sizes, so that each size compiles at most twice.
-        batch_size = _BATCH_SIZE if len(members) > 1 else 1
-        for start in range(0, len(members), _BATCH_SIZE):
-            rows = members[start : start + _BATCH_SIZE]
-            padded_rows = rows + rows[:1] * (batch_size - len(rows))
-            batch = [recordings[row] for row in padded_rows]
-            lengths = np.array([recording.shape[-1] for recording in batch], np.int32)
-            batch_texts = transcribe_batch(stack(batch, size), lengths)
-            for row, text in zip(rows, batch_texts, strict=False):
-                texts[row] = text
+    for size, rows, padded_rows in batch_by_shape(sizes, _BATCH_SIZE):
+        batch = [recordings[row] for row in padded_rows]
+        lengths = np.array([recording.shape[-1] for recording in batch], np.int32)
+        batch_texts = transcribe_batch(stack(batch, size), lengths)
+        for row, text in zip(rows, batch_texts, strict=False):
+            texts[row] = text
     return texts
 
 

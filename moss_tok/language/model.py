@@ -15,7 +15,7 @@ from flax import linen as nn
 from moss_tok.audio.manifest import TASKS
 from moss_tok.language.config import LanguageConfig
 from moss_tok.nn import blocks, rope
-from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.cache import Cache, Span, frame_positions
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import parameter, rms_norm
 
@@ -54,9 +54,7 @@ class LanguageModel(nn.Module):
         Returns:
           Hidden states, and the next cache (None without a cache).
         """
-        positions = jnp.arange(x.shape[1])
-        if span is not None:
-            positions = span.start[:, None, None] + positions  # [B, 1, T]
+        positions = frame_positions(x.shape[1], span)
         table = rope.rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x, fresh = self.layers(x, cache, table, span)
         if cache is not None:

@@ -66,7 +66,7 @@ def load_config(folder: storage.Path) -> tuple[LanguageConfig, Tokenizer] | None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     tokenizer_path = folder / _TOKENIZER
-    tokenizer = text.load(tokenizer_path if tokenizer_path.is_file() else "bytes")
+    tokenizer = text.load_beside(tokenizer_path)
     if tokenizer.end_id != config.end_id or tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{tokenizer_path}: missing, or not the tokenizer that {path.name} was made with"

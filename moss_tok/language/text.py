@@ -6,6 +6,7 @@ import json
 from typing import Protocol
 
 from moss_tok import extras, storage
+from moss_tok.json_files import shorten
 
 # Names of the token that ends a text, in several families of models.
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -92,7 +93,7 @@ class FileTokenizer:
         try:
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"the tokenizer cannot take {text[:40]!r}: {error}") from error
+            raise ValueError(f"the tokenizer cannot take {shorten(text)}: {error}") from error
         return [token for token in tokens if token != self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
@@ -125,6 +126,11 @@ def missing_characters(tokenizer: Tokenizer, text: str) -> str:
         if not tokens or unknown in tokens:
             missing += character
     return missing
+
+
+def load_beside(path: storage.Path) -> Tokenizer:
+    """The tokenizer.json of a checkpoint; bytes if the checkpoint has none."""
+    return load(path) if path.is_file() else ByteTokenizer()
 
 
 def load(path: str | storage.Path) -> Tokenizer:

@@ -21,6 +21,22 @@ class Span(NamedTuple):
     count: jax.Array
 
 
+def frame_positions(num_frames: int, span: Span | None) -> jax.Array:
+    """Positions of the frames of a chunk in their streams.
+
+    Args:
+      num_frames: T.
+      span: The frames; None: the streams start with the chunk.
+
+    Returns:
+      [T] without a span, or [B, 1, T], for the heads of each stream.
+    """
+    positions = jnp.arange(num_frames)
+    if span is None:
+        return positions
+    return span.start[:, None, None] + positions
+
+
 @flax.struct.dataclass
 class Cache:
     """Keys and values of the last R = window - 1 frames of streams, for all layers of a stage.

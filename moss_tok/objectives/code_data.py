@@ -106,7 +106,9 @@ def find_sets(
     check_sets(sets)
     set_weights = []
     for recordings, weight in zip(sets, weights, strict=True):
-        set_weights.append(len(recordings) if weight is None else weight)
+        if weight is None:
+            weight = len(recordings)
+        set_weights.append(weight)
     test_sets = []
     if config.run.num_eval_clips:
         test_sets = [read_set(source, "test") for source in held_out]

@@ -23,13 +23,13 @@ from moss_tok.speech.config import SpeechConfig, StackConfig
 
 def stage_flops(stage: TransformerConfig, num_frames: int, window: int) -> float:
     """Forward FLOPs of one Transformer stage on `num_frames` frames of one item."""
-    d, f = stage.model_dim, stage.mlp_dim
-    weights = stage.num_layers * (4 * d * d + 2 * d * f)
-    weights += stage.input_projection * stage.input_dim * d
-    weights += stage.output_projection * stage.output_dim * d
+    width = stage.model_dim
+    weights = stage.num_layers * (4 * width * width + 2 * width * stage.mlp_dim)
+    weights += stage.input_projection * stage.input_dim * width
+    weights += stage.output_projection * stage.output_dim * width
     window = min(window, num_frames)
     keys = num_frames * window - window * (window - 1) / 2  # a query attends to itself and the past
-    return 2.0 * weights * num_frames + 4.0 * stage.num_layers * d * keys
+    return 2.0 * weights * num_frames + 4.0 * stage.num_layers * width * keys
 
 
 def codec_flops(codec: CodecConfig, num_samples: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""Speech synthesis: a speech model learns to predict the codes of a frozen codec from text."""
+"""Speech synthesis: a speech model learns to predict the codes of a frozen codec from texts."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.inference import decode_one
 from moss_tok.data import code_batches, speech_batches
 from moss_tok.data.codes import Item
-from moss_tok.data.speech_batches import SpeechShape
+from moss_tok.data.speech_batches import Sample, SpeechShape
 from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives import code_use, speech_data
 from moss_tok.objectives.config import SpeechSettings
 from moss_tok.speech import generate, pretrained
 from moss_tok.speech.config import SpeechConfig
+from moss_tok.speech.layout import Request
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.steps import Speech
 from moss_tok.training.config import TrainConfig
@@ -38,7 +40,7 @@ from moss_tok.training.objective import (
 TEXT = "text_loss"
 FIRST = "first_code_loss"
 OTHERS = "other_codes_loss"
-_EVALUATED_AT_ONCE = 8
+_EVALUATION_BATCH = 8
 _NUM_SAMPLES = 3  # texts that are spoken in an evaluation
 
 
@@ -90,15 +92,16 @@ class SpeechObjective(Objective):
         }
 
     def prepare(self, key: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        """Draws "in_use" [B, Q]; "scale" [B, 3] makes means over the tokens of the whole batch.
+        """Adds "in_use", bool [B, Q], the quantizers that Progressive Sequence Dropout leaves.
 
-        Progressive Sequence Dropout, source: arXiv 2602.10934.
+        Also adds "scale" [B, 3], with which the mean over the items of a batch becomes the mean
+        over its tokens. Source of the dropout: arXiv 2602.10934.
         """
         del step
         num_quantizers = self.config.num_quantizers
-        share = self.settings.sequence_dropout
+        probability = self.settings.sequence_dropout
         largest = max(1, num_quantizers - 1)
-        in_use = code_use.draw_dropout(num_quantizers, share, key, batch["position"], largest)
+        in_use = code_use.draw_dropout(num_quantizers, probability, key, batch["position"], largest)
         in_use &= jnp.arange(in_use.shape[1]) < batch["num_quantizers"][:, None]
         counts = self.count_tokens(batch | {"in_use": in_use})
         scale = len(in_use) / jnp.maximum(counts.sum(0), 1)
@@ -125,36 +128,37 @@ class SpeechObjective(Objective):
         x = apply(part["text"], part["codes"], part["in_use"], method="embed")
         states, _ = apply(x, method="temporal_states")
         # Only the positions before targets go through the depth Transformer.
-        places = part["first"][:, None] - 1 + jnp.arange(part["targets"].shape[1])  # [B, F]
+        positions = part["first"][:, None] - 1 + jnp.arange(part["targets"].shape[1])  # [B, F]
         last = part["length"][:, None] - 1
-        valid = places < last
-        places = jnp.minimum(places, last)
-        following = jnp.minimum(places + 1, last)
-        states = jnp.take_along_axis(states, places[..., None], axis=1)
-        text = jnp.take_along_axis(part["text"], following, axis=1)
-        codes = jnp.take_along_axis(part["codes"], following[:, None], axis=2)
+        is_valid = positions < last
+        positions = jnp.minimum(positions, last)
+        next_positions = jnp.minimum(positions + 1, last)
+        states = jnp.take_along_axis(states, positions[..., None], axis=1)
+        text = jnp.take_along_axis(part["text"], next_positions, axis=1)
+        codes = jnp.take_along_axis(part["codes"], next_positions[:, None], axis=2)
 
         channels = apply(states, text, codes, method="channel_states")  # [B, F, C, D]
 
-        def losses(channels, text, codes):
+        def compute_losses(channels, text, codes):
             text_logits, code_logits = apply(channels, method="logits")
             cross_entropy = optax.softmax_cross_entropy_with_integer_labels
             return cross_entropy(text_logits, text), cross_entropy(code_logits, codes)
 
         if self.compute.remat != "none":  # logits of the whole vocabulary are large
-            losses = jax.checkpoint(losses)
-        of_text, of_codes = losses(channels, text, codes)  # [B, F], [B, Q, F]
-        predicted = (valid & (following < last))[:, None] & part["in_use"][..., None]
-        of_codes = jnp.where(predicted, of_codes, 0).sum(-1)
-        of_text = jnp.where(valid, of_text, 0).sum(-1)
-        return jnp.stack([of_text, of_codes[:, 0], of_codes[:, 1:].sum(-1)], axis=-1)
+            compute_losses = jax.checkpoint(compute_losses)
+        text_losses, code_losses = compute_losses(channels, text, codes)  # [B, F], [B, Q, F]
+        is_frame = is_valid & (next_positions < last)  # the last position is the end of speech
+        is_predicted = is_frame[:, None] & part["in_use"][..., None]
+        code_losses = jnp.where(is_predicted, code_losses, 0).sum(-1)
+        text_loss = jnp.where(is_valid, text_losses, 0).sum(-1)
+        return jnp.stack([text_loss, code_losses[:, 0], code_losses[:, 1:].sum(-1)], axis=-1)
 
     def terms(self, part: Batch, outputs: dict[str, jax.Array]) -> dict[str, Term]:
-        """The terms; their weights are those of all channels, and sum to 1."""
+        """The terms; the weight of a term is that of its channels together, and all sum to 1."""
         del part
-        s = self.settings
-        num_others = self.config.num_quantizers - 1
-        weights = (s.text_weight, s.first_code_weight, s.other_codes_weight * num_others)
+        settings = self.settings
+        others_weight = settings.other_codes_weight * (self.config.num_quantizers - 1)
+        weights = (settings.text_weight, settings.first_code_weight, others_weight)
         total = sum(weights)
         return {
             name: Term(outputs[name], weight / total)
@@ -174,9 +178,9 @@ class SpeechObjective(Objective):
         del extra
         if not init_from:
             return {}, {}
-        found = pretrained.load(init_from).params
+        loaded = pretrained.load(init_from).params
         say(f"starting from the speech model of {init_from}")
-        return sharding.whole(found, jax.tree.map(lambda x: x.sharding, params)), {}
+        return sharding.whole(loaded, jax.tree.map(lambda x: x.sharding, params)), {}
 
     def find_data(self, config: TrainConfig, mirror: storage.Mirror, say: Say) -> TrainingData:
         """Opens codes; ValueError if they are of another codec."""
@@ -184,16 +188,19 @@ class SpeechObjective(Objective):
         return speech_data.find_data(config, self.shape(), say)
 
     def shape(self) -> SpeechShape:
-        """What recordings are made into."""
-        s = self.settings
+        """The sizes of sequences, and the limits of recordings."""
         return SpeechShape(
-            self.config, self.tokenizer, self.max_frames, s.max_text_tokens, s.reference_share
+            self.config,
+            self.tokenizer,
+            self.max_frames,
+            self.settings.max_text_tokens,
+            self.settings.reference_share,
         )
 
     def evaluate(
         self, params: dict[str, Any], data: TrainingData, say: Say, progress: Progress
     ) -> Evaluation | None:
-        """Cross-entropies of held-out recordings, and a few of their texts spoken."""
+        """Scores held-out recordings, and speaks a few of their texts."""
         del say
         items = data.held_out()
         if not items:
@@ -211,46 +218,71 @@ class SpeechObjective(Objective):
         shape = self.shape()
         sums = np.zeros(3)
         counts = np.zeros(3)
-        for start in range(0, len(items), _EVALUATED_AT_ONCE):
-            rows = [speech_batches.sample(shape, x) for x in items[start:][:_EVALUATED_AT_ONCE]]
-            longest = max(len(row.positions.text) for row in rows)
-            size = code_batches.bucket_size(longest, 2**31)
-            padded = rows + [None] * (_EVALUATED_AT_ONCE - len(rows))
-            found = [speech_batches.arrays(self.config, row, (size, size)) for row in padded]
-            part = {name: np.stack([row[name] for row in found]) for name in found[0]}
-            numbers = part["num_quantizers"][:, None]
-            part["in_use"] = np.arange(self.config.num_quantizers) < numbers
-            batch_sums, batch_counts = _sums(self, params, part)
+        for start in range(0, len(items), _EVALUATION_BATCH):
+            some_items = items[start : start + _EVALUATION_BATCH]
+            samples = [speech_batches.sample(shape, item) for item in some_items]
+            batch = self._evaluation_batch(samples)
+            batch_sums, batch_counts = _sums(self, params, batch)
             sums += np.asarray(batch_sums).sum(0)
             counts += np.asarray(batch_counts).sum(0)
-            for _ in rows:
+            for _ in samples:
                 done()
         return sums / np.maximum(counts, 1)
+
+    def _evaluation_batch(self, samples: Sequence[Sample]) -> Batch:
+        """A batch of at most _EVALUATION_BATCH sequences, with all their quantizers in use."""
+        longest = max(len(sample.positions.text) for sample in samples)
+        size = code_batches.bucket_size(longest, 2**31)
+        padding = [None] * (_EVALUATION_BATCH - len(samples))
+        rows = []
+        for sample in [*samples, *padding]:
+            rows.append(speech_batches.arrays(self.config, sample, (size, size)))
+        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+        num_quantizers = batch["num_quantizers"][:, None]
+        batch["in_use"] = np.arange(self.config.num_quantizers) < num_quantizers
+        return batch
 
     def _speak(
         self, params: dict[str, Any], items: Sequence[Item]
     ) -> tuple[dict[str, dict[str, np.ndarray]], int, str]:
-        """Samples of held-out texts beside the recordings' own codes, and a line of lengths."""
+        """Speaks a few held-out texts.
+
+        Returns:
+          Audio of the recordings, decoded from their codes, and of the model by name; its sample
+          rate; and a line about the durations.
+        """
         if not self.settings.codec:
             return {}, 0, ""
         codec = speech_data.load_decoder(self.settings.codec)
         speech = Speech(params, self.config, self.tokenizer)
-        chosen = items[:: max(1, len(items) // _NUM_SAMPLES)][:_NUM_SAMPLES]
-        requests = [speech_batches.request_of(item) for item in chosen]
+        chosen = choose_samples(speech, items)
+        requests = [request for _, request in chosen]
         spoken = generate.generate(speech, requests)
         samples = {}
         lengths = []
-        for number, (item, result) in enumerate(zip(chosen, spoken, strict=True), 1):
+        for number, ((item, request), result) in enumerate(zip(chosen, spoken, strict=True), 1):
             recorded = decode_one(codec, item.codes.astype(np.int32))
             samples[f"speech_{number}"] = {
                 "recorded": recorded,
                 "spoken": decode_one(codec, result.codes),
             }
             seconds = result.codes.shape[1] / self.config.frame_rate
-            end = "" if result.ended else ", cut"
-            real = item.codes.shape[1] / self.config.frame_rate
-            lengths.append(f"{requests[number - 1].text!r} {seconds:.2f} s{end} ({real:.2f} s)")
+            ending = "" if result.ended else ", cut"
+            recorded_seconds = item.codes.shape[1] / self.config.frame_rate
+            lengths.append(f"{request.text!r} {seconds:.2f} s{ending} ({recorded_seconds:.2f} s)")
         return samples, codec.config.sample_rate, "spoken (recorded): " + "; ".join(lengths)
+
+
+def choose_samples(speech: Speech, items: Sequence[Item]) -> list[tuple[Item, Request]]:
+    """A few recordings, evenly spread, and their requests; without texts that cannot be said."""
+    speakable = []
+    for item in items:
+        request = speech_batches.request_of(item)
+        with contextlib.suppress(ValueError):  # it must not end a run
+            generate.check_request(speech, request)
+            speakable.append((item, request))
+    step = max(1, len(speakable) // _NUM_SAMPLES)
+    return speakable[::step][:_NUM_SAMPLES]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -262,9 +294,14 @@ def _sums(
 
 
 def build(config: TrainConfig, codec: CodecConfig | None = None) -> SpeechObjective:
-    """The objective of a run; ValueError if a model does not exist or does not fit.
+    """The objective of a run.
 
-    `codec` is the codec of the codes, if its weights need not be read.
+    Args:
+      config: The run.
+      codec: The codec of the codes, if its weights need not be read; default: that of the flag.
+
+    Raises:
+      ValueError: A model or codec does not exist, or they do not fit.
     """
     model, tokenizer = speech_data.find_model(config, codec)
     return SpeechObjective(

@@ -54,13 +54,14 @@ def find_data(config: TrainConfig, shape: SpeechShape, say: Say) -> SpeechData:
 
 
 def _check_codec(source: Source, fingerprint: str, say: Say) -> None:
-    """Checks the codec of a source; a file of JSON lines does not say which one it is of."""
-    found = source.settings.get("codec")
-    if found is None:
+    """Raises ValueError if the codes are of another codec; JSON lines do not say of which one."""
+    source_codec = source.settings.get("codec")
+    if source_codec is None:
         say(f"note: {source.folder} does not say which codec its codes are of")
-    elif found != fingerprint:
+    elif source_codec != fingerprint:
         raise ValueError(
-            f"{source.folder} holds codes of codec {found}, the flag codec is codec {fingerprint}"
+            f"{source.folder} holds codes of codec {source_codec}, the flag codec is codec "
+            f"{fingerprint}"
         )
 
 
@@ -84,7 +85,7 @@ def _check_sets(sets: Sequence[SpeechSet], shape: SpeechShape, say: Say) -> None
 def find_model(
     config: TrainConfig, codec: CodecConfig | None = None
 ) -> tuple[SpeechConfig, Tokenizer]:
-    """The speech model of the newest checkpoint in the workdir, of `init_from`, or of the flags.
+    """The model of the newest checkpoint in the workdir; else that of `init_from` or of the flags.
 
     Args:
       config: The run.
@@ -101,8 +102,9 @@ def find_model(
         raise ValueError("objective=speech needs codec, the codec of the codes in train_data")
     fingerprint = ""
     if codec is None:
-        whole = codecs.load(settings.codec, "encoder")  # the component of the fingerprint
-        codec, fingerprint = whole.config, codecs.fingerprint(whole)
+        encoder = codecs.load(settings.codec, "encoder")  # the component of the fingerprint
+        codec = encoder.config
+        fingerprint = codecs.fingerprint(encoder)
     _check_quantizers(settings, codec)
     if config.run.init_from:
         return _start_model(config, codec, fingerprint)
@@ -129,15 +131,16 @@ def _start_model(
     if settings.tokenizer:
         raise ValueError("tokenizer has no effect with init_from; leave one of them out")
     model, tokenizer = pretrained.load_config(checkpoint.find_checkpoint(source))
-    wanted = settings.speech_quantizers or model.num_quantizers
-    if wanted != model.num_quantizers:
+    num_quantizers = model.num_quantizers
+    if settings.speech_quantizers not in (0, num_quantizers):
         raise ValueError(
-            f"init_from {source} predicts {model.num_quantizers} quantizers, not {wanted}"
+            f"init_from {source} predicts {num_quantizers} quantizers, not "
+            f"{settings.speech_quantizers}"
         )
     quantizer = codec.quantizer
-    if quantizer.codebook_size != model.codebook_size or quantizer.num_quantizers < wanted:
+    if quantizer.codebook_size != model.codebook_size or quantizer.num_quantizers < num_quantizers:
         raise ValueError(
-            f"init_from {source} needs a codec of {wanted} or more quantizers of "
+            f"init_from {source} needs a codec of {num_quantizers} or more quantizers of "
             f"{model.codebook_size} codes, {settings.codec} has {quantizer.num_quantizers} of "
             f"{quantizer.codebook_size}"
         )
@@ -182,14 +185,15 @@ def longest(
     model: SpeechConfig, tokenizer: Tokenizer, settings: SpeechSettings, num_frames: int
 ) -> int:
     """Positions of the longest sequence that is trained on."""
-    outer = len(layout.prompt(model, tokenizer, layout.Request("")).text)
-    size = outer + settings.max_text_tokens + num_frames + 1
+    size = len(layout.prompt(model, tokenizer, layout.Request("")).text)
+    size += settings.max_text_tokens + num_frames + 1  # the end of speech
     if settings.reference_share:
-        added = layout.reference_size(model, tokenizer, "", num_frames)
-        size += added + (settings.max_text_tokens if model.layout == "plain" else 0)
+        size += layout.reference_size(model, tokenizer, "", num_frames)
+        if model.layout == "plain":  # the chat layout has no text of the reference
+            size += settings.max_text_tokens
     return size
 
 
 def load_decoder(path: str) -> Codec:
-    """The codec that makes speech of codes."""
+    """Loads the decoder of a codec."""
     return codecs.load(path, "decoder")

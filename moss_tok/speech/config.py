@@ -14,18 +14,18 @@ from moss_tok.nn.blocks import BlockConfig
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-    """A stack of Qwen3 blocks, which have norms of heads and no biases.
+    """A stack of blocks, by default of Qwen3.
 
     Attributes:
       model_dim: Width, D.
       num_layers: Blocks, L.
       num_heads: Query heads, N.
-      num_kv_heads: Heads of keys and values.
+      num_kv_heads: Key and value heads; each is shared by a group of query heads.
       head_dim: Width of a head, H.
       mlp_dim: Width of the feed-forward layer, F.
-      norm_epsilon: Of the RMS norms.
-      qkv_bias: Whether q, k and v have biases: Qwen2.5.
-      head_norm: Whether the heads of q and k have norms: Qwen3.
+      norm_epsilon: Epsilon of the RMS norms.
+      qkv_bias: Whether q, k and v have biases, as in Qwen2.5.
+      head_norm: Whether each head of q and k has an RMS norm, as in Qwen3.
     """
 
     model_dim: int
@@ -66,22 +66,22 @@ class SpeechConfig:
 
     Attributes:
       vocab_size: Tokens of the text channel, V.
-      codebook_size: Codes of a quantizer, K; the code K stands for none.
+      codebook_size: Codes of a quantizer, K; the code K means that there is no code.
       num_quantizers: Q.
       temporal: Blocks over the positions of text and frames.
       depth: Blocks over the channels of one frame.
-      adapter_dim: Inner width of the adapters between the two.
+      adapter_dim: Inner width of the adapters between both Transformers.
       slot_id: Token of the text channel where a frame of speech stands.
       end_id: Token of the text channel that ends speech.
-      rope_theta: Longest RoPE period of the temporal blocks, in positions over 2 pi; the depth
-        blocks have no positions.
+      rope_theta: Longest RoPE period of the temporal blocks, in positions over 2 pi. The depth
+        blocks have no positional encoding.
       start_id: Token of the text channel just before the first frame.
       user_slot_id: Token of the text channel where a frame of a reference stands.
       layout: Layout of its sequences, see `speech.layout`: "plain", or "chat", that of the official
         models.
       max_positions: Longest sequence that it was trained on.
       frame_rate: Frames per second of its codes, Hz.
-      codec: Fingerprint of the codec of its codes; "": unknown.
+      codec: Fingerprint of the codec of its codes; "" if it is unknown.
       official_json: The official config.json it was read from, written again on conversion; or "".
     """
 
@@ -126,10 +126,10 @@ class SpeechConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "SpeechConfig":
-        """Reads what `to_json` of this or an earlier version wrote: missing keys take defaults.
+        """Reads the JSON text of `to_json`, also of earlier versions: missing keys take defaults.
 
         Raises:
-          ValueError: No JSON, or a key or value that is not known.
+          ValueError: The text is not JSON, or has an unknown key or an invalid value.
         """
         fields = parse_json_object(text)
         for name in ("temporal", "depth"):

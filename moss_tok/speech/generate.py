@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from moss_tok.batching import batch_by_shape
 from moss_tok.codec.inference import bucket_frames
 from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.layout import Positions, Request
-from moss_tok.speech.sampling import DEFAULT, Sampling, most_frames
+from moss_tok.speech.sampling import DEFAULT, Sampling, check_seed, longest_speech
 from moss_tok.speech.steps import BLOCK_FRAMES, Speech, State, begin, sample_frames
 
 _BATCH_SIZE = 16  # texts that are spoken at once
 _BUCKETS_PER_OCTAVE = 2  # lengths; a program is compiled for each
-_FEWEST = (16, 64)  # positions of a prompt and of a cache; fewer are not worth a program
+_MIN_PROMPT = 16  # positions; shorter prompts are padded, so that fewer programs are compiled
+_MIN_CACHE = 64  # positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Spoken:
 
     Attributes:
       codes: [q, T] int32, of the first q quantizers.
-      ended: Whether the model ended it; False: it reached the longest length for its text.
+      ended: Whether the model ended the speech; if False, it was cut at the longest duration for
+        its text.
     """
 
     codes: np.ndarray
@@ -49,35 +52,30 @@ def generate(
       speech: The model.
       requests: What to say.
       sampling: How codes are sampled.
-      seed: Random seed. Item i of a seed has its own random numbers.
+      seed: Random seed; each item has its own random numbers.
       num_quantizers: Sample only the first 1..Q quantizers, with the same compiled program;
         default: Q.
-      first_item: Number of the first item.
+      first_item: Number of the first request; request i is item `first_item + i`.
 
     Returns:
-      The speech of each request. Speech that is continued is without its beginning.
+      The speech of each request. It does not include the `beginning` of a request.
 
     Raises:
-      ValueError: A text cannot be said (see `layout.check_text`), or is too long together with its
-        reference; num_quantizers is out of range.
+      ValueError: A text cannot be said (see `layout.check_request`); a text and its prompt are
+        longer than the model's context; or seed or num_quantizers is out of range.
     """
-    number = check_num_quantizers(speech.config, num_quantizers)
-    prompts = [_Prompt.of(speech, request) for request in requests]
-    spoken: dict[int, Spoken] = {}
+    check_seed(seed)
+    num_quantizers = check_num_quantizers(speech.config, num_quantizers)
+    prompts = [_make_prompt(speech, request) for request in requests]
     shapes = [prompt.shape for prompt in prompts]
-    for shape in sorted(set(shapes)):
-        members = [i for i, other in enumerate(shapes) if other == shape]
-        # Only two batch sizes, so that each shape compiles at most twice.
-        batch_size = _BATCH_SIZE if len(members) > 1 else 1
-        for start in range(0, len(members), batch_size):
-            rows = members[start : start + batch_size]
-            padded = rows + rows[:1] * (batch_size - len(rows))
-            items = [first_item + i for i in padded]
-            state = _begin_batch(speech, [prompts[i] for i in padded], items, seed, number)
-            found = _collect(speech, state, sampling, number)
-            for i, result in zip(rows, found, strict=False):
-                spoken[i] = result
-    return [spoken[i] for i in range(len(requests))]
+    spoken: dict[int, Spoken] = {}
+    for _, rows, padded_rows in batch_by_shape(shapes, _BATCH_SIZE):
+        batch = [prompts[row] for row in padded_rows]
+        items = [first_item + row for row in padded_rows]
+        state = _begin_batch(speech, batch, items, seed, num_quantizers)
+        results = _sample_all(speech, state, sampling, num_quantizers)
+        spoken.update(zip(rows, results, strict=False))
+    return [spoken[row] for row in range(len(requests))]
 
 
 def frames(
@@ -89,35 +87,38 @@ def frames(
     item: int = 0,
     block_frames: int = 1,
 ) -> Iterator[np.ndarray]:
-    """Yields codes [q, T] of at most `block_frames` frames while they are sampled.
+    """Yields blocks of codes [q, T] while they are sampled, of at most `block_frames` frames.
 
-    Together they are the codes of `generate` for the same seed and item. Raises the same errors,
-    before the first block.
+    The blocks together are the codes that `generate` returns for the same seed and item. The errors
+    are the same, too, and are raised before the first block.
     """
-    number = check_num_quantizers(speech.config, num_quantizers)
+    check_seed(seed)
+    num_quantizers = check_num_quantizers(speech.config, num_quantizers)
     if not 1 <= block_frames <= BLOCK_FRAMES:
         raise ValueError(f"block_frames must be 1..{BLOCK_FRAMES}, got {block_frames}")
-    prompt = _Prompt.of(speech, request)
-    state = _begin_batch(speech, [prompt], [item], seed, number)
-    return _blocks(speech, state, sampling, number, block_frames)
+    prompt = _make_prompt(speech, request)
+    state = _begin_batch(speech, [prompt], [item], seed, num_quantizers)
+    return _sample_blocks(speech, state, sampling, num_quantizers, block_frames)
 
 
-def _blocks(
-    speech: Speech, state: State, sampling: Sampling, number: int, block_frames: int
+def _sample_blocks(
+    speech: Speech, state: State, sampling: Sampling, num_quantizers: int, block_frames: int
 ) -> Iterator[np.ndarray]:
+    """Yields the codes [q, T] of a single sequence until it is done."""
     while not bool(state.done[0]):
-        state, codes, counts = sample_frames(speech, state, number, block_frames, sampling)
-        if counts[0]:
-            yield np.asarray(codes)[0, :number, : int(counts[0])]
+        state, codes, counts = sample_frames(speech, state, num_quantizers, block_frames, sampling)
+        num_frames = int(counts[0])
+        if num_frames:
+            yield np.asarray(codes)[0, :num_quantizers, :num_frames]
 
 
 def check_request(speech: Speech, request: Request) -> None:
-    """Raises ValueError unless `generate` could say it."""
-    _Prompt.of(speech, request)
+    """Raises ValueError if `generate` would refuse a request."""
+    _make_prompt(speech, request)
 
 
 def check_num_quantizers(config: SpeechConfig, num_quantizers: int | None) -> int:
-    """The number of quantizers to sample; ValueError if it is out of range."""
+    """Returns the number of quantizers to sample; ValueError if it is out of range."""
     if num_quantizers is None:
         return config.num_quantizers
     if not 1 <= num_quantizers <= config.num_quantizers:
@@ -127,69 +128,83 @@ def check_num_quantizers(config: SpeechConfig, num_quantizers: int | None) -> in
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A checked prompt, its longest speech, and the shape of its batch: positions, cache."""
+    """A prompt that has been checked.
+
+    Attributes:
+      positions: The prompt.
+      max_frames: Longest speech after it.
+      shape: Positions of its padded prompt and of its cache.
+    """
 
     positions: Positions
-    limit: int
+    max_frames: int
     shape: tuple[int, int]
 
-    @classmethod
-    def of(cls, speech: Speech, request: Request) -> "_Prompt":
-        config = speech.config
-        layout.check_text(config, speech.tokenizer, request.text)
-        if request.reference_text:
-            layout.check_text(config, speech.tokenizer, request.reference_text)
-        positions = layout.prompt(config, speech.tokenizer, request)
-        size = len(positions.text)
-        limit = most_frames(config, request.text)
-        if request.beginning is not None:
-            limit = max(1, limit - request.beginning.shape[1])
-        room = config.max_positions - size
-        if room < 1:
-            parts = "the text" if request.reference is None else "the reference and the text"
-            raise ValueError(
-                f"{parts} have {size} positions, the context of this model is "
-                f"{config.max_positions}"
-            )
-        limit = min(limit, room)
-        bucket = bucket_frames(max(size, _FEWEST[0]), _BUCKETS_PER_OCTAVE)
-        cache = bucket_frames(max(bucket + limit, _FEWEST[1]), _BUCKETS_PER_OCTAVE)
-        return cls(positions, limit, (bucket, cache))
+
+def _make_prompt(speech: Speech, request: Request) -> _Prompt:
+    """The prompt of a request; ValueError if it cannot be said or is too long."""
+    config = speech.config
+    layout.check_request(config, speech.tokenizer, request)
+    positions = layout.prompt(config, speech.tokenizer, request)
+    size = len(positions.text)
+    room = config.max_positions - size
+    if room < 1:
+        has_prompt = request.reference is not None or request.beginning is not None
+        parts = "the prompt and the text have" if has_prompt else "the text has"
+        raise ValueError(
+            f"{parts} {size} positions, the context of this model is {config.max_positions}"
+        )
+    max_frames = longest_speech(config, request.text)
+    if request.beginning is not None:
+        max_frames = max(1, max_frames - request.beginning.shape[1])
+    max_frames = min(max_frames, room)
+    prompt_size = bucket_frames(max(size, _MIN_PROMPT), _BUCKETS_PER_OCTAVE)
+    cache_size = bucket_frames(max(prompt_size + max_frames, _MIN_CACHE), _BUCKETS_PER_OCTAVE)
+    return _Prompt(positions, max_frames, (prompt_size, cache_size))
 
 
 def _begin_batch(
-    speech: Speech, prompts: Sequence[_Prompt], items: Sequence[int], seed: int, number: int
+    speech: Speech,
+    prompts: Sequence[_Prompt],
+    items: Sequence[int],
+    seed: int,
+    num_quantizers: int,
 ) -> State:
     """The state after prompts of one shape."""
     config = speech.config
     num_positions, cache_size = prompts[0].shape
     text = np.zeros((len(prompts), num_positions), np.int32)
-    codes = np.full((len(prompts), config.num_quantizers, num_positions), config.codebook_size)
+    codes_shape = (len(prompts), config.num_quantizers, num_positions)
+    codes = np.full(codes_shape, config.codebook_size, np.int32)
+    lengths = np.zeros(len(prompts), np.int32)
+    max_frames = np.zeros(len(prompts), np.int32)
     for row, prompt in enumerate(prompts):
         size = len(prompt.positions.text)
         text[row, :size] = prompt.positions.text
         codes[row, :, :size] = prompt.positions.codes
-    lengths = np.array([len(prompt.positions.text) for prompt in prompts], np.int32)
-    limits = np.array([prompt.limit for prompt in prompts], np.int32)
+        lengths[row] = size
+        max_frames[row] = prompt.max_frames
     keys = _item_keys(seed, np.array(items, np.uint32))
-    return begin(speech, text, codes.astype(np.int32), lengths, limits, keys, number, cache_size)
+    return begin(speech, text, codes, lengths, max_frames, keys, num_quantizers, cache_size)
 
 
 @jax.jit
 def _item_keys(seed: int, items: jax.Array) -> jax.Array:
+    """A random key per item, [B]."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(items)
 
 
-def _collect(speech: Speech, state: State, sampling: Sampling, number: int) -> list[Spoken]:
+def _sample_all(
+    speech: Speech, state: State, sampling: Sampling, num_quantizers: int
+) -> list[Spoken]:
     """Samples until every sequence of a batch is done."""
-    parts: list[list[np.ndarray]] = [[] for _ in state.limit]
+    blocks: list[list[np.ndarray]] = [[] for _ in state.max_frames]
     while not bool(state.done.all()):
-        state, codes, counts = sample_frames(speech, state, number, BLOCK_FRAMES, sampling)
-        rows = zip(parts, np.asarray(codes), np.asarray(counts), strict=True)
-        for part, block, count in rows:
-            part.append(block[:number, :count])
-    ended = np.asarray(state.ended)
-    return [
-        Spoken(np.concatenate(part, axis=1), bool(end))
-        for part, end in zip(parts, ended, strict=True)
-    ]
+        state, codes, counts = sample_frames(speech, state, num_quantizers, BLOCK_FRAMES, sampling)
+        codes = np.asarray(codes)
+        for row, num_frames in enumerate(np.asarray(counts)):
+            blocks[row].append(codes[row, :num_quantizers, :num_frames])
+    spoken = []
+    for row_blocks, ended in zip(blocks, np.asarray(state.ended), strict=True):
+        spoken.append(Spoken(np.concatenate(row_blocks, axis=1), bool(ended)))
+    return spoken

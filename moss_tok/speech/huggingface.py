@@ -1,9 +1,9 @@
 """Reads and writes speech models in the official Hugging Face layout (MossTTSLocal 1.0).
 
 One table serves both directions, see `moss_tok.tensors`. The language model inside the official
-class has an embedding of its own, which the class stores and never reads. It is kept beside the
-parameters, and where there is none (a model of our own), the embedding of the text channel takes
-its place.
+class has an embedding that the class stores and never reads. Conversion keeps it beside the
+parameters. A model of our own has no such embedding; the embedding of the text channel is written
+in its place.
 
 Source: MossTTSDelayModel in moss_tts_local/modeling_moss_tts.py of OpenMOSS/MOSS-TTS.
 """
@@ -94,8 +94,8 @@ def read_official(path: Path, unused: bool = False) -> tuple[SpeechConfig, dict[
     """
     config = read_folder_config(path)
     table = tensor_table(config)
-    wanted = {tensor.name for tensor in table if unused or tensor.path != (UNUSED,)}
-    return config, tensors.read_tensors(path, tensors.tensor_files(path), table, wanted)
+    names = {tensor.name for tensor in table if unused or tensor.path != (UNUSED,)}
+    return config, tensors.read_tensors(path, tensors.tensor_files(path), table, names)
 
 
 def write_official(path: Path, config: SpeechConfig, params: dict[str, Any], dtype: str) -> None:

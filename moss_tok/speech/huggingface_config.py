@@ -88,7 +88,10 @@ def read_config(text: str) -> SpeechConfig:
     if not isinstance(ours, dict) or ours.keys() - _OURS.keys():
         raise ValueError(f"config.json: moss_tok must be an object of {', '.join(_OURS)}")
     rope = language.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError("config.json: language_config.rope_parameters must be an object")
     _check_values(fields, language, rope)
+    rope_fields = rope if "rope_theta" in rope else language
     try:
         temporal = {ours: _get(language, key) for key, ours in _TEMPORAL_SIZES.items()}
         temporal["norm_epsilon"] = _get(language, "rms_norm_eps")
@@ -97,7 +100,7 @@ def read_config(text: str) -> SpeechConfig:
             vocab_size=_get(language, "vocab_size"),
             temporal=StackConfig(**temporal),
             depth=StackConfig(**depth),
-            rope_theta=float(_get(rope if "rope_theta" in rope else language, "rope_theta")),
+            rope_theta=float(_get(rope_fields, "rope_theta")),
             max_positions=language.get("max_position_embeddings", 32768),
             official_json=text,
             **(_OURS | ours),
@@ -111,11 +114,11 @@ def read_config(text: str) -> SpeechConfig:
 
 def _check_architecture(fields: dict[str, Any]) -> None:
     """Raises ValueError unless a config.json is that of MossTTSLocal 1.0."""
-    kind = fields.get("model_type")
-    if kind in _OTHERS:
-        raise ValueError(f"config.json: this is {_OTHERS[kind]}, {_SUPPORTED}")
-    if kind != _MODEL_TYPE:
-        raise ValueError(f"config.json: model_type must be {_MODEL_TYPE!r}, got {kind!r}")
+    model_type = fields.get("model_type")
+    if model_type in _OTHERS:
+        raise ValueError(f"config.json: this is {_OTHERS[model_type]}, {_SUPPORTED}")
+    if model_type != _MODEL_TYPE:
+        raise ValueError(f"config.json: model_type must be {_MODEL_TYPE!r}, got {model_type!r}")
     if "local_num_layers" not in fields:
         raise ValueError(f"config.json: this is MossTTSDelay, the delay pattern, {_SUPPORTED}")
 
@@ -127,8 +130,9 @@ def _check_values(fields: dict[str, Any], language: dict[str, Any], rope: dict[s
             value = json.dumps(language[key])
             accepted = json.dumps(accepted)
             raise ValueError(f"config.json: language_config.{key} must be {accepted}, got {value}")
-    if (kind := rope.get("rope_type", "default")) != "default":
-        raise ValueError(f'config.json: rope_type must be "default", got {json.dumps(kind)}')
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(f'config.json: rope_type must be "default", got {json.dumps(rope_type)}')
     expected = {
         "audio_pad_code": _get(fields, "audio_vocab_size"),
         "hidden_size": _get(language, "hidden_size"),
@@ -176,11 +180,12 @@ def _fields(config: SpeechConfig) -> dict[str, Any]:
     temporal = config.temporal
     depth = config.depth
     for name in ("num_heads", "num_kv_heads", "head_dim", "norm_epsilon"):
-        values = (getattr(temporal, name), getattr(depth, name))
-        if values[0] != values[1]:
+        temporal_value = getattr(temporal, name)
+        depth_value = getattr(depth, name)
+        if temporal_value != depth_value:
             raise ValueError(
                 f"the official class has one {name} for the temporal and the depth Transformer, "
-                f"this model has {values[0]} and {values[1]}"
+                f"this model has {temporal_value} and {depth_value}"
             )
     if temporal.qkv_bias or depth.qkv_bias or not (temporal.head_norm and depth.head_norm):
         raise ValueError("the official class has Qwen3 blocks only, this model has others")

@@ -1,14 +1,15 @@
-"""Sequences of a speech model: what comes before the first frame, the frames, and their end.
+"""Sequences of a speech model: a prompt, the frames of speech, and the end token.
 
-A position has a token of text and a code per quantizer; the code K stands for none. The layouts:
+A position has a token of text and a code per quantizer; the code K means that there is no code. The
+layouts are:
 
   plain  [text of the reference] start [its frames] end [text] start [frames] end
-         The part of the reference is left out if there is none. The tokenizer may be any.
+         Without a reference, the sequence begins with [text]. Any tokenizer will do.
   chat   user: a form with a reference, a language, an instruction, ... and the text
          assistant: start [frames] end
 
-Training and generation build their prompts by the same function, so they always agree. Speech is
-continued by putting its frames after `start`, and its text before the text.
+Training and generation build their prompts with the same function, so they always agree. To
+continue speech, its frames are put after `start`, and what it says is put in front of the text.
 
 Source of the chat layout: processing_moss_tts.py in moss_tts_local/ of OpenMOSS/MOSS-TTS.
 """
@@ -18,10 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moss_tok.codec.checks import check_code_range, check_integers, check_shape
+from moss_tok.json_files import shorten
 from moss_tok.language.text import Tokenizer, missing_characters
 from moss_tok.speech.config import SpeechConfig
 
-# Names of the fields of the form, as the data calls them and as the form does; the text is last.
+# The fields of the form: their names in the data, and their titles in the form.
 FORM = {
     "instruction": "Instruction",
     "tokens": "Tokens",
@@ -30,17 +33,15 @@ FORM = {
     "ambient_sound": "Ambient Sound",
     "language": "Language",
 }
-# The tokens of the chat layout in the tokenizers of Qwen: message begins, message ends, start,
-# end, slot of a frame of speech, slot of a frame of a reference.
+# The tokens of the chat layout in the tokenizers of Qwen.
 CHAT_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|video_pad|>",
-    "<|vision_pad|>",
+    "<|im_start|>",  # a message begins
+    "<|im_end|>",  # a message ends
+    "<|vision_start|>",  # start
+    "<|vision_end|>",  # end
+    "<|video_pad|>",  # slot of a frame of speech
+    "<|vision_pad|>",  # slot of a frame of a reference
 )
-_MOST_SHOWN = 40  # characters of a text, in a message about it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Request:
     """What to say, and how.
 
     Attributes:
-      text: What to say; if speech is continued, with the text of its beginning in front.
-      reference: Codes [q, T] of a recording of the speaker; None without one.
-      reference_text: What is said in the reference; the chat layout leaves it out.
-      beginning: Codes [q, T] of speech to continue; None without any.
+      text: What to say. If `beginning` is given, the text starts with what the beginning says.
+      reference: Codes [q, T] of a recording of the speaker, or None.
+      reference_text: What is said in the reference; the chat layout does not use it.
+      beginning: Codes [q, T] of speech to continue, or None.
       details: Values of the chat layout's form, by the names in FORM.
     """
 
@@ -67,7 +68,7 @@ class Positions(NamedTuple):
 
     Attributes:
       text: [T] int32 tokens.
-      codes: [Q, T] int32; K where there is none.
+      codes: [Q, T] int32; K where there is no code.
     """
 
     text: np.ndarray
@@ -88,13 +89,18 @@ def _chat_tokens(tokenizer: Tokenizer) -> list[int]:
 
 def token_fields(tokenizer: Tokenizer) -> dict[str, int | str]:
     """Fields of `SpeechConfig` about tokens for a new model with this tokenizer."""
-    if tokens := _chat_tokens(tokenizer):
+    tokens = _chat_tokens(tokenizer)
+    if tokens:
+        layout = "chat"
+        size = tokenizer.vocab_size
         start, end, slot, user_slot = tokens[2:]
-        layout, size = "chat", tokenizer.vocab_size
     else:
-        size = tokenizer.vocab_size + 2
-        start, slot, end = tokenizer.end_id, size - 2, size - 1
-        layout, user_slot = "plain", slot
+        layout = "plain"
+        size = tokenizer.vocab_size + 2  # for the slot and the end of speech
+        start = tokenizer.end_id
+        slot = size - 2
+        user_slot = slot
+        end = size - 1
     return {
         "vocab_size": -(-size // 64) * 64,  # so that devices can split it
         "slot_id": slot,
@@ -105,27 +111,52 @@ def token_fields(tokenizer: Tokenizer) -> dict[str, int | str]:
     }
 
 
-def check_text(config: SpeechConfig, tokenizer: Tokenizer, text: str) -> None:
-    """Raises ValueError unless a model can say a text."""
-    shown = repr(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "...")
+def check_request(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> None:
+    """Raises ValueError unless a model can say the text of a request, and read all else in it."""
+    for name, codes in (("reference", request.reference), ("beginning", request.beginning)):
+        if codes is not None:
+            _check_codes(config, name, codes)
+    check_text(config, tokenizer, request.text)
+    if request.reference_text:
+        check_text(config, tokenizer, request.reference_text, "the text of the prompt")
+    if config.layout == "chat":
+        for name, value in request.details.items():
+            if value.strip():
+                check_text(config, tokenizer, value, name)
+
+
+def _check_codes(config: SpeechConfig, name: str, codes: np.ndarray) -> None:
+    """Raises ValueError unless codes are integers [q, T] in [0, K)."""
+    check_shape(name, codes, ("Q", "T"))
+    check_integers(name, codes)
+    check_code_range(name, codes, config.codebook_size)
+
+
+def check_text(
+    config: SpeechConfig, tokenizer: Tokenizer, text: str, name: str = "the text"
+) -> None:
+    """Raises ValueError, which calls the text `name`, unless a model can say it."""
     if not text.strip():
-        raise ValueError("the text is empty")
+        raise ValueError(f"{name} is empty")
+    shown = shorten(text)
     try:
         tokens = tokenizer.encode(text)
         missing = missing_characters(tokenizer, text)
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text {shown} is not valid Unicode") from error
+        raise ValueError(f"{name} {shown} is not valid Unicode") from error
     if missing:
-        raise ValueError(f"the text {shown} has characters that the tokenizer lacks: {missing!r}")
+        raise ValueError(f"{name} {shown} has characters that the tokenizer lacks: {missing!r}")
+    if not tokens:
+        raise ValueError(f"{name} {shown} has no tokens")
     reserved: set[int | None] = {
         config.slot_id,
         config.end_id,
         config.start_id,
         config.user_slot_id,
     }
-    reserved |= {tokenizer.token_id(name) for name in CHAT_TOKENS[:2]}
+    reserved |= {tokenizer.token_id(token) for token in CHAT_TOKENS[:2]}
     if reserved & set(tokens):
-        raise ValueError(f"the text {shown} has a token that the layout of messages uses")
+        raise ValueError(f"{name} {shown} has a token that the layout of sequences reserves")
 
 
 def prompt(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> Positions:
@@ -154,10 +185,10 @@ def speech(config: SpeechConfig, codes: np.ndarray) -> Positions:
 
 def reference_size(config: SpeechConfig, tokenizer: Tokenizer, text: str, num_frames: int) -> int:
     """By how many positions a reference makes a prompt longer."""
-    none = np.zeros((config.num_quantizers, 0), np.int32)
-    with_none = prompt(config, tokenizer, Request("", none, text))
-    without = prompt(config, tokenizer, Request(""))
-    return len(with_none.text) - len(without.text) + num_frames
+    no_frames = np.zeros((config.num_quantizers, 0), np.int32)
+    with_reference = prompt(config, tokenizer, Request("", no_frames, text))
+    without_reference = prompt(config, tokenizer, Request(""))
+    return len(with_reference.text) - len(without_reference.text) + num_frames
 
 
 def _add_form(builder: "_Builder", tokenizer: Tokenizer, request: Request) -> None:
@@ -165,13 +196,13 @@ def _add_form(builder: "_Builder", tokenizer: Tokenizer, request: Request) -> No
     head = "<|im_start|>user\n<user_inst>\n- Reference(s):\n"
     lines = [f"\n- {title}:\n{request.details.get(name)}" for name, title in FORM.items()]
     lines.append(f"\n- Text:\n{request.text}\n</user_inst><|im_end|>\n<|im_start|>assistant\n")
-    rest = "".join(lines)
+    tail = "".join(lines)
     if request.reference is None:
-        builder.add_tokens(tokenizer.encode(f"{head}None{rest}"))
+        builder.add_tokens(tokenizer.encode(f"{head}None{tail}"))
         return
     builder.add_tokens(tokenizer.encode(f"{head}[S1]:\n"))
     builder.add_frames(request.reference, builder.config.user_slot_id)
-    builder.add_tokens(tokenizer.encode(rest))
+    builder.add_tokens(tokenizer.encode(tail))
 
 
 class _Builder:
@@ -189,7 +220,7 @@ class _Builder:
         self._codes.append(np.full(shape, self.config.codebook_size, np.int32))
 
     def add_codes(self, codes: np.ndarray, slot: int) -> None:
-        """Adds frames [q, T] with the token `slot`; quantizers that they lack have no code."""
+        """Adds frames [q, T] with the token `slot`; the quantizers above q get no code."""
         codes = codes[: self.config.num_quantizers]
         num_quantizers, num_frames = codes.shape
         padding = self.config.num_quantizers - num_quantizers

@@ -1,13 +1,14 @@
 """A temporal Transformer over text and frames, and a depth Transformer over the codes of a frame.
 
-A position has 1 + Q channels: a token of text, and a code per quantizer; the code K stands for
-none. The input of a position is the sum of the embeddings of its channels. The depth Transformer is
-causal over the channels and has no positions: channel by channel it predicts the next position,
-each from the temporal state and the channels before it.
+A position has 1 + Q channels: a token of text, and a code per quantizer. The code K means that
+there is no code. The input of a position is the sum of the embeddings of its channels. The depth
+Transformer predicts the next position channel by channel, each from the temporal state and the
+channels before it. It is causal over the channels and has no positional encoding.
 
 Source: MossTTSDelayModel in moss_tts_local/ of OpenMOSS/MOSS-TTS.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,21 +16,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moss_tok.nn import blocks, rope
-from moss_tok.nn.cache import Cache, Span
+from moss_tok.nn.cache import Cache, Span, frame_positions
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.nn.layers import parameter, rms_norm
 from moss_tok.speech.config import SpeechConfig
 
 _HEAD_EPSILON = 1e-6  # of the norms before the heads; the official class has it fixed
+_LANES = 128  # columns of a block that a TPU reads without waste
 
 
 def _code_embeddings(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Initial embeddings of codes [Q, K + 1, D]; the row of the code that stands for none is 0."""
+    """Initial embeddings of codes [Q, K + 1, D]; the row of the code K, no code, is 0."""
     return nn.initializers.normal(0.02)(key, shape, dtype).at[:, -1].set(0)
 
 
 class ChannelAdapters(nn.Module):
-    """For each channel a SwiGLU, a norm and a head: from depth states to logits of the channel."""
+    """A SwiGLU, a norm and a head per channel, which turn its depth states into logits."""
 
     config: SpeechConfig
     compute: ComputeConfig
@@ -59,18 +61,30 @@ class ChannelAdapters(nn.Module):
     def states(self, x: jax.Array, channel: slice | jax.Array) -> jax.Array:
         """Depth states [..., C, D] of the channels -> [..., C, D] before their heads."""
         precision = self.compute.precision
-        gate, up, down = self.gate[channel], self.up[channel], self.down[channel]
-        gated = jnp.einsum("...cd,cdf->...cf", x, gate, precision=precision)
-        raised = jnp.einsum("...cd,cdf->...cf", x, up, precision=precision)
-        y = jnp.einsum("...cf,cfd->...cd", nn.silu(gated) * raised, down, precision=precision)
+        gate = jnp.einsum("...cd,cdf->...cf", x, self.gate[channel], precision=precision)
+        up = jnp.einsum("...cd,cdf->...cf", x, self.up[channel], precision=precision)
+        product = nn.silu(gate) * up
+        y = jnp.einsum("...cf,cfd->...cd", product, self.down[channel], precision=precision)
         y = y.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _HEAD_EPSILON)
         return (y * self.scale[channel]).astype(self.compute.dtype)
 
-    def text_logits(self, x: jax.Array, tokens: jax.Array | slice = slice(None)) -> jax.Array:
+    def text_logits(self, x: jax.Array, tokens: Sequence[int] | None = None) -> jax.Array:
         """States [..., D] of the text channel -> float32 [..., V], or of some tokens only."""
+        if tokens is None:
+            return self._text_logits(x, self.text_head)
+        # In blocks of columns, because to take single columns, the TPU compiler would transpose
+        # the whole head for each frame.
+        logits = []
+        for token in tokens:
+            start = token - token % _LANES
+            block = self._text_logits(x, self.text_head[:, start : start + _LANES])
+            logits.append(block[..., token - start])
+        return jnp.stack(logits, axis=-1)
+
+    def _text_logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
         return jnp.einsum(
-            "...d,dv->...v", x, self.text_head[:, tokens], precision=self.compute.precision,
+            "...d,dv->...v", x, head, precision=self.compute.precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
@@ -83,7 +97,7 @@ class ChannelAdapters(nn.Module):
 
 
 class SpeechModel(nn.Module):
-    """Both Transformers and what is between them."""
+    """The temporal and the depth Transformer, the embeddings, the adapters and the heads."""
 
     config: SpeechConfig
     compute: ComputeConfig = ComputeConfig()
@@ -109,7 +123,7 @@ class SpeechModel(nn.Module):
     def embed_codes(self, codes: jax.Array) -> jax.Array:
         """Codes [B, Q, T] of the first quantizers -> their embeddings [B, Q, T, D] float32.
 
-        That of the code K is not trained: it is the padding row of the official embeddings.
+        The embedding of the code K is not trained. It is the padding row of the official class.
         """
         levels = jnp.arange(codes.shape[1])[:, None]
         embedded = self.code_embeddings[levels, codes]
@@ -122,7 +136,7 @@ class SpeechModel(nn.Module):
         Args:
           text: [B, T] tokens.
           codes: [B, Q, T].
-          in_use: bool [B, Q]; quantizers that are dropped leave the sum.
+          in_use: bool [B, Q]; the embeddings of other quantizers are not added.
         """
         embedded = self.embed_codes(codes)  # [B, Q, T, D]
         summed = jnp.einsum("bqtd,bq->btd", embedded, in_use.astype(jnp.float32))
@@ -131,11 +145,9 @@ class SpeechModel(nn.Module):
     def temporal_states(
         self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Inputs [B, T, D] -> states [B, T, D]; with a cache, what follows on it."""
-        positions = jnp.arange(x.shape[1])
-        if span is not None:
-            positions = span.start[:, None, None] + positions  # [B, 1, T]
+        """Inputs [B, T, D] -> states [B, T, D]; with a cache, they continue its sequences."""
         c = self.config
+        positions = frame_positions(x.shape[1], span)
         table = rope.rope_table(positions, c.temporal.head_dim, c.rope_theta)
         x, fresh = self.temporal(x, cache, table, span)
         if cache is not None:
@@ -145,7 +157,7 @@ class SpeechModel(nn.Module):
     def depth_states(
         self, x: jax.Array, cache: Cache | None = None, span: Span | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Temporal width [N, C, D] -> depth states [N, C, D of the depth blocks]; causal over C."""
+        """Channel inputs [N, C, D] -> depth states [N, C, D of the depth blocks]; causal over C."""
         x = self.into_depth(x)
         x, fresh = self.depth(x, cache, None, span)
         if cache is not None:
@@ -155,7 +167,7 @@ class SpeechModel(nn.Module):
     def channel_states(
         self, states: jax.Array, next_text: jax.Array, next_codes: jax.Array
     ) -> jax.Array:
-        """Depth states of the channels of the next positions, each given the channels before it.
+        """Depth states that predict the channels of the next positions, for teacher forcing.
 
         Args:
           states: [B, T, D] of `temporal_states`.
@@ -176,14 +188,23 @@ class SpeechModel(nn.Module):
         x, _ = self.depth_states(x)
         return x.reshape(batch, num_positions, *x.shape[1:])
 
-    def logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Depth states [B, T, C, D] -> logits float32 [B, T, V] of text, [B, Q, T, K + 1] of codes.
+    def head_states(self, x: jax.Array, channels: slice | jax.Array) -> jax.Array:
+        """See `ChannelAdapters.states`."""
+        return self.out.states(x, channels)
 
-        They are those of the positions whose channels the states are.
-        """
-        x = self.out.states(x, slice(None))
-        text = self.out.text_logits(x[:, :, 0])
-        codes = self.out.code_logits(x[:, :, 1:], slice(None))
+    def text_logits(self, x: jax.Array, tokens: Sequence[int] | None = None) -> jax.Array:
+        """See `ChannelAdapters.text_logits`."""
+        return self.out.text_logits(x, tokens)
+
+    def code_logits(self, x: jax.Array, quantizers: slice | jax.Array) -> jax.Array:
+        """See `ChannelAdapters.code_logits`."""
+        return self.out.code_logits(x, quantizers)
+
+    def logits(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits of the results of `channel_states`: float32 [B, T, V] and [B, Q, T, K + 1]."""
+        x = self.head_states(x, slice(None))
+        text = self.text_logits(x[:, :, 0])
+        codes = self.code_logits(x[:, :, 1:], slice(None))
         return text, codes.swapaxes(1, 2)
 
     def __call__(

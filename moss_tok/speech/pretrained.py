@@ -68,7 +68,7 @@ def load_config(folder: storage.Path) -> tuple[SpeechConfig, Tokenizer]:
     """
     config = read_config(folder)
     path = folder / TOKENIZER
-    tokenizer = text.load(path if path.is_file() else "bytes")
+    tokenizer = text.load_beside(path)
     lacks_tokens = config.layout == "chat" and not is_chat(tokenizer)
     if lacks_tokens or tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: missing, or not the tokenizer of this model")

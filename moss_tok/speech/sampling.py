@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from moss_tok.language.generate import Choice, choose
 from moss_tok.speech.config import SpeechConfig
 
-# Longest time that slow speech takes, in seconds: pauses at both ends, a letter of an alphabet, and
-# a digit or a character that stands for a syllable or a word.
-_PAUSES = 1.5
-_LETTER = 0.2
-_SYMBOL = 0.6
-FIRST_IDEOGRAPH = 0x2E80  # of Unicode; scripts of syllables and words, without spaces, begin here
+# Durations in slow speech.
+_PAUSE_SECONDS = 1.5  # both ends together
+_LETTER_SECONDS = 0.2  # of an alphabet
+_SYMBOL_SECONDS = 0.6  # a digit, or a character that stands for a syllable or a word
+FIRST_IDEOGRAPH = 0x2E80  # from here on, Unicode has scripts of syllables and words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Channel(Choice):
     At temperature 0 there is no penalty.
 
     Attributes:
-      repetition_penalty: Divides the logits, or multiplies negative ones, of codes that the channel
-        has had before; 1: none.
+      repetition_penalty: The positive logits of codes that the channel has had before are divided
+        by it, the negative ones multiplied; 1: none.
 
     Raises:
       ValueError: A value is out of range.
@@ -47,9 +46,9 @@ class Sampling:
     """How frames are sampled, by groups of channels.
 
     The text channel chooses only between another frame and the end of speech, and has no penalty.
-    The official code samples it among the whole vocabulary at temperature 1.5 and top-p 1, with
-    which an end of 1 % likelihood is drawn now and then. Here, top-p leaves out what is below 5 %,
-    so that speech neither stops early nor runs on by chance.
+    The official code samples it from the whole vocabulary at temperature 1.5 and top-p 1: an end
+    with a probability of 1 % is sampled now and then. Here, top-p excludes a choice whose
+    probability is below 5 %, so that speech does not stop early or run on by chance.
 
     Attributes:
       text: The text channel.
@@ -62,8 +61,15 @@ class Sampling:
     others: Channel = Channel()
 
 
+MAX_SEED = 2**31 - 1
 DEFAULT = Sampling()
 GREEDY = Sampling(Channel(0.0), Channel(0.0), Channel(0.0))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError if a random seed is out of range."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be 0..{MAX_SEED}, got {seed}")
 
 
 def choose_each(logits: jax.Array, keys: jax.Array, channel: Channel) -> jax.Array:
@@ -87,11 +93,12 @@ def penalize(logits: jax.Array, seen: jax.Array, channel: Channel) -> jax.Array:
     return jnp.where(seen, penalized, logits)
 
 
-def most_frames(config: SpeechConfig, text: str) -> int:
-    """Longest speech for a text, in frames, if it is spoken slowly."""
-    seconds = _PAUSES
+def longest_speech(config: SpeechConfig, text: str) -> int:
+    """Frames of a text that is spoken slowly; speech never gets longer."""
+    seconds = _PAUSE_SECONDS
     for character in text:
-        if character.isalnum():
-            is_letter = character.isalpha() and ord(character) < FIRST_IDEOGRAPH
-            seconds += _LETTER if is_letter else _SYMBOL
+        if not character.isalnum():
+            continue
+        is_letter = character.isalpha() and ord(character) < FIRST_IDEOGRAPH
+        seconds += _LETTER_SECONDS if is_letter else _SYMBOL_SECONDS
     return math.ceil(seconds * config.frame_rate)

@@ -1,4 +1,4 @@
-"""Audio of texts: codes from a speech model, decoded by the codec, whole or while sampled."""
+"""Speaks texts: a speech model samples codes, and its codec decodes them."""
 
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.codec import pretrained as codecs
-from moss_tok.codec.inference import Codec, decode_one, encode
+from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.codec.live import DecoderStream
 from moss_tok.speech import generate
 from moss_tok.speech.config import SpeechConfig
@@ -16,7 +16,6 @@ from moss_tok.speech.sampling import DEFAULT, FIRST_IDEOGRAPH, Sampling
 from moss_tok.speech.steps import Speech
 
 _SILENCE_DB = -60.0  # a prompt below this level is silent
-MAX_SEED = 2**31 - 1
 
 
 class SpokenAudio(NamedTuple):
@@ -24,7 +23,8 @@ class SpokenAudio(NamedTuple):
 
     Attributes:
       wav: [C, S] at the codec's sample rate.
-      ended: Whether the model ended it; False: it reached the longest length for its text.
+      ended: Whether the model ended the speech; if False, it was cut at the longest duration for
+        its text.
     """
 
     wav: np.ndarray
@@ -44,24 +44,24 @@ class Block(NamedTuple):
 
 
 def check_codec(config: SpeechConfig, codec: Codec) -> None:
-    """Raises ValueError unless a codec is the one that a speech model learned the codes of.
+    """Raises ValueError unless a speech model was trained on the codes of this codec.
 
-    The fingerprint is compared if the model has one and the codec has its encoder.
+    The fingerprints are compared if the model has one and the codec has its encoder.
     """
-    quantizer = codec.config.quantizer
-    size = (quantizer.num_quantizers, quantizer.codebook_size)
-    if size[0] < config.num_quantizers or size[1] != config.codebook_size:
+    num_quantizers = codec.config.quantizer.num_quantizers
+    codebook_size = codec.config.quantizer.codebook_size
+    if num_quantizers < config.num_quantizers or codebook_size != config.codebook_size:
         raise ValueError(
-            f"the codec has {size[0]} quantizers of {size[1]} codes, the speech model needs "
-            f"{config.num_quantizers} of {config.codebook_size}"
+            f"the codec has {num_quantizers} quantizers of {codebook_size} codes, the speech model "
+            f"needs {config.num_quantizers} of {config.codebook_size}"
         )
     if not config.codec or "encoder" not in codec.params:
         return
-    part = {name: codec.params[name] for name in ("encoder", "quantizer")}
-    found = codecs.fingerprint(Codec(part, codec.config))
-    if found != config.codec:
+    params = {name: codec.params[name] for name in ("encoder", "quantizer")}
+    fingerprint = codecs.fingerprint(Codec(params, codec.config))
+    if fingerprint != config.codec:
         raise ValueError(
-            f"the speech model speaks codes of codec {config.codec}, this codec is {found}"
+            f"the speech model speaks codes of codec {config.codec}, this codec is {fingerprint}"
         )
 
 
@@ -73,8 +73,7 @@ def encode_prompt(codec: Codec, path: str) -> np.ndarray:
     """
     wav = files.read(path, codec.config.sample_rate, codec.config.num_channels)
     check_prompt(wav, path)
-    codes, lengths = encode(codec, wav[None])
-    return np.asarray(codes)[0, :, : int(lengths[0])]
+    return encode_one(codec, wav)
 
 
 def check_prompt(wav: np.ndarray, name: str) -> None:
@@ -86,17 +85,18 @@ def check_prompt(wav: np.ndarray, name: str) -> None:
 def with_prompt(
     config: SpeechConfig, text: str, codes: np.ndarray, prompt_text: str, **details: str
 ) -> Request:
-    """The request to say a text in the voice of a recording.
+    """The request to say a text in the voice of a recording, given by its codes [Q, T].
 
-    The plain layout puts the recording and its text in front. The chat layout continues the
-    recording if its text is known, else it is the reference of the form.
+    In the plain layout, the recording and its text come first. In the chat layout, the speech
+    continues the recording if its text is known; otherwise the recording is the form's reference.
     """
     if config.layout == "plain":
         return Request(text, codes, prompt_text, details=details)
     if not prompt_text:
         return Request(text, codes, details=details)
-    joint = "" if ord(prompt_text[-1]) >= FIRST_IDEOGRAPH or prompt_text[-1].isspace() else " "
-    return Request(f"{prompt_text}{joint}{text}", beginning=codes, details=details)
+    has_spaces = ord(prompt_text[-1]) < FIRST_IDEOGRAPH
+    separator = " " if has_spaces else ""
+    return Request(f"{prompt_text}{separator}{text}", beginning=codes, details=details)
 
 
 def speak(
@@ -115,31 +115,31 @@ def speak(
 
     Args:
       speech: The model.
-      codec: The codec that it learned the codes of.
+      codec: The codec on whose codes it was trained.
       requests: What to say.
       sampling: How codes are sampled.
-      seed: Random seed. Item i of a seed has its own random numbers.
+      seed: Random seed; each item has its own random numbers.
       num_quantizers: Sample and decode only the first 1..Q quantizers; default: Q.
-      first_item: Number of the first item.
+      first_item: Number of the first request; request i is item `first_item + i`.
 
     Returns:
       The speech of each request.
 
     Raises:
-      ValueError: As `generate.generate`, or it is another codec.
+      ValueError: As `generate.generate`, or the model was trained on codes of another codec.
     """
     check_codec(speech.config, codec)
-    found = generate.generate(speech, requests, sampling, seed, num_quantizers, first_item)
+    generated = generate.generate(speech, requests, sampling, seed, num_quantizers, first_item)
     spoken = []
-    for request, result in zip(requests, found, strict=True):
+    for request, result in zip(requests, generated, strict=True):
         codes = result.codes
-        skipped = 0
+        num_skipped = 0  # samples of the beginning
         if request.beginning is not None:
             beginning = request.beginning[: len(codes)]
-            skipped = beginning.shape[1] * codec.config.hop_length
+            num_skipped = beginning.shape[1] * codec.config.hop_length
             codes = np.concatenate([beginning, codes], axis=1)
         wav = decode_one(codec, codes.astype(np.int32))
-        spoken.append(SpokenAudio(wav[:, skipped:], result.ended))
+        spoken.append(SpokenAudio(wav[:, num_skipped:], result.ended))
     return spoken
 
 
@@ -160,19 +160,19 @@ def stream(
 
     Args:
       speech: The model.
-      codec: The codec that it learned the codes of.
+      codec: The codec on whose codes it was trained.
       request: What to say.
       sampling: How codes are sampled.
       seed: Random seed.
       num_quantizers: Sample and decode only the first 1..Q quantizers; default: Q.
-      item: Number of the item.
-      block_frames: Most frames of a block, 1..16.
+      item: Number of the request in `speak`.
+      block_frames: Largest number of frames in a block, 1..16.
 
     Returns:
       Blocks that together are the audio of `speak` for the same seed and item.
 
     Raises:
-      ValueError: As `speak`; before the first block.
+      ValueError: As `speak`, before the first block.
     """
     blocks = stream_blocks(
         speech, codec, request, sampling, seed, num_quantizers, item, block_frames
@@ -190,26 +190,26 @@ def stream_blocks(
     item: int = 0,
     block_frames: int = 1,
 ) -> Generator[Block, None, None]:
-    """`stream` with the codes of each block."""
+    """As `stream`, with the codes of each block."""
     check_codec(speech.config, codec)
-    number = generate.check_num_quantizers(speech.config, num_quantizers)
-    blocks = generate.frames(speech, request, sampling, seed, number, item, block_frames)
-    player = DecoderStream(codec, number, chunk_frames=[block_frames])
-    beginning = request.beginning
-    return _play(player, blocks, None if beginning is None else beginning[:number], number)
+    num_quantizers = generate.check_num_quantizers(speech.config, num_quantizers)
+    blocks = generate.frames(speech, request, sampling, seed, num_quantizers, item, block_frames)
+    decoder = DecoderStream(codec, num_quantizers, chunk_frames=[block_frames])
+    return _decode_blocks(decoder, request.beginning, blocks, num_quantizers)
 
 
-def _play(
-    player: DecoderStream,
-    blocks: Iterator[np.ndarray],
+def _decode_blocks(
+    decoder: DecoderStream,
     beginning: np.ndarray | None,
-    number: int,
+    blocks: Iterator[np.ndarray],
+    num_quantizers: int,
 ) -> Generator[Block, None, None]:
-    with player:
+    """Decodes blocks of codes; they continue a beginning [q, T], whose audio is left out."""
+    with decoder:
         if beginning is not None:
-            player.push(beginning.astype(np.int32))
+            decoder.push(beginning[:num_quantizers].astype(np.int32))
         for codes in blocks:
-            yield Block(codes, player.push(codes))
-        last = player.finish()
-        if last.shape[1]:
-            yield Block(np.zeros((number, 0), np.int32), last)
+            yield Block(codes, decoder.push(codes))
+        wav = decoder.finish()
+        if wav.shape[1]:
+            yield Block(np.zeros((num_quantizers, 0), np.int32), wav)

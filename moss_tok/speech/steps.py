@@ -1,7 +1,7 @@
 """The jitted steps of generation, with caches for both Transformers.
 
-Sampling is a function of the seed, the number of an item and the number of a frame, so neither the
-batch nor the size of blocks changes a result.
+What is sampled depends on the seed, the number of the item and the number of the frame. It does not
+depend on the other items of the batch or on the size of blocks.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from moss_tok.speech.config import SpeechConfig
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.sampling import Channel, Sampling, choose_each, penalize
 
-BLOCK_FRAMES = 16  # frames that one call samples at most
+BLOCK_FRAMES = 16  # largest number of frames that one call samples
 
 
 @flax.struct.dataclass
@@ -66,9 +66,9 @@ class State:
       cache: Keys and values of the temporal Transformer.
       position: [B], positions so far.
       num_frames: [B], frames sampled so far.
-      limit: [B], longest speech in frames.
-      ended: bool [B], speech that the text channel has ended.
-      seen: bool [B, Q, K + 1], codes that each channel has had.
+      max_frames: [B], frames after which speech is cut.
+      ended: bool [B], whether the text channel has ended the speech.
+      seen: bool [B, Q, K + 1], codes that each quantizer has had.
       keys: [B] random keys.
     """
 
@@ -76,7 +76,7 @@ class State:
     cache: Cache
     position: jax.Array
     num_frames: jax.Array
-    limit: jax.Array
+    max_frames: jax.Array
     ended: jax.Array
     seen: jax.Array
     keys: jax.Array
@@ -84,7 +84,7 @@ class State:
     @property
     def done(self) -> jax.Array:
         """Sequences without a next frame, bool [B]."""
-        return self.ended | (self.num_frames >= self.limit)
+        return self.ended | (self.num_frames >= self.max_frames)
 
 
 @functools.partial(jax.jit, static_argnames="cache_size")
@@ -93,7 +93,7 @@ def begin(
     text: jax.Array,
     codes: jax.Array,
     lengths: jax.Array,
-    limits: jax.Array,
+    max_frames: jax.Array,
     keys: jax.Array,
     num_quantizers: int | jax.Array,
     cache_size: int,
@@ -103,31 +103,33 @@ def begin(
     Args:
       speech: The model.
       text: [B, T] tokens.
-      codes: [B, Q, T]; K where there is none, and past the lengths.
+      codes: [B, Q, T]; K where there is no code, and past the lengths.
       lengths: [B] valid positions.
-      limits: [B], longest speech in frames.
+      max_frames: [B], frames after which speech is cut.
       keys: [B] random keys.
       num_quantizers: Quantizers in use.
-      cache_size: Positions that the cache holds: those of the prompt and of the longest speech.
+      cache_size: Positions of the cache, at least those of the prompt and `max_frames` together.
     """
-    c = speech.config
+    config = speech.config
+    temporal = config.temporal
     batch = len(text)
-    x = speech.apply(text, codes, _in_use(c, batch, num_quantizers), method="embed")
-    cache = empty_cache(c.temporal.block, c.temporal.num_layers, speech.compute, batch, cache_size)
+    in_use = _quantizers_in_use(config, batch, num_quantizers)
+    x = speech.apply(text, codes, in_use, method="embed")
+    cache = empty_cache(temporal.block, temporal.num_layers, speech.compute, batch, cache_size)
     span = Span(jnp.zeros(batch, jnp.int32), lengths)
     states, cache = speech.apply(x, cache, span, method="temporal_states")
     hidden = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    seen = jnp.zeros((batch, c.num_quantizers, c.codebook_size + 1), bool)
-    row = jnp.arange(batch)[:, None, None]
-    level = jnp.arange(c.num_quantizers)[:, None]
+    seen = jnp.zeros((batch, config.num_quantizers, config.codebook_size + 1), bool)
+    rows = jnp.arange(batch)[:, None, None]
+    levels = jnp.arange(config.num_quantizers)[:, None]
     return State(
         hidden=hidden,
         cache=cache,
         position=lengths,
         num_frames=jnp.zeros(batch, jnp.int32),
-        limit=limits,
+        max_frames=max_frames,
         ended=jnp.zeros(batch, bool),
-        seen=seen.at[row, level, codes].set(True),
+        seen=seen.at[rows, levels, codes].set(True),
         keys=keys,
     )
 
@@ -140,86 +142,107 @@ def sample_frames(
     num_frames: int | jax.Array,
     sampling: Sampling,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Samples the next frames, fewer where speech ends.
+    """Samples the next frames; fewer of a sequence that ends.
 
     Args:
       speech: The model.
-      state: Donated.
+      state: The sequences so far; donated.
       num_quantizers: Quantizers in use.
-      num_frames: At most 16.
+      num_frames: 1..16 frames to sample.
       sampling: How codes are sampled.
 
     Returns:
-      The state, codes [B, Q, 16] of which the first `num_quantizers` and `counts` are valid, and
-      counts [B].
+      The state, codes [B, Q, 16], and the number of new frames of each sequence, counts [B]. Only
+      the first `num_quantizers` quantizers and the first `counts` frames are valid.
     """
-    batch = len(state.limit)
+    batch = len(state.max_frames)
     shape = (batch, speech.config.num_quantizers, BLOCK_FRAMES)
-    first = state.num_frames
+    num_frames_before = state.num_frames
 
     def is_unfinished(carry: Any) -> jax.Array:
-        number, state, _ = carry
-        return (number < num_frames) & ~state.done.all()
+        frame, state, _ = carry
+        return (frame < num_frames) & ~state.done.all()
 
     def step(carry: Any) -> Any:
-        number, state, codes = carry
-        state, frame = _sample_frame(speech, state, num_quantizers, sampling)
-        return number + 1, state, codes.at[:, :, number].set(frame)
+        frame, state, codes = carry
+        state, frame_codes = sample_frame(speech, state, num_quantizers, sampling)
+        return frame + 1, state, codes.at[:, :, frame].set(frame_codes)
 
     carry = (0, state, jnp.zeros(shape, jnp.int32))
     _, state, codes = jax.lax.while_loop(is_unfinished, step, carry)
-    return state, codes, state.num_frames - first
+    return state, codes, state.num_frames - num_frames_before
 
 
-def _sample_frame(
+def sample_frame(
     speech: Speech, state: State, num_quantizers: int | jax.Array, sampling: Sampling
 ) -> tuple[State, jax.Array]:
-    """The state after one frame, and its codes [B, Q]; sequences that are done do not change."""
-    c = speech.config
-    batch = len(state.limit)
+    """Samples one frame, by both Transformers.
+
+    Args:
+      speech: The model.
+      state: The sequences so far; those that are done do not change.
+      num_quantizers: Quantizers in use.
+      sampling: How codes are sampled.
+
+    Returns:
+      The state after the frame, and its codes [B, Q].
+    """
+    config = speech.config
+    batch = len(state.max_frames)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-    ends, codes = _sample_channels(speech, state, keys, num_quantizers, sampling)
+    ends, codes = sample_channels(speech, state, keys, num_quantizers, sampling)
     ended = state.ended | (~state.done & ends)
-    goes_on = ~state.done & ~ends
-    slot = jnp.full((batch, 1), c.slot_id)
-    in_use = _in_use(c, batch, num_quantizers)
+    continues = ~state.done & ~ends
+    slot = jnp.full((batch, 1), config.slot_id)
+    in_use = _quantizers_in_use(config, batch, num_quantizers)
     x = speech.apply(slot, codes[..., None], in_use, method="embed")
-    span = Span(state.position, goes_on.astype(jnp.int32))
+    span = Span(state.position, continues.astype(jnp.int32))
     states, cache = speech.apply(x, state.cache, span, method="temporal_states")
-    level = jnp.arange(c.num_quantizers)
-    seen = state.seen.at[jnp.arange(batch)[:, None], level, codes].set(True)
+    levels = jnp.arange(config.num_quantizers)
+    seen = state.seen.at[jnp.arange(batch)[:, None], levels, codes].set(True)
     state = dataclasses.replace(
         state,
         hidden=states[:, 0],
         cache=cache,
-        position=state.position + goes_on,
-        num_frames=state.num_frames + goes_on,
+        position=state.position + continues,
+        num_frames=state.num_frames + continues,
         ended=ended,
         seen=seen,
     )
     return state, codes
 
 
-def _sample_channels(
+def sample_channels(
     speech: Speech,
     state: State,
     keys: jax.Array,
     num_quantizers: int | jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether speech ends, bool [B], and the codes [B, Q] of the next frame; K above the first."""
-    c = speech.config
-    batch = len(state.limit)
-    cache = empty_cache(c.depth.block, c.depth.num_layers, speech.compute, batch, c.num_channels)
+    """Samples the channels of the next frame, by the depth Transformer.
+
+    Args:
+      speech: The model.
+      state: The sequences so far.
+      keys: [B] random keys of the frame.
+      num_quantizers: Quantizers in use.
+      sampling: How codes are sampled.
+
+    Returns:
+      Whether speech ends here, bool [B], and codes [B, Q]; K of the quantizers that are not in use.
+    """
+    config = speech.config
+    depth = config.depth
+    batch = len(state.max_frames)
+    cache = empty_cache(depth.block, depth.num_layers, speech.compute, batch, config.num_channels)
 
     def extend(channel: int | jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """From the input [B, D] of a channel to its states [B, D]."""
+        """From the input [B, D] of a channel to its state [B, 1, D] before the head."""
         span = Span(jnp.full(batch, channel), jnp.ones(batch, jnp.int32))
         x = x[:, None].astype(speech.compute.dtype)
-        depth, cache = speech.apply(x, cache, span, method="depth_states")
+        states, cache = speech.apply(x, cache, span, method="depth_states")
         channels = jnp.asarray(channel)[None]
-        states = speech.apply(depth, channels, method=lambda m, x, c: m.out.states(x, c))
-        return states, cache
+        return speech.apply(states, channels, method="head_states"), cache
 
     def sample(
         level: int | jax.Array, x: jax.Array, cache: Cache, codes: jax.Array, group: Channel
@@ -227,8 +250,8 @@ def _sample_channels(
         """Adds the code of a quantizer; returns the next channel's input."""
         states, cache = extend(level + 1, x, cache)
         levels = jnp.asarray(level)[None]
-        logits = speech.apply(states, levels, method=lambda m, x, q: m.out.code_logits(x, q))[:, 0]
-        logits = logits.at[:, c.codebook_size].set(-jnp.inf)
+        logits = speech.apply(states, levels, method="code_logits")[:, 0]
+        logits = logits.at[:, config.codebook_size].set(-jnp.inf)
         logits = penalize(logits, state.seen[:, level], group)
         level_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, level + 1)
         code = choose_each(logits, level_keys, group)
@@ -236,26 +259,29 @@ def _sample_channels(
         return x, cache, codes.at[:, level].set(code)
 
     states, cache = extend(0, state.hidden, cache)
-    tokens = jnp.array([c.slot_id, c.end_id])
-    logits = speech.apply(states[:, 0], tokens, method=lambda m, x, t: m.out.text_logits(x, t))
+    choices = (config.slot_id, config.end_id)
+    logits = speech.apply(states[:, 0], choices, method="text_logits")
     # Speech has at least one frame.
-    logits = jnp.where((state.num_frames == 0)[:, None] & (tokens == c.end_id), -jnp.inf, logits)
+    end_logit = jnp.where(state.num_frames == 0, -jnp.inf, logits[:, 1])
+    logits = logits.at[:, 1].set(end_logit)
     text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
     ends = choose_each(logits, text_keys, sampling.text) == 1
 
-    x = jnp.broadcast_to(speech.params["text_embedding"][c.slot_id], state.hidden.shape)
-    codes = jnp.full((batch, c.num_quantizers), c.codebook_size, jnp.int32)
+    x = jnp.broadcast_to(speech.params["text_embedding"][config.slot_id], state.hidden.shape)
+    codes = jnp.full((batch, config.num_quantizers), config.codebook_size, jnp.int32)
     carry = sample(0, x, cache, codes, sampling.first)
 
     def step(level: jax.Array, carry: Any) -> Any:
         x, cache, codes = carry
         return sample(level, x, cache, codes, sampling.others)
 
-    *_, codes = jax.lax.fori_loop(1, num_quantizers, step, carry)
+    _, _, codes = jax.lax.fori_loop(1, num_quantizers, step, carry)
     return ends, codes
 
 
-def _in_use(config: SpeechConfig, batch: int, num_quantizers: int | jax.Array) -> jax.Array:
-    """The quantizers in use, bool [B, Q]."""
-    used = jnp.arange(config.num_quantizers) < num_quantizers
-    return jnp.broadcast_to(used, (batch, config.num_quantizers))
+def _quantizers_in_use(
+    config: SpeechConfig, batch: int, num_quantizers: int | jax.Array
+) -> jax.Array:
+    """Whether each quantizer is in use, bool [B, Q]."""
+    in_use = jnp.arange(config.num_quantizers) < num_quantizers
+    return jnp.broadcast_to(in_use, (batch, config.num_quantizers))
