@@ -19,9 +19,13 @@ import setuptools
 
 import moss_tok
 from moss_tok import errors, extras, sharding
+from moss_tok.audio import manifest
 from moss_tok.cli import commands, completion, doctor, selftest
 from moss_tok.cli.main import main
-from moss_tok.codec import huggingface
+from moss_tok.codec import export, huggingface, presets
+from moss_tok.data import code_shards
+from moss_tok.nn import compute
+from moss_tok.speech import config
 
 ROOT = Path(__file__).parents[1]
 
@@ -210,6 +214,9 @@ class TestCompletion:
             (["encode", "a", "b", "--checkpoint", "spee"], "speech.flac"),
             (["convert", "a", "b", "--dtype", "b"], "bfloat16"),
             (["completion", "z"], "zsh"),
+            (["tokenize", "--format", "j"], "jsonl"),
+            (["info", "tt"], "tts-1.7b"),
+            (["info", "spee"], "speech.flac"),
         ],
     )
     def test_bash(self, tmp_path, words, expected):
@@ -224,10 +231,23 @@ class TestCompletion:
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
+    def test_values_are_those_that_commands_accept(self):
+        accepted = {
+            ("export", "function"): export.FUNCTIONS,
+            ("export", "weights"): export.WEIGHTS,
+            ("tokenize", "format"): tuple(code_shards.WRITERS),
+            ("tokenize", "precision"): tuple(compute.PRECISIONS),
+            ("transcribe", "task"): manifest.TASKS,
+        }
+        for key, values in accepted.items():
+            assert completion.VALUES[key] == values
+        assert completion.PRESETS == (*presets.PRESETS, *config.PUBLISHED)
+
     def test_zsh(self, tmp_path):
         script = completion.script("zsh")
         assert script.startswith("#compdef moss-tok")
         assert all(f"    {name}:'" in script for name in commands.COMMANDS)
+        assert ":format:(arrayrecord jsonl)" in script
         if not shutil.which("zsh"):
             pytest.skip("zsh is not installed")
         (tmp_path / "_moss-tok").write_text(script)
