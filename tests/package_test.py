@@ -19,8 +19,13 @@ import setuptools
 
 import moss_tok
 from moss_tok import errors, extras, sharding
+from moss_tok.audio import manifest
 from moss_tok.cli import commands, completion, doctor, selftest
 from moss_tok.cli.main import main
+from moss_tok.codec import export, huggingface, presets
+from moss_tok.data import code_shards
+from moss_tok.nn import compute
+from moss_tok.speech import config
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,11 +124,14 @@ def test_mypy_checks_the_modules_of_all_public_names():
                 assert path.relative_to(ROOT).as_posix() in checked
 
 
+CODES = np.zeros((1, 3, 24), int)
+SILENCE = np.zeros((1, 1, 960))
+
+
 class TestDoctor:
     def test_passes_and_says_what_is_missing(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "pesq", None)
         monkeypatch.setenv("JAX_SOMETHING", "1")
-        monkeypatch.setattr(selftest, "_on_accelerator", lambda: True)
         assert main(["doctor"]) == 0
         out = capsys.readouterr().out
         assert f"moss_tok    {moss_tok.__version__} in " in out
@@ -131,31 +139,36 @@ class TestDoctor:
         assert "PESQ and SDR in moss-tok evaluate: pip install 'moss_tok[eval]'" in out
         assert "environment JAX_SOMETHING=1" in out
         assert f"{jax.device_count()} x cpu, platform cpu" in out
-        assert out.count("self-test   ok: ") == 3
+        assert out.count("self-test   ok: ") == 4
         assert str(Path.home()) not in out or not str(ROOT).startswith(str(Path.home()))
 
     @pytest.mark.parametrize(
-        ("name", "replacement", "message"),
+        ("module", "name", "broken", "message"),
         [
             (
+                moss_tok,
                 "encode",
-                lambda *_: moss_tok.Encoded(np.zeros((1, 16, 25), int), None),
-                "of a stream",
+                lambda *_: moss_tok.Encoded(CODES, None),
+                "of the codes of encode",
             ),
-            ("decode", lambda *_: moss_tok.Decoded(np.full((1, 1, 24000), np.nan), None), "finite"),
-            ("load", lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+            (moss_tok, "encode", lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+            (selftest, "_stream", lambda *_: CODES[0], "of a stream"),
+            (moss_tok, "decode", lambda *_: moss_tok.Decoded(SILENCE * np.nan, None), "finite"),
+            (moss_tok, "decode", lambda *_: moss_tok.Decoded(SILENCE, None), "the known one"),
+            (huggingface, "read_official", lambda *_: (None, np.array([1.0, np.nan])), "1 of 2"),
         ],
     )
-    def test_fails(self, capsys, monkeypatch, name, replacement, message):
-        monkeypatch.setattr(moss_tok, name, replacement, raising=False)
+    def test_fails(self, capsys, monkeypatch, module, name, broken, message):
+        works = {
+            (moss_tok, "encode"): lambda *_: moss_tok.Encoded(selftest.known_codes()[None], None),
+            (selftest, "_stream"): lambda *_: selftest.known_codes(),
+            (moss_tok, "decode"): lambda *_: moss_tok.Decoded(SILENCE, None),
+        }
+        for place, function in (works | {(module, name): broken}).items():
+            monkeypatch.setattr(*place, function, raising=False)
         assert main(["doctor"]) == 1
         assert message in capsys.readouterr().out.partition("FAILED")[2]
-
-    def test_audio_that_does_not_resemble_the_input(self):
-        wav = selftest._voice(24000)
-        noise = np.random.default_rng(0).normal(0, 0.1, wav.shape)
-        assert not selftest._check_audio(wav, noise)[0]
-        assert selftest._check_audio(wav, 0.5 * wav)[0]
+        assert not jax.config.read("jax_disable_most_optimizations")
 
     @pytest.mark.parametrize(
         ("installed", "has_gpu", "has_tpu", "expected"),
@@ -201,6 +214,9 @@ class TestCompletion:
             (["encode", "a", "b", "--checkpoint", "spee"], "speech.flac"),
             (["convert", "a", "b", "--dtype", "b"], "bfloat16"),
             (["completion", "z"], "zsh"),
+            (["tokenize", "--format", "j"], "jsonl"),
+            (["info", "tt"], "tts-1.7b"),
+            (["info", "spee"], "speech.flac"),
         ],
     )
     def test_bash(self, tmp_path, words, expected):
@@ -215,10 +231,23 @@ class TestCompletion:
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
+    def test_values_are_those_that_commands_accept(self):
+        accepted = {
+            ("export", "function"): export.FUNCTIONS,
+            ("export", "weights"): export.WEIGHTS,
+            ("tokenize", "format"): tuple(code_shards.WRITERS),
+            ("tokenize", "precision"): tuple(compute.PRECISIONS),
+            ("transcribe", "task"): manifest.TASKS,
+        }
+        for key, values in accepted.items():
+            assert completion.VALUES[key] == values
+        assert completion.PRESETS == (*presets.PRESETS, *config.PUBLISHED)
+
     def test_zsh(self, tmp_path):
         script = completion.script("zsh")
         assert script.startswith("#compdef moss-tok")
         assert all(f"    {name}:'" in script for name in commands.COMMANDS)
+        assert ":format:(arrayrecord jsonl)" in script
         if not shutil.which("zsh"):
             pytest.skip("zsh is not installed")
         (tmp_path / "_moss-tok").write_text(script)
