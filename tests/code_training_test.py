@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import (
-    CODEC,
     PRETRAIN,
+    SHALLOW,
     init_params,
     leaves_equal,
     make_clips,
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     for number, row in enumerate(rows):
         row["split"] = "test" if number % 5 == 1 else "train"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pretrained.save(folder / "codec", CODEC, init_params(CODEC))
+    pretrained.save(folder / "codec", SHALLOW, init_params(SHALLOW))
     for out, *options in (("codes",), ("lines", "--format=jsonl", "--num-quantizers=3")):
         arguments = [str(manifest), f"--checkpoint={folder / 'codec'}", f"--output={folder / out}"]
         assert main(["tokenize", *arguments, *options]) == 0

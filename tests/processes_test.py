@@ -11,6 +11,7 @@ import pytest
 from helpers import (
     PRETRAIN,
     SECOND_STAGE,
+    SHALLOW,
     as_flags,
     finish,
     free_port,
@@ -121,7 +122,7 @@ def test_two_processes_give_what_one_gives(four_steps, halfway, tmp_path):
         assert a["step"] == b["step"]
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    recipe = make_recipe(config)
+    recipe = make_recipe(config, SHALLOW)
     like = states.state_shapes(recipe, sharding.make_mesh("data:1"))
     found = []
     for run in (config, parts):

@@ -18,6 +18,7 @@ from helpers import (
     GOLDEN,
     PRETRAIN,
     SECOND_STAGE,
+    SHALLOW,
     init_state,
     leaves_equal,
     make_clips,
@@ -102,7 +103,7 @@ def test_a_run_leaves_what_it_promises(finished):
     rows = rows_without_timing(workdir)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     for row in rows:
-        for name in make_recipe(config).objective.term_names:
+        for name in make_recipe(config, SHALLOW).objective.term_names:
             assert row[f"music/{name}"] == pytest.approx(row[name], rel=1e-5)
         assert len(row["codebook_perplexity"]) == len(row["codebook_usage"]) == 4
         assert row["gradient_norm"] > 0 and row["discriminator_gradient_norm"] > 0
@@ -242,7 +243,7 @@ def test_a_run_without_data_makes_its_own(config):
 def test_the_second_stage_starts_from_the_first(ended_second_stage, tmp_path, capsys):
     """Generator restored, discriminators fresh; from an adversarial run they come along."""
     workdir = ended_second_stage["workdir"]
-    recipe = make_recipe(SECOND_STAGE)
+    recipe = make_recipe(SECOND_STAGE, SHALLOW)
     shapes = states.state_shapes(recipe, sharding.make_mesh("data:1"))
 
     def begin():

@@ -16,6 +16,7 @@ from helpers import (
     LANGUAGE,
     PRETRAIN,
     SEMANTIC,
+    SHALLOW,
     init_state,
     leaves_equal,
     make_clips,
@@ -53,8 +54,8 @@ ALONE = SEMANTIC | dict(
 )  # fmt: skip
 
 
-def one_step(flags, batch):
-    recipe = make_recipe(flags, language=LANGUAGE)
+def one_step(flags, batch, codec=SHALLOW):
+    recipe = make_recipe(flags, codec, LANGUAGE)
     state = init_state(recipe)
     before = jax.tree.map(np.asarray, state.params)
     state, metrics = steps.train_step(recipe, state, batch)
@@ -72,14 +73,14 @@ def test_the_text_teaches_the_encoder_through_the_quantizer():
     assert largest(moved["language"]) > 0
     assert largest(moved["decoder"]) == 0  # what the text says nothing of
     assert float(metrics["loss"]) == pytest.approx(20 * float(metrics["semantic_loss"]))
-    values = writer.summarize(make_recipe(ALONE, language=LANGUAGE), state)
+    values = writer.summarize(make_recipe(ALONE, SHALLOW, LANGUAGE), state)
     assert values["semantic_loss"] == pytest.approx(float(metrics["semantic_loss"]))
 
 
 def test_audio_without_text_teaches_nothing_and_changes_nothing():
     state, metrics, moved = one_step(ALONE, text_batch(lengths=(0,)))
     assert largest(moved) == 0 and float(metrics["semantic_loss"]) == 0
-    assert "semantic_loss" not in writer.summarize(make_recipe(ALONE, language=LANGUAGE), state)
+    assert "semantic_loss" not in writer.summarize(make_recipe(ALONE, SHALLOW, LANGUAGE), state)
     # In a mixed batch it counts for as much as alone: the mean is over what has text.
     batch = text_batch(lengths=(3, 0, 0, 0))
     _, mixed, _ = one_step(ALONE, batch)
@@ -91,7 +92,7 @@ def test_audio_without_text_teaches_nothing_and_changes_nothing():
 @pytest.mark.parametrize("audio", ["codes", "latents"])
 def test_dropout_reaches_what_the_head_hears(audio):
     """With codes the head hears the quantizers that are kept, and no others."""
-    recipe = make_recipe(SEMANTIC, language=dataclasses.replace(LANGUAGE, audio=audio))
+    recipe = make_recipe(SEMANTIC, SHALLOW, dataclasses.replace(LANGUAGE, audio=audio))
     params = init_state(recipe).params
 
     @jax.jit
@@ -119,7 +120,7 @@ def test_hidden_frames():
 
 
 def test_the_other_losses_are_what_they_are_without_it():
-    _, metrics, moved = one_step(SEMANTIC | dict(language_mask=0.5), text_batch())
+    _, metrics, moved = one_step(SEMANTIC | dict(language_mask=0.5), text_batch(), CODEC)
     assert np.isfinite(metrics["semantic_loss"]) and largest(moved["encoder"]) > 0
     plain = json.loads((GOLDEN / "train_step.json").read_text())["pretrain"]
     for name in ("reconstruction_loss", "commitment_loss", "codebook_loss"):
@@ -136,7 +137,7 @@ def test_a_frozen_codec_stays_and_is_not_decoded():
 
 def test_the_language_model_has_a_learning_rate_of_its_own():
     config = SEMANTIC | dict(language_learning_rate=0.0)
-    recipe = make_recipe(config, language=LANGUAGE)
+    recipe = make_recipe(config, SHALLOW, LANGUAGE)
     params = jax.tree.map(jnp.ones_like, jax.eval_shape(lambda: init_state(recipe).params))
     transformation = optimizer.of_objective(recipe.optimizer, recipe.objective)
     updates, _ = jax.jit(transformation.update)(params, transformation.init(params), params)
@@ -334,7 +335,7 @@ def test_an_asr_run_starts_from_a_codec(finished, tmp_path):
         *(moss_tok.load(p).params for p in (finished["workdir"], config["workdir"]))
     )
     codec, language = moss_tok.load(config["workdir"]), language_models.load(config["workdir"])
-    assert optax.tree.norm(language.params) > 0 and codec.config == CODEC
+    assert optax.tree.norm(language.params) > 0 and codec.config == SHALLOW
 
 
 @pytest.mark.parametrize(
