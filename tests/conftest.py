@@ -54,8 +54,9 @@ def pytest_configure(config):
 
 # The files that take longest begin first, so that both workers end together.
 LONGEST = (
-    "run_test.py", "training_test.py", "streaming_test.py", "semantic_test.py", "sharding_test.py",
-    "processes_test.py", "speech_training_test.py", "storage_test.py", "code_training_test.py",
+    "training_test.py", "run_test.py", "processes_test.py", "speech_training_test.py",
+    "semantic_test.py", "streaming_test.py", "sharding_test.py", "storage_test.py",
+    "code_training_test.py", "tokenize_test.py", "evaluate_test.py",
 )  # fmt: skip
 
 
