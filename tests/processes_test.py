@@ -50,15 +50,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-SHARED = {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}  # one of them compiles
-
-
 def start_two(*configs, python=()):
     """Two processes of two devices each, connected by flags."""
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     return [
         start(config, address, "--num_processes=2", f"--process_id={n}", num_devices=2,
-              environment=SHARED, python=python)
+              python=python)
         for n, config in enumerate(configs)
     ]  # fmt: skip
 
@@ -66,7 +63,7 @@ def start_two(*configs, python=()):
 def start_two_by_slurm(*configs, python=()):
     """`start_two`, connected by what Slurm says."""
     return [
-        start(config, num_devices=2, environment=environment | SHARED, python=python)
+        start(config, num_devices=2, environment=environment, python=python)
         for config, environment in zip(configs, slurm_environments(), strict=True)
     ]
 
@@ -138,7 +135,7 @@ def test_two_processes_give_what_one_gives(four_steps, halfway, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(halfway):
-    """The same program, so that they need not compile it."""
+    """Of the same run as above, whose program is compiled already."""
     config = halfway | dict(mesh=MESH, num_steps=100000, checkpoint_every=100000)
     processes = start_two_by_slurm(config, config, python=("-c", INTERLEAVED))
     metrics = Path(config["workdir"]) / writer.METRICS

@@ -95,7 +95,7 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
     ("flags", "language", "text"),
     [
         (SEMANTIC | {"language_mask": 0.5}, LANGUAGE, "data:2,fsdp:2,tensor:2"),
-        (ADVERSARIAL | {"discriminator_windows": "256"}, None, "data:2,fsdp:4"),
+        (ADVERSARIAL, None, "data:2,fsdp:2,tensor:2"),
     ],
     ids=["semantic", "adversarial"],
 )
