@@ -18,10 +18,6 @@ import sys, numpy as np
 sys.path = [p for p in sys.path if "moss_tok" not in p]
 from jax import export
 import json, pathlib, safetensors.numpy
-folder, function, size = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-program = export.deserialize(bytearray((folder / f"{function}.jaxexport").read_bytes()))
-signature = json.loads((folder / "signature.json").read_text())
-params = [safetensors.numpy.load_file(p) for p in folder.glob("params.safetensors")]
 
 def steps(x):
     shapes = signature["arguments"][len(params)]
@@ -38,45 +34,60 @@ def steps(x):
 def whole(x):
     return program.call(*params, x, np.full(len(x), x.shape[-1], np.int32))[0]
 
-call = steps if function.endswith("_step") else whole
-results = {name: call(x) for name, x in np.load("in.npz").items()}
+for argument in sys.argv[1:]:
+    function, size = argument.split(":")
+    folder, size = pathlib.Path(function), int(size)
+    program = export.deserialize(bytearray((folder / f"{function}.jaxexport").read_bytes()))
+    signature = json.loads((folder / "signature.json").read_text())
+    params = [safetensors.numpy.load_file(p) for p in folder.glob("params.safetensors")]
+    call = steps if function.endswith("_step") else whole
+    results = {name: call(x) for name, x in np.load(f"{function}.in.npz").items()}
+    np.savez(f"{function}.out.npz", **results)
 assert "moss_tok" not in sys.modules
-np.savez("out.npz", **results)
 """
+CHUNK_FRAMES = 3
 
 
-def called(folder, function, *inputs, size=0):
-    """Results for all inputs, from one process."""
-    np.savez(folder / "in.npz", *inputs)
-    command = [sys.executable, "-c", CALLER, "exported", function, str(size)]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
-    return list(np.load(folder / "out.npz").values())
+@pytest.fixture(scope="module")
+def called(tmp_path_factory, nano_tiny):
+    """By function: the inputs, and the results of all functions from one process."""
+    folder, hop = tmp_path_factory.mktemp("exported"), nano_tiny.config.hop_length
+    wav = 0.1 * np.random.default_rng(0).standard_normal((3, 2, 12 * hop), np.float32)
+    part = wav[..., :-100]
+    codes = np.asarray(moss_tok.encode(nano_tiny, wav).codes).copy()
+    codes[0, 0, 0] = -1
+    inputs = {
+        "encode": [part, part[:1, :, : 5 * hop + 1]],  # the same program takes other shapes
+        "decode": [codes],
+        "encode_step": [wav],
+        "decode_step": [codes],
+    }
+    sizes = {"encode": 0, "decode": 0, "encode_step": CHUNK_FRAMES * hop,
+             "decode_step": CHUNK_FRAMES}  # fmt: skip
+    for function, arrays in inputs.items():
+        weights = "inside" if function == "encode" else "beside"
+        options = ["--function", function, "--weights", weights]
+        options += ["--chunk-frames", str(CHUNK_FRAMES)]
+        out = folder / function
+        assert main(["export", str(GOLDEN / "nano_tiny"), str(out), *options]) == 0
+        assert (out / "params.safetensors").exists() == (weights == "beside")
+        np.savez(folder / f"{function}.in.npz", *arrays)
+    arguments = [f"{function}:{size}" for function, size in sizes.items()]
+    subprocess.run([sys.executable, "-c", CALLER, *arguments], cwd=folder, check=True, timeout=300)
+    results = {name: list(np.load(folder / f"{name}.out.npz").values()) for name in inputs}
+    return {name: (inputs[name], results[name]) for name in inputs}
 
 
 @pytest.mark.parametrize("function", export.FUNCTIONS)
-def test_a_process_without_moss_tok_gives_the_same(tmp_path, monkeypatch, rng, function, nano_tiny):
-    monkeypatch.chdir(tmp_path)
-    hop, steps = nano_tiny.config.hop_length, function.endswith("_step")
-    weights = "inside" if function == "encode" else "beside"
-    options = ["--function", function, "--weights", weights, "--chunk-frames", "3"]
-    assert main(["export", str(GOLDEN / "nano_tiny"), "exported", *options]) == 0
-    assert (tmp_path / "exported" / "params.safetensors").exists() == (weights == "beside")
-    wav = 0.1 * rng.standard_normal((3, 2, 12 * hop - (0 if steps else 100)), np.float32)
-    codes = moss_tok.encode(nano_tiny, wav).codes
-    if function == "encode_step":
-        (found,) = called(tmp_path, function, wav, size=3 * hop)
-        np.testing.assert_array_equal(found, codes)
-        return
-    if function == "encode":  # the same program takes other shapes
-        shorter = wav[:1, :, : 5 * hop + 1]
-        found = called(tmp_path, function, wav, shorter)
-        np.testing.assert_array_equal(found[0], codes)
-        np.testing.assert_array_equal(found[1], moss_tok.encode(nano_tiny, shorter).codes)
-        return
-    expected = np.asarray(moss_tok.decode(nano_tiny, codes.at[0, 0, 0].set(0)).wav)
-    clamped = codes.at[0, 0, 0].set(-1)
-    (found,) = called(tmp_path, function, clamped, size=3)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+def test_a_process_without_moss_tok_gives_the_same(called, function, nano_tiny):
+    """For codes as well that are out of range, which it clamps."""
+    inputs, results = called[function]
+    for given, found in zip(inputs, results, strict=True):
+        if function.startswith("encode"):
+            np.testing.assert_array_equal(found, moss_tok.encode(nano_tiny, given).codes)
+            continue
+        expected = np.asarray(moss_tok.decode(nano_tiny, given.clip(0)).wav)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_files_have_the_mode_of_new_ones(tmp_path):

@@ -1,5 +1,6 @@
 """What several test files share: tiny models, batches, runs."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -20,6 +21,7 @@ import optax
 import pytest
 import soundfile
 
+import moss_tok
 from moss_tok.codec import init as codec_init
 from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
 from moss_tok.codec.presets import mirror
@@ -53,6 +55,9 @@ def micro_config(**changes) -> CodecConfig:
 
 
 CODEC = micro_config()
+_STAGE = (PatchConfig(16), TransformerConfig(16, 8, 16, 2, 2, 32, 0.006, layer_scale=0.5))
+# With one Transformer on each side, for what does not depend on their number: it compiles faster.
+SHALLOW = micro_config(encoder=_STAGE, decoder=mirror(_STAGE))
 
 # Flags of runs with it.
 PRETRAIN = {
@@ -83,7 +88,12 @@ def init_params(config):
     return codec_init.init_params(config, jax.random.key(0))
 
 
-init_state = jax.jit(states.init_state, static_argnums=0)
+_init_state = jax.jit(states.init_state, static_argnums=0)
+
+
+def init_state(recipe, params=None):
+    """A new state; its trace is that of `states.state_shapes`."""
+    return _init_state(recipe, params or {}, {})
 
 
 def make_recipe(flags, codec=CODEC, language=None) -> Recipe:
@@ -100,14 +110,20 @@ def _jitted_step(recipe, mesh, batch_size):
     return steps.sharded_train_step(recipe, states.state_shapes(recipe, mesh), batch_size)
 
 
-def train(flags) -> bool:
-    """A whole run; equal runs in a file share their step, which is traced once."""
+def train(flags, draws_curves=False) -> bool:
+    """A whole run; equal runs in a file share their step, which is traced once.
+
+    Drawing curves takes a third of the time of a short run.
+    """
 
     def shared_step(recipe, shapes, batch_size):
         return _jitted_step(recipe, shapes.step.sharding.mesh, batch_size)
 
     config = configure(**flags)
-    with mock.patch.object(loop, "sharded_train_step", shared_step):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(loop, "sharded_train_step", shared_step))
+        if not draws_curves:
+            stack.enter_context(mock.patch.object(writer.MetricsWriter, "save_curves"))
         return loop.train(config, build_objective(config))
 
 
@@ -195,14 +211,22 @@ def prepare_folder(source, folder):
 
 
 def small_run(flags, clips, folder, **changes):
-    """Flags of a run on the codec and clips of the tests, with a new workdir."""
-    (folder / "micro.json").write_text(CODEC.to_json())
+    """Flags of a run of SHALLOW on the clips, with a new workdir."""
+    (folder / "shallow.json").write_text(SHALLOW.to_json())
     paths = {
-        "model": str(folder / "micro.json"),
+        "model": str(folder / "shallow.json"),
         "train_data": str(clips / "manifest.jsonl"),
         "workdir": str(folder / "run"),
     }
     return flags | paths | {"log_every": 1} | changes
+
+
+def code_noise(codec):
+    """A codec, audio of two streams, and what encode and decode make of all of it."""
+    shape = (2, codec.config.num_channels, MOST_FRAMES * codec.config.hop_length)
+    wav = 0.1 * np.random.default_rng(3).standard_normal(shape, np.float32)
+    codes = moss_tok.encode(codec, wav).codes
+    return codec, wav, np.asarray(codes), np.asarray(moss_tok.decode(codec, codes).wav)
 
 
 def leaves_equal(a, b) -> bool:

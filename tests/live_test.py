@@ -12,7 +12,11 @@ import moss_tok
 from moss_tok.codec import live, streaming
 
 
-@pytest.mark.parametrize("sizes", [(1, 4), (3,)])
+@pytest.mark.parametrize(
+    ("whole", "sizes"),
+    [("v1_tiny", (1, 4)), ("v1_tiny", (3,)), ("nano_tiny", (3,)), ("v2_micro", (1, 4))],
+    indirect=["whole"],
+)
 def test_streams_of_samples(whole, sizes):
     """Blocks of any length; the tail is flushed by the length rule; nothing compiles on the way."""
     codec, wav, *_ = whole

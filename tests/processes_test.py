@@ -1,5 +1,6 @@
 """Several processes on this machine train like one, through jax.distributed."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 from helpers import (
     PRETRAIN,
     SECOND_STAGE,
+    SHALLOW,
     as_flags,
     finish,
     free_port,
     make_clips,
     make_recipe,
+    plain_sgd,
     rows_without_timing,
     slurm_environments,
     small_run,
@@ -57,10 +60,10 @@ def start_two(*configs, python=()):
     ]  # fmt: skip
 
 
-def start_two_by_slurm(*configs):
+def start_two_by_slurm(*configs, python=()):
     """`start_two`, connected by what Slurm says."""
     return [
-        start(config, num_devices=2, environment=environment)
+        start(config, num_devices=2, environment=environment, python=python)
         for config, environment in zip(configs, slurm_environments(), strict=True)
     ]
 
@@ -76,28 +79,47 @@ def pretrain(clips, tmp_path):
     return small_run(PRETRAIN, clips, tmp_path, num_eval_clips=1)
 
 
-def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):
-    """They go on from what one process saved, and one from what they saved; the second stage.
+@pytest.fixture(scope="module", autouse=True)
+def sgd():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "adamw", plain_sgd)
+        yield
 
-    Each holds every other row of a batch.
+
+@pytest.fixture(scope="module")
+def four_steps(clips, tmp_path_factory):
+    """A run of the second stage: one step in this process, three in two processes.
+
+    Also what the two printed. Each of them holds every other row of a batch.
     """
-    monkeypatch.setattr(
-        optimizer, "adamw", lambda config, peak, decayed: optax.sgd(2e-5, momentum=0.8)
-    )
-    config = small_run(SECOND_STAGE, clips, tmp_path, num_eval_clips=0)
-    train(config | dict(num_steps=5))
-    parts = config | dict(workdir=str(tmp_path / "parts"))
-    train(parts | dict(num_steps=1))
-    two = parts | dict(num_steps=4, mesh=MESH, num_workers=1)
-    outputs = finish(start_two(two, two, python=("-c", INTERLEAVED)))
+    folder = tmp_path_factory.mktemp("four_steps")
+    config = small_run(SECOND_STAGE, clips, folder, num_eval_clips=0)
+    assert train(config | dict(num_steps=1))
+    two = config | dict(num_steps=4, mesh=MESH, num_workers=1)
+    return config, finish(start_two(two, two, python=("-c", INTERLEAVED)))
+
+
+@pytest.fixture
+def halfway(four_steps, tmp_path):
+    """The same with a copy of the workdir."""
+    config, _ = four_steps
+    workdir = shutil.copytree(config["workdir"], tmp_path / "copy")
+    return config | dict(workdir=str(workdir))
+
+
+def test_two_processes_give_what_one_gives(four_steps, halfway, tmp_path):
+    """They go on from what one process saved, and one from what they saved; the second stage."""
+    _, outputs = four_steps
     assert "resuming from step 1" in outputs[0]
     assert "step 4/4" in outputs[0] and "step 4/4" not in outputs[1]
-    train(parts | dict(num_steps=5))
+    config, parts = halfway | dict(workdir=str(tmp_path / "whole")), halfway
+    for run in (config, parts):
+        assert train(run | dict(num_steps=5))
     for a, b in zip(*map(rows_without_timing, (config["workdir"], parts["workdir"])), strict=True):
         assert a["step"] == b["step"]
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    recipe = make_recipe(config)
+    recipe = make_recipe(config, SHALLOW)
     like = states.state_shapes(recipe, sharding.make_mesh("data:1"))
     found = []
     for run in (config, parts):
@@ -112,15 +134,16 @@ def test_two_processes_give_what_one_gives(clips, tmp_path, monkeypatch):
     assert difference <= 1e-5 * optax.tree.norm(momenta[0])
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(pretrain):
-    config = pretrain | dict(mesh=MESH, num_steps=100000, checkpoint_every=100000)
-    processes = start_two_by_slurm(config, config)
+def test_a_signal_to_one_process_stops_all_at_one_step(halfway):
+    """Of the same run as above, whose program is compiled already."""
+    config = halfway | dict(mesh=MESH, num_steps=100000, checkpoint_every=100000)
+    processes = start_two_by_slurm(config, config, python=("-c", INTERLEAVED))
     metrics = Path(config["workdir"]) / writer.METRICS
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, processes[0])
+    wait_for(lambda: metrics.read_text().count("\n") >= 7, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, code=143)
     steps = checkpoint.saved_steps(Path(config["workdir"]))
-    assert len(steps) == 1 and rows_without_timing(config["workdir"])[-1]["step"] == steps[0]
+    assert max(steps) > 4 and rows_without_timing(config["workdir"])[-1]["step"] == max(steps)
 
 
 def test_a_workdir_that_is_not_shared_is_refused(pretrain, tmp_path):

@@ -18,6 +18,7 @@ from helpers import (
     GOLDEN,
     PRETRAIN,
     SECOND_STAGE,
+    SHALLOW,
     init_state,
     leaves_equal,
     make_clips,
@@ -32,10 +33,14 @@ from helpers import (
 )
 
 import moss_tok
-from moss_tok import checkpoint, storage
+from moss_tok import checkpoint, sharding, storage
 from moss_tok.evaluation import sweep
 from moss_tok.language import config as language_config
+from moss_tok.language import pretrained as language_models
 from moss_tok.training import checkpoints, loop, writer
+from moss_tok.training import start as run_starts
+from moss_tok.training import state as states
+from moss_tok.training.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def finished(clips, tmp_path_factory):
         SECOND_STAGE, clips, folder, num_steps=4, checkpoint_every=2, eval_every=2,
         num_eval_clips=2, profile_steps="3:3",
     )  # fmt: skip
-    assert train(config)
+    assert train(config, draws_curves=True)
     return config
 
 
@@ -98,7 +103,7 @@ def test_a_run_leaves_what_it_promises(finished):
     rows = rows_without_timing(workdir)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     for row in rows:
-        for name in make_recipe(config).objective.term_names:
+        for name in make_recipe(config, SHALLOW).objective.term_names:
             assert row[f"music/{name}"] == pytest.approx(row[name], rel=1e-5)
         assert len(row["codebook_perplexity"]) == len(row["codebook_usage"]) == 4
         assert row["gradient_norm"] > 0 and row["discriminator_gradient_norm"] > 0
@@ -230,41 +235,42 @@ def test_a_full_disk_leaves_earlier_checkpoints(ended, monkeypatch):
 
 
 def test_a_run_without_data_makes_its_own(config):
-    config = config | dict(train_data="", num_steps=1, num_eval_clips=2)
+    config = config | dict(train_data="", num_steps=1, num_eval_clips=1)
     train(config)
     assert (Path(config["workdir"]) / "synthetic" / "manifest.jsonl").exists()
 
 
 def test_the_second_stage_starts_from_the_first(ended_second_stage, tmp_path, capsys):
     """Generator restored, discriminators fresh; from an adversarial run they come along."""
-    ended = ended_second_stage
-    still = ended | dict(
-        model="", init_from=ended["workdir"], workdir=str(tmp_path / "still"), num_steps=1,
-        learning_rate=1e-30, discriminator_learning_rate=1e-30, reseed_every=1,
-    )  # fmt: skip
-    train(still)
+    workdir = ended_second_stage["workdir"]
+    recipe = make_recipe(SECOND_STAGE, SHALLOW)
+    shapes = states.state_shapes(recipe, sharding.make_mesh("data:1"))
+
+    def begin():
+        saver = checkpoints.Checkpoints(tmp_path / "none", RunConfig(), recipe.objective, {})
+        return run_starts.first_state(recipe, workdir, shapes, saver, print)
+
+    state = begin()
     assert "starting from the generator and discriminators of" in capsys.readouterr().out
-    fresh_discriminators = init_state(make_recipe(SECOND_STAGE)).extra["discriminators"]
-    shapes = jax.eval_shape(lambda: fresh_discriminators)
-    for load in (
-        lambda c: moss_tok.load(c["workdir"]).params,
-        lambda c: checkpoints.load_folder(c["workdir"], "discriminators", shapes),
-    ):
-        a, b = jax.tree.leaves(load(ended)), jax.tree.leaves(load(still))
-        assert all(np.allclose(x, y, atol=1e-6) for x, y in zip(a, b, strict=True))
-    for folder in Path(ended["workdir"], "checkpoints").iterdir():
+    params = moss_tok.load(workdir).params
+    assert leaves_equal(state.params, params) and leaves_equal(state.ema, params)
+    like = shapes.extra["discriminators"]
+    restored = checkpoints.load_folder(workdir, "discriminators", like)
+    assert leaves_equal(state.extra["discriminators"], restored)
+    for folder in Path(workdir, "checkpoints").iterdir():
         shutil.rmtree(folder / "discriminators")
-    fresh = still | dict(workdir=str(tmp_path / "fresh"))
-    train(fresh)
-    assert f"starting from the generator of {ended['workdir']}" in capsys.readouterr().out
-    found = checkpoints.load_folder(fresh["workdir"], "discriminators", shapes)
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(fresh_discriminators), strict=True)
-    assert all(np.allclose(x, y, atol=1e-6) for x, y in pairs)
+    state = begin()
+    assert f"starting from the generator of {workdir}" in capsys.readouterr().out
+    assert leaves_equal(state.params, params) and leaves_equal(state.ema, params)
+    fresh = init_state(recipe).extra["discriminators"]
+    assert leaves_equal(state.extra["discriminators"], fresh)
+    assert not leaves_equal(fresh, restored)
 
 
-def test_starts_from_an_official_directory(golden_dir, second_stage):
+def test_starts_from_an_official_directory(golden_dir, config):
+    """And trains its decoder alone; of the first stage, which compiles faster."""
     start_from = str(golden_dir / "v1_tiny")
-    config = second_stage | dict(
+    config = config | dict(
         model="", init_from=start_from, trainable="decoder", segment_seconds=0.6, num_steps=2,
         num_eval_clips=0,
     )  # fmt: skip
@@ -335,7 +341,12 @@ def test_a_workdir_of_before_there_were_objectives_is_resumed(tmp_path, monkeypa
         "language_model": "tiny", "max_text_tokens": 4, "model": "micro.json", "workdir": "run",
         "train_data": "clips/manifest.jsonl", "num_steps": 4, "log_every": 1, "num_eval_clips": 0,
     }  # fmt: skip
+    before = (moss_tok.load("run").params["encoder"], language_models.load("run").params)
     assert train(flags)
+    after = (moss_tok.load("run").params["encoder"], language_models.load("run").params)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    encoder, language = map(jax.tree.leaves, moved)
+    assert all(encoder) and any(language)  # the second stage learns from texts as well
     assert "resuming from step 2" in capsys.readouterr().out
     rows = rows_without_timing("run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

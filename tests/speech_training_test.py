@@ -331,18 +331,19 @@ def test_a_run_resumes_exactly(folder, tmp_path):
     np.testing.assert_allclose(row["loss"], expected, rtol=1e-5)
 
 
-def test_meshes_train_alike(folder, monkeypatch):
+def test_a_mesh_trains_like_one_device(folder, monkeypatch):
+    """The mesh computes two microbatches, one device all at once."""
     monkeypatch.setattr(optimizer, "adamw", plain_sgd)
     objective = objective_of(folder)
-    config = configure(**flags_of(folder, folder / "none", batch_size=8, num_microbatches=2))
-    recipe = Recipe(objective, config.optimizer, 0, 2)
+    config = configure(**flags_of(folder, folder / "none", batch_size=8))
     batch = some_batches(folder, 2, rows=None)[0]
     batch = {name: np.concatenate([x, x]) for name, x in batch.items() if name != "failed"}
     batch |= {"position": np.arange(8, dtype=np.int32), "failed_reads": np.zeros(8, np.int32),
               "stop": np.zeros(8, bool)}  # fmt: skip
     results = []
-    for text in ("data:1", "data:2,fsdp:2,tensor:2"):
+    for text, num_microbatches in (("data:1", 1), ("data:2,fsdp:2,tensor:2", 2)):
         mesh = sharding.make_mesh(text)
+        recipe = Recipe(objective, config.optimizer, 0, num_microbatches)
         shapes = states.state_shapes(recipe, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         state = jax.jit(states.init_state, static_argnums=0, out_shardings=shardings)(recipe)
@@ -387,7 +388,7 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
         learning_rate=5e-3, warmup_steps=20, decay_steps=200,
         eval_data=str(folder / "codes"), num_eval_clips=2,
     )  # fmt: skip
-    assert train(flags)
+    assert train(flags, draws_curves=True)
     (row,) = writer.read_rows(tmp_path / "run" / writer.EVALUATION)
     scores = row["table"]["speech"]["all quantizers"]
     assert scores["text_loss"] > 0 and scores["other_codes_loss"] > 2  # of random codes

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import MOST_FRAMES, assert_near
+from helpers import MOST_FRAMES, assert_near, code_noise
 from jax.sharding import NamedSharding, PartitionSpec
 
 import moss_tok
@@ -20,14 +20,20 @@ from moss_tok.nn.compute import ComputeConfig
 def splits(name, num_frames):
     """Where chunks begin and end; chunks of 1, 7 and 93 frames, because each size is compiled."""
     random = list(np.random.default_rng(0).choice([1, 7], num_frames))
-    sizes = {"1": [1] * num_frames, "long": [7, 1, 93, 7], "random": random}
+    sizes = {"1": [1] * num_frames, "1, 93": [1, 93], "long": [7, 1, 93, 7], "random": random}
     edges = np.cumsum(sizes[name])
     edges = edges[edges <= num_frames - 7]  # the rest in chunks of one frame
     return [0, *edges, *range(edges[-1] + 1, num_frames + 1)]
 
 
-@pytest.mark.parametrize("name", ["1", "long", "random"])
+@pytest.mark.parametrize(
+    ("whole", "name"),
+    [("v1_tiny", name) for name in ("1", "long", "random")]
+    + [("nano_tiny", "1, 93"), ("v2_micro", "1, 93")],
+    indirect=["whole"],
+)
 def test_any_split_gives_the_whole(whole, name):
+    """Chunks of 7 frames with one codec: 1 and 93 are shorter and longer than any window."""
     codec, wav, codes, wav_hat = whole
     hop = codec.config.hop_length
     longest = max(w / r for w, r in windows(codec.config))
@@ -51,8 +57,13 @@ def windows(config):
     return [(window, rate) for window, rate in pairs if window]
 
 
-@pytest.mark.parametrize("chunk_seconds", [0.1, 1.5])
+@pytest.mark.parametrize(
+    ("whole", "chunk_seconds"),
+    [("v1_tiny", 0.1), ("v1_tiny", 1.5), ("nano_tiny", 1.5), ("v2_micro", 0.1)],
+    indirect=["whole"],
+)
 def test_long_audio_in_chunks_is_the_whole(whole, chunk_seconds):
+    """Chunks below and above the length of the windows."""
     codec, wav, codes, wav_hat = whole
     lengths = np.array([wav.shape[-1] - 5000, wav.shape[-1]])
     found = moss_tok.encode(codec, wav, lengths, chunk_seconds=chunk_seconds)
@@ -148,9 +159,12 @@ def test_slots_of_codes_are_independent(v1_tiny, rng):
         assert state.position.tolist() == position.tolist()
 
 
-def test_after_a_day_streams_are_as_exact(whole, monkeypatch):
-    """Phases depend on distances alone, and are as precise far out as at the beginning."""
-    codec, wav, codes, wav_hat = whole
+def test_after_a_day_streams_are_as_exact(v1_tiny, monkeypatch):
+    """Phases depend on distances alone, and are as precise far out as at the beginning.
+
+    One codec: the positions are the same for all.
+    """
+    codec, wav, codes, wav_hat = code_noise(v1_tiny)
     day, table = 24 * 3600 * 400, rope.rope_table
     monkeypatch.setattr(rope, "rope_table", lambda p, *args: table(p + day, *args))
     jax.clear_caches()

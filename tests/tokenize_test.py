@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from array_record.python.array_record_module import ArrayRecordWriter
-from helpers import GOLDEN, finish, init_params, micro_config, slurm_environments
+from helpers import GOLDEN, SHALLOW, finish, init_params, slurm_environments
 
 import moss_tok
 from moss_tok import sharding
@@ -42,8 +42,7 @@ def root(tmp_path_factory):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "some.jsonl").write_text(text)
-    config = micro_config()
-    pretrained.save(folder / "codec", config, init_params(config))
+    pretrained.save(folder / "codec", SHALLOW, init_params(SHALLOW))
     return folder
 
 

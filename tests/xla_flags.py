@@ -1,5 +1,9 @@
-"""Flags of XLA for tests on CPUs; imported before jax."""
+"""Flags of XLA for tests on CPUs, and the folder of compiled programs; imported before jax."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 
@@ -17,3 +21,13 @@ def for_cpus() -> str:
     elif jaxlib < "0.12":  # for steps that are jitted without `sharding.compiler_options`
         flags.append("--xla_cpu_multi_thread_eigen=false")
     return " ".join(flags)
+
+
+def cache_folder() -> str:
+    """A folder that this process removes; in a worker of pytest-xdist, that of its main process."""
+    inherited = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if inherited and "PYTEST_XDIST_WORKER" in os.environ:
+        return inherited
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -171,7 +171,8 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
                 break
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
-    shapes = jax.eval_shape(lambda: init_state(recipe))
+    # With the arguments of `start.first_state`, so that a run traces this only once.
+    shapes = jax.jit(init_state, static_argnums=0).eval_shape(recipe, {}, {})
     return jax.tree_util.tree_map_with_path(add_sharding, shapes)
 
 
