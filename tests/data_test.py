@@ -47,7 +47,7 @@ def test_a_batch_is_a_function_of_its_number(clips):
     assert set(lengths) == {800, 2048}
     short = next(b["wav"][i] for b in seen for i in range(3) if b["length"][i] == 800)
     np.testing.assert_array_equal(short[:, 800:], 0)
-    assert {pipeline.DOMAINS[d] for b in seen for d in b["domain"]} == {"music"}
+    assert {manifest.DOMAINS[d] for b in seen for d in b["domain"]} == {"music"}
 
 
 def test_batches_of_one(clips):
@@ -162,7 +162,7 @@ def test_a_mixture_follows_its_weights(clips, tmp_path):
     both = f"{clips}/manifest.jsonl:1,{other}/manifest.jsonl:3"
     stream = batches(both, FLAGS | dict(batch_size=40))
     domains = next(stream)["domain"]
-    assert (domains == pipeline.DOMAINS.index("sound")).sum() == 30
+    assert (domains == manifest.DOMAINS.index("sound")).sum() == 30
     by_size = sources.training_mixture(both.replace(":1", "").replace(":3", ""), SECONDS)
     assert by_size.weights == (13.0, 12.0)
 

@@ -54,7 +54,7 @@ def test_prepare_writes_what_training_reads(clips, tmp_path, capsys):
         mixture = sources.training_mixture(str(source), SHAPE.num_samples / RATE)
         batch = next(pipeline.batches(AudioDataConfig(batch_size=3), mixture, SHAPE))
         assert batch["wav"].shape == (3, 1, 2048) and (batch["failed"] == -1).all()
-        assert set(batch["domain"]) == {pipeline.DOMAINS.index("music")}
+        assert set(batch["domain"]) == {manifest.DOMAINS.index("music")}
         items = sources.evaluation_items(str(source), 5)
         assert len(items) == 2 and sources.open_item(items[0]).domain == "speech"
 
