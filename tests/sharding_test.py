@@ -32,7 +32,6 @@ from moss_tok import sharding
 from moss_tok.codec import pretrained
 from moss_tok.language import pretrained as language_models
 from moss_tok.nn.compute import ComputeConfig
-from moss_tok.objectives import discriminators
 from moss_tok.objectives.config import DiscriminatorSettings
 from moss_tok.objectives.discriminators import Discriminators
 from moss_tok.training import optimizer
@@ -91,25 +90,31 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
     np.testing.assert_allclose(decoded, moss_tok.decode(micro, expected).wav, atol=1e-5)
 
 
+@pytest.fixture
+def sgd(monkeypatch):
+    """In place of Adam; what was traced with it is forgotten."""
+    monkeypatch.setattr(optimizer, "adamw", plain_sgd)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("sgd")
 @pytest.mark.parametrize(
-    ("flags", "language", "text"),
+    ("flags", "codec", "language"),
     [
-        (SEMANTIC | {"language_mask": 0.5}, LANGUAGE, "data:2,fsdp:2,tensor:2"),
-        (ADVERSARIAL, None, "data:2,fsdp:2,tensor:2"),
+        (SEMANTIC | {"language_mask": 0.5, "mel_windows": "64"}, SHALLOW, LANGUAGE),
+        (ADVERSARIAL, CODEC, None),
     ],
     ids=["semantic", "adversarial"],
 )
-def test_a_mesh_trains_like_one_device(flags, language, text, monkeypatch):
+def test_a_mesh_trains_like_one_device(flags, codec, language):
     """Losses, counts and parameters of 3 steps of SGD, and the first gradients.
 
     SGD accumulates the gradients first. Adam would make rounding errors of small gradients as large
     as the gradients. With the language model, the mesh computes two microbatches and one device all
-    at once. Of stages, windows and bands of discriminators there are few, which compile faster.
+    at once.
     """
-    monkeypatch.setattr(optimizer, "adamw", plain_sgd)
-    monkeypatch.setattr(discriminators, "BANDS", (0.0, 0.25, 1.0))
-    flags = flags | {"batch_size": 8, "mel_windows": "64"}
-    recipe = make_recipe(flags, SHALLOW, language)
+    recipe = make_recipe(flags | {"batch_size": 8}, codec, language)
     fresh = jax.device_get(init_state(recipe))
 
     def train(recipe, text):
@@ -139,7 +144,8 @@ def test_a_mesh_trains_like_one_device(flags, language, text, monkeypatch):
     rows, gradients, params, counts = train(recipe, "data:1")
     # Convolutions in a loop are slow on CPUs: the discriminators get all at once.
     in_parts = dataclasses.replace(recipe, num_microbatches=2 if language else 1)
-    found, found_gradients, found_params, found_counts = train(in_parts, text)
+    results = train(in_parts, "data:2,fsdp:2,tensor:2")
+    found, found_gradients, found_params, found_counts = results
     for expected, row in zip(rows, found, strict=True):
         for name in (name for name in expected if name.endswith("loss")):
             assert row[name] == pytest.approx(expected[name], rel=1e-4), name
@@ -149,7 +155,7 @@ def test_a_mesh_trains_like_one_device(flags, language, text, monkeypatch):
         assert 0 < optax.tree.norm(expected)
         assert difference <= 1e-5 * optax.tree.norm(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, found_params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), counts, found_counts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), counts, found_counts)
 
 
 def test_moments_are_split_like_their_parameters():
