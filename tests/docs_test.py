@@ -199,6 +199,8 @@ def small_box(folder, monkeypatch):
     monkeypatch.setattr(assets, "CODEC", folder / "codec")
     wav = 0.1 * np.random.default_rng(0).standard_normal(RATE)
     soundfile.write("speech.flac", wav, RATE)
+    Path("recordings").mkdir()
+    soundfile.write("recordings/one.wav", wav, RATE)
     Path("experiments").unlink()
     Path("experiments/starter").mkdir(parents=True)
     short = "experiments/starter/speech-test-00.opus"

@@ -100,18 +100,23 @@ def sgd(monkeypatch):
 
 @pytest.mark.usefixtures("sgd")
 @pytest.mark.parametrize(
-    ("flags", "codec", "language"),
+    ("flags", "codec", "language", "meshes"),
     [
-        (SEMANTIC | {"language_mask": 0.5, "mel_windows": "64"}, SHALLOW, LANGUAGE),
-        (ADVERSARIAL, CODEC, None),
+        (
+            SEMANTIC | {"language_mask": 0.5, "mel_windows": "64"},
+            SHALLOW,
+            LANGUAGE,
+            ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2"),
+        ),
+        (ADVERSARIAL, CODEC, None, ("data:2,fsdp:2,tensor:2",)),
     ],
     ids=["semantic", "adversarial"],
 )
-def test_a_mesh_trains_like_one_device(flags, codec, language):
+def test_meshes_train_like_one_device(flags, codec, language, meshes):
     """Losses, counts and parameters of 3 steps of SGD, and the first gradients.
 
     SGD accumulates the gradients first. Adam would make rounding errors of small gradients as large
-    as the gradients. With the language model, the mesh computes two microbatches and one device all
+    as the gradients. With the language model, a mesh computes two microbatches and one device all
     at once.
     """
     recipe = make_recipe(flags | {"batch_size": 8}, codec, language)
@@ -144,18 +149,19 @@ def test_a_mesh_trains_like_one_device(flags, codec, language):
     rows, gradients, params, counts = train(recipe, "data:1")
     # Convolutions in a loop are slow on CPUs: the discriminators get all at once.
     in_parts = dataclasses.replace(recipe, num_microbatches=2 if language else 1)
-    results = train(in_parts, "data:2,fsdp:2,tensor:2")
-    found, found_gradients, found_params, found_counts = results
-    for expected, row in zip(rows, found, strict=True):
-        for name in (name for name in expected if name.endswith("loss")):
-            assert row[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert len(gradients) == 3  # codebooks, the rest, language model or discriminators
-    for expected, got in zip(gradients, found_gradients, strict=True):
-        difference = optax.tree.norm(optax.tree.sub(got, expected))
-        assert 0 < optax.tree.norm(expected)
-        assert difference <= 1e-5 * optax.tree.norm(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, found_params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), counts, found_counts)
+    for text in meshes:
+        results = train(in_parts, text)
+        mesh_rows, mesh_gradients, mesh_params, mesh_counts = results
+        for expected, row in zip(rows, mesh_rows, strict=True):
+            for name in (name for name in expected if name.endswith("loss")):
+                assert row[name] == pytest.approx(expected[name], rel=1e-4), (text, name)
+        assert len(gradients) == 3  # codebooks, the rest, language model or discriminators
+        for expected, got in zip(gradients, mesh_gradients, strict=True):
+            difference = optax.tree.norm(optax.tree.sub(got, expected))
+            assert 0 < optax.tree.norm(expected), text
+            assert difference <= 1e-5 * optax.tree.norm(expected), text
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, mesh_params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), counts, mesh_counts)
 
 
 def test_moments_are_split_like_their_parameters():

@@ -7,7 +7,6 @@ token (a uniform guess among 1024 codes: 6.93) and where the sample is.
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import command
@@ -35,21 +34,20 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        """See the class."""
+        """See the class. Row 0 of the first table starts a sequence."""
         place = jnp.arange(tokens.shape[1])
         level = place % Q  # quantizer of each token
-        rows = tokens + self.codebook_size * level + 1  # row 0 starts a sequence
-        rows = jnp.pad(rows, ((0, 0), (1, 0)))[:, :-1]
+        rows = jnp.pad(tokens + self.codebook_size * level + 1, ((0, 0), (1, 0)))[:, :-1]
         x = nn.Embed(Q * self.codebook_size + 1, self.dim)(rows)
         x += nn.Embed(FRAMES * Q, self.dim)(place) + nn.Embed(Q, self.dim)(level)
         for _ in range(2):
-            y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(4)(y, y, mask=nn.make_causal_mask(tokens))
+            attention = nn.MultiHeadDotProductAttention(4)
+            x += attention(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
             x += nn.Dense(self.dim)(nn.gelu(nn.Dense(4 * self.dim)(nn.LayerNorm()(x))))
         return nn.Dense(self.codebook_size)(nn.LayerNorm()(x))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def train_step(model, params, opt_state, tokens):
     """One update on tokens [B, N]."""
 
@@ -62,7 +60,7 @@ def train_step(model, params, opt_state, tokens):
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def sample(model, params, key):
     """Tokens [1, N], drawn one by one; without a cache, so each draw runs the whole model."""
 
@@ -73,15 +71,16 @@ def sample(model, params, key):
     return jax.lax.fori_loop(0, FRAMES * Q, draw, jnp.zeros((1, FRAMES * Q), jnp.int32))
 
 
-def read_codes(codec, data):
-    """Codes [B, Q, FRAMES] of the start of every training recording that is long enough."""
+def read_tokens(codec, data):
+    """Tokens [B, FRAMES * Q], frame by frame, of all training recordings that are long enough."""
     config = codec.config
     num_samples = FRAMES * config.hop_length
     rows = []
     for item in manifest.find_items(data):
         if item.split == "train" and item.duration_seconds * config.sample_rate >= num_samples:
             wav = files.read(item.path, config.sample_rate, config.num_channels)
-            rows.append(moss_tok.encode(codec, wav[None, :, :num_samples], None, Q).codes[0])
+            codes = moss_tok.encode(codec, wav[None, :, :num_samples], None, Q).codes[0]
+            rows.append(codes.T.ravel())
     if not rows:
         raise ValueError(f"{data}: no training recording of {num_samples} samples or more")
     return np.stack(rows)
@@ -96,8 +95,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     files.check_output(args.output)
     codec = moss_tok.load()
-    codes = read_codes(codec, args.data)
-    tokens = codes.swapaxes(1, 2).reshape(len(codes), -1)  # frame by frame
+    tokens = read_tokens(codec, args.data)
     model = LanguageModel(codec.config.quantizer.codebook_size)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1])
     opt_state = optimizer.init(params)
