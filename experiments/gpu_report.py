@@ -1,6 +1,6 @@
 """What to expect of a GPU: trains, encodes, streams and tokenizes for at most eight minutes.
 
-    python experiments/gpu_report.py --output=gpu_report [--official=DIR] [--parts=device,bulk]
+    python experiments/gpu_report.py --output=gpu_report [--official=DIR] [--parts=large,bulk]
 
 Each part is a process with a time limit of its own. Its output goes to the screen and to
 OUTPUT/PART.txt as it comes, so that a part that is stopped leaves what it measured. At the end all
@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from moss_tok.cli.commands import Parser
 
 EXPERIMENTS = Path(__file__).resolve().parent
 ROOT = EXPERIMENTS.parent
@@ -248,11 +250,18 @@ def speeds(output: Path) -> str:
 
 def main() -> None:
     """Runs the parts within the time limit and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default="gpu_report", help="a new folder")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="gpu_report", help="a new folder (default: gpu_report)")
     parser.add_argument("--official", help="checkout of the official repository")
-    parser.add_argument("--parts", default="", help="names, separated by commas; default: all")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of everything")
+    parser.add_argument(
+        "--parts",
+        default="",
+        help="names, separated by commas: compile, large, small, bulk, streaming, tokenize, "
+        "attention (default: all)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit of everything (default: 8)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, for a CPU")
     args = parser.parse_args()
     output = Path(args.output).resolve()

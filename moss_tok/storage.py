@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import functools
 import glob
+import logging
 import os
 import pathlib
 import re
@@ -70,6 +71,8 @@ def _unreachable(bucket: str) -> str:
 
     # Cached listings would become wrong, because other processes write there too.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    # It prints a traceback for each error that it also raises, which we print as one line.
+    logging.getLogger("gcsfs").addFilter(lambda record: record.exc_info is None)
     try:
         exists = epath.Path(f"{_PREFIX}{bucket}").exists()
     except Exception as error:  # from gcsfs, google.auth or aiohttp

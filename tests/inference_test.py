@@ -92,6 +92,12 @@ def test_under_jit_vmap_and_as_a_pytree(v1_tiny, wavs):
     assert same.config == v1_tiny.config
 
 
+@pytest.mark.parametrize("name", ["num_quantizers", "chunk_seconds"])
+def test_traced_arguments_that_must_be_static(v1_tiny, name):
+    with pytest.raises(ValueError, match=f"{name} must be static .*static_argnames='{name}'"):
+        jax.eval_shape(lambda value: moss_tok.encode(v1_tiny, WAV, **{name: value}), 1)
+
+
 def test_stereo(nano_tiny, rng):
     wav = 0.1 * rng.standard_normal((2, 2, 8000), np.float32)
     encoded = moss_tok.encode(nano_tiny, wav)

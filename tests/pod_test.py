@@ -234,6 +234,8 @@ def test_delete():
         (("create", *WHERE, "--type=v5p"), "and a size, as in v5p-128, got 'v5p'"),
         (("create", "v1", "--zone=", "--type=v5p-8"), "--zone must not be empty"),
         (("launch", *WHERE), "launch needs the flags of train.py"),
+        (("launch", *WHERE, "--", "--flagfile=x", "--dry_run"), "--dry_run must come before --"),
+        (("launch", *WHERE, "--", "--project=p"), "--project must come before --"),
         (("start", *WHERE), "invalid choice: 'start'"),
     ],
 )

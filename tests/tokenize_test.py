@@ -166,6 +166,22 @@ def test_processes_of_jax_distributed_share_the_work(root, whole, tmp_path):
             assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
 
 
+def test_an_output_that_processes_do_not_share_is_refused(root, tmp_path):
+    command = [sys.executable, "-m", "moss_tok", "tokenize", str(root / "in"),
+               "--checkpoint", str(root / "codec"), "--output"]  # fmt: skip
+    outputs = [tmp_path / "a", tmp_path / "b"]
+    processes = [
+        subprocess.Popen([*command, str(output)], env=os.environ | environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for environment, output in zip(slurm_environments(), outputs, strict=True)
+    ]  # fmt: skip
+    for process, output in zip(processes, outputs, strict=True):
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, text
+        assert f"error: output {output}: must be a folder that all processes share" in text
+        assert not output.exists() or not any(output.iterdir())
+
+
 def test_a_plan_that_is_being_written(tmp_path):
     (tmp_path / ".incomplete-1").touch()
     jobs.check_folder(tmp_path, "plan.json")

@@ -7,8 +7,9 @@
     python tpu_scripts/pod.py watch v1 --zone=us-east5-a --type=v5p-128 --spot -- --flagfile=...
     python tpu_scripts/pod.py delete v1 --zone=us-east5-a
 
-Needs gcloud, logged in. --dry_run only prints the commands. watch does everything: it creates the
-slice and launches the run, and repeats this after each preemption until num_steps is reached.
+Needs gcloud, logged in. --dry_run, before --, only prints the commands. watch does everything: it
+creates the slice and launches the run, and repeats this after each preemption until num_steps is
+reached.
 """
 
 import argparse
@@ -216,6 +217,9 @@ def main() -> int:
     kinds = "|".join(_RUNTIMES)
     if args.action in ("create", "watch") and not re.fullmatch(rf"({kinds})-[1-9]\d*", args.type):
         parser.error(f"--type must be {kinds} and a size, as in v5p-128, got {args.type!r}")
+    for option in ("--zone", "--project", "--type", "--spot", "--dry_run"):
+        if any(flag.partition("=")[0] == option for flag in flags):
+            parser.error(f"{option} must come before --, after which are the flags of train.py")
     if args.action in ("launch", "watch") and not flags:
         parser.error(f"{args.action} needs the flags of train.py, after --")
     try:

@@ -9,7 +9,9 @@ EXAMPLE = "moss-tok prepare recordings shards --sample-rate 24000"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("input", metavar="IN", help="folder of audio, or manifest.jsonl")
+    parser.add_argument(
+        "input", metavar="IN", help="folder of audio, or manifest.jsonl; may be a gs:// path"
+    )
     parser.add_argument(
         "output", metavar="OUT", help="folder; an unfinished output is resumed by the same command"
     )

@@ -11,14 +11,17 @@ EXAMPLE = "moss-tok tokenize recordings --output codes --num-quantizers 16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "input", metavar="IN", help="folder of audio, manifest.jsonl or ArrayRecord shards"
+        "input",
+        metavar="IN",
+        help="folder of audio, manifest.jsonl or ArrayRecord shards; may be a gs:// path",
     )
     arguments.add_codec(parser)
     parser.add_argument(
         "--output",
         required=True,
         metavar="DIR",
-        help="folder; an unfinished output is resumed by the same command",
+        help="folder on this machine, which machines that share the work also share; an unfinished "
+        "output is resumed by the same command",
     )
     parser.add_argument(
         "--format", default="arrayrecord", help="arrayrecord or jsonl (default: arrayrecord)"
@@ -99,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
     )
     jobs.check_folder(args.output, PLAN)
+    if distributed:
+        tokenize.check_shared(args.output)
     items = tokenize.find_items(args.input)
     compute = PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)

@@ -19,6 +19,12 @@ def check_part(codec: Any, name: str) -> None:
         raise ValueError(f"this codec was loaded without its {name}")
 
 
+def check_static(name: str, value: Any) -> None:
+    """Raises ValueError if an argument that must be static is traced by a transformation."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be static under jax.jit: static_argnames={name!r}")
+
+
 def check_wav(
     wav: Any,
     shape: tuple[str | int, ...],

@@ -12,7 +12,13 @@ from jax.typing import ArrayLike
 
 from moss_tok import summary
 from moss_tok.codec import presets
-from moss_tok.codec.checks import check_codes, check_num_samples, check_part, check_wav
+from moss_tok.codec.checks import (
+    check_codes,
+    check_num_samples,
+    check_part,
+    check_static,
+    check_wav,
+)
 from moss_tok.codec.chunks import pad, scan_chunks
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.masks import prefix_mask, zero_past
@@ -164,6 +170,7 @@ def encode(
         samples or more, num_quantizers or chunk_seconds is out of range, or the codec was loaded
         without its encoder.
     """
+    check_static("num_quantizers", num_quantizers)
     num_quantizers = codec.config.check_num_quantizers(num_quantizers)
     check_part(codec, "encoder")
     wav, lengths = check_wav(wav, ("B", codec.config.num_channels, "S"), lengths)
@@ -286,6 +293,7 @@ def stack(recordings: Sequence[np.ndarray | jax.Array], size: int) -> np.ndarray
 def _frames_per_chunk(codec: Codec, num_frames: int, chunk_seconds: float | None) -> int:
     """Frames per chunk; `num_frames` if everything is computed at once."""
     config = codec.config
+    check_static("chunk_seconds", chunk_seconds)
     if chunk_seconds is None:
         chunk_seconds = CHUNK_SECONDS if is_long(num_frames / config.frame_rate) else 0
     if not (is_number(chunk_seconds) and chunk_seconds >= 0):

@@ -19,6 +19,7 @@ from moss_tok.codec.checks import (
     check_codes,
     check_count,
     check_part,
+    check_static,
     check_wav,
 )
 from moss_tok.codec.config import CodecConfig
@@ -114,6 +115,7 @@ def encode_step(
         `init_encoder_stream` of this codec or was used before.
     """
     c = codec.config
+    check_static("num_quantizers", num_quantizers)
     num_quantizers = c.check_num_quantizers(num_quantizers)
     _check_state(codec, "encoder", state)
     shape = (state.position.shape[0], c.num_channels, "T * hop_length")

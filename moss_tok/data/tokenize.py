@@ -21,9 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from moss_tok import storage
+from moss_tok import sharding, storage
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import AudioItem
 from moss_tok.codec import inference, pretrained
@@ -206,6 +207,27 @@ def check_share(shard_index: int, num_shards: int) -> None:
         raise ValueError(f"num-shards must be at least 1, got {num_shards}")
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard-index must be 0..{num_shards - 1}, got {shard_index}")
+
+
+def check_shared(folder: str | Path) -> None:
+    """Raises ValueError unless all processes of jax.distributed see the same `folder`.
+
+    Otherwise each would wait for the shards of the others for ever.
+    """
+    if jax.process_count() == 1:
+        return
+    path = storage.to_local_path(folder)
+    probe = path / f"{files.INCOMPLETE}shared"
+    if sharding.is_main_process():
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    sharding.barrier("output is there")
+    is_shared = sharding.all_agree(probe.exists())
+    sharding.barrier("output was seen")
+    if sharding.is_main_process():
+        probe.unlink(missing_ok=True)
+    if not is_shared:
+        raise ValueError(f"output {folder}: must be a folder that all processes share")
 
 
 def _short_durations(shards: Sequence[Shard]) -> list[float]:
