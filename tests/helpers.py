@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -325,11 +326,12 @@ def wait_until_gone(session, seconds=10):
         time.sleep(0.1)
 
 
-def free_port(first=0):
-    """A port that no process listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", first))
-        return probe.getsockname()[1]
+def free_port(low=0, high=0):
+    """A port that no process listens on, of low, ..., high if they are given."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):  # in use, or was just now
+            probe.bind(("127.0.0.1", random.randint(low, high)))
+            return probe.getsockname()[1]
 
 
 def finish(processes, code=0):
@@ -341,7 +343,7 @@ def finish(processes, code=0):
 
 def slurm_environments():
     """What Slurm says to each of two processes; jax takes its port from the job's number."""
-    port = free_port(61_440 + os.getpid() % 4096)
+    port = free_port(61_440, 65_535)
     common = {"SLURM_JOB_ID": str(port - 61_440), "SLURM_STEP_NODELIST": "127.0.0.1",
               "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
     return [common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]

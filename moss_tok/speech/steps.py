@@ -236,19 +236,11 @@ def sample_channels(
     batch = len(state.max_frames)
     cache = empty_cache(depth.block, depth.num_layers, speech.compute, batch, config.num_channels)
 
-    def extend(channel: int | jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """From the input [B, D] of a channel to its state [B, 1, D] before the head."""
-        span = Span(jnp.full(batch, channel), jnp.ones(batch, jnp.int32))
-        x = x[:, None].astype(speech.compute.dtype)
-        states, cache = speech.apply(x, cache, span, method="depth_states")
-        channels = jnp.asarray(channel)[None]
-        return speech.apply(states, channels, method="head_states"), cache
-
     def sample(
         level: int | jax.Array, x: jax.Array, cache: Cache, codes: jax.Array, group: Channel
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """Adds the code of a quantizer; returns the next channel's input."""
-        states, cache = extend(level + 1, x, cache)
+        states, cache = _extend_depth(speech, level + 1, x, cache)
         levels = jnp.asarray(level)[None]
         logits = speech.apply(states, levels, method="code_logits")[:, 0]
         logits = logits.at[:, config.codebook_size].set(-jnp.inf)
@@ -258,15 +250,8 @@ def sample_channels(
         x = speech.params["code_embeddings"][level, code]
         return x, cache, codes.at[:, level].set(code)
 
-    states, cache = extend(0, state.hidden, cache)
-    choices = (config.slot_id, config.end_id)
-    logits = speech.apply(states[:, 0], choices, method="text_logits")
-    # Speech has at least one frame.
-    end_logit = jnp.where(state.num_frames == 0, -jnp.inf, logits[:, 1])
-    logits = logits.at[:, 1].set(end_logit)
-    text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    ends = choose_each(logits, text_keys, sampling.text) == 1
-
+    states, cache = _extend_depth(speech, 0, state.hidden, cache)
+    ends = _sample_end(speech, states[:, 0], state.num_frames, keys, sampling.text)
     x = jnp.broadcast_to(speech.params["text_embedding"][config.slot_id], state.hidden.shape)
     codes = jnp.full((batch, config.num_quantizers), config.codebook_size, jnp.int32)
     carry = sample(0, x, cache, codes, sampling.first)
@@ -277,6 +262,30 @@ def sample_channels(
 
     _, _, codes = jax.lax.fori_loop(1, num_quantizers, step, carry)
     return ends, codes
+
+
+def _extend_depth(
+    speech: Speech, channel: int | jax.Array, x: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """From the input [B, D] of a channel to its state [B, 1, D] before the head."""
+    batch = len(x)
+    span = Span(jnp.full(batch, channel), jnp.ones(batch, jnp.int32))
+    x = x[:, None].astype(speech.compute.dtype)
+    states, cache = speech.apply(x, cache, span, method="depth_states")
+    channels = jnp.asarray(channel)[None]
+    return speech.apply(states, channels, method="head_states"), cache
+
+
+def _sample_end(
+    speech: Speech, states: jax.Array, num_frames: jax.Array, keys: jax.Array, group: Channel
+) -> jax.Array:
+    """Whether speech ends, bool [B], from the text channel's states [B, D]; not before a frame."""
+    choices = (speech.config.slot_id, speech.config.end_id)
+    logits = speech.apply(states, choices, method="text_logits")
+    end_logit = jnp.where(num_frames == 0, -jnp.inf, logits[:, 1])
+    logits = logits.at[:, 1].set(end_logit)
+    text_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    return choose_each(logits, text_keys, group) == 1
 
 
 def _quantizers_in_use(
