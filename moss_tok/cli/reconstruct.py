@@ -1,4 +1,4 @@
-"""Encodes an audio file, or all of a folder, and decodes it again; prints the mel_loss."""
+"""Encodes a file, or a whole folder, and decodes it again; prints the mel_loss of a file."""
 
 import argparse
 import functools
