@@ -120,7 +120,7 @@ def test_overfits_a_clip(flags, num_steps):
     batch = make_batch(np.tile(0.3 * np.sin(2 * np.pi * 440 * t), (4, 1, 1)))
     _, first = run_steps(recipe, 1, batch=lambda i: batch)
     _, last = run_steps(recipe, num_steps, batch=lambda i: batch)
-    assert float(last["reconstruction_loss"]) < 0.6 * float(first["reconstruction_loss"])
+    assert float(last["reconstruction_loss"]) < 0.5 * float(first["reconstruction_loss"])
 
 
 def test_frozen_encoder_and_quantizer_stay(micro, tmp_path):
