@@ -3,21 +3,12 @@
 import json
 from pathlib import Path
 
+import augment_clips
 import numpy as np
 import pytest
 import soundfile
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RATE = 8000
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The script's main."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXPERIMENTS))
-        import augment_clips
-    return augment_clips.main
 
 
 @pytest.fixture
@@ -33,17 +24,19 @@ def manifest(tmp_path):
     return path
 
 
-def copies_of(main, manifest, name, *options):
+def copies_of(manifest, name, *options):
     """The rows of the new manifest by transcript, and the audio of the copies of "a"."""
     folder = manifest.parent / name
-    main([str(manifest), str(folder), "--copies=2", f"--sample_rate={RATE}", *options])
+    augment_clips.main(
+        [str(manifest), str(folder), "--copies=2", f"--sample_rate={RATE}", *options]
+    )
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     found = {text: [row for row in rows if row["transcript"] == text] for text in "abc"}
     return found, [soundfile.read(row["path"])[0] for row in found["a"][1:]]
 
 
-def test_copies_have_their_text_and_differ(main, manifest):
-    rows, wavs = copies_of(main, manifest, "out", "--tempo=0.3", "--augment_speed=0.2",
+def test_copies_have_their_text_and_differ(manifest):
+    rows, wavs = copies_of(manifest, "out", "--tempo=0.3", "--augment_speed=0.2",
                            "--augment_noise_db=10:20", "--augment_gain_db=3")  # fmt: skip
     assert [len(rows[text]) for text in "abc"] == [3, 3, 1]
     assert all(row["speaker"] == "s" and Path(row["path"]).is_file() for row in rows["a"])
@@ -55,16 +48,16 @@ def test_copies_have_their_text_and_differ(main, manifest):
     assert not soundfile.read(rows["b"][1]["path"])[0].any()
 
 
-def test_tempo_keeps_the_pitch_and_the_seed_decides(main, manifest):
+def test_tempo_keeps_the_pitch_and_the_seed_decides(manifest):
     seconds = np.arange(RATE) / RATE
     soundfile.write(manifest.parent / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * seconds), RATE)
-    _, wavs = copies_of(main, manifest, "out", "--tempo=0.3")
+    _, wavs = copies_of(manifest, "out", "--tempo=0.3")
     for wav in wavs:
         spectrum = np.abs(np.fft.rfft(wav * np.hanning(len(wav))))
         assert abs(spectrum.argmax() * RATE / len(wav) - 440) < 3
         assert len(wav) != RATE
-    _, same = copies_of(main, manifest, "same", "--tempo=0.3")
-    _, other = copies_of(main, manifest, "other", "--tempo=0.3", "--seed=1")
+    _, same = copies_of(manifest, "same", "--tempo=0.3")
+    _, other = copies_of(manifest, "other", "--tempo=0.3", "--seed=1")
     assert all(np.array_equal(a, b) for a, b in zip(wavs, same, strict=True))
     assert len(other[0]) != len(wavs[0])
 
@@ -76,9 +69,9 @@ def test_tempo_keeps_the_pitch_and_the_seed_decides(main, manifest):
         (["--augment_noise_db=x"], "error: augment_noise_db must be"),
     ],
 )
-def test_errors_are_one_line(main, manifest, capsys, options, message):
+def test_errors_are_one_line(manifest, capsys, options, message):
     with pytest.raises(SystemExit) as ended:
-        copies_of(main, manifest, "out", *options)
+        copies_of(manifest, "out", *options)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(message)
     assert not (manifest.parent / "out").exists()

@@ -40,7 +40,8 @@ from moss_tok.codec import presets
 from moss_tok.codec.config import CodecConfig, QuantizerConfig
 from moss_tok.language import config as language_config
 
-sys.path.append(str(ROOT / "tpu_scripts"))
+for folder in ("tpu_scripts", "experiments", "experiments/scaling", "experiments/examples"):
+    sys.path.append(str(ROOT / folder))
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them in cycles
 
 

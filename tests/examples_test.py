@@ -1,14 +1,20 @@
 """experiments/examples: every example runs, with a tiny codec in place of that in the package."""
 
 import asyncio
-import importlib
 import json
 import re
 from pathlib import Path
 
+import batch_tokenize
+import command
 import jax
+import jax_training
+import language_model
+import live_client
+import live_server
 import numpy as np
 import pytest
+import run_notebook
 import soundfile
 from aiohttp.test_utils import TestServer
 from helpers import RATE
@@ -20,14 +26,6 @@ from moss_tok.codec import inference, pretrained
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports an example by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,29 +58,26 @@ def recordings(tmp_path_factory):
     return folder
 
 
-def test_classifier(example, recordings, capsys, monkeypatch):
-    module = example("jax_training")
-    monkeypatch.setattr(module, "SEGMENT_SECONDS", 0.1)
-    module.main([f"--data={recordings / 'manifest.jsonl'}", "--num_steps=12"])
+def test_classifier(recordings, capsys, monkeypatch):
+    monkeypatch.setattr(jax_training, "SEGMENT_SECONDS", 0.1)
+    jax_training.main([f"--data={recordings / 'manifest.jsonl'}", "--num_steps=12"])
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out[:2]] == ["step 10", "step 12"]
     assert out[2].startswith("accuracy on unseen recordings: ")
     assert out[2].endswith("(music, speech)")
 
 
-def test_language_model(example, recordings, capsys, tmp_path, monkeypatch):
-    module = example("language_model")
-    monkeypatch.setattr(module, "FRAMES", 10)
+def test_language_model(recordings, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "FRAMES", 10)
     data = f"--data={recordings / 'manifest.jsonl'}"
-    module.main([str(tmp_path / "sample.wav"), data, "--num_steps=2"])
+    language_model.main([str(tmp_path / "sample.wav"), data, "--num_steps=2"])
     assert "step 2: cross-entropy " in capsys.readouterr().out
     info = soundfile.info(tmp_path / "sample.wav")
-    assert (info.frames, info.samplerate) == (module.FRAMES * 16, RATE)
+    assert (info.frames, info.samplerate) == (language_model.FRAMES * 16, RATE)
 
 
-def test_the_language_model_is_causal(example):
-    module = example("language_model")
-    model = module.LanguageModel(16, dim=8)
+def test_the_language_model_is_causal():
+    model = language_model.LanguageModel(16, dim=8)
     tokens = jax.numpy.zeros((1, 12), jax.numpy.int32)
 
     @jax.jit
@@ -101,10 +96,9 @@ def test_the_language_model_has_80_lines():
     assert len([line for line in lines.splitlines() if line.strip()]) <= 80
 
 
-def test_batches(example, recordings, capsys, tmp_path, codec):
-    module = example("batch_tokenize")
+def test_batches(recordings, capsys, tmp_path, codec):
     options = ["--batch_size=4"]
-    module.main([str(recordings), str(tmp_path / "codes"), *options])
+    batch_tokenize.main([str(recordings), str(tmp_path / "codes"), *options])
     out = capsys.readouterr().out
     assert out.count("padding") == 2
     assert out.endswith("codes: 5 files\n")
@@ -114,21 +108,20 @@ def test_batches(example, recordings, capsys, tmp_path, codec):
         assert file.num_samples == wav.shape[1]
         np.testing.assert_array_equal(file.codes, codes_of(codec, wav))
     with pytest.raises(ValueError, match="exists already"):
-        module.main([str(recordings), str(tmp_path / "codes")])
+        batch_tokenize.main([str(recordings), str(tmp_path / "codes")])
 
 
 @pytest.fixture(scope="module")
-def live(example, codec):
-    """The server's module, the client's, and a server with two slots, which compiles once."""
-    server = example("live_server")
-    return server, example("live_client"), server.Server(codec, num_slots=2)
+def live(codec):
+    """A server with two slots, which compiles once."""
+    return live_server.Server(codec, num_slots=2)
 
 
 def with_server(live, check):
     """Runs `check`, a coroutine function of the server's address."""
 
     async def run():
-        async with TestServer(live[2].app()) as server:
+        async with TestServer(live.app()) as server:
             return await check(str(server.make_url("/")))
 
     return asyncio.run(run())
@@ -139,8 +132,8 @@ def test_two_clients_at_once(live, recordings, codec):
 
     async def check(url):
         streams = [
-            live[1].stream(url, paths[0], 20.0),
-            live[1].stream(url, paths[1], 0.0),
+            live_client.stream(url, paths[0], 20.0),
+            live_client.stream(url, paths[1], 0.0),
         ]
         return await asyncio.gather(*streams)
 
@@ -164,7 +157,7 @@ def test_slots_are_free_again(live, recordings):
             for socket in (first, second):
                 assert (await socket.receive_json())["num_quantizers"] == 4
             with pytest.raises(ValueError, match="all slots are in use"):
-                await live[1].stream(url, recordings / "3.flac", 0.0)
+                await live_client.stream(url, recordings / "3.flac", 0.0)
             await first.send_bytes(np.full(5, np.nan, "<f4").tobytes())
             assert "finite" in (await first.receive_json())["error"]
             await second.send_bytes(np.ones(99, "<f4").tobytes())
@@ -172,7 +165,7 @@ def test_slots_are_free_again(live, recordings):
             await first.close()
         for _ in range(100):  # until the server has noticed
             try:
-                return await live[1].stream(url, recordings / "3.flac", 0.0)
+                return await live_client.stream(url, recordings / "3.flac", 0.0)
             except ValueError:
                 await asyncio.sleep(0.05)
 
@@ -180,18 +173,16 @@ def test_slots_are_free_again(live, recordings):
     assert codes.shape == (4, 100)
 
 
-def test_client_and_port_errors(example, recordings, tmp_path, capsys):
-    command = example("command")
-    client = example("live_client")
+def test_client_and_port_errors(recordings, tmp_path, capsys):
     arguments = [str(recordings / "0.flac"), str(tmp_path / "out.wav"), "--url=http://127.0.0.1:1"]
     with pytest.raises(SystemExit) as ended:
-        command.run(lambda: client.main(arguments))
+        command.run(lambda: live_client.main(arguments))
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out.wav").exists()
 
 
-def test_the_notebook(example, capsys, monkeypatch):
+def test_the_notebook(capsys, monkeypatch):
     """Its cells run, and the outputs in the file are those of a run in order."""
     monkeypatch.chdir(FOLDER.parents[1])
     notebook = json.loads((FOLDER / "tour.ipynb").read_text())
@@ -201,7 +192,7 @@ def test_the_notebook(example, capsys, monkeypatch):
     kinds = [[output["output_type"] for output in cell["outputs"]] for cell in code[1:]]
     assert sum(outputs.count("display_data") for outputs in kinds) == 1
     assert (FOLDER / "tour.ipynb").stat().st_size < 300_000
-    example("run_notebook").execute(notebook)
+    run_notebook.execute(notebook)
     assert [[x["output_type"] for x in cell["outputs"]] for cell in code[1:]] == kinds
 
 

@@ -1,22 +1,10 @@
 """experiments/fsdd.py: the manifests of a small copy of the Free Spoken Digit Dataset."""
 
-from pathlib import Path
-
+import fsdd
 import pytest
 import soundfile
 
 from moss_tok.audio import manifest
-
-SCRIPT = Path(__file__).parents[1] / "experiments" / "fsdd.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The script's main."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        import fsdd
-    return fsdd.main
 
 
 def make_recordings(folder, names):
@@ -27,10 +15,10 @@ def make_recordings(folder, names):
     return folder
 
 
-def test_numbers_decide_the_manifest(main, tmp_path):
+def test_numbers_decide_the_manifest(tmp_path):
     names = [f"{digit}_{who}_{n}" for digit in (0, 7) for who in ("a", "b") for n in range(12)]
     folder = make_recordings(tmp_path / "in", [*names, "readme", "7_a_x"])
-    assert main([str(folder), str(tmp_path / "out")]) == 0
+    assert fsdd.main([str(folder), str(tmp_path / "out")]) == 0
     found = {}
     for part in ("train", "validation", "test"):
         items = manifest.find_items(tmp_path / "out" / f"{part}.jsonl")
@@ -46,15 +34,15 @@ def test_numbers_decide_the_manifest(main, tmp_path):
 
 
 @pytest.mark.parametrize("names", [[], ["readme"], ["1_a_0", "1_a_1"]])
-def test_nothing_is_written_without_recordings(main, tmp_path, capsys, names):
+def test_nothing_is_written_without_recordings(tmp_path, capsys, names):
     folder = make_recordings(tmp_path / "in", names)
-    assert main([str(folder), str(tmp_path / "out")]) == 2
+    assert fsdd.main([str(folder), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert "no recordings DIGIT_SPEAKER_NUMBER.wav for t" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_no_folder(main, tmp_path, capsys):
-    assert main([str(tmp_path / "no"), str(tmp_path / "out")]) == 2
+def test_no_folder(tmp_path, capsys):
+    assert fsdd.main([str(tmp_path / "no"), str(tmp_path / "out")]) == 2
     assert "no: no such folder" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from moss_tok.data import prepare
 from moss_tok.language.config import LanguageConfig
 from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives.config import build_objective, configure
-from moss_tok.training import loop, writer
+from moss_tok.training import loop, optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
 from moss_tok.training.state import Recipe
@@ -134,10 +134,12 @@ def forget_programs():
     jax.clear_caches()
 
 
-def plain_sgd(config, peak, decayed):
-    """In place of `optimizer.adamw`, which makes rounding errors of small gradients large."""
-    del config, peak, decayed
-    return optax.sgd(2e-5, momentum=0.8)
+@contextlib.contextmanager
+def sgd_for_adam():
+    """Trains by SGD: Adam makes rounding errors of small gradients large."""
+    sgd = optax.sgd(2e-5, momentum=0.8)
+    with mock.patch.object(optimizer, "adamw", lambda config, peak, decayed: sgd):
+        yield
 
 
 def random_batch(seed=0, batch_size=4, scale=0.1):

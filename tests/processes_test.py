@@ -17,8 +17,8 @@ from helpers import (
     free_port,
     make_clips,
     make_recipe,
-    plain_sgd,
     rows_without_timing,
+    sgd_for_adam,
     slurm_environments,
     small_run,
     start,
@@ -28,7 +28,7 @@ from helpers import (
 )
 
 from moss_tok import checkpoint, sharding
-from moss_tok.training import checkpoints, optimizer, writer
+from moss_tok.training import checkpoints, writer
 from moss_tok.training import state as states
 from moss_tok.training.config import RunConfig
 
@@ -81,8 +81,7 @@ def pretrain(clips, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def sgd():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "adamw", plain_sgd)
+    with sgd_for_adam():
         yield
 
 

@@ -4,9 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import fits
+import heldout
 import jax
 import numpy as np
+import points
 import pytest
+import report
+import study
 from helpers import PRETRAIN, make_clips, small_run
 
 from moss_tok import settings
@@ -20,14 +25,6 @@ DOMAINS = ["music"] * 4 + ["speech"] * 8
 SIZES = np.array([1e6, 2e6, 5e6, 1.5e7])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The folder of the scripts can be imported from."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
-
-
 def law_losses(x, noise=0.0, num_seeds=1, exponent=0.1):
     """Losses [P, seeds, recordings] of a power law; every recording has its own level."""
     random = np.random.default_rng(0)
@@ -37,8 +34,6 @@ def law_losses(x, noise=0.0, num_seeds=1, exponent=0.1):
 
 
 def test_a_fit_finds_the_law():
-    import fits
-
     law = fits.fit(SIZES, 30 * SIZES**-0.08)
     np.testing.assert_allclose([law.scale, law.exponent], [30, 0.08], rtol=1e-9)
     np.testing.assert_allclose(law(SIZES), 30 * SIZES**-0.08)
@@ -50,8 +45,6 @@ def test_a_fit_finds_the_law():
 
 
 def test_bands_come_from_the_recordings_and_seeds():
-    import fits
-
     exact = fits.bootstrap(SIZES, law_losses(SIZES), DOMAINS)
     assert exact.exponent_interval() == pytest.approx((0.1, 0.1))
     low, high = exact.band(SIZES)
@@ -63,15 +56,11 @@ def test_bands_come_from_the_recordings_and_seeds():
 
 
 def test_domains_count_equally():
-    import fits
-
     losses = np.array([1.0] * 4 + [2.0] * 8)
     assert fits.mean_loss(losses, DOMAINS) == 1.5
 
 
 def test_the_largest_is_predicted_from_the_others():
-    import fits
-
     losses = law_losses(SIZES)
     order = [3, 0, 2, 1]
     prediction = fits.predict_largest(SIZES[order], losses[order], DOMAINS)
@@ -83,16 +72,12 @@ def test_the_largest_is_predicted_from_the_others():
 
 
 def test_frontier():
-    import fits
-
     compute = np.array([4.0, 1.0, 2.0, 3.0, 3.0])
     losses = np.array([1.0, 5.0, 3.0, 3.5, 2.0])
     assert fits.frontier(compute, losses).tolist() == [1, 2, 4, 0]
 
 
 def test_the_family(tmp_path):
-    import points
-
     points.write_models(tmp_path)
     counts = []
     for size in points.SIZES:
@@ -113,19 +98,17 @@ def base_flags():
     return dict(line[2:].split("=", 1) for line in lines if line.startswith("--"))
 
 
-@pytest.mark.parametrize("study", ["sizes", "joint", "dropout", "batch", "streams"])
-def test_points_are_runs(study, tmp_path):
+@pytest.mark.parametrize("name", ["sizes", "joint", "dropout", "batch", "streams"])
+def test_points_are_runs(name, tmp_path):
     """Names are unique, starts come first, and train.py takes the flags."""
-    import points
-
     types = {name: type(settings.flag_default(field)) for name, field in all_fields().items()}
     seen = []
-    for point in points.STUDIES[study](40, 2):
+    for point in points.STUDIES[name](40, 2):
         assert point not in seen
         assert point.start is None or point.start in seen
         seen.append(point)
         flags = base_flags() | point.flags(tmp_path, "data.jsonl")
-        config = configure(**{name: types[name](value) for name, value in flags.items()})
+        config = configure(**{key: types[key](value) for key, value in flags.items()})
         if point.start:
             assert config.run.init_from == f"{tmp_path}/{point.start.name}/checkpoints/00000040"
         assert config.run.num_steps * config.data.batch_size in (320, 640)
@@ -139,8 +122,6 @@ def test_points_are_runs(study, tmp_path):
 
 def result_of(point, loss=1.0):
     """What heldout.py writes, without training."""
-    import points
-
     width = points.SIZES.get(point.size, 4)
     last = str(point.num_steps)
     steps = {str(point.num_steps // 2): {"16": [1.2 * loss] * len(DOMAINS)}}
@@ -177,9 +158,6 @@ class Runner:
 
 
 def test_a_study_resumes(tmp_path):
-    import points
-    import study
-
     chosen = points.sizes(40, 1)
     run = Runner(chosen, failing="size-3M-seed0")
     with pytest.raises(ValueError, match=r"train.py ended with exit code 143; see .*log.txt"):
@@ -205,9 +183,6 @@ def test_a_study_resumes(tmp_path):
 
 
 def test_a_study_may_get_longer_but_nothing_else(tmp_path):
-    import points
-    import study
-
     chosen = points.sizes(40, 1)
     study.complete(chosen, tmp_path, "data.jsonl", Runner(chosen))
     longer = points.sizes(80, 1)
@@ -230,9 +205,6 @@ def test_a_study_may_get_longer_but_nothing_else(tmp_path):
     ],
 )
 def test_reports(tmp_path, name, rows, words):
-    import points
-    import report
-
     results = {}
     for point in points.STUDIES[name](40, 2):
         loss = points.SIZES[point.size] ** -0.2 if name in ("sizes", "batch") else 1.0
@@ -247,8 +219,6 @@ def test_reports(tmp_path, name, rows, words):
 
 def test_the_heldout_loss(tmp_path, micro):
     """Of a workdir with two checkpoints, as train.py leaves it."""
-    import heldout
-
     clips = tmp_path / "clips"
     clips.mkdir()
     flags = small_run(PRETRAIN | {"mel_windows": "64"}, make_clips(clips), tmp_path)
@@ -273,7 +243,5 @@ def test_the_heldout_loss(tmp_path, micro):
 
 
 def test_user_errors(tmp_path, capsys):
-    import study
-
     assert study.main(["sizes", "--num_steps=0", f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == "error: num_steps must be at least 1, got 0\n"

@@ -22,8 +22,8 @@ from helpers import (
     SHALLOW,
     init_state,
     make_recipe,
-    plain_sgd,
     random_batch,
+    sgd_for_adam,
     text_batch,
 )
 
@@ -34,7 +34,6 @@ from moss_tok.language import pretrained as language_models
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives.config import DiscriminatorSettings
 from moss_tok.objectives.discriminators import Discriminators
-from moss_tok.training import optimizer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
 from moss_tok.training.step import sharded_train_step
@@ -91,10 +90,10 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
 
 
 @pytest.fixture
-def sgd(monkeypatch):
+def sgd():
     """In place of Adam; what was traced with it is forgotten."""
-    monkeypatch.setattr(optimizer, "adamw", plain_sgd)
-    yield
+    with sgd_for_adam():
+        yield
     jax.clear_caches()
 
 

@@ -7,19 +7,11 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import test_sets
 
 from moss_tok.evaluation import datasets
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "test_sets.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The script's main."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        import test_sets
-    return test_sets.main
 
 
 def tree(root, *names):
@@ -55,10 +47,10 @@ TREES = {
 
 
 @pytest.mark.parametrize("kind", TREES)
-def test_listings(main, tmp_path, kind):
+def test_listings(tmp_path, kind):
     names, expected = TREES[kind]
     root = tree(tmp_path / "in", *names)
-    assert main([kind, str(root), str(tmp_path / "out.jsonl")]) == 0
+    assert test_sets.main([kind, str(root), str(tmp_path / "out.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     found = [(row["path"], row["domain"], row.get("transcript")) for row in rows]
     assert found == [(str(root / name), *others) for name, *others in expected]
@@ -66,9 +58,9 @@ def test_listings(main, tmp_path, kind):
     assert list(dataset.texts) == [text or "" for *_, text in expected]
 
 
-def test_aishell2_without_a_list(main, tmp_path):
+def test_aishell2_without_a_list(tmp_path):
     tree(tmp_path, "wav/T1/I2.wav", "wav/T1/I1.wav")
-    assert main(["aishell2", str(tmp_path), str(tmp_path / "out.jsonl")]) == 0
+    assert test_sets.main(["aishell2", str(tmp_path), str(tmp_path / "out.jsonl")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
@@ -82,21 +74,21 @@ def test_aishell2_without_a_list(main, tmp_path):
         ("musdb18hq", ["test/mixture.wav"], "nothing of musdb18hq"),
     ],
 )
-def test_errors(main, tmp_path, capsys, kind, names, message):
+def test_errors(tmp_path, capsys, kind, names, message):
     root = tree(tmp_path / "in", *names)
-    assert main([kind, str(root), str(tmp_path / "out.jsonl")]) == 2
+    assert test_sets.main([kind, str(root), str(tmp_path / "out.jsonl")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_wrong_arguments(main, tmp_path, capsys):
+def test_wrong_arguments(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["mp3", "a", "b"])
-    assert main(["musdb18hq", str(tmp_path / "no"), "out.jsonl"]) == 2
+        test_sets.main(["mp3", "a", "b"])
+    assert test_sets.main(["musdb18hq", str(tmp_path / "no"), "out.jsonl"]) == 2
     assert "no such folder" in capsys.readouterr().err
     tree(tmp_path, "a.wav")
-    assert main(["audioset", str(tmp_path), str(tmp_path / "no" / "out.jsonl")]) == 2
+    assert test_sets.main(["audioset", str(tmp_path), str(tmp_path / "no" / "out.jsonl")]) == 2
     assert "no such folder: " in capsys.readouterr().err
 
 
