@@ -110,8 +110,13 @@ def test_points_are_runs(name, tmp_path):
         flags = base_flags() | point.flags(tmp_path, "data.jsonl")
         config = configure(**{key: types[key](value) for key, value in flags.items()})
         if point.start:
-            assert config.run.init_from == f"{tmp_path}/{point.start.name}/checkpoints/00000040"
-        assert config.run.num_steps * config.data.batch_size in (320, 640)
+            step = point.cools_from or 40
+            assert config.run.init_from == f"{tmp_path}/{point.start.name}/checkpoints/{step:08d}"
+        if point.cools_from:
+            assert config.run.num_steps == config.optimizer.decay_steps == point.cools_from // 3
+        else:
+            assert config.run.num_steps * config.data.batch_size in (320, 640)
+            assert config.optimizer.decay_steps == 0
         assert config.run.num_steps % config.run.checkpoint_every == 0
     assert len({point.name for point in seen}) == len(seen)
     by_all = {
@@ -163,13 +168,16 @@ def test_a_study_resumes(tmp_path):
     with pytest.raises(ValueError, match=r"train.py ended with exit code 143; see .*log.txt"):
         study.complete(chosen, tmp_path, "data.jsonl", run)
     first = [("train.py", "size-1M-seed0"), ("heldout.py", "size-1M-seed0")]
+    for step in (10, 20, 30, 40):
+        name = f"cooldown-1M-{step}-seed0"
+        first += [("train.py", name), ("heldout.py", name)]
     assert run.commands == [*first, ("train.py", "size-3M-seed0")]
 
     run.commands.clear()
     results = study.complete(chosen, tmp_path, "data.jsonl", run)
     assert list(results) == chosen
     assert run.commands[0] == ("train.py", "size-3M-seed0")
-    assert len(run.commands) == 6
+    assert len(run.commands) == 3 * len(first)
 
     run.commands.clear()
     assert study.complete(chosen, tmp_path, "data.jsonl", run) == results
@@ -188,10 +196,13 @@ def test_a_study_may_get_longer_but_nothing_else(tmp_path):
     longer = points.sizes(80, 1)
     run = Runner(longer)
     study.complete(longer, tmp_path, "data.jsonl", run)
-    assert len(run.commands) == 8
+    continued = [name for _, name in run.commands if name.startswith("size-")]
+    assert len(continued) == 8
+    cooled = {name for _, name in run.commands if name.startswith("cooldown-")}
+    assert len(cooled) == 8  # from steps 60 and 80; there were cooldowns from 20 and 40
     with pytest.raises(ValueError, match="made with another train_data: choose another --out"):
         study.complete(chosen, tmp_path, "other.jsonl", run)
-    assert len(run.commands) == 8
+    assert len(run.commands) == 24
 
 
 @pytest.mark.parametrize(

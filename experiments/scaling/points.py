@@ -21,6 +21,7 @@ QUANTIZER_DROPOUT = 0.5
 DROPOUTS = (0.0, 0.5, 1.0)
 BATCH_SIZES = (4, 8, 16, 32)
 STREAMS = ("float32", "bfloat16")  # types of the residual streams; products are bfloat16 in both
+COOLDOWN = 3  # a cooldown has one step for this many steps before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Point:
       trainable: What is trained, "all" or "decoder".
       dtype: Type of the residual streams, "float32" or "bfloat16".
       start: The point whose weights it starts from; None: new weights.
+      cools_from: For a cooldown, the step of `start` from which the learning rate falls to 0;
+        0: the learning rate is constant.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Point:
     trainable: str = "all"
     dtype: str = "float32"
     start: "Point | None" = None
+    cools_from: int = 0
 
     def flags(self, out: Path, train_data: str) -> dict[str, str]:
         """Its flags of train.py beside those of base.flags."""
@@ -67,10 +71,18 @@ class Point:
             "trainable": self.trainable,
             "dtype": self.dtype,
         }
+        if self.cools_from:
+            flags |= {
+                "checkpoint_every": str(self.num_steps),
+                "keep_every": str(self.num_steps),
+                "warmup_steps": str(self.num_steps // 10),
+                "decay_steps": str(self.num_steps),
+            }
         if self.start is None:
             return flags | {"model": str(model_path(out, self.size))}
         steps = out / self.start.name / checkpoint.STEPS_FOLDER
-        return flags | {"init_from": str(steps / checkpoint.step_name(self.start.num_steps))}
+        step = self.cools_from or self.start.num_steps
+        return flags | {"init_from": str(steps / checkpoint.step_name(step))}
 
 
 def learning_rate(size: str, batch_size: int) -> float:
@@ -131,12 +143,27 @@ def write_models(out: Path) -> None:
 
 
 def sizes(num_steps: int, num_seeds: int) -> list[Point]:
-    """Every size, with every seed."""
+    """Every size, with every seed, and cooldowns from each quarter of its run."""
     points = []
     for size in SIZES:
         for seed in range(num_seeds):
-            points.append(_baseline(size, num_steps, seed))
+            baseline = _baseline(size, num_steps, seed)
+            points.append(baseline)
+            for step in quarters(num_steps):
+                points.append(_cooldown(baseline, step))
     return points
+
+
+def quarters(num_steps: int) -> list[int]:
+    """The steps at which a run of constant rate has checkpoints."""
+    quarter = max(1, num_steps // 4)
+    return list(range(quarter, num_steps + 1, quarter))
+
+
+def _cooldown(start: Point, step: int) -> Point:
+    name = f"cooldown-{start.size}-{step}-seed{start.seed}"
+    num_steps = max(2, step // COOLDOWN)
+    return Point(name, start.size, num_steps, start.seed, start=start, cools_from=step)
 
 
 def joint(num_steps: int, num_seeds: int) -> list[Point]:

@@ -89,12 +89,12 @@ def sizes_of(results: Results) -> list[str]:
 
 
 def sizes(results: Results) -> tuple[plt.Figure, str]:
-    """Loss against parameters and against compute."""
+    """Loss against parameters and against compute, after cooldowns."""
     domains = domains_of(results)
     names = sizes_of(results)
-    losses = np.array([losses_of(results, is_baseline(size)) for size in names])
     parameters = parameters_of(results)
-    compute, curves = _compute_curves(results)
+    compute, curves = _cooldowns(results)
+    losses = curves[:, -1]
     law = fits.bootstrap(parameters, losses, domains)
     predicted = fits.predict_largest(parameters, losses, domains)
     compute_law = _law_of_frontier(compute, curves, domains)
@@ -150,17 +150,23 @@ def _law_of_frontier(
     return fits.bootstrap(compute.ravel()[best], flat[best], domains)
 
 
-def _compute_curves(results: Results) -> tuple[np.ndarray, np.ndarray]:
-    """FLOPs [sizes, steps] and losses [sizes, steps, seeds, recordings] of all checkpoints."""
+def _cooldowns(results: Results) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs [sizes, cooldowns] and losses [sizes, cooldowns, seeds, recordings]."""
     compute = []
     curves = []
     for size in sizes_of(results):
-        result = first(results, is_baseline(size))
-        steps = sorted(map(int, result["losses"]))
-        compute.append([step * result["flops_per_step"] for step in steps])
-        of_steps = range(len(steps))
-        curves.append([losses_of(results, is_baseline(size), step) for step in of_steps])
+        flops_per_step = first(results, is_baseline(size))["flops_per_step"]
+        steps: dict[int, int] = {}  # of training, by the step from which the rate falls
+        for point in results:
+            if point.size == size and point.cools_from:
+                steps[point.cools_from] = point.cools_from + point.num_steps
+        compute.append([flops_per_step * steps[start] for start in sorted(steps)])
+        curves.append([losses_of(results, _cooled(size, start)) for start in sorted(steps)])
     return np.array(compute), np.array(curves)
+
+
+def _cooled(size: str, step: int) -> Callable[[Point], bool]:
+    return lambda point: point.size == size and point.cools_from == step
 
 
 def _law_text(y: str, x: str, law: fits.Fit) -> str:
