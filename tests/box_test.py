@@ -240,9 +240,12 @@ class TestCodecInThePackage:
             assert "not stated" not in source["licences"]
         assert fields["machine"]
 
-    def test_answers_of_the_official_class(self):
+    @pytest.fixture
+    def answers(self):
         """Made by experiments/official_answers.py; make them again when the weights change."""
-        answers = dict(np.load(GOLDEN / "codec" / "expected.npz"))
+        return dict(np.load(GOLDEN / "codec" / "expected.npz"))
+
+    def test_answers_of_the_official_class(self, answers):
         weights = (assets.CODEC / "model.safetensors").read_bytes()
         assert hashlib.sha256(weights).hexdigest() == str(answers["weights_sha256"])
         codec = moss_tok.load()
@@ -252,3 +255,16 @@ class TestCodecInThePackage:
         for number in (4, len(codes)):
             wav_hat = moss_tok.decode(codec, codes[None, :number]).wav[0, 0]
             np.testing.assert_allclose(wav_hat, answers[f"audio_{number}"], atol=5e-4)
+
+    def test_audio_keeps_its_sign_and_gains_from_every_doubling(self, answers):
+        """Losses of magnitudes alone would allow the opposite sign."""
+        codec = moss_tok.load()
+        wav = answers["wav_int16"].astype(np.float32) / 32768
+        for sign in (1, -1):
+            codes = moss_tok.encode(codec, sign * wav[None, None]).codes
+            correlations = []
+            for number in (1, 2, 4, 8, 16):
+                wav_hat = moss_tok.decode(codec, codes[:, :number]).wav[0, 0, : len(wav)]
+                correlations.append(np.corrcoef(sign * wav, wav_hat)[0, 1])
+            assert correlations == sorted(correlations)
+            assert correlations[-1] > 0.7
