@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
     )
     jobs.check_folder(args.output, PLAN)
-    if distributed:
-        tokenize.check_shared(args.output)
     items = tokenize.find_items(args.input)
     compute = PRECISIONS[args.precision]
     codec = moss_tok.load(args.checkpoint, component="encoder", compute=compute)
+    if distributed:
+        tokenize.check_shared(args.output)
     plan = tokenize.make_plan(codec, items, args.output, settings)
     seconds = sum(item.duration_seconds for _, item in items)
     print(f"{len(items)} recordings, {seconds / 3600:.2f} h, {len(plan.shards)} shards", flush=True)

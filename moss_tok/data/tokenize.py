@@ -218,6 +218,7 @@ def check_shared(folder: str | Path) -> None:
         return
     path = storage.to_local_path(folder)
     probe = path / f"{files.INCOMPLETE}shared"
+    is_new = not path.exists()
     if sharding.is_main_process():
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -226,6 +227,8 @@ def check_shared(folder: str | Path) -> None:
     sharding.barrier("output was seen")
     if sharding.is_main_process():
         probe.unlink(missing_ok=True)
+        if is_new and not is_shared:
+            path.rmdir()
     if not is_shared:
         raise ValueError(f"output {folder}: must be a folder that all processes share")
 
