@@ -4,8 +4,8 @@
 
 A run is a preset, or a JSON file of a codec, and flags of train.py. `flagfile=FILE` takes the flags
 of a file, without its model and data; `xla_NAME=VALUE` is an option of the compiler. All runs are
-compiled at the same time, then timed one by one, on random audio that is already on the device, so
-that only the step is measured. Utilisation is the step's rate of useful FLOPs
+compiled at the same time, and then timed one by one, on random audio that is already on the device,
+so that only the step is measured. Utilisation is the step's rate of useful FLOPs
 (moss_tok/objectives/flops.py) over the rate of a large matrix product in the same process. The peak
 is the memory that XLA reserves for state, batch and step.
 """
@@ -156,18 +156,26 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
     parser.add_argument("--matmul_dtype", default="float32")
+    parser.add_argument(
+        "--one_by_one",
+        action="store_true",
+        help="compile a run when the one before it was timed, so that rows are printed earlier",
+    )
     args = parser.parse_args()
     device = jax.devices()[0]
     peak = peak_flops(args.matmul_dtype, args.matmul_size)
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
           f"{args.matmul_size}")  # fmt: skip
-    with ThreadPoolExecutor() as pool:  # at the same time, because compiling takes minutes
-        steps = [pool.submit(compile_step, run) for run in args.runs]
+    if args.one_by_one:
+        steps = [functools.partial(compile_step, run) for run in args.runs]
+    else:
+        with ThreadPoolExecutor() as pool:  # at the same time, because compiling takes minutes
+            steps = [pool.submit(compile_step, run).result for run in args.runs]
     print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
     print("|---|---|---|---|---|---|")
-    for run, compiling in zip(args.runs, steps, strict=True):
+    for run, compiled in zip(args.runs, steps, strict=True):
         try:
-            print(row(run, compiling.result(), args.num_steps, peak), flush=True)
+            print(row(run, compiled(), args.num_steps, peak), flush=True)
         except jax.errors.JaxRuntimeError as error:  # the other runs may be possible
             print(f"failed: {run.text}: {str(error).splitlines()[0][:200]}", flush=True)
 

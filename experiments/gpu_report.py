@@ -82,8 +82,8 @@ FULL = Sizes(
     small=("--batch_size=48", "--num_workers=8", "--num_steps=300", "--log_every=100"),
     large=(
         f"{_V1}64",
-        f"{_V1}32,stage=adversarial",
         "nano:segment_seconds=6,dtype=bfloat16,remat=dots,batch_size=64",
+        f"{_V1}32,stage=adversarial",
     ),
     options=(
         f"{_V1}64,unroll_layers=4",
@@ -97,16 +97,23 @@ FULL = Sizes(
     slots="1,64",
     minutes="10",
 )
-_SMALL = "tiny:segment_seconds=0.96,batch_size=2"
+_SMALL = "tiny:segment_seconds=0.96,batch_size=2,mel_windows=512"
 TINY = Sizes(
-    recipe="batch_size=2,segment_seconds=0.96,mel_turns=10",
-    rate=("--matmul_size=512", "--num_steps=2"),
-    small=("--batch_size=2", "--num_workers=2", "--num_steps=4", "--log_every=2"),
-    large=(_SMALL, f"{_SMALL},stage=adversarial,discriminator_channels=1"),
+    recipe="batch_size=2,segment_seconds=0.96,mel_windows=512,mel_turns=1,unroll_layers=1",
+    rate=("--matmul_size=256", "--num_steps=2"),
+    small=(
+        "--batch_size=2",
+        "--num_workers=2",
+        "--num_steps=4",
+        "--log_every=2",
+        "--mel_windows=512",
+        "--mel_turns=1",
+    ),
+    large=(_SMALL, f"{_SMALL},stage=adversarial,discriminator_periods=3,discriminator_windows="),
     options=(f"{_SMALL},unroll_layers=2", f"{_SMALL},xla_gpu_enable_dynamic_slice_fusion=true"),
     presets="tiny",
     seconds="1",
-    batches="1,2",
+    batches="2",
     official=("--presets=tiny", "--seconds=1", "--batch_sizes=2"),
     slots="1,2",
     minutes="0.2",
@@ -139,28 +146,28 @@ def training_parts(output: Path, sizes: Sizes) -> list[Part]:
     memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"}
 
     def training(name: str, title: str, seconds: int, runs: tuple[str, ...]) -> Part:
-        command = script("benchmark_training.py", *sizes.rate, *runs)
+        command = script("benchmark_training.py", "--one_by_one", *sizes.rate, *runs)
         return Part(name, title, seconds, [command], memory)
 
     return [
         Part(
             "compile",
             "Compiling the step of small_codec.flags: cold, then from the cache",
-            60,
+            55,
             [compiling, compiling],
             {"JAX_COMPILATION_CACHE_DIR": str(output / "cache")},
         ),
-        training("large", "Training large models", 150, sizes.large),
+        training("large", "Training large models", 180, sizes.large),
         Part(
             "small",
             "Training small models",
-            60,
+            55,
             [
                 train("quickstart.flags", output / "tiny", *small, "--num_microbatches=1"),
                 train("small_codec.flags", output / "small_codec", *small, "--precision=highest"),
             ],
         ),
-        training("options", "Options for the first large model", 30, sizes.options),
+        training("options", "Options for the first large model", 25, sizes.options),
     ]
 
 
@@ -177,7 +184,7 @@ def inference_parts(sizes: Sizes, official: str | None) -> list[Part]:
         Part(
             "bulk",
             "Encoding and decoding",
-            75,
+            65,
             [script("benchmark_codec.py", *bulk, "--dtype=bfloat16,float32")],
         ),
         Part(
@@ -187,7 +194,7 @@ def inference_parts(sizes: Sizes, official: str | None) -> list[Part]:
             [script("benchmark_codec.py", *compared)],
         ),
         Part("streaming", "Streams", 20, [script("benchmark_streaming.py", *streams)]),
-        Part("tokenize", "moss-tok tokenize", 35, [script("benchmark_tokenize.py", *tokenize)]),
+        Part("tokenize", "moss-tok tokenize", 30, [script("benchmark_tokenize.py", *tokenize)]),
     ]
 
 
