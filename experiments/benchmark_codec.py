@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from moss_tok.codec.presets import PRESETS, preset
 def main() -> None:
     """Runs all measurements and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", default="tiny,nano,v1", help=f"of {', '.join(PRESETS)}")
+    known = f"of {', '.join(PRESETS)}; with commas"
+    parser.add_argument("--presets", default="tiny,nano,v1", type=names_of(PRESETS), help=known)
     parser.add_argument("--seconds", default="10,60,180,600", help="lengths of audio")
     parser.add_argument("--batch_sizes", default="1", help="batch sizes")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; prints the median")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    dtypes = names_of(("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", type=dtypes, help="or bfloat16, or both")
     parser.add_argument("--official", help="checkout of the official repository (presets v1, tiny)")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     parser.add_argument("--convert", action="store_true", help="also measure conversion's memory")
@@ -55,7 +57,7 @@ def main() -> None:
                 print(json.dumps(result), flush=True)
         return
     others = ["official", "compiled"][: 1 + args.compile] if args.official else []
-    heads = ["preset", "batch", "seconds", "what", "ours"]
+    heads = ["preset", "dtype", "batch", "seconds", "what", "ours"]
     for other in others:
         heads += [other, "ratio"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
@@ -74,18 +76,20 @@ def _measure_preset(name: str, others: list[str], weights: Path, args: argparse.
     lengths = list(filter(None, args.seconds.split(",")))
     cases = list(itertools.product(args.batch_sizes.split(","), lengths, args.functions.split(",")))
     together = shutil.which("nvidia-smi") is not None
-    for group in [cases] if together else [[case] for case in cases]:
-        results = {"ours": _spawn("ours", name, weights, args, group)}
+    groups = [cases] if together else [[case] for case in cases]
+    dtypes = args.dtype.split(",")
+    for dtype, group in itertools.product(dtypes, groups):
+        results = {"ours": _spawn("ours", name, weights, args, dtype, group)}
         if others and config.layout == "v1":  # the layout of the official class
-            both = _spawn(",".join(others), name, weights, args, group)
+            both = _spawn(",".join(others), name, weights, args, dtype, group)
             for i, other in enumerate(others):
                 results[other] = both[i * len(group) :]
         for number, case in enumerate(group):
             of_case = {worker: rows[number] for worker, rows in results.items()}
-            _print_rows([name, *case], others, of_case)
+            _print_rows([name, dtype, *case], others, of_case)
     if args.convert:
         for worker in ("import", "export"):
-            peak = _spawn(worker, name, weights, args, [])[0]["peak memory"]
+            peak = _spawn(worker, name, weights, args, dtypes[0], [])[0]["peak memory"]
             print(f"{name}: {worker} peaks at {peak:.2f} GB, weights {size_gb:.2f} GB: "
                   f"{peak / size_gb:.2f} times", flush=True)  # fmt: skip
 
@@ -101,15 +105,28 @@ def _print_rows(case: list[str], others: list[str], results: dict[str, dict[str,
 
 
 def _spawn(
-    worker: str, name: str, weights: Path, args: Any, cases: list[tuple[str, ...]]
+    worker: str, name: str, weights: Path, args: Any, dtype: str, cases: list[tuple[str, ...]]
 ) -> list[dict[str, float]]:
     command = [sys.executable, __file__, f"--worker={worker}", f"--presets={name}"]
     command += [f"--cases={json.dumps(cases)}", f"--repeats={args.repeats}"]
-    command += [f"--dtype={args.dtype}"]
+    command += [f"--dtype={dtype}"]
     command += [f"--official={args.official}::{weights}"]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     lines = [line for line in out.splitlines() if line.startswith("{")]
     return [json.loads(line) for line in lines]
+
+
+def names_of(known: Collection[str]) -> Callable[[str], str]:
+    """Checks an argument of names separated by commas."""
+
+    def check(text: str) -> str:
+        for name in text.split(","):
+            if name not in known:
+                accepted = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {accepted}")
+        return text
+
+    return check
 
 
 def random_params(config: Any, seed: int = 0) -> dict[str, Any]:

@@ -3,15 +3,17 @@
     python experiments/benchmark_training.py tiny:batch_size=8 nano:stage=adversarial,dtype=bfloat16
 
 A run is a preset, or a JSON file of a codec, and flags of train.py. `flagfile=FILE` takes the flags
-of a file, without its model and data. All runs are compiled at the same time, then timed one by
-one, on random audio that is already on the device, so that only the step is measured. Utilisation
-is the step's rate of useful FLOPs (moss_tok/objectives/flops.py) over the rate of a large matrix
-product in the same process. The peak is the memory that XLA reserves for state, batch and step.
+of a file, without its model and data; `xla_NAME=VALUE` is an option of the compiler. All runs are
+compiled at the same time, and then timed one by one, on random audio that is already on the device,
+so that only the step is measured. Utilisation is the step's rate of useful FLOPs
+(moss_tok/objectives/flops.py) over the rate of a large matrix product in the same process. The peak
+is the memory that XLA reserves for state, batch and step.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import sys
 import time
@@ -44,11 +46,12 @@ def peak_flops(dtype: str, size: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A run to measure: its text on the command line, its recipe, and its batch size."""
+    """A run to measure: its text on the command line, and what it means."""
 
     text: str
     recipe: Recipe
     batch_size: int
+    compiler_options: dict[str, bool | int | float]
 
 
 def read_flagfile(path: str) -> list[str]:
@@ -67,6 +70,7 @@ def parse_run(text: str) -> Benchmark:
     types = {name: type(settings.flag_default(field)) for name, field in all_fields().items()}
     values = {"model": name}
     pairs = []
+    options = {}
     try:
         for pair in filter(None, flags.split(",")):
             if pair.startswith("flagfile="):
@@ -75,6 +79,9 @@ def parse_run(text: str) -> Benchmark:
                 pairs.append(pair)
         for pair in pairs:
             flag, _, value = pair.partition("=")
+            if flag.startswith("xla_"):
+                options[flag] = json.loads(value)
+                continue
             if flag not in types:
                 raise ValueError(f"unknown flag {flag!r}; flags are train.py's, as FLAG=VALUE")
             values[flag] = types[flag](value)
@@ -83,7 +90,7 @@ def parse_run(text: str) -> Benchmark:
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     recipe = Recipe(objective, config.optimizer, 0, config.devices.num_microbatches)
-    return Benchmark(text, recipe, config.data.batch_size)
+    return Benchmark(text, recipe, config.data.batch_size, options)
 
 
 def compile_step(run: Benchmark) -> Any:
@@ -93,7 +100,8 @@ def compile_step(run: Benchmark) -> Any:
     shapes = batch_shapes(run.recipe, run.batch_size, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     state = jax.eval_shape(functools.partial(init_state, run.recipe))
-    step = train_step.lower(run.recipe, state, shapes).compile(sharding.compiler_options(mesh))
+    options = sharding.compiler_options(mesh) | run.compiler_options
+    step = train_step.lower(run.recipe, state, shapes).compile(options)
     seconds = time.perf_counter() - began
     print(f"{run.text}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
     return step
@@ -122,6 +130,25 @@ def measure(run: Benchmark, step: Any, num_steps: int) -> float:
     return sorted(times[2:])[num_steps // 2]
 
 
+def row(run: Benchmark, step: Any, num_steps: int, peak: float) -> str:
+    """Measures a run; its row of the table. `peak` is in FLOP/s."""
+    objective = run.recipe.objective
+    work = run.batch_size * flops.item_flops(objective)
+    speed = "- | -"
+    share = "too large"
+    memory = jax.devices()[0].memory_stats() or {}
+    if peak_bytes(step) < memory.get("bytes_limit", math.inf):
+        seconds = measure(run, step, num_steps)
+        item_seconds = objective.num_samples / objective.codec.sample_rate
+        audio = run.batch_size * item_seconds / seconds
+        speed = f"{seconds:.4g} | {audio:.0f}"
+        share = f"{work / seconds / peak:.1%}"
+    return (
+        f"| {run.text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
+        f"{peak_bytes(step) / 1e9:.2f} GB |"
+    )
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -129,29 +156,28 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
     parser.add_argument("--matmul_dtype", default="float32")
+    parser.add_argument(
+        "--one_by_one",
+        action="store_true",
+        help="compile a run when the one before it was timed, so that rows are printed earlier",
+    )
     args = parser.parse_args()
     device = jax.devices()[0]
     peak = peak_flops(args.matmul_dtype, args.matmul_size)
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "
           f"{args.matmul_size}")  # fmt: skip
-    with ThreadPoolExecutor() as pool:  # at the same time, because compiling takes minutes
-        steps = [pool.submit(compile_step, run) for run in args.runs]
+    if args.one_by_one:
+        steps = [functools.partial(compile_step, run) for run in args.runs]
+    else:
+        with ThreadPoolExecutor() as pool:  # at the same time, because compiling takes minutes
+            steps = [pool.submit(compile_step, run).result for run in args.runs]
     print("| run | s per step | audio s/s | TFLOP per step | utilisation | peak |")
     print("|---|---|---|---|---|---|")
-    for run, compiling in zip(args.runs, steps, strict=True):
-        step = compiling.result()
-        objective = run.recipe.objective
-        work = run.batch_size * flops.item_flops(objective)
-        speed = "- | -"
-        share = "too large"
-        if peak_bytes(step) < (device.memory_stats() or {}).get("bytes_limit", math.inf):
-            seconds = measure(run, step, args.num_steps)
-            item_seconds = objective.num_samples / objective.codec.sample_rate
-            audio = run.batch_size * item_seconds / seconds
-            speed = f"{seconds:.4g} | {audio:.0f}"
-            share = f"{work / seconds / peak:.1%}"
-        print(f"| {run.text.replace(',', ', ')} | {speed} | {work / 1e12:.3g} | {share} | "
-              f"{peak_bytes(step) / 1e9:.2f} GB |", flush=True)  # fmt: skip
+    for run, compiled in zip(args.runs, steps, strict=True):
+        try:
+            print(row(run, compiled(), args.num_steps, peak), flush=True)
+        except jax.errors.JaxRuntimeError as error:  # the other runs may be possible
+            print(f"failed: {run.text}: {str(error).splitlines()[0][:200]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What to expect of a GPU: trains, encodes, streams and tokenizes for at most eight minutes.
 
-    python experiments/gpu_report.py --output=gpu_report [--official=DIR] [--parts=large,bulk]
+    python experiments/gpu_report.py --output=gpu_report [--official=DIR] [--parts=large,options]
 
-Each part is a process with a time limit of its own. Its output goes to the screen and to
-OUTPUT/PART.txt as it comes, so that a part that is stopped leaves what it measured. At the end all
-tables are in OUTPUT/report.md. Weights and most audio are random; training reads
-experiments/starter. DIR is a checkout of github.com/OpenMOSS/MOSS-Audio-Tokenizer, to compare with
-the official class under torch.compile (needs torch and transformers). --rehearse makes every part
-so small that a CPU runs it in minutes; its numbers say nothing.
+Each part is a process that is stopped when its share of the time, and what parts before it left,
+is over. Its output goes to the screen and to OUTPUT/PART.txt as it comes, so that a part that is
+stopped leaves what it measured. At the end all tables are in OUTPUT/report.md. Weights and most
+audio are random; training reads experiments/starter. DIR is a checkout of
+github.com/OpenMOSS/MOSS-Audio-Tokenizer, to compare with the official class under torch.compile
+(needs torch and transformers). --rehearse makes every part so small that a CPU runs it in minutes;
+its numbers say nothing.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from moss_tok.cli.commands import Parser
@@ -33,11 +35,14 @@ STARTER = EXPERIMENTS / "starter" / "manifest.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of the report: commands that run one after another within a time limit."""
+    """A part of the report: commands that run one after another within a time limit.
+
+    `seconds` is its share of the time, of eight minutes in all.
+    """
 
     name: str
     title: str
-    limit_seconds: int
+    seconds: int
     commands: list[list[str]]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -61,36 +66,55 @@ class Sizes:
     rate: tuple[str, ...]  # the product that the utilisation refers to
     small: tuple[str, ...]  # flags of the small runs
     large: tuple[str, ...]  # runs of benchmark_training.py
+    options: tuple[str, ...]  # the first of them with one option each
     presets: str
     seconds: str
     batches: str
+    official: tuple[str, ...]  # what the official class is compared with
     slots: str
     minutes: str
 
 
+_V1 = "v1:segment_seconds=12,dtype=bfloat16,remat=dots,batch_size="
 FULL = Sizes(
     recipe="batch_size=48,segment_seconds=1.92",
-    rate=("--matmul_dtype=bfloat16", "--matmul_size=16384"),
+    rate=("--matmul_dtype=bfloat16", "--matmul_size=16384", "--num_steps=8"),
     small=("--batch_size=48", "--num_workers=8", "--num_steps=300", "--log_every=100"),
     large=(
-        "v1:batch_size=64,segment_seconds=12,dtype=bfloat16,remat=dots",
-        "v1:batch_size=32,segment_seconds=12,dtype=bfloat16,remat=dots,stage=adversarial",
-        "nano:batch_size=64,segment_seconds=6,dtype=bfloat16,remat=dots",
+        f"{_V1}64",
+        "nano:segment_seconds=6,dtype=bfloat16,remat=dots,batch_size=64",
+        f"{_V1}32,stage=adversarial",
+    ),
+    options=(
+        f"{_V1}64,unroll_layers=4",
+        f"{_V1}64,xla_gpu_enable_dynamic_slice_fusion=true",
+        f"{_V1}80",
     ),
     presets="v1,nano",
     seconds="10",
     batches="1,16,64",
+    official=("--presets=v1", "--seconds=10,60", "--batch_sizes=16"),
     slots="1,64",
-    minutes="20",
+    minutes="10",
 )
+_SMALL = "tiny:segment_seconds=0.96,batch_size=2,mel_windows=512"
 TINY = Sizes(
-    recipe="batch_size=2,segment_seconds=0.96,mel_turns=10",
-    rate=("--matmul_size=512",),
-    small=("--batch_size=2", "--num_steps=4", "--log_every=2", "--num_eval_clips=1"),
-    large=("tiny:batch_size=2,segment_seconds=0.96",),
+    recipe="batch_size=2,segment_seconds=0.96,mel_windows=512,mel_turns=1,unroll_layers=1",
+    rate=("--matmul_size=256", "--num_steps=2"),
+    small=(
+        "--batch_size=2",
+        "--num_workers=2",
+        "--num_steps=4",
+        "--log_every=2",
+        "--mel_windows=512",
+        "--mel_turns=1",
+    ),
+    large=(_SMALL, f"{_SMALL},stage=adversarial,discriminator_periods=3,discriminator_windows="),
+    options=(f"{_SMALL},unroll_layers=2", f"{_SMALL},xla_gpu_enable_dynamic_slice_fusion=true"),
     presets="tiny",
     seconds="1",
-    batches="1,2",
+    batches="2",
+    official=("--presets=tiny", "--seconds=1", "--batch_sizes=2"),
     slots="1,2",
     minutes="0.2",
 )
@@ -99,72 +123,78 @@ TINY = Sizes(
 def all_parts(output: Path, official: str | None, rehearse: bool) -> list[Part]:
     """The parts, the important ones first: the last ones may find no time left."""
     sizes = TINY if rehearse else FULL
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"{ROOT}/tests/attention_test.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cudnn"]
+    tests += [f"{ROOT}/tests/attention_test.py"]
     cuda = {} if rehearse else {"MOSS_TOK_TEST_PLATFORM": "cuda"}
+    compiling, large, small, options = training_parts(output, sizes)
     return [
-        *training_parts(output, sizes),
+        compiling,
+        large,
         *inference_parts(sizes, official),
-        Part("attention", "Tests of the attention kernel", 60, [tests], cuda),
+        small,
+        Part("attention", "Tests of the attention of cuDNN", 20, [tests], cuda),
+        options,
     ]
 
 
 def training_parts(output: Path, sizes: Sizes) -> list[Part]:
-    """Compiling, large models, small models."""
-    codec = f"{EXPERIMENTS}/small_codec.json:flagfile={EXPERIMENTS}/small_codec.flags"
-    run = f"{codec},precision=highest,{sizes.recipe}"
-    compiling = script("benchmark_training.py", "--num_steps=5", *sizes.rate, run)
-    large = script("benchmark_training.py", "--num_steps=8", *sizes.rate, *sizes.large)
-    small = [
-        train("quickstart.flags", output / "quickstart", *sizes.small, "--num_microbatches=1"),
-        train("small_codec.flags", output / "small_codec", *sizes.small, "--precision=highest"),
-    ]
+    """Compiling, large models, small models, options for large models."""
+    recipe = "experiments/small_codec.json:flagfile=experiments/small_codec.flags"
+    run = f"{recipe},precision=highest,{sizes.recipe}"
+    compiling = script("benchmark_training.py", *sizes.rate, run)
+    small = [*sizes.small, "--num_eval_clips=0"]
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"}
+
+    def training(name: str, title: str, seconds: int, runs: tuple[str, ...]) -> Part:
+        command = script("benchmark_training.py", "--one_by_one", *sizes.rate, *runs)
+        return Part(name, title, seconds, [command], memory)
+
     return [
         Part(
             "compile",
             "Compiling the step of small_codec.flags: cold, then from the cache",
-            70,
+            55,
             [compiling, compiling],
             {"JAX_COMPILATION_CACHE_DIR": str(output / "cache")},
         ),
-        Part(
-            "large",
-            "Training large models",
-            220,
-            [large],
-            {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"},
-        ),
+        training("large", "Training large models", 180, sizes.large),
         Part(
             "small",
-            "Training small models: steps per second, share of the time waiting for data",
-            60,
-            small,
+            "Training small models",
+            55,
+            [
+                train("quickstart.flags", output / "tiny", *small, "--num_microbatches=1"),
+                train("small_codec.flags", output / "small_codec", *small, "--precision=highest"),
+            ],
         ),
+        training("options", "Options for the first large model", 25, sizes.options),
     ]
 
 
 def inference_parts(sizes: Sizes, official: str | None) -> list[Part]:
-    """Encoding and decoding, streams, and a data set."""
+    """Encoding and decoding, the official class, streams, and a data set."""
     presets = f"--presets={sizes.presets}"
     bulk = [presets, f"--seconds={sizes.seconds}", f"--batch_sizes={sizes.batches}"]
+    compared = [*sizes.official, "--functions=encode", "--dtype=bfloat16"]
     if official:
-        bulk += [f"--official={official}", "--compile"]
-    streams = [presets, f"--slots={sizes.slots}", "--num_chunks=100"]
-    preset = sizes.presets.split(",")[-1]
-    tokenize = [f"--preset={preset}", f"--minutes={sizes.minutes}", "--precision=bfloat16"]
+        compared += [f"--official={official}", "--compile"]
+    streams = [presets, f"--slots={sizes.slots}", "--num_chunks=100", "--dtype=bfloat16"]
+    tokenize = [presets, f"--minutes={sizes.minutes}", "--precisions=bfloat16,highest"]
     return [
         Part(
             "bulk",
-            "Encoding and decoding, bfloat16",
-            90,
-            [script("benchmark_codec.py", *bulk, "--dtype=bfloat16")],
+            "Encoding and decoding",
+            65,
+            [script("benchmark_codec.py", *bulk, "--dtype=bfloat16,float32")],
         ),
         Part(
-            "streaming",
-            "Streams",
-            40,
-            [script("benchmark_streaming.py", *streams, "--dtype=bfloat16")],
+            "official",
+            "Encoding batches, compared with the official class" if official else "Long batches",
+            30,
+            [script("benchmark_codec.py", *compared)],
         ),
-        Part("tokenize", "moss-tok tokenize", 40, [script("benchmark_tokenize.py", *tokenize)]),
+        Part("streaming", "Streams", 20, [script("benchmark_streaming.py", *streams)]),
+        Part("tokenize", "moss-tok tokenize", 30, [script("benchmark_tokenize.py", *tokenize)]),
     ]
 
 
@@ -186,6 +216,18 @@ def time_limit(process: subprocess.Popen, seconds: float) -> Iterator[threading.
         timer.cancel()
 
 
+def _start(command: list[str], part: Part) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | part.environment,
+        start_new_session=True,  # so that a stop ends its workers, too
+    )
+
+
 def run_part(part: Part, output: Path, seconds: float) -> str:
     """Runs a part; returns its output, with a last line for an error or a stop."""
     lines = []
@@ -200,17 +242,8 @@ def run_part(part: Part, output: Path, seconds: float) -> str:
             sys.stdout.flush()
 
         for command in part.commands:
-            seconds_left = began + seconds - time.monotonic()
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=ROOT,
-                env=os.environ | part.environment,
-                start_new_session=True,  # so that a stop ends its workers, too
-            )
-            with time_limit(process, max(1.0, seconds_left)) as stopped:
+            seconds_left = max(1.0, began + seconds - time.monotonic())
+            with _start(command, part) as process, time_limit(process, seconds_left) as stopped:
                 for line in process.stdout:
                     show(line)
                 code = process.wait()
@@ -218,34 +251,70 @@ def run_part(part: Part, output: Path, seconds: float) -> str:
                 show(f"stopped: {part.name} took longer than {seconds:.0f} s\n")
                 break
             if code:
-                show(f"failed: exit code {code}\n")
+                show(f"failed: exit code {code}, see {part.name}.txt\n")
     return "".join(lines)
 
 
 def summarize(part: Part, text: str) -> str:
     """The tables of a part and the lines that say how fast it was, as Markdown."""
-    lines = []
+    lines = [f"## {part.title}"]
+    measured = ("compiled in", "TFLOP/s in", "audio per s", " passed", " skipped", " failed")
+    measured += ("stopped:", "failed:")
     for line in text.splitlines():
         is_table = line.startswith("|")
-        if lines and is_table and not lines[-1].startswith("|"):
+        if not is_table and not any(words in line for words in measured):
+            continue
+        if len(lines) == 1 or is_table != lines[-1].startswith("|"):
             lines.append("")
-        measured = ("compiled in", "TFLOP/s in", "audio per s", "passed", "stopped:", "failed:")
-        if is_table or any(words in line for words in measured):
-            if not is_table and lines:
-                lines.append("")
-            lines.append(line)
-    return f"## {part.title}\n\n" + "\n".join(lines) + "\n"
+        lines.append(line if is_table else f"- {line}")
+    return "\n".join(lines) + "\n"
 
 
 def speeds(output: Path) -> str:
     """A table of the last lines of metrics.jsonl of the small runs."""
-    lines = ["| run | steps per s | audio s/s | share of waiting for data |", "|---|---|---|---|"]
+    lines = [
+        "",
+        "| run | steps per s | audio s/s | share of waiting for data |",
+        "|---|---|---|---|",
+    ]
     for path in sorted(output.glob("*/metrics.jsonl")):
-        row = json.loads(path.read_text().splitlines()[-1])
+        written = path.read_text().splitlines()
+        if not written:
+            continue
+        row = json.loads(written[-1])
         numbers = [row["steps_per_second"], row["audio_seconds_per_second"]]
         share = row["data_wait_share"]
         lines.append(f"| {path.parent.name} | {numbers[0]:.2f} | {numbers[1]:.0f} | {share:.0%} |")
     return "\n".join(lines) + "\n"
+
+
+def run_parts(parts: list[Part], output: Path, seconds: float, shared: bool) -> None:
+    """Runs the parts and writes the report after each of them.
+
+    Args:
+      parts: The parts, in order.
+      output: Folder of the report.
+      seconds: Time limit of all of them.
+      shared: Whether each part must end when its share and those before it are over.
+    """
+    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "moss_tok")]
+    report = [f"# {' '.join(sys.argv)}\n\n{', '.join(versions)}\n"]
+    began = time.monotonic()
+    total = sum(part.seconds for part in parts)
+    shares = 0
+    for part in parts:
+        shares += part.seconds
+        allowed = seconds * shares / total if shared else seconds
+        seconds_left = began + allowed - time.monotonic()
+        print(f"== {part.title}", flush=True)
+        if seconds_left < 5:
+            text = f"stopped: no time was left for {part.name}\n"
+        else:
+            text = run_part(part, output, seconds_left)
+        report.append(summarize(part, text))
+        if part.name == "small":
+            report[-1] += speeds(output)
+        (output / "report.md").write_text("\n".join(report))
 
 
 def main() -> None:
@@ -256,8 +325,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         default="",
-        help="names, separated by commas: compile, large, small, bulk, streaming, tokenize, "
-        "attention (default: all)",
+        help="names, separated by commas: compile, large, bulk, official, streaming, tokenize, "
+        "small, attention, options (default: all)",
     )
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="time limit of everything (default: 8)"
@@ -273,20 +342,8 @@ def main() -> None:
     if output.exists():
         parser.error(f"{output} exists; pass another --output")
     output.mkdir(parents=True)
-    deadline = time.monotonic() + 60 * args.minutes
-    report = [f"# {' '.join(sys.argv)}\n"]
-    for part in parts:
-        seconds_left = deadline - time.monotonic()
-        if part.name not in names or seconds_left < 5:
-            continue
-        print(f"== {part.title}", flush=True)
-        limit = seconds_left if args.rehearse else min(part.limit_seconds, seconds_left)
-        text = run_part(part, output, limit)
-        if part.name == "small":
-            report.append(f"## {part.title}\n\n{speeds(output)}")
-        else:
-            report.append(summarize(part, text))
-        (output / "report.md").write_text("\n".join(report))
+    chosen = [part for part in parts if part.name in names]
+    run_parts(chosen, output, 60 * args.minutes, shared=not args.rehearse)
     shutil.rmtree(output / "cache", ignore_errors=True)
     print((output / "report.md").read_text())
 

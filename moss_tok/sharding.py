@@ -24,7 +24,7 @@ from moss_tok.mesh import MESH_AXES, parse_mesh
 RULES = (
     ("batch", ("data", "fsdp")),
     # Before "embed", so that fsdp splits head_dim if it can: at width 1280, the shards of fsdp:16
-    # would be padded, and gradients summed unsharded.
+    # would be padded, and gradients summed unsharded. See `rules_of` for the exception.
     ("head_dim", "fsdp"),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
@@ -45,6 +45,21 @@ RULES = (
 
 # Parameters with fewer elements may be replicated.
 LARGE = 2**20
+
+# TPUs whose SparseCores do not sum gradients: v5e has none, and XLA does not use those of v4.
+_WITHOUT_SPARSE_CORES = ("TPU v4", "TPU v5 lite")
+
+
+def rules_of(device_kind: str) -> tuple[tuple[str, Any], ...]:
+    """The rules of a mesh of these devices: on v4 and v5e, "embed" comes before "head_dim".
+
+    At width 768, XLA then sums gradients of attention over fsdp by reduce-scatters, which move half
+    the bytes of all-reduces. With SparseCores, which hide all-reduces, this would be slower.
+    """
+    if device_kind not in _WITHOUT_SPARSE_CORES:
+        return RULES
+    others = [rule for rule in RULES if rule[0] != "head_dim"]
+    return (*others, ("head_dim", "fsdp"))
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -283,7 +298,7 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
 }
 # Without SparseCores, sum gradients during other computation, as parameters are gathered.
-_WITHOUT_SPARSE_CORES = {
+_TENSOR_CORE_OPTIONS = {
     "xla_enable_async_reduce_scatter_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # also during norms
@@ -304,22 +319,24 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
         return {"xla_cpu_multi_thread_eigen": False}
     if device.platform != "tpu":
         return {}
-    if device.device_kind in ("TPU v4", "TPU v5 lite"):
-        return _TPU_OPTIONS | _WITHOUT_SPARSE_CORES
+    if device.device_kind in _WITHOUT_SPARSE_CORES:
+        return _TPU_OPTIONS | _TENSOR_CORE_OPTIONS
     return _TPU_OPTIONS
 
 
 def fitting(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: jax.sharding.Mesh,
     names: Sequence[str | None],
     shape: Sequence[int],
 ) -> NamedSharding:
-    """Sharding of an array whose axes have logical names.
+    """Sharding of an array whose axes have logical names, by the rules of the mesh's devices.
 
-    An axis that its mesh axes do not divide stays whole; the next axis in RULES may then use them.
+    An axis that its mesh axes do not divide stays whole; the next axis in the rules may then use
+    them.
     """
+    rules = rules_of(mesh.devices.flat[0].device_kind)
     while True:
-        spec = nn.logical_to_mesh_axes(names, RULES)
+        spec = nn.logical_to_mesh_axes(names, rules)
         divided_names = []
         for name, size, axes in zip(names, shape, spec, strict=True):
             is_divided = size % _num_parts(mesh, _as_tuple(axes)) == 0

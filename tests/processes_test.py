@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -26,9 +27,10 @@ from helpers import (
     train_py,
     wait_for,
 )
+from jax.experimental.compilation_cache import compilation_cache
 
 from moss_tok import checkpoint, sharding
-from moss_tok.training import checkpoints, writer
+from moss_tok.training import checkpoints, loop, writer
 from moss_tok.training import state as states
 from moss_tok.training.config import RunConfig
 
@@ -177,3 +179,39 @@ def test_bad_flags(pretrain, capsys, flags, message):
     output = "".join(capsys.readouterr())
     assert output.startswith("error: ") and message in output and output.count("\n") == 1
     assert not Path(pretrain["workdir"]).exists()
+
+
+@pytest.fixture
+def other_cache():
+    """Nothing is compiled yet; after the test, the cache of the tests is in use again."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    values = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[1], 0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("other_cache")
+def test_the_next_start_takes_programs_from_the_cache(pretrain, monkeypatch, tmp_path):
+    def compile_something(*_):
+        jax.jit(lambda x: 3 * jnp.sin(x))(np.ones(7, np.float32))  # each time a new function
+        return True
+
+    monkeypatch.setattr(loop, "train", compile_something)
+    events = []
+
+    def note(event, **_):
+        events.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    try:
+        for hits in (0, 1):
+            events.clear()
+            assert not train_py(*as_flags(pretrain), f"--compilation_cache_dir={tmp_path}/cache")
+            assert events.count("/jax/compilation_cache/cache_hits") == hits
+            assert any((tmp_path / "cache").iterdir())
+    finally:
+        jax.monitoring.unregister_event_listener(note)

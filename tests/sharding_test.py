@@ -18,6 +18,7 @@ from helpers import (
     ADVERSARIAL,
     CODEC,
     LANGUAGE,
+    PRETRAIN,
     SEMANTIC,
     SHALLOW,
     init_state,
@@ -34,8 +35,10 @@ from moss_tok.language import pretrained as language_models
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives.config import DiscriminatorSettings
 from moss_tok.objectives.discriminators import Discriminators
+from moss_tok.training import checkpoints
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
+from moss_tok.training.config import RunConfig
 from moss_tok.training.step import sharded_train_step
 
 
@@ -186,6 +189,56 @@ def test_the_width_is_split_where_the_head_size_does_not_divide(head_dim, spec):
     names, mesh = ("layers", "heads", "head_dim", "embed"), sharding.make_mesh("fsdp:4,tensor:2")
     found = sharding.fitting(mesh, names, (3, 2, head_dim, 12))
     assert found.spec == jax.sharding.PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        ("TPU v4", "embed"),
+        ("TPU v5 lite", "embed"),
+        ("TPU v5", "head_dim"),
+        ("TPU v6 lite", "head_dim"),
+        ("NVIDIA H200", "head_dim"),
+        ("cpu", "head_dim"),
+    ],
+)
+def test_what_fsdp_splits_depends_on_the_chip(kind, axis):
+    rules = sharding.rules_of(kind)
+    assert set(rules) == set(sharding.RULES)
+    for names in (("embed", "qkv", "heads", "head_dim"), ("heads", "head_dim", "embed")):
+        spec = nn.logical_to_mesh_axes(names, rules)
+        assert names[spec.index("fsdp")] == axis
+
+
+@pytest.mark.usefixtures("sgd")
+def test_the_split_of_v5e_trains_like_others(monkeypatch, tmp_path):
+    """Both take the same steps from one checkpoint, which was saved with the split of others."""
+    recipe = make_recipe(PRETRAIN | {"batch_size": 8}, SHALLOW)
+    mesh = sharding.make_mesh("data:2,fsdp:4")
+    batch = sharding.global_batch(mesh, 8, jax.tree.map(np.asarray, random_batch(10, 8)))
+    results = []
+    with checkpoints.Checkpoints(tmp_path, RunConfig(), recipe.objective, {}) as saver:
+        for kinds in ((), ("cpu",)):
+            monkeypatch.setattr(sharding, "_WITHOUT_SPARSE_CORES", kinds)
+            shapes = states.state_shapes(recipe, mesh)
+            if not kinds:
+                shardings = jax.tree.map(lambda x: x.sharding, shapes)
+                saver.save(jax.device_put(init_state(recipe), shardings))
+                saver.wait()
+            state = saver.restore_latest(shapes, print)
+            specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+            step = sharded_train_step(recipe, shapes, 8)
+            losses = []
+            for _ in range(3):
+                state, metrics = step(state, batch)
+                losses.append(float(metrics["loss"]))
+            results.append((specs, losses, jax.device_get(state.params)))
+    (specs, losses, params), (other_specs, other_losses, other_params) = results
+    assert specs != other_specs
+    assert losses[0] != losses[2]
+    assert other_losses == pytest.approx(losses, rel=1e-5)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(other_params), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5)
 
 
 def test_a_large_parameter_must_not_be_replicated(monkeypatch):
