@@ -58,7 +58,7 @@ class Setup(NamedTuple):
     Attributes:
       codec: Of the codes of all speech models.
       recogniser: Reads codes.
-      templates: Reads audio at 24 kHz; None: not used.
+      templates: Recordings of single words, with their "codes"; empty: not used.
       sampling: How models sample.
       tests: Recordings of people, with their "codes" and their audio "wav" [S].
       out: The folder of the results.
@@ -66,7 +66,7 @@ class Setup(NamedTuple):
 
     codec: Codec
     recogniser: language.Language
-    templates: digit_reader.Reader | None
+    templates: list[dict[str, Any]]
     sampling: speech.Sampling
     tests: list[dict[str, Any]]
     out: Path
@@ -75,13 +75,17 @@ class Setup(NamedTuple):
 def prepare(args: argparse.Namespace) -> Setup:
     """Loads the models, and encodes the recordings."""
     codec = moss_tok.load(args.recogniser)
-    tests = read_recordings(args.test, args.seconds, args.number)
-    for row, codes in zip(tests, encode_all(codec, [row["wav"] for row in tests]), strict=True):
-        row["codes"] = codes
-    templates = read_templates(args.templates) if args.templates else None
-    args.out.mkdir(parents=True, exist_ok=True)
     recogniser = language.load(args.recogniser)
+    tests = with_codes(codec, read_recordings(args.test, args.seconds, args.number))
+    templates = with_codes(codec, read_templates(args.templates)) if args.templates else []
+    args.out.mkdir(parents=True, exist_ok=True)
     return Setup(codec, recogniser, templates, sampling_of(args), tests, args.out)
+
+
+def with_codes(codec: Codec, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the "codes" of their "wav"."""
+    codes = encode_all(codec, [row["wav"] for row in rows])
+    return [row | {"codes": one} for row, one in zip(rows, codes, strict=True)]
 
 
 def read_recordings(folder: Path, seconds: float, number: int) -> list[dict[str, Any]]:
@@ -94,17 +98,27 @@ def read_recordings(folder: Path, seconds: float, number: int) -> list[dict[str,
     return recordings
 
 
-def read_templates(folder: Path) -> digit_reader.Reader:
-    """A reader with the first recordings of each word and speaker."""
+def read_templates(folder: Path) -> list[dict[str, Any]]:
+    """The first recordings of each word and speaker."""
     counts: dict[tuple[str, str], int] = {}
     templates = []
     for row in read_recordings(folder, np.inf, 10**6):
         key = (row["speaker"], row["transcript"])
-        if " " in row["transcript"] or counts.get(key, 0) == TEMPLATES_PER_WORD:
-            continue
-        counts[key] = counts.get(key, 0) + 1
-        templates.append((row["transcript"], librosa.effects.trim(row["wav"], top_db=30)[0]))
-    return digit_reader.Reader.of(templates)
+        if " " not in row["transcript"] and counts.get(key, 0) < TEMPLATES_PER_WORD:
+            counts[key] = counts.get(key, 0) + 1
+            templates.append(row)
+    return templates
+
+
+def template_reader(setup: Setup, number: int | None) -> digit_reader.Reader:
+    """A reader that is used to the sound of a number of quantizers; None: to recordings."""
+    wavs = [row["wav"] for row in setup.templates]
+    if number is not None:
+        codes = [row["codes"] for row in setup.templates]
+        wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
+    trimmed = [librosa.effects.trim(wav, top_db=30)[0] for wav in wavs]
+    words = [row["transcript"] for row in setup.templates]
+    return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
 
 
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -125,17 +139,20 @@ def sampling_of(args: argparse.Namespace) -> speech.Sampling:
     return dataclasses.replace(DEFAULT, first=first, others=others)
 
 
-def read_all(setup: Setup, wavs: Sequence[np.ndarray], ended: Sequence[bool]) -> Rows:
-    """What is heard in recordings [S]."""
+def read_all(
+    setup: Setup, wavs: Sequence[np.ndarray], number: int | None, ended: Sequence[bool] = ()
+) -> Rows:
+    """What is heard in recordings [S] of a number of quantizers."""
+    reader = template_reader(setup, number) if setup.templates else None
     codes = encode_all(setup.codec, wavs)
     options = {"sampling": language.Sampling(max_tokens=40)}
     heard = language.transcribe_codes(setup.codec, setup.recogniser, codes, **options)
     rows = []
-    for wav, words, end in zip(wavs, heard, ended, strict=True):
+    for wav, words, end in zip(wavs, heard, ended or [True] * len(wavs), strict=True):
         seconds = len(wav) / setup.codec.config.sample_rate
         row = {"heard": " ".join(words.split()), "seconds": seconds, "ended": end}
-        if setup.templates is not None:
-            row["matched"] = setup.templates.read(wav)
+        if reader is not None:
+            row["matched"] = reader.read(wav)
         rows.append(row)
     return rows
 
@@ -151,7 +168,7 @@ def speak(
     folder.mkdir(exist_ok=True)
     for index, wav in enumerate(wavs):
         files.write(folder / f"{index:03}.wav", wav[None], setup.codec.config.sample_rate)
-    return read_all(setup, wavs, [one.ended for one in spoken])
+    return read_all(setup, wavs, number, [one.ended for one in spoken])
 
 
 # --------------------------------------------------------------------------- words
@@ -166,22 +183,48 @@ def words(args: argparse.Namespace) -> None:
           "seconds |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     recorded = [row["wav"] for row in setup.tests]
-    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded, [True] * len(texts)))
+    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded, None))
     models = {Path(path).name: speech.load(path) for path in args.checkpoint}
     requests = [speech.Request(text) for text in texts]
+    rates: dict[str, list[tuple[int, float]]] = {}
     for number in args.quantizers:
-        _row(setup, texts, PEOPLE, number, lambda _, n=number: people(setup, n))
-        for model_name, model in models.items():
-            if number <= model.config.num_quantizers:
-                compute = lambda name, m=model, n=number: speak(setup, m, requests, n, name)  # noqa: E731
-                _row(setup, texts, model_name, number, compute)
+        for who, model in {PEOPLE: None, **models}.items():
+
+            def compute(name: str, model: Any = model, number: int = number) -> Rows:
+                if model is None:
+                    return people(setup, number)
+                return speak(setup, model, requests, number, name)
+
+            if model is None or number <= model.config.num_quantizers:
+                rows = _row(setup, texts, who, number, compute)
+                rates.setdefault(who, []).append((number, error_rate(texts, rows)))
+    draw(rates, setup.out / "words.png")
+
+
+def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Draws word error rates over numbers of quantizers, a line for each key."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for who, points in rates.items():
+        style = {"color": "black", "linestyle": "--"} if who == PEOPLE else {}
+        axes.plot(*zip(*points, strict=True), marker="o", label=who, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(NUMBERS, map(str, NUMBERS))
+    axes.set_xlabel("quantizers")
+    axes.set_ylabel("word error rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def people(setup: Setup, number: int) -> Rows:
     """What is heard in recordings of people, decoded from their codes."""
     codes = [row["codes"] for row in setup.tests]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
-    return read_all(setup, wavs, [True] * len(wavs))
+    return read_all(setup, wavs, number)
 
 
 def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, compute: Any) -> Rows:
@@ -195,19 +238,24 @@ def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, comput
     return rows
 
 
+def error_rate(texts: Sequence[str], rows: Rows, key: str = "heard") -> float:
+    """The word error rate."""
+    return jiwer.wer(list(texts), [row[key] for row in rows])
+
+
 def table_cells(texts: Sequence[str], rows: Rows) -> str:
     """The cells of a line: error rates, shares of the texts, and the mean duration."""
     heard = [row["heard"] for row in rows]
     matched = ""
     if "matched" in rows[0]:
-        matched = f"{jiwer.wer(list(texts), [row['matched'] for row in rows]):.3f}"
+        matched = f"{error_rate(texts, rows, 'matched'):.3f}"
     num_heard = np.array([len(words.split()) for words in heard])
     num_written = np.array([len(text.split()) for text in texts])
     more = np.mean(num_heard > num_written)
     fewer = np.mean(num_heard < num_written)
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
-    rate = jiwer.wer(list(texts), heard)
+    rate = error_rate(texts, rows)
     return f"{rate:.3f} | {matched} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
 
 

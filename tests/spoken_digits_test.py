@@ -104,6 +104,35 @@ def test_other_manifests_are_refused(scripts, sequences, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def study():
+    """The script that measures what models say."""
+    pytest.importorskip("jiwer")
+    pytest.importorskip("librosa")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXPERIMENTS))
+        import speech_study
+    return speech_study
+
+
+def test_prompts_have_another_text_and_the_right_speaker(study):
+    tests = [{"speaker": "ab"[i % 2], "transcript": f"text {i // 4}"} for i in range(12)]
+    prompts = study.find_prompts(tests)
+    assert prompts["none"] == [None] * 12
+    for row, same, other in zip(tests, prompts["same"], prompts["other"], strict=True):
+        assert same["speaker"] == row["speaker"] != other["speaker"]
+        assert row["transcript"] not in (same["transcript"], other["transcript"])
+
+
+def test_faults_are_counted_in_texts(study):
+    texts = ["one two", "three", "four five", "six"]
+    heard = ["one two", "three three", "four", "seven"]
+    rows = [{"heard": words, "seconds": 2.0, "ended": words != "four"} for words in heard]
+    cells = study.table_cells(texts, rows).split(" | ")
+    # Errors: one more word, one word less and one wrong word, of six.
+    assert [float(cell) for cell in cells if cell] == [0.5, 0.25, 0.25, 0.25, 2]
+
+
 def test_voices_are_compared_without_the_recording_itself(scripts):
     compare = scripts["voice_similarity"].compare
     axes = np.eye(4)
