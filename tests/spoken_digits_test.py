@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from moss_tok.codec.inference import decode_one
+from moss_tok.data.codes import Item
 from moss_tok.language import text
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -21,10 +23,12 @@ def scripts():
     """The scripts by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
+        import codec_copies
         import fsdd
         import spoken_digits
         import voice_similarity
     return {
+        "codec_copies": codec_copies,
         "fsdd": fsdd,
         "spoken_digits": spoken_digits,
         "voice_similarity": voice_similarity,
@@ -102,6 +106,22 @@ def test_other_manifests_are_refused(scripts, sequences, tmp_path, capsys):
     assert scripts["spoken_digits"].main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_copies_have_the_texts_and_few_quantizers(scripts, micro, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    items = [
+        Item(str(i), random.integers(0, 16, (4, 5 + i)), 100, {"transcript": str(i)})
+        for i in range(4)
+    ]
+    monkeypatch.setattr(scripts["codec_copies"], "NUMBERS", (1, 4))
+    scripts["codec_copies"].write_copies(micro, items, tmp_path / "out")
+    for index, row in enumerate(rows_of(tmp_path / "out")):
+        assert row["transcript"] == str(index)
+        wav, rate = soundfile.read(tmp_path / "out" / row["path"])
+        assert row["duration_s"] == len(wav) / rate
+        expected = decode_one(micro, items[index].codes, (1, 4)[index % 2])[0]
+        np.testing.assert_allclose(wav, np.clip(expected, -1, 1), atol=1e-3)
 
 
 @pytest.fixture(scope="module")
