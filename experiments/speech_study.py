@@ -16,6 +16,7 @@ words, and that were cut at the longest duration. With `--templates`, the folder
 a prompt of another speaker. `voice_similarity.py` compares the voices.
 
 OUT gets the audio, and a .json file for each row of a table. What it has is not computed again.
+`words` also writes words.png, a plot, and words.html, a page to listen to.
 """
 
 import argparse
@@ -44,7 +45,11 @@ from moss_tok.speech.sampling import DEFAULT
 
 PEOPLE = "people"
 RECORDINGS = "recordings"  # of people, not through the codec
-TEMPLATES_PER_WORD = 2  # and speaker
+TEMPLATES_PER_WORD = 1  # and speaker
+HEADER = """\
+| speech of | quantizers | WER | by templates | more words | fewer words | cut | seconds |
+|---|---|---|---|---|---|---|---|"""
+PAGE_TEXTS = 24
 _BATCH = 25
 
 # For each text: the words "heard", the "seconds", and whether the model "ended" the speech. With
@@ -157,6 +162,14 @@ def read_all(
     return rows
 
 
+def write_audio(setup: Setup, name: str, wavs: Sequence[np.ndarray]) -> None:
+    """Writes recordings [S] into a folder of OUT."""
+    (setup.out / name).mkdir(exist_ok=True)
+    for index, wav in enumerate(wavs):
+        path = setup.out / name / f"{index:03}.wav"
+        files.write(path, wav[None], setup.codec.config.sample_rate)
+
+
 def speak(
     setup: Setup, model: speech.Speech, requests: Sequence[speech.Request], number: int, name: str
 ) -> Rows:
@@ -164,10 +177,7 @@ def speak(
     spoken = generate.generate(model, requests, setup.sampling, num_quantizers=number)
     codes = [one.codes if one.codes.shape[1] else np.zeros((number, 1), int) for one in spoken]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
-    folder = setup.out / name
-    folder.mkdir(exist_ok=True)
-    for index, wav in enumerate(wavs):
-        files.write(folder / f"{index:03}.wav", wav[None], setup.codec.config.sample_rate)
+    write_audio(setup, name, wavs)
     return read_all(setup, wavs, number, [one.ended for one in spoken])
 
 
@@ -179,9 +189,7 @@ def words(args: argparse.Namespace) -> None:
     setup = prepare(args)
     texts = [row["transcript"] for row in setup.tests]
     print(f"{len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
-    print("| speech of | quantizers | WER | by templates | more words | fewer words | cut | "
-          "seconds |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|")
+    print(HEADER)
     recorded = [row["wav"] for row in setup.tests]
     _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded, None))
     models = {Path(path).name: speech.load(path) for path in args.checkpoint}
@@ -192,13 +200,30 @@ def words(args: argparse.Namespace) -> None:
 
             def compute(name: str, model: Any = model, number: int = number) -> Rows:
                 if model is None:
-                    return people(setup, number)
+                    return people(setup, number, name)
                 return speak(setup, model, requests, number, name)
 
             if model is None or number <= model.config.num_quantizers:
                 rows = _row(setup, texts, who, number, compute)
                 rates.setdefault(who, []).append((number, error_rate(texts, rows)))
     draw(rates, setup.out / "words.png")
+    names = [f"{who}-{points[-1][0]}" for who, points in rates.items()]
+    files.write_text(setup.out / "words.html", page(setup, texts, names))
+
+
+def page(setup: Setup, texts: Sequence[str], names: Sequence[str]) -> str:
+    """An HTML page to listen to the first texts: a column for each row of the table in `names`."""
+    columns = [json.loads((setup.out / f"{name}.json").read_text()) for name in names]
+    lines = ["<!doctype html><meta charset=utf-8><title>Spoken digits</title>"]
+    lines.append("<h1>Spoken digits</h1><p>Below each recording: what the recogniser reads.")
+    lines.append("<table cellpadding=6><tr align=left><th>text")
+    lines += [f"<th>{name}" for name in names]
+    for index, text in enumerate(texts[:PAGE_TEXTS]):
+        lines.append(f"<tr><td>{text}")
+        for name, rows in zip(names, columns, strict=True):
+            source = f"{name}/{index:03}.wav"
+            lines.append(f'<td><audio controls src="{source}"></audio><br>{rows[index]["heard"]}')
+    return "\n".join([*lines, "</table>"]) + "\n"
 
 
 def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -220,10 +245,11 @@ def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def people(setup: Setup, number: int) -> Rows:
+def people(setup: Setup, number: int, name: str) -> Rows:
     """What is heard in recordings of people, decoded from their codes."""
     codes = [row["codes"] for row in setup.tests]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
+    write_audio(setup, name, wavs)
     return read_all(setup, wavs, number)
 
 
@@ -269,12 +295,11 @@ def voices(args: argparse.Namespace) -> None:
     people_wavs = decode_all(setup.codec, [row["codes"] for row in setup.tests], number)
     prompts = find_prompts(setup.tests)
     lines = []
-    (setup.out / PEOPLE).mkdir(exist_ok=True)
-    for index, (row, wav) in enumerate(zip(setup.tests, people_wavs, strict=True)):
-        path = f"{PEOPLE}/{index:03}.wav"
-        files.write(setup.out / path, wav, setup.codec.config.sample_rate)
-        lines.append({"path": path, "who": PEOPLE, "speaker": row["speaker"]})
+    write_audio(setup, PEOPLE, [wav[0] for wav in people_wavs])
+    for index, row in enumerate(setup.tests):
+        lines.append({"path": f"{PEOPLE}/{index:03}.wav", "who": PEOPLE, "speaker": row["speaker"]})
     texts = [row["transcript"] for row in setup.tests]
+    print(HEADER)
     for checkpoint in args.checkpoint:
         model = speech.load(checkpoint)
         for prompt, chosen in prompts.items():
