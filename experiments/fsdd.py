@@ -24,7 +24,7 @@ from moss_tok.cli.commands import Parser
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NAME = re.compile(r"(\d)_([a-z]+)_(\d+)")  # digit, speaker, number
-_PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test")
 _FIRST_TRAINING_NUMBER = 5
 
 
@@ -36,7 +36,7 @@ def list_recordings(folder: Path) -> dict[str, list[dict[str, str]]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    rows: dict[str, list[dict[str, str]]] = {part: [] for part in _PARTS}
+    rows: dict[str, list[dict[str, str]]] = {part: [] for part in PARTS}
     for path in sorted(folder.glob("*.wav")):
         name = _NAME.fullmatch(path.stem)
         if name is None:
@@ -51,7 +51,7 @@ def list_recordings(folder: Path) -> dict[str, list[dict[str, str]]]:
             "speaker": speaker,
         }
         rows[part].append(row)
-    for part in _PARTS:
+    for part in PARTS:
         if not rows[part]:
             raise ValueError(f"{folder}: no recordings DIGIT_SPEAKER_NUMBER.wav for {part}.jsonl")
     return rows
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = list_recordings(args.recordings)
         args.output.mkdir(parents=True, exist_ok=True)
-        for part in _PARTS:
+        for part in PARTS:
             path = args.output / f"{part}.jsonl"
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows[part]))
             print(f"{path}: {len(rows[part])} recordings")

@@ -1,310 +1,372 @@
-"""Measures what speech models say: words, endings, speed. See `speech.md`.
+"""Measures what speech models say: words, voices, endings. See `speech.md`.
 
-    python experiments/speech_study.py words --digits=digits --checkpoint=runs/tts_digits
-    python experiments/speech_study.py speed --checkpoint=runs/tts_digits
-    python experiments/speech_study.py speed
+    python experiments/speech_study.py words --recogniser=runs/reader --checkpoint=runs/half
+    python experiments/speech_study.py voices --recogniser=runs/reader --checkpoint=runs/half
 
-`words` prints the word error rate of generated speech at each number of quantizers, beside that of
-the same texts spoken by people (their codes, decoded). It also counts the texts that were cut at
-the longest duration, that gained words and that lost words. `digits` is the output of
-`spoken_digits.py`. What OUT already has is not computed again. `digit_reader.py` reads all words.
-Its templates are clips that the speech model has not heard, decoded from the same number of
-quantizers.
+Both speak the texts of `--test`, a folder of `spoken_digits.py`, with all models, and read them
+with a recogniser that was trained on codes. The models and the recogniser have the same codec.
+Speech is decoded to audio and encoded again for the recogniser.
 
-`speed` prints the time to the first block and the real-time factor of `speech.stream`. Without a
-checkpoint, it measures a random model with the shape of `tts_digits.flags`; the weights do not
-change the speed.
+`words` prints the word error rate at each number of quantizers, beside that of the same texts
+spoken by people (their codes, decoded). It also counts the texts that gained words, that lost
+words, and that were cut at the longest duration. With `--templates`, the folder `reader` of
+`spoken_digits.py`, `digit_reader.py` reads the words, too.
+
+`voices` speaks each text without a prompt, with a prompt of the speaker of the recording, and with
+a prompt of another speaker. `voice_similarity.py` compares the voices.
+
+OUT gets the audio, and a .json file for each row of a table. What it has is not computed again.
+`words` also writes words.png, a plot, and words.html, a page to listen to.
 """
 
 import argparse
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import digit_reader
-import jax
 import jiwer
 import librosa
 import numpy as np
-from flax import linen as nn
+from codec_copies import NUMBERS, decode_all
 
 import moss_tok
-from moss_tok import speech
+from moss_tok import language, speech
 from moss_tok.audio import files
 from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
-from moss_tok.codec.inference import Codec, decode_batch, encode_batch
+from moss_tok.codec.inference import Codec, encode_batch
 from moss_tok.json_files import read_json_lines
-from moss_tok.language.text import ByteTokenizer
-from moss_tok.speech import generate, layout, pretrained
-from moss_tok.speech.config import preset
+from moss_tok.speech import generate
 from moss_tok.speech.sampling import DEFAULT
 
-NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
-BATCH = 25
-NUM_STREAMS = 7  # of which medians are taken
+PEOPLE = "people"
+RECORDINGS = "recordings"  # of people, not through the codec
+TEMPLATES_PER_WORD = 1  # and speaker
+HEADER = """\
+| speech of | quantizers | WER | by templates | more words | fewer words | cut | seconds |
+|---|---|---|---|---|---|---|---|"""
+PAGE_TEXTS = 24
+_BATCH = 25
+
+# For each text: the words "heard", the "seconds", and whether the model "ended" the speech. With
+# templates, also the words "matched".
+Rows = list[dict[str, Any]]
 
 
-def read_recordings(folder: Path, args: argparse.Namespace, number: int) -> list[dict[str, Any]]:
-    """The first recordings of a folder that are short enough, with their audio "wav" [S]."""
+class Setup(NamedTuple):
+    """What is measured with.
+
+    Attributes:
+      codec: Of the codes of all speech models.
+      recogniser: Reads codes.
+      templates: Recordings of single words, with their "codes"; empty: not used.
+      sampling: How models sample.
+      tests: Recordings of people, with their "codes" and their audio "wav" [S].
+      out: The folder of the results.
+    """
+
+    codec: Codec
+    recogniser: language.Language
+    templates: list[dict[str, Any]]
+    sampling: speech.Sampling
+    tests: list[dict[str, Any]]
+    out: Path
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Loads the models, and encodes the recordings."""
+    codec = moss_tok.load(args.recogniser)
+    recogniser = language.load(args.recogniser)
+    tests = with_codes(codec, read_recordings(args.test, args.seconds, args.number))
+    templates = with_codes(codec, read_templates(args.templates)) if args.templates else []
+    args.out.mkdir(parents=True, exist_ok=True)
+    return Setup(codec, recogniser, templates, sampling_of(args), tests, args.out)
+
+
+def with_codes(codec: Codec, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the "codes" of their "wav"."""
+    codes = encode_all(codec, [row["wav"] for row in rows])
+    return [row | {"codes": one} for row, one in zip(rows, codes, strict=True)]
+
+
+def read_recordings(folder: Path, seconds: float, number: int) -> list[dict[str, Any]]:
+    """The first recordings of a folder that are at most `seconds` long, with their audio."""
     recordings: list[dict[str, Any]] = []
     for _, row in read_json_lines(folder / "manifest.jsonl"):
-        if len(recordings) == number:
-            break
-        if row["duration_s"] <= args.seconds and args.speaker in ("", row["speaker"]):
+        if len(recordings) < number and row["duration_s"] <= seconds:
             wav = files.read(folder / row["path"], digit_reader.RATE, 1)[0]
             recordings.append(row | {"wav": wav})
     return recordings
 
 
-def _few_sizes(num_frames: int) -> int:
-    """A length for arrays: one of few, because a program is compiled for each."""
-    return 40 * -(-num_frames // 40)
+def read_templates(folder: Path) -> list[dict[str, Any]]:
+    """The first recordings of each word and speaker."""
+    counts: dict[tuple[str, str], int] = {}
+    templates = []
+    for row in read_recordings(folder, np.inf, 10**6):
+        key = (row["speaker"], row["transcript"])
+        if " " not in row["transcript"] and counts.get(key, 0) < TEMPLATES_PER_WORD:
+            counts[key] = counts.get(key, 0) + 1
+            templates.append(row)
+    return templates
+
+
+def template_reader(setup: Setup, number: int | None) -> digit_reader.Reader:
+    """A reader that is used to the sound of a number of quantizers; None: to recordings."""
+    wavs = [row["wav"] for row in setup.templates]
+    if number is not None:
+        codes = [row["codes"] for row in setup.templates]
+        wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
+    trimmed = [librosa.effects.trim(wav, top_db=30)[0] for wav in wavs]
+    words = [row["transcript"] for row in setup.templates]
+    return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
 
 
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Codes [Q, T] of recordings [C, S], with one program."""
-    size = _few_sizes(codec.config.num_frames(max(wav.shape[1] for wav in wavs)))
+    """Codes [Q, T] of recordings [S], with one program."""
+    size = codec.config.num_frames(max(len(wav) for wav in wavs))
+    size = 50 * -(-size // 50)  # few lengths, because a program is compiled for each
     codes: list[np.ndarray] = []
-    for _, rows, padded_rows in batch_by_shape([size] * len(wavs), BATCH):
-        batch = encode_batch(codec, [wavs[row] for row in padded_rows], num_frames=size)
+    for _, rows, padded_rows in batch_by_shape([size] * len(wavs), _BATCH):
+        batch = encode_batch(codec, [wavs[row][None] for row in padded_rows], num_frames=size)
         codes += batch[: len(rows)]
     return codes
 
 
-def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
-    """Audio [S] of the first `number` of the codes [q, T], with one program for all numbers."""
-    limit = codec.config.quantizer.num_quantizers
-    size = _few_sizes(max(x.shape[1] for x in codes))
-    wavs: list[np.ndarray] = []
-    for _, rows, padded_rows in batch_by_shape([size] * len(codes), BATCH):
-        batch = []
-        for row in padded_rows:
-            num_missing = limit - len(codes[row])
-            batch.append(np.pad(codes[row], ((0, num_missing), (0, 0))))
-        decoded = decode_batch(codec, batch, number, num_frames=size)
-        wavs += [wav[0] for wav in decoded[: len(rows)]]
-    return wavs
-
-
 def sampling_of(args: argparse.Namespace) -> speech.Sampling:
     """How models sample."""
-    channel = speech.Channel(
-        temperature=args.temperature, repetition_penalty=args.repetition_penalty
-    )
-    return dataclasses.replace(DEFAULT, first=channel, others=channel)
+    first = speech.Channel(args.first_temperature, repetition_penalty=args.repetition_penalty)
+    others = dataclasses.replace(first, temperature=args.other_temperature)
+    return dataclasses.replace(DEFAULT, first=first, others=others)
+
+
+def read_all(
+    setup: Setup, wavs: Sequence[np.ndarray], number: int | None, ended: Sequence[bool] = ()
+) -> Rows:
+    """What is heard in recordings [S] of a number of quantizers."""
+    reader = template_reader(setup, number) if setup.templates else None
+    codes = encode_all(setup.codec, wavs)
+    options = {"sampling": language.Sampling(max_tokens=40)}
+    heard = language.transcribe_codes(setup.codec, setup.recogniser, codes, **options)
+    rows = []
+    for wav, words, end in zip(wavs, heard, ended or [True] * len(wavs), strict=True):
+        seconds = len(wav) / setup.codec.config.sample_rate
+        row = {"heard": " ".join(words.split()), "seconds": seconds, "ended": end}
+        if reader is not None:
+            row["matched"] = reader.read(wav)
+        rows.append(row)
+    return rows
+
+
+def write_audio(setup: Setup, name: str, wavs: Sequence[np.ndarray]) -> None:
+    """Writes recordings [S] into a folder of OUT."""
+    (setup.out / name).mkdir(exist_ok=True)
+    for index, wav in enumerate(wavs):
+        path = setup.out / name / f"{index:03}.wav"
+        files.write(path, wav[None], setup.codec.config.sample_rate)
+
+
+def speak(
+    setup: Setup, model: speech.Speech, requests: Sequence[speech.Request], number: int, name: str
+) -> Rows:
+    """Speaks texts, writes the audio, and reads it."""
+    spoken = generate.generate(model, requests, setup.sampling, num_quantizers=number)
+    codes = [one.codes if one.codes.shape[1] else np.zeros((number, 1), int) for one in spoken]
+    wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
+    write_audio(setup, name, wavs)
+    return read_all(setup, wavs, number, [one.ended for one in spoken])
 
 
 # --------------------------------------------------------------------------- words
 
 
-class Study:
-    """People's recordings as codes, and readers.
-
-    Attributes:
-      codec: Of the codes of all speech models.
-      sampling: How models sample.
-      tests: Recordings that no speech model has heard, with their "codes".
-      singles: Other such recordings, of one word each.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        """Encodes the recordings, unless OUT has their codes."""
-        self.codec = moss_tok.load(args.codec)
-        self.sampling = sampling_of(args)
-        self.out = args.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.tests = self._encoded("test", read_recordings(args.digits / "test", args, args.number))
-        recordings = read_recordings(args.digits / "reader", args, 10**6)
-        singles = [row for row in recordings if " " not in row["transcript"]]
-        self.singles = self._encoded("reader", singles)
-
-    def _encoded(self, name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        path = self.out / f"{name}.npz"
-        if not path.exists():
-            codes = encode_all(self.codec, [row["wav"][None] for row in rows])
-            np.savez(path, *(recording.astype(np.int16) for recording in codes))
-        with np.load(path) as saved:
-            for index, row in enumerate(rows):
-                row["codes"] = saved[f"arr_{index}"].astype(np.int32)
-        return rows
-
-    def reader(self, number: int) -> digit_reader.Reader:
-        """A reader that is used to the sound of this number of quantizers."""
-        wavs = decode_all(self.codec, [row["codes"] for row in self.singles], number)
-        trimmed = [librosa.effects.trim(wav, top_db=30)[0] for wav in wavs]
-        words = [row["transcript"] for row in self.singles]
-        return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
-
-
-# For each text: the words "heard", the "seconds", and whether the model "ended" the speech.
-Rows = list[dict[str, Any]]
-
-
 def words(args: argparse.Namespace) -> None:
     """Prints the table of word error rates and of faults."""
-    study = Study(args)
-    texts = [row["transcript"] for row in study.tests]
-    print(f"{len(texts)} texts, {len(study.singles)} templates")
-    print("| speech of | quantizers | WER | more words | fewer words | cut | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    setup = prepare(args)
+    texts = [row["transcript"] for row in setup.tests]
+    print(f"{len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
+    print(HEADER)
+    recorded = [row["wav"] for row in setup.tests]
+    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded, None))
     models = {Path(path).name: speech.load(path) for path in args.checkpoint}
-    for number in NUMBERS:
-        reader = None
-        for name, model in {"people": None, **models}.items():
-            if model is not None and number > model.config.num_quantizers:
-                continue
-            path = study.out / f"{name}-{number}.json"
-            if not path.exists():
-                reader = reader or study.reader(number)
-                path.write_text(json.dumps(_measure(study, reader.read, model, number, path)))
-            print_words(name, number, texts, json.loads(path.read_text()))
+    requests = [speech.Request(text) for text in texts]
+    rates: dict[str, list[tuple[int, float]]] = {}
+    for number in args.quantizers:
+        for who, model in {PEOPLE: None, **models}.items():
+
+            def compute(name: str, model: Any = model, number: int = number) -> Rows:
+                if model is None:
+                    return people(setup, number, name)
+                return speak(setup, model, requests, number, name)
+
+            if model is None or number <= model.config.num_quantizers:
+                rows = _row(setup, texts, who, number, compute)
+                rates.setdefault(who, []).append((number, error_rate(texts, rows)))
+    draw(rates, setup.out / "words.png")
+    names = [f"{who}-{points[-1][0]}" for who, points in rates.items()]
+    files.write_text(setup.out / "words.html", page(setup, texts, names))
 
 
-def _measure(
-    study: Study,
-    read: Callable[[np.ndarray], str],
-    model: speech.Speech | None,
-    number: int,
-    path: Path,
-) -> Rows:
-    """Reads the texts as a model speaks them, and writes its audio; None: as people do."""
-    codes = [row["codes"] for row in study.tests]
-    ended = [True] * len(codes)
-    if model is not None:
-        requests = [speech.Request(row["transcript"]) for row in study.tests]
-        spoken = generate.generate(model, requests, study.sampling, num_quantizers=number)
-        codes = [result.codes for result in spoken]
-        ended = [result.ended for result in spoken]
-    wavs = decode_all(study.codec, codes, number)
-    rows = []
-    for index, (wav, end) in enumerate(zip(wavs, ended, strict=True)):
-        if model is not None:
-            path.with_suffix("").mkdir(exist_ok=True)
-            files.write(path.with_suffix("") / f"{index:03}.wav", wav[None], digit_reader.RATE)
-        seconds = len(wav) / digit_reader.RATE
-        rows.append({"heard": read(wav), "seconds": seconds, "ended": end})
+def page(setup: Setup, texts: Sequence[str], names: Sequence[str]) -> str:
+    """An HTML page to listen to the first texts: a column for each row of the table in `names`."""
+    columns = [json.loads((setup.out / f"{name}.json").read_text()) for name in names]
+    lines = ["<!doctype html><meta charset=utf-8><title>Spoken digits</title>"]
+    lines.append("<h1>Spoken digits</h1><p>Below each recording: what the recogniser reads.")
+    lines.append("<table cellpadding=6><tr align=left><th>text")
+    lines += [f"<th>{name}" for name in names]
+    for index, text in enumerate(texts[:PAGE_TEXTS]):
+        lines.append(f"<tr><td>{text}")
+        for name, rows in zip(names, columns, strict=True):
+            source = f"{name}/{index:03}.wav"
+            lines.append(f'<td><audio controls src="{source}"></audio><br>{rows[index]["heard"]}')
+    return "\n".join([*lines, "</table>"]) + "\n"
+
+
+def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Draws word error rates over numbers of quantizers, a line for each key."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for who, points in rates.items():
+        style = {"color": "black", "linestyle": "--"} if who == PEOPLE else {}
+        axes.plot(*zip(*points, strict=True), marker="o", label=who, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(NUMBERS, map(str, NUMBERS))
+    axes.set_xlabel("quantizers")
+    axes.set_ylabel("word error rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def people(setup: Setup, number: int, name: str) -> Rows:
+    """What is heard in recordings of people, decoded from their codes."""
+    codes = [row["codes"] for row in setup.tests]
+    wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
+    write_audio(setup, name, wavs)
+    return read_all(setup, wavs, number)
+
+
+def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, compute: Any) -> Rows:
+    """Computes the rows of one line of a table, unless OUT has them, and prints the line."""
+    name = f"{who}-{number}" if number else who
+    path = setup.out / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps(compute(name)))
+    rows = json.loads(path.read_text())
+    print(f"| {who} | {number} | {table_cells(texts, rows)} |", flush=True)
     return rows
 
 
-def print_words(name: str, number: int, texts: Sequence[str], rows: Rows) -> None:
-    """Prints a row of the table."""
+def error_rate(texts: Sequence[str], rows: Rows, key: str = "heard") -> float:
+    """The word error rate."""
+    return jiwer.wer(list(texts), [row[key] for row in rows])
+
+
+def table_cells(texts: Sequence[str], rows: Rows) -> str:
+    """The cells of a line: error rates, shares of the texts, and the mean duration."""
     heard = [row["heard"] for row in rows]
-    rate = jiwer.wer(list(texts), heard)
+    matched = ""
+    if "matched" in rows[0]:
+        matched = f"{error_rate(texts, rows, 'matched'):.3f}"
     num_heard = np.array([len(words.split()) for words in heard])
     num_written = np.array([len(text.split()) for text in texts])
     more = np.mean(num_heard > num_written)
     fewer = np.mean(num_heard < num_written)
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
-    cells = f"{more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
-    print(f"| {name} | {number} | {rate:.3f} | {cells} |", flush=True)
+    rate = error_rate(texts, rows)
+    return f"{rate:.3f} | {matched} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
 
 
-# --------------------------------------------------------------------------- speed
+# --------------------------------------------------------------------------- voices
 
 
-def random_model(codec: Codec) -> speech.Speech:
-    """A random model with the shape of `tts_digits.flags`, which never ends speech by itself."""
-    tokenizer = ByteTokenizer()
-    config = preset(
-        "tiny",
-        codebook_size=codec.config.quantizer.codebook_size,
-        num_quantizers=8,
-        frame_rate=codec.config.frame_rate,
-        **layout.token_fields(tokenizer),
-    )
-    init = jax.jit(pretrained.init_boxed, static_argnums=0)
-    params = nn.meta.unbox(init(config, jax.random.key(0)))
-    # silu(x) x times a positive matrix is positive, so that the frame is always more likely than
-    # the end of speech.
-    heads = params["out"]
-    heads["up"] = heads["up"].at[0].set(heads["gate"][0])
-    heads["down"] = heads["down"].at[0].set(abs(heads["down"][0]))
-    heads["text_head"] = heads["text_head"].at[:, config.slot_id].set(1)
-    heads["text_head"] = heads["text_head"].at[:, config.end_id].set(-1)
-    return speech.Speech(params, config, tokenizer)
+def voices(args: argparse.Namespace) -> None:
+    """Speaks with and without prompts; prints word error rates and writes OUT/voices.jsonl."""
+    setup = prepare(args)
+    number = max(args.quantizers)
+    people_wavs = decode_all(setup.codec, [row["codes"] for row in setup.tests], number)
+    prompts = find_prompts(setup.tests)
+    lines = []
+    write_audio(setup, PEOPLE, [wav[0] for wav in people_wavs])
+    for index, row in enumerate(setup.tests):
+        lines.append({"path": f"{PEOPLE}/{index:03}.wav", "who": PEOPLE, "speaker": row["speaker"]})
+    texts = [row["transcript"] for row in setup.tests]
+    print(HEADER)
+    for checkpoint in args.checkpoint:
+        model = speech.load(checkpoint)
+        for prompt, chosen in prompts.items():
+            who = f"{Path(checkpoint).name}-{prompt}"
+            requests = [_request(text, row) for text, row in zip(texts, chosen, strict=True)]
+            _row(
+                setup, texts, who, number,
+                lambda name, r=requests, m=model: speak(setup, m, r, number, name),
+            )  # fmt: skip
+            for index, (own, row) in enumerate(zip(setup.tests, chosen, strict=True)):
+                lines.append({
+                    "path": f"{who}-{number}/{index:03}.wav", "who": who, "speaker": own["speaker"],
+                    "prompt": row and row["speaker"],
+                })  # fmt: skip
+    files.write_text(setup.out / "voices.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
 
-def _clocks() -> np.ndarray:
-    """Seconds by the clock and of processor time."""
-    return np.array([time.perf_counter(), time.process_time()])
+def find_prompts(
+    tests: Sequence[dict[str, Any]],
+) -> dict[str, list[dict[str, Any] | None]]:
+    """For each kind of prompt, a recording for each test: of another text, or None."""
+    same: list[dict[str, Any] | None] = []
+    other: list[dict[str, Any] | None] = []
+    speakers = sorted({row["speaker"] for row in tests})
+    for index, row in enumerate(tests):
+        next_speaker = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
+        for chosen, speaker in ((same, row["speaker"]), (other, next_speaker)):
+            ordered = [*tests[index + 1 :], *tests[:index]]
+            chosen.append(next(
+                x for x in ordered
+                if x["speaker"] == speaker and x["transcript"] != row["transcript"]
+            ))  # fmt: skip
+    return {"none": [None] * len(tests), "same": same, "other": other}
 
 
-def stream_seconds(
-    model: speech.Speech, codec: Codec, sampling: speech.Sampling, number: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Streams a text.
-
-    Returns:
-      Seconds to the first block and in total, both by the clock and of processor time; and seconds
-      of audio.
-    """
-    start = _clocks()
-    first = None
-    num_samples = 0
-    request = speech.Request("four seven")
-    for wav in speech.stream(model, codec, request, sampling, seed, number):
-        if first is None:
-            first = _clocks() - start
-        num_samples += wav.shape[1]
-    return first, _clocks() - start, num_samples / codec.config.sample_rate
+def _request(text: str, prompt: dict[str, Any] | None) -> speech.Request:
+    if prompt is None:
+        return speech.Request(text)
+    return speech.Request(text, prompt["codes"], prompt["transcript"])
 
 
-def speed(args: argparse.Namespace) -> None:
-    """Prints the time to the first block and the real-time factor."""
-    codec = moss_tok.load(args.codec)
-    models = {path: speech.load(path) for path in args.checkpoint}
-    if not models:
-        models["random weights"] = random_model(codec)
-    print("| model | quantizers | first block, ms of processor time (clock) | real-time factor "
-          "by processor time (clock) |")  # fmt: skip
-    print("|---|---|---|---|")
-    for name, model in models.items():
-        for number in NUMBERS:
-            if number <= model.config.num_quantizers:
-                _print_speed(name, model, codec, sampling_of(args), number)
-
-
-def _print_speed(
-    name: str, model: speech.Speech, codec: Codec, sampling: speech.Sampling, number: int
-) -> None:
-    """Prints a row of medians."""
-    stream_seconds(model, codec, sampling, number, seed=0)  # compiles the programs
-    first_blocks = []
-    factors = []
-    for seed in range(NUM_STREAMS):
-        first, total, audio_seconds = stream_seconds(model, codec, sampling, number, seed)
-        first_blocks.append(1000 * first)
-        factors.append(total / audio_seconds)
-    clock, processor = np.median(first_blocks, axis=0)
-    clock_factor, processor_factor = np.median(factors, axis=0)
-    print(f"| {name} | {number} | {processor:.0f} ({clock:.0f}) | {processor_factor:.2f} "
-          f"({clock_factor:.2f}) |", flush=True)  # fmt: skip
-
-
-def main() -> None:
-    """Runs a study."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a study; returns 2 after a user error."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("words", "speed"))
+    parser.add_argument("study", choices=("words", "voices"))
     parser.add_argument(
         "--checkpoint", action="append", default=[], help="speech model; repeat for several"
     )
-    parser.add_argument("--codec", help="its codec (default: the one in the package)")
-    parser.add_argument("--digits", type=Path, default=Path("digits"))
+    parser.add_argument("--recogniser", required=True, help="codec with a language model")
+    parser.add_argument("--test", type=Path, default=Path("sequences/test"))
+    parser.add_argument("--templates", type=Path, help="folder of single words for digit_reader.py")
     parser.add_argument("--out", type=Path, default=Path("study"))
-    parser.add_argument("--speaker", default="", help="only recordings of this speaker")
-    parser.add_argument("--temperature", type=float, default=DEFAULT.first.temperature)
+    parser.add_argument("--quantizers", type=int, nargs="+", default=NUMBERS)
+    parser.add_argument("--first-temperature", type=float, default=DEFAULT.first.temperature)
+    parser.add_argument("--other-temperature", type=float, default=DEFAULT.others.temperature)
     penalty = DEFAULT.first.repetition_penalty
     parser.add_argument("--repetition-penalty", type=float, default=penalty)
     parser.add_argument("--number", type=int, default=100, help="largest number of texts")
-    parser.add_argument("--seconds", type=float, default=1.6, help="longest recording of people")
-    args = parser.parse_args()
-    {"words": words, "speed": speed}[args.study](args)
+    parser.add_argument("--seconds", type=float, default=2.0, help="longest recording of people")
+    args = parser.parse_args(argv)
+    try:
+        {"words": words, "voices": voices}[args.study](args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

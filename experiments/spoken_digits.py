@@ -1,27 +1,34 @@
 """Makes recordings of digit sequences from recordings of single digits, for `speech.md`.
 
-    python experiments/spoken_digits.py corpus/manifest.jsonl digits/
+    python experiments/fsdd.py fsdd/recordings digits/
+    python experiments/spoken_digits.py digits/ sequences/
 
-The corpus's clips of the Free Spoken Digit Dataset (five speakers, ten digits, 20 clips of each for
-training and one for the test) are joined to sequences of one to five digits of one speaker. OUT has
-three folders of FLAC with a manifest.jsonl each:
+The clips of the Free Spoken Digit Dataset (six speakers, ten digits, 50 clips of each), as listed
+by `fsdd.py`, are joined to sequences of one to three digits of one speaker. OUT has three folders
+of FLAC with a manifest.jsonl each, by the number at the end of a clip's name:
 
-  speech  for a speech model: the clips with an even number
-  reader  for a recogniser: the clips with an odd number, which the speech model does not have
-  test    from the test clips
+  speech  for a speech model: 6, 8, ... 48
+  reader  for a recogniser: 5, 7, ... 49, which the speech model does not have
+  test    0 to 4
 
-The edges of a clip that are more than 35 dB below its loudest part are cut, and all clips get the
-same loudness. There is silence of random length between two clips, and at both ends of a recording.
-In `speech` and `reader`, one recording in forty is in the split "test". The same command makes the
-same files.
+`test` has two or three digits whose sum is a multiple of seven; `speech` has no such text. The
+edges of a clip that are more than 35 dB below its loudest part are cut, and all clips get the same
+loudness. There is silence of random length between two clips, and at both ends of a recording. In
+`speech` and `reader`, one recording in forty is in the split "test". OUT also has tokenizer.json,
+in which each word is a token. The same command makes the same files.
 """
 
 import argparse
 import collections
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from fsdd import PARTS, WORDS
+from tokenizers import models, pre_tokenizers, trainers
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
@@ -32,8 +39,13 @@ LEVEL_DB = -22.0  # root mean square of a clip
 QUIET_DB = 35.0  # a clip ends where it is this much below its loudest 10 ms
 EDGE_SECONDS = (0.06, 0.14)
 PAUSE_SECONDS = (0.04, 0.14)
-DIGIT_SHARES = (0.3, 0.25, 0.2, 0.15, 0.1)  # of sequences of 1, 2, ... digits
+DIGIT_SHARES = (0.35, 0.35, 0.3)  # of sequences of 1, 2, ... digits
+TEST_SHARES = (0.0, 0.5, 0.5)
+TEST_DIVISOR = 7  # of the sum of the digits of a test text
+FIRST_NUMBER = 5  # of the clips to learn from
 HELD_OUT = 40  # one recording in this many is of the split "test"
+
+FOLDERS = ("speech", "reader", "test")
 
 # Clips [S] by speaker and word.
 Clips = dict[str, dict[str, list[np.ndarray]]]
@@ -53,22 +65,37 @@ def trim(wav: np.ndarray) -> np.ndarray:
     return np.clip(wav * 10 ** (LEVEL_DB / 20) / level, -1, 1)
 
 
-def read_clips(corpus: Path) -> dict[str, Clips]:
-    """The clips of each of the three folders; ValueError if the corpus has none."""
+def folder_of(number: int) -> str:
+    """The folder of a clip, by the number at the end of its name."""
+    if number < FIRST_NUMBER:
+        return "test"
+    return "reader" if number % 2 else "speech"
+
+
+def is_test_text(words: Sequence[str]) -> bool:
+    """Whether a text is only in `test` and `reader`, not in `speech`."""
+    return len(words) > 1 and sum(map(WORDS.index, words)) % TEST_DIVISOR == 0
+
+
+def read_clips(digits: Path) -> dict[str, Clips]:
+    """The clips of each of the three folders.
+
+    Raises:
+      ValueError: A manifest is not one of `fsdd.py`, or has no clips for one of the folders.
+    """
     clips: dict[str, Clips] = {}
-    for _, row in read_json_lines(corpus):
-        if row.get("subset") != "fsdd":
-            continue
-        folder = "test"
-        if row["split"] == "train":
-            number = int(Path(row["path"]).stem.rsplit("-", 1)[1])
-            folder = "reader" if number % 2 else "speech"
-        wav = files.read(corpus.parent / row["path"], RATE, 1)[0]
-        speakers = clips.setdefault(folder, collections.defaultdict(dict))
-        words = speakers[row["speaker"]]
-        words.setdefault(row["transcript"].lower(), []).append(trim(wav))
-    if len(clips) < 3:
-        raise ValueError(f"{corpus}: has no clips of the subset 'fsdd' in both splits")
+    for manifest in (digits / f"{part}.jsonl" for part in PARTS):
+        for _, row in read_json_lines(manifest):
+            path = Path(row["path"])
+            number = path.stem.rsplit("_", 1)[-1]
+            if not number.isdecimal():
+                raise ValueError(f"{manifest}: {path.name} is not DIGIT_SPEAKER_NUMBER.wav")
+            speakers = clips.setdefault(folder_of(int(number)), collections.defaultdict(dict))
+            wav = files.read(manifest.parent / path, RATE, 1)[0]
+            speakers[row["speaker"]].setdefault(row["transcript"], []).append(trim(wav))
+    for folder in FOLDERS:
+        if folder not in clips:
+            raise ValueError(f"{digits}: has no recordings for {folder}")
     return clips
 
 
@@ -77,17 +104,27 @@ def silence(random: np.random.Generator, seconds: tuple[float, float]) -> np.nda
     return np.zeros(int(random.uniform(*seconds) * RATE))
 
 
-def join(random: np.random.Generator, words: dict[str, list[np.ndarray]]) -> tuple[str, np.ndarray]:
-    """A sequence of random digits, and its audio [S]."""
-    number = 1 + random.choice(len(DIGIT_SHARES), p=DIGIT_SHARES)
-    chosen = random.choice(sorted(words), number)
+def draw_text(random: np.random.Generator, folder: str) -> list[str]:
+    """Random digits, as words, for a folder."""
+    shares = TEST_SHARES if folder == "test" else DIGIT_SHARES
+    while True:
+        number = 1 + random.choice(len(shares), p=shares)
+        words = [WORDS[digit] for digit in random.integers(len(WORDS), size=number)]
+        if folder == "reader" or is_test_text(words) == (folder == "test"):
+            return words
+
+
+def join(
+    random: np.random.Generator, words: Sequence[str], clips: dict[str, list[np.ndarray]]
+) -> np.ndarray:
+    """Audio [S] of words, from random clips of one speaker."""
     parts = [silence(random, EDGE_SECONDS)]
-    for index, word in enumerate(chosen):
+    for index, word in enumerate(words):
         if index:
             parts.append(silence(random, PAUSE_SECONDS))
-        parts.append(words[word][random.integers(len(words[word]))])
+        parts.append(clips[word][random.integers(len(clips[word]))])
     parts.append(silence(random, EDGE_SECONDS))
-    return " ".join(chosen), np.concatenate(parts)
+    return np.concatenate(parts)
 
 
 def write(folder: Path, clips: Clips, number: int, seed: int) -> float:
@@ -99,7 +136,8 @@ def write(folder: Path, clips: Clips, number: int, seed: int) -> float:
     total = 0.0
     for index in range(number):
         speaker = speakers[index % len(speakers)]
-        text, wav = join(random, clips[speaker])
+        words = draw_text(random, folder.name)
+        wav = join(random, words, clips[speaker])
         path = folder / f"{index:05}.flac"
         files.write(path, wav[None], RATE)
         held_out = folder.name == "test" or index // len(speakers) % HELD_OUT == 0
@@ -109,7 +147,7 @@ def write(folder: Path, clips: Clips, number: int, seed: int) -> float:
             "split": "test" if held_out else "train",
             "domain": "speech",
             "duration_s": len(wav) / RATE,
-            "transcript": text,
+            "transcript": " ".join(words),
             "speaker": speaker,
         }
         lines.append(json.dumps(line) + "\n")
@@ -117,20 +155,35 @@ def write(folder: Path, clips: Clips, number: int, seed: int) -> float:
     return total
 
 
-def main() -> None:
-    """Makes the three folders."""
+def write_tokenizer(path: Path) -> None:
+    """Writes a tokenizer (byte-pair encoding) of the words; other words are letters or nothing."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=100, show_progress=False)
+    tokenizer.train_from_iterator([*WORDS, *WORDS], trainer)  # a pair is merged if it occurs twice
+    files.write_text(path, tokenizer.to_str(pretty=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the three folders; returns 2 after a user error."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("corpus", type=Path, help="manifest.jsonl of the corpus")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--number", type=int, default=3000, help="recordings to learn from")
+    parser.add_argument("digits", type=Path, help="output of fsdd.py")
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--number", type=int, default=6000, help="recordings to learn from")
     parser.add_argument("--test-number", type=int, default=200)
-    args: argparse.Namespace = parser.parse_args()
-    clips = read_clips(args.corpus)
-    numbers = {"speech": args.number, "reader": args.number, "test": args.test_number}
-    for seed, (name, number) in enumerate(numbers.items()):
-        seconds = write(args.output / name, clips[name], number, seed)
-        print(f"{args.output / name}: {number} recordings, {seconds / 60:.1f} min")
+    args: argparse.Namespace = parser.parse_args(argv)
+    try:
+        clips = read_clips(args.digits)
+        numbers = (args.number, args.number, args.test_number)
+        for seed, (name, number) in enumerate(zip(FOLDERS, numbers, strict=True)):
+            seconds = write(args.output / name, clips[name], number, seed)
+            print(f"{args.output / name}: {number} recordings, {seconds / 60:.1f} min")
+        write_tokenizer(args.output / "tokenizer.json")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Decodes tokenized recordings at few and at many quantizers, for a recogniser to learn from.
+
+    python experiments/codec_copies.py codes/ copies/ --checkpoint=CODEC
+
+CODES is an output of `moss-tok tokenize`. OUT gets a FLAC of each recording, as the codec sounds
+with 1, 2, 4, 8 or 16 quantizers (in turn), and a manifest.jsonl with the metadata of the
+recordings.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import moss_tok
+from moss_tok.audio import files
+from moss_tok.batching import batch_by_shape
+from moss_tok.cli.commands import Parser
+from moss_tok.codec.inference import Codec, decode_batch
+from moss_tok.data import read_codes
+from moss_tok.data.codes import Item
+
+NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
+_BATCH = 32
+_SIZE_STEP = 25  # frames; a program is compiled for each multiple
+
+
+def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+    """Audio [C, S] of the first `number` of the codes [q, T], with few programs for all numbers."""
+    limit = codec.config.quantizer.num_quantizers
+    sizes = [_SIZE_STEP * -(-array.shape[1] // _SIZE_STEP) for array in codes]
+    wavs: list[np.ndarray] = [np.zeros((0, 0))] * len(codes)
+    for size, rows, padded_rows in batch_by_shape(sizes, _BATCH):
+        batch = [np.pad(codes[row], ((0, limit - len(codes[row])), (0, 0))) for row in padded_rows]
+        decoded = decode_batch(codec, batch, number, num_frames=size)
+        for row, wav in zip(rows, decoded, strict=False):
+            wavs[row] = wav
+    return wavs
+
+
+def write_copies(codec: Codec, items: Sequence[Item], folder: Path) -> None:
+    """Writes the audio and the manifest."""
+    folder.mkdir(parents=True)
+    rate = codec.config.sample_rate
+    lines: dict[int, str] = {}
+    for turn, number in enumerate(NUMBERS):
+        indices = range(turn, len(items), len(NUMBERS))
+        codes = [items[index].codes.astype(np.int32) for index in indices]
+        for index, wav in zip(indices, decode_all(codec, codes, number), strict=True):
+            path = folder / f"{index:05}.flac"
+            files.write(path, wav, rate)
+            row = items[index].metadata | {"path": path.name, "duration_s": wav.shape[1] / rate}
+            lines[index] = json.dumps(row) + "\n"
+    files.write_text(folder / "manifest.jsonl", "".join(lines[i] for i in range(len(items))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes OUT; returns 2 after a user error."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("codes", help="output of moss-tok tokenize")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--checkpoint", help="the codec (default: the one in the package)")
+    args: argparse.Namespace = parser.parse_args(argv)
+    try:
+        codec = moss_tok.load(args.checkpoint, component="decoder")
+        items = list(read_codes(args.codes))
+        write_copies(codec, items, args.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
