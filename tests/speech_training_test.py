@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import CODEC, ROOT, init_params, leaves_equal, plain_sgd, rows_without_timing, train
+from helpers import CODEC, ROOT, init_params, leaves_equal, rows_without_timing, sgd_for_adam, train
 
 from moss_tok import sharding
 from moss_tok.codec import pretrained as codecs
@@ -27,9 +27,9 @@ from moss_tok.speech.layout import Request
 from moss_tok.speech.model import SpeechModel
 from moss_tok.speech.sampling import GREEDY
 from moss_tok.speech.steps import Speech
-from moss_tok.training import optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
+from moss_tok.training import writer
 from moss_tok.training.state import Recipe
 
 BYTES = ByteTokenizer()
@@ -255,9 +255,15 @@ def test_a_run_resumes_exactly(folder, tmp_path):
     np.testing.assert_allclose(row["loss"], expected, rtol=1e-5)
 
 
-def test_a_mesh_trains_like_one_device(folder, monkeypatch):
+@pytest.fixture
+def sgd():
+    with sgd_for_adam():
+        yield
+
+
+@pytest.mark.usefixtures("sgd")
+def test_a_mesh_trains_like_one_device(folder):
     """The mesh computes two microbatches, one device all at once."""
-    monkeypatch.setattr(optimizer, "adamw", plain_sgd)
     objective = objective_of(folder)
     config = configure(**flags_of(folder, folder / "none", batch_size=8))
     batch = some_batches(folder, 2, rows=None)[0]
