@@ -6,6 +6,7 @@ import { openMicrophone } from "./microphone.js";
 const BLOCK_SECONDS = 0.01;
 const RESERVE_SECONDS = 0.03; // samples that wait, so that small delays are not heard
 const MAX_BEHIND_SECONDS = 1; // then blocks are left out
+const PICTURE_SECONDS = 10; // width of all pictures
 const FLOOR_DB = -95;
 const CEILING_DB = -25;
 
@@ -16,6 +17,7 @@ export function setUpLive(codec) {
   slider.value = codec.num_quantizers;
   $("frame").textContent = `${(1000 / codec.frame_rate).toFixed(0)} ms`;
   $("live-codes").height = codec.num_quantizers;
+  $("live-codes").width = Math.round(PICTURE_SECONDS * codec.frame_rate);
   slider.oninput = () => {
     $("live-bitrate").textContent = bitrateText(codec, Number(slider.value));
   };
@@ -103,7 +105,7 @@ class Session {
       new Scrolling($("live-input"), input), new Scrolling($("live-output"), output),
     ];
     show("live-message");
-    this.draw();
+    requestAnimationFrame((time) => this.draw(time));
   }
 
   // Leaves the block out if the demo is far behind, so that the latency stays bounded.
@@ -144,10 +146,10 @@ class Session {
     $(id).textContent = `${this.means[id].toFixed(digits)} ms`;
   }
 
-  draw() {
+  draw(time) {
     if (this.ended) return;
-    this.pictures.forEach((picture) => picture.draw());
-    requestAnimationFrame(() => this.draw());
+    this.pictures.forEach((picture) => picture.draw(time / 1000));
+    requestAnimationFrame((next) => this.draw(next));
   }
 
   stop(error = "") {
@@ -159,27 +161,32 @@ class Session {
   }
 }
 
-// A spectrogram that moves to the left.
+// A spectrogram that moves to the left, as fast as the codes do whatever the screen's refresh rate.
 class Scrolling {
   constructor(canvas, analyser) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.analyser = analyser;
     this.levels = new Uint8Array(analyser.frequencyBinCount);
-    this.column = this.context.createImageData(2, canvas.height);
+    this.column = this.context.createImageData(1, canvas.height);
+    this.position = null; // columns so far
   }
 
-  draw() {
+  draw(seconds) {
     const { canvas, context, levels, column } = this;
+    const position = Math.floor((seconds * canvas.width) / PICTURE_SECONDS);
+    const width = Math.min(position - (this.position ?? position), canvas.width);
+    this.position = position;
+    if (!width) return;
     this.analyser.getByteFrequencyData(levels);
-    context.drawImage(canvas, -column.width, 0);
+    context.drawImage(canvas, -width, 0);
     for (let y = 0; y < canvas.height; y++) {
       // Quadratic: low frequencies get more room.
       const height = 1 - y / canvas.height;
       const level = levels[Math.floor(height ** 2 * (levels.length - 1))] / 255;
-      for (let x = 0; x < column.width; x++) column.data.set(color(level), 4 * (y * column.width + x));
+      column.data.set(color(level), 4 * y);
     }
-    context.putImageData(column, canvas.width - column.width, 0);
+    for (let x = canvas.width - width; x < canvas.width; x++) context.putImageData(column, x, 0);
   }
 }
 
