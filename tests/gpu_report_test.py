@@ -1,20 +1,9 @@
 """experiments/gpu_report.py: the report tells of parts that fail, are stopped or find no time."""
 
 import sys
-from pathlib import Path
 
+import gpu_report
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "experiments" / "gpu_report.py"
-
-
-@pytest.fixture(scope="module")
-def gpu_report():
-    """The script."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        import gpu_report
-    return gpu_report
 
 
 def python(text):
@@ -26,7 +15,7 @@ PRINT_TABLE = "print('| a |\\n|---|\\n| 1 |', flush=True)"
 TABLE = "| a |\n|---|\n| 1 |\n"
 
 
-def test_the_report_tells_of_parts_that_fail_or_find_no_time(gpu_report, tmp_path):
+def test_the_report_tells_of_parts_that_fail_or_find_no_time(tmp_path):
     fails = python(f"{PRINT_TABLE}; print('noise'); raise SystemExit(3)")
     parts = [
         gpu_report.Part("fails", "Fails", 50, [fails, python(PRINT_TABLE)]),
@@ -39,7 +28,7 @@ def test_the_report_tells_of_parts_that_fail_or_find_no_time(gpu_report, tmp_pat
     assert "\n- stopped: no time was left for late\n" in (tmp_path / "report.md").read_text()
 
 
-def test_a_part_that_is_stopped_leaves_its_lines(gpu_report, tmp_path):
+def test_a_part_that_is_stopped_leaves_its_lines(tmp_path):
     hangs = python(f"{PRINT_TABLE}; import time; time.sleep(60)")
     part = gpu_report.Part("hangs", "Hangs", 1, [hangs, hangs])
     text = gpu_report.run_part(part, tmp_path, 2)
@@ -48,7 +37,7 @@ def test_a_part_that_is_stopped_leaves_its_lines(gpu_report, tmp_path):
 
 
 @pytest.mark.parametrize("official", [None, "checkout"])
-def test_the_parts_have_eight_minutes_together(gpu_report, tmp_path, official):
+def test_the_parts_have_eight_minutes_together(tmp_path, official):
     parts = gpu_report.all_parts(tmp_path, official, rehearse=False)
     assert sum(part.seconds for part in parts) == 8 * 60
     assert [part.name for part in gpu_report.all_parts(tmp_path, official, rehearse=True)] == [
@@ -56,7 +45,7 @@ def test_the_parts_have_eight_minutes_together(gpu_report, tmp_path, official):
     ]
 
 
-def test_small_runs_that_wrote_nothing_are_left_out(gpu_report, tmp_path):
+def test_small_runs_that_wrote_nothing_are_left_out(tmp_path):
     row = '{"steps_per_second": 2, "audio_seconds_per_second": 9, "data_wait_share": 0.5}'
     for name, text in (("a", ""), ("b", f"{row}\n")):
         (tmp_path / name).mkdir()

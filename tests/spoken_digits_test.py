@@ -2,37 +2,23 @@
 
 import itertools
 import json
-from pathlib import Path
 
+import codec_copies
+import fsdd
 import numpy as np
 import pytest
 import soundfile
+import speech_study
+import spoken_digits
+import voice_similarity
 
 from moss_tok.codec.inference import decode_one
 from moss_tok.data.codes import Item
 from moss_tok.language import text
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RATE = 8000
 NUMBERS = (0, 1, 5, 6, 7, 8)  # of clips
 SPEAKERS = ("a", "b")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The scripts by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXPERIMENTS))
-        import codec_copies
-        import fsdd
-        import spoken_digits
-        import voice_similarity
-    return {
-        "codec_copies": codec_copies,
-        "fsdd": fsdd,
-        "spoken_digits": spoken_digits,
-        "voice_similarity": voice_similarity,
-    }
 
 
 def frequency_of(digit, speaker, number):
@@ -41,7 +27,7 @@ def frequency_of(digit, speaker, number):
 
 
 @pytest.fixture(scope="module")
-def sequences(scripts, tmp_path_factory):
+def sequences(tmp_path_factory):
     """The output of spoken_digits.py; each clip is a sine."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "in").mkdir()
@@ -49,10 +35,10 @@ def sequences(scripts, tmp_path_factory):
     for digit, speaker, number in itertools.product(range(10), SPEAKERS, NUMBERS):
         wav = 0.3 * np.sin(2 * np.pi * frequency_of(digit, speaker, number) * seconds)
         soundfile.write(folder / "in" / f"{digit}_{speaker}_{number}.wav", wav, RATE)
-    assert scripts["fsdd"].main([str(folder / "in"), str(folder / "lists")]) == 0
+    assert fsdd.main([str(folder / "in"), str(folder / "lists")]) == 0
     options = ["--number=60", "--test-number=40"]
     out = folder / "out"
-    assert scripts["spoken_digits"].main([str(folder / "lists"), str(out), *options]) == 0
+    assert spoken_digits.main([str(folder / "lists"), str(out), *options]) == 0
     return out
 
 
@@ -61,11 +47,11 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def test_no_text_of_the_test_is_in_the_speech(scripts, sequences):
+def test_no_text_of_the_test_is_in_the_speech(sequences):
     texts = {name: {row["transcript"] for row in rows_of(sequences / name)}
              for name in ("speech", "reader", "test")}  # fmt: skip
     assert not texts["speech"] & texts["test"]
-    words = scripts["fsdd"].WORDS
+    words = fsdd.WORDS
     for row in texts["test"]:
         digits = [words.index(word) for word in row.split()]
         assert 2 <= len(digits) <= 3 and sum(digits) % 7 == 0
@@ -75,8 +61,8 @@ def test_no_text_of_the_test_is_in_the_speech(scripts, sequences):
 @pytest.mark.parametrize(
     ("name", "numbers"), [("speech", (6, 8)), ("reader", (5, 7)), ("test", (0, 1))]
 )
-def test_each_folder_has_clips_of_its_own(scripts, sequences, name, numbers):
-    words = scripts["fsdd"].WORDS
+def test_each_folder_has_clips_of_its_own(sequences, name, numbers):
+    words = fsdd.WORDS
     for row in rows_of(sequences / name)[:20]:
         wav, rate = soundfile.read(sequences / name / row["path"])
         assert row["duration_s"] == len(wav) / rate
@@ -88,9 +74,9 @@ def test_each_folder_has_clips_of_its_own(scripts, sequences, name, numbers):
         assert min(abs(found - frequency) for frequency in possible) < 6
 
 
-def test_each_word_is_a_token_and_other_words_are_not_lost(scripts, sequences):
+def test_each_word_is_a_token_and_other_words_are_not_lost(sequences):
     tokenizer = text.load(sequences / "tokenizer.json")
-    words = scripts["fsdd"].WORDS
+    words = fsdd.WORDS
     tokens = [tokenizer.encode(word) for word in words]
     assert {len(word_tokens) for word_tokens in tokens} == {1}
     assert len({tuple(word_tokens) for word_tokens in tokens}) == len(words)
@@ -99,23 +85,23 @@ def test_each_word_is_a_token_and_other_words_are_not_lost(scripts, sequences):
     assert text.missing_characters(tokenizer, "seven") == ""
 
 
-def test_other_manifests_are_refused(scripts, sequences, tmp_path, capsys):
+def test_other_manifests_are_refused(sequences, tmp_path, capsys):
     for part in ("train", "validation", "test"):
         line = json.dumps({"path": str(sequences / "test" / "00000.flac"), "transcript": "one"})
         (tmp_path / f"{part}.jsonl").write_text(line.replace("00000", "no-number") + "\n")
-    assert scripts["spoken_digits"].main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert spoken_digits.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_copies_have_the_texts_and_few_quantizers(scripts, micro, tmp_path, monkeypatch):
+def test_copies_have_the_texts_and_few_quantizers(micro, tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     items = [
         Item(str(i), random.integers(0, 16, (4, 5 + i)), 100, {"transcript": str(i)})
         for i in range(4)
     ]
-    monkeypatch.setattr(scripts["codec_copies"], "NUMBERS", (1, 4))
-    scripts["codec_copies"].write_copies(micro, items, tmp_path / "out")
+    monkeypatch.setattr(codec_copies, "NUMBERS", (1, 4))
+    codec_copies.write_copies(micro, items, tmp_path / "out")
     for index, row in enumerate(rows_of(tmp_path / "out")):
         assert row["transcript"] == str(index)
         wav, rate = soundfile.read(tmp_path / "out" / row["path"])
@@ -124,37 +110,26 @@ def test_copies_have_the_texts_and_few_quantizers(scripts, micro, tmp_path, monk
         np.testing.assert_allclose(wav, np.clip(expected, -1, 1), atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def study():
-    """The script that measures what models say."""
-    pytest.importorskip("jiwer")
-    pytest.importorskip("librosa")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXPERIMENTS))
-        import speech_study
-    return speech_study
-
-
-def test_prompts_have_another_text_and_the_right_speaker(study):
+def test_prompts_have_another_text_and_the_right_speaker():
     tests = [{"speaker": "ab"[i % 2], "transcript": f"text {i // 4}"} for i in range(12)]
-    prompts = study.find_prompts(tests)
+    prompts = speech_study.find_prompts(tests)
     assert prompts["none"] == [None] * 12
     for row, same, other in zip(tests, prompts["same"], prompts["other"], strict=True):
         assert same["speaker"] == row["speaker"] != other["speaker"]
         assert row["transcript"] not in (same["transcript"], other["transcript"])
 
 
-def test_faults_are_counted_in_texts(study):
+def test_faults_are_counted_in_texts():
     texts = ["one two", "three", "four five", "six"]
     heard = ["one two", "three three", "four", "seven"]
     rows = [{"heard": words, "seconds": 2.0, "ended": words != "four"} for words in heard]
-    cells = study.table_cells(texts, rows).split(" | ")
+    cells = speech_study.table_cells(texts, rows).split(" | ")
     # Errors: one more word, one word less and one wrong word, of six.
     assert [float(cell) for cell in cells if cell] == [0.5, 0.25, 0.25, 0.25, 2]
 
 
-def test_voices_are_compared_without_the_recording_itself(scripts):
-    compare = scripts["voice_similarity"].compare
+def test_voices_are_compared_without_the_recording_itself():
+    compare = voice_similarity.compare
     axes = np.eye(4)
     rows = [
         {"who": "people", "speaker": "a", "embedding": axes[0]},
