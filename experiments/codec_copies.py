@@ -19,19 +19,20 @@ import moss_tok
 from moss_tok.audio import files
 from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
-from moss_tok.codec.inference import Codec, decode_batch
+from moss_tok.codec.inference import Codec, bucket_frames, decode_batch
 from moss_tok.data import read_codes
 from moss_tok.data.codes import Item
+from moss_tok.errors import exit_code
 
 NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
 _BATCH = 32
-_SIZE_STEP = 25  # frames; a program is compiled for each multiple
+_BUCKETS_PER_OCTAVE = 2  # lengths; a program is compiled for each
 
 
 def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
     """Audio [C, S] of the first `number` of the codes [q, T], with few programs for all numbers."""
     limit = codec.config.quantizer.num_quantizers
-    sizes = [_SIZE_STEP * -(-array.shape[1] // _SIZE_STEP) for array in codes]
+    sizes = [bucket_frames(array.shape[1], _BUCKETS_PER_OCTAVE) for array in codes]
     wavs: list[np.ndarray] = [np.zeros((0, 0))] * len(codes)
     for size, rows, padded_rows in batch_by_shape(sizes, _BATCH):
         batch = [np.pad(codes[row], ((0, limit - len(codes[row])), (0, 0))) for row in padded_rows]
@@ -64,15 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--checkpoint", help="the codec (default: the one in the package)")
     args: argparse.Namespace = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         codec = moss_tok.load(args.checkpoint, component="decoder")
         items = list(read_codes(args.codes))
         write_copies(codec, items, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings")
-    return 0
+        print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ before. The second one has distances of all 7 s with the first quantizers and wi
 and the share of the variance of the latents that the quantizers leave.
 """
 
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,7 @@ from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec
 from moss_tok.codec.model import CodecModel
 from moss_tok.data import sources
+from moss_tok.errors import exit_code
 from moss_tok.evaluation import metrics, sweep
 
 SECONDS = 7
@@ -97,19 +99,23 @@ def print_bits(codec: Codec, wavs: Sequence[np.ndarray]) -> None:
         print(f"| {name} | {distances} | {np.mean(shares[name]):.3f} |")
 
 
-def main() -> None:
+def print_tables(codec: Codec, data: str) -> None:
     """Prints both tables."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="the flag train_data of train.py")
-    parser.add_argument("--checkpoint", help="default: the codec in the package")
-    args = parser.parse_args()
-    codec = moss_tok.load(args.checkpoint)
-    wavs = read_recordings(codec, args.data)
+    wavs = read_recordings(codec, data)
     print(f"{len(wavs)} recordings\n")
     print_pasts(codec, wavs)
     print()
     print_bits(codec, wavs)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures a codec; returns 2 after a user error."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="the flag train_data of train.py")
+    parser.add_argument("--checkpoint", help="default: the codec in the package")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: print_tables(moss_tok.load(args.checkpoint), args.data))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
+from moss_tok.errors import exit_code
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NAME = re.compile(r"(\d)_([a-z]+)_(\d+)")  # digit, speaker, number
@@ -63,23 +64,23 @@ def _part(number: int) -> str:
     return "train" if number >= _FIRST_TRAINING_NUMBER else "validation"
 
 
+def write_manifests(recordings: Path, output: Path) -> None:
+    """Writes the three manifests, and prints how many recordings they list."""
+    rows = list_recordings(recordings)
+    output.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        path = output / f"{part}.jsonl"
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows[part]))
+        print(f"{path}: {len(rows[part])} recordings")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the manifests; returns 2 after a user error."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("recordings", type=Path, help="the folder of that name in the clone")
     parser.add_argument("output", type=Path, metavar="OUT")
     args: argparse.Namespace = parser.parse_args(argv)
-    try:
-        rows = list_recordings(args.recordings)
-        args.output.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:
-            path = args.output / f"{part}.jsonl"
-            files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows[part]))
-            print(f"{path}: {len(rows[part])} recordings")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: write_manifests(args.recordings, args.output))
 
 
 if __name__ == "__main__":

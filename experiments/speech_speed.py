@@ -8,7 +8,9 @@ checkpoint, it measures a random model with the shape of `tts_digits.flags`; the
 change the speed.
 """
 
+import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ import moss_tok
 from moss_tok import speech
 from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec
+from moss_tok.errors import exit_code
 from moss_tok.language.text import ByteTokenizer
 from moss_tok.speech import layout, pretrained
 from moss_tok.speech.config import preset
@@ -73,20 +76,29 @@ def stream_seconds(
     return first, _clocks() - start, num_samples / codec.config.sample_rate
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", help="speech model (default: a random one)")
-    parser.add_argument("--codec", help="its codec (default: the one in the package)")
-    args = parser.parse_args()
-    codec = moss_tok.load(args.codec)
-    model = speech.load(args.checkpoint) if args.checkpoint else random_model(codec)
+def print_table(codec: Codec, model: speech.Speech) -> None:
+    """Prints a row for each number of quantizers."""
     print("| quantizers | first block, ms of processor time (clock) | real-time factor, by "
           "processor time (clock) |")  # fmt: skip
     print("|---|---|---|")
     for number in NUMBERS:
         if number <= model.config.num_quantizers:
             _print_speed(model, codec, number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures a model; returns 2 after a user error."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="speech model (default: a random one)")
+    parser.add_argument("--codec", help="its codec (default: the one in the package)")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        codec = moss_tok.load(args.codec)
+        model = speech.load(args.checkpoint) if args.checkpoint else random_model(codec)
+        print_table(codec, model)
+
+    return exit_code(run)
 
 
 def _print_speed(model: speech.Speech, codec: Codec, number: int) -> None:
@@ -105,4 +117,4 @@ def _print_speed(model: speech.Speech, codec: Codec, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

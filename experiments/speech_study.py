@@ -38,7 +38,8 @@ from moss_tok import language, speech
 from moss_tok.audio import files
 from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
-from moss_tok.codec.inference import Codec, encode_batch
+from moss_tok.codec.inference import Codec, bucket_frames, encode_batch
+from moss_tok.errors import exit_code
 from moss_tok.json_files import read_json_lines
 from moss_tok.speech import generate
 from moss_tok.speech.sampling import DEFAULT
@@ -128,8 +129,8 @@ def template_reader(setup: Setup, number: int | None) -> digit_reader.Reader:
 
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Codes [Q, T] of recordings [S], with one program."""
-    size = codec.config.num_frames(max(len(wav) for wav in wavs))
-    size = 50 * -(-size // 50)  # few lengths, because a program is compiled for each
+    longest = codec.config.num_frames(max(len(wav) for wav in wavs))
+    size = bucket_frames(longest, per_octave=2)
     codes: list[np.ndarray] = []
     for _, rows, padded_rows in batch_by_shape([size] * len(wavs), _BATCH):
         batch = encode_batch(codec, [wavs[row][None] for row in padded_rows], num_frames=size)
@@ -360,12 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=100, help="largest number of texts")
     parser.add_argument("--seconds", type=float, default=2.0, help="longest recording of people")
     args = parser.parse_args(argv)
-    try:
-        {"words": words, "voices": voices}[args.study](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    study = {"words": words, "voices": voices}[args.study]
+    return exit_code(lambda: study(args))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
+from moss_tok.errors import exit_code
 from moss_tok.json_files import read_json_lines
 
 RATE = 8000  # of the clips, Hz
@@ -164,6 +165,16 @@ def write_tokenizer(path: Path) -> None:
     files.write_text(path, tokenizer.to_str(pretty=True))
 
 
+def make(args: argparse.Namespace) -> None:
+    """Makes the three folders and the tokenizer."""
+    clips = read_clips(args.digits)
+    numbers = (args.number, args.number, args.test_number)
+    for seed, (name, number) in enumerate(zip(FOLDERS, numbers, strict=True)):
+        seconds = write(args.output / name, clips[name], number, seed)
+        print(f"{args.output / name}: {number} recordings, {seconds / 60:.1f} min")
+    write_tokenizer(args.output / "tokenizer.json")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Makes the three folders; returns 2 after a user error."""
     parser = Parser(description=__doc__.split("\n")[0])
@@ -172,17 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=6000, help="recordings to learn from")
     parser.add_argument("--test-number", type=int, default=200)
     args: argparse.Namespace = parser.parse_args(argv)
-    try:
-        clips = read_clips(args.digits)
-        numbers = (args.number, args.number, args.test_number)
-        for seed, (name, number) in enumerate(zip(FOLDERS, numbers, strict=True)):
-            seconds = write(args.output / name, clips[name], number, seed)
-            print(f"{args.output / name}: {number} recordings, {seconds / 60:.1f} min")
-        write_tokenizer(args.output / "tokenizer.json")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: make(args))
 
 
 if __name__ == "__main__":

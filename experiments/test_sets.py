@@ -19,6 +19,7 @@ from pathlib import Path
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
+from moss_tok.errors import exit_code
 
 # (audio, its transcript or "")
 Recordings = list[tuple[Path, str]]
@@ -112,13 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, metavar="DIR")
     parser.add_argument("output", type=Path, metavar="OUT.jsonl")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         number = write_listing(args.kind, args.root, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: {number} recordings")
-    return 0
+        print(f"{args.output}: {number} recordings")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ without a prompt, that of the person who says the text in the test) and to the o
 often the voice that was asked for is the nearest one. The first row is the calibration: people.
 """
 
-import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moss_tok.cli.commands import Parser
+from moss_tok.errors import exit_code
+from moss_tok.json_files import read_json_lines
 
 RATE = 16000  # of the encoder
 _MIN_SAMPLES = 25600
@@ -73,22 +76,27 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {who: np.mean(values, axis=0) for who, values in results.items()}
 
 
-def main() -> None:
-    """Prints the table."""
+def print_table(voices: Path) -> None:
+    """Prints what `compare` finds in voices.jsonl."""
+    rows = [row for _, row in read_json_lines(voices)]
     from resemblyzer import VoiceEncoder
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("voices", type=Path, help="voices.jsonl of speech_study.py")
-    args = parser.parse_args()
     encoder = VoiceEncoder("cpu", verbose=False)
-    rows = [json.loads(line) for line in args.voices.read_text().splitlines()]
     for row in rows:
-        row["embedding"] = embed(args.voices.parent / row["path"], encoder)
+        row["embedding"] = embed(voices.parent / row["path"], encoder)
     print("| speech of | to the voice asked for | to the others | the nearest one |")
     print("|---|---|---|---|")
     for who, (asked, others, nearest) in compare(rows).items():
         print(f"| {who} | {asked:.3f} | {others:.3f} | {nearest:.2f} |")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compares voices; returns 2 after a user error."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("voices", type=Path, help="voices.jsonl of speech_study.py")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: print_table(args.voices))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

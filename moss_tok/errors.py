@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import numbers
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from moss_tok import extras
@@ -74,3 +76,23 @@ def user_error(error: Exception, less: str) -> str:
     else:
         line = str(error) if isinstance(error, (ValueError, OSError)) else ""
     return " ".join(line.split())
+
+
+def exit_code(run: Callable[[], int | None], less: str = "use fewer or shorter recordings") -> int:
+    """Calls `run`, and prints an error that the user can fix as one line.
+
+    Args:
+      run: What a command does.
+      less: Advice on how to use less memory of a device, for out-of-memory errors.
+
+    Returns:
+      The exit code: what `run` returns (0 for None), or 2 after such an error.
+    """
+    try:
+        return run() or 0
+    except Exception as error:
+        line = user_error(error, less)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2

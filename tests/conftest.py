@@ -31,6 +31,7 @@ from helpers import (
     forget_programs,
     init_params,
     micro_config,
+    sgd_for_adam,
     write_wav,
 )
 
@@ -65,6 +66,14 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.fixture
+def sgd():
+    """Trains by SGD in place of Adam; what was traced with it is forgotten."""
+    with sgd_for_adam():
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

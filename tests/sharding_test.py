@@ -24,7 +24,6 @@ from helpers import (
     init_state,
     make_recipe,
     random_batch,
-    sgd_for_adam,
     text_batch,
 )
 
@@ -90,14 +89,6 @@ def test_a_mesh_gives_the_same_codes_and_audio(micro, rng, text, attention):
     for found in (codes, decoded):
         assert found.sharding.is_equivalent_to(batch, 3), found.sharding
     np.testing.assert_allclose(decoded, moss_tok.decode(micro, expected).wav, atol=1e-5)
-
-
-@pytest.fixture
-def sgd():
-    """In place of Adam; what was traced with it is forgotten."""
-    with sgd_for_adam():
-        yield
-    jax.clear_caches()
 
 
 @pytest.mark.usefixtures("sgd")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import CODEC, ROOT, init_params, leaves_equal, rows_without_timing, sgd_for_adam, train
+from helpers import CODEC, ROOT, init_params, leaves_equal, rows_without_timing, train
 
 from moss_tok import sharding
 from moss_tok.codec import pretrained as codecs
@@ -253,12 +253,6 @@ def test_a_run_resumes_exactly(folder, tmp_path):
     assert row["text_loss"] > 0 and row["first_code_loss"] > 0 and row["other_codes_loss"] > 0
     expected = (row["text_loss"] + row["first_code_loss"] + 3 * row["other_codes_loss"]) / 5
     np.testing.assert_allclose(row["loss"], expected, rtol=1e-5)
-
-
-@pytest.fixture
-def sgd():
-    with sgd_for_adam():
-        yield
 
 
 @pytest.mark.usefixtures("sgd")

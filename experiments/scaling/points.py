@@ -55,7 +55,7 @@ class Point:
 
     def flags(self, out: Path, train_data: str) -> dict[str, str]:
         """Its flags of train.py beside those of base.flags."""
-        quarter = max(1, self.num_steps // 4)
+        quarter = quarters(self.num_steps)[0]
         rate = learning_rate(self.size, self.batch_size)
         codebook_rate = CODEBOOK_LEARNING_RATE * (self.batch_size / BATCH_SIZE) ** 0.5
         flags = {

@@ -25,6 +25,10 @@ import matplotlib.pyplot as plt
 
 Results = dict[Point, dict[str, Any]]
 
+SIZES_HEADER = (
+    "model", "parameters", "FLOPs", "held-out loss", "95 %", "before the cooldown",
+)  # fmt: skip
+
 
 def losses_of(
     results: Results, chosen: Callable[[Point], bool], step: int = -1, quantizers: int = -1
@@ -100,14 +104,17 @@ def sizes(results: Results) -> tuple[plt.Figure, str]:
     compute_law = _law_of_frontier(compute, curves, domains)
 
     means = fits.mean_loss(losses, domains).mean(-1)
+    starts = np.array([losses_of(results, is_baseline(size)) for size in names])
+    start_means = fits.mean_loss(starts, domains).mean(-1)
     low, high = np.percentile(fits.resample(losses, domains), fits.PERCENTILES, axis=0)
     rows = []
     for number, size in enumerate(names):
         interval = f"{low[number]:.2f} to {high[number]:.2f}"
         flops = f"{compute[number, -1]:.3g}"
-        rows.append([size, f"{parameters[number]:,}", flops, f"{means[number]:.3f}", interval])
+        cells = [flops, f"{means[number]:.3f}", interval, f"{start_means[number]:.3f}"]
+        rows.append([size, f"{parameters[number]:,}", *cells])
     text = [
-        table(["model", "parameters", "FLOPs", "held-out loss", "95 %"], rows),
+        table(SIZES_HEADER, rows),
         _law_text("loss", "parameters", law),
         f"The largest, predicted from the others: {predicted.predicted:.3f} "
         f"({predicted.low:.3f} to {predicted.high:.3f}), measured {predicted.measured:.3f}: "

@@ -25,6 +25,7 @@ from points import STUDIES, Point
 
 from moss_tok import checkpoint
 from moss_tok.audio import files
+from moss_tok.errors import exit_code
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -114,18 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_steps", type=int, default=600, help="steps per point")
     parser.add_argument("--num_seeds", type=int, default=1, help="runs per setting")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         for name in ("num_steps", "num_seeds"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
         study = STUDIES[args.study](args.num_steps, args.num_seeds)
         results = complete(study, args.out, args.train_data)
-        text = report.write(args.study, results, args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+        print(report.write(args.study, results, args.out))
+
+    return exit_code(run)
 
 
 def _end_with_children(*_: object) -> None:

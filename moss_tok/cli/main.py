@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from moss_tok.audio import notes
 from moss_tok.cli import arguments, commands
 from moss_tok.cli.commands import COMMANDS, build_parser
+from moss_tok.errors import exit_code
 from moss_tok.version import __version__
 
 
@@ -19,18 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(name).parse_args(argv[1:])
     notes.forget()
     _print_any_name()
-    try:
+
+    def run() -> int:
         code = command.run(args) or 0
         _flush()
         return code
-    except Exception as error:
-        from moss_tok.errors import user_error
 
-        line = user_error(error, "take shorter audio or fewer files at a time")
-        if not line:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+    try:
+        return exit_code(run, "take shorter audio or fewer files at a time")
     except KeyboardInterrupt:
         return 130
 
