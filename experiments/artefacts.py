@@ -10,6 +10,7 @@ pesq: wide band, if that package is installed.
 """
 
 import argparse
+import sys
 
 import librosa
 import numpy as np
@@ -18,6 +19,7 @@ import soxr
 import moss_tok
 from moss_tok.codec.config import PatchConfig
 from moss_tok.data import sources
+from moss_tok.errors import exit_code
 from moss_tok.evaluation import sweep
 
 try:
@@ -142,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,6 +10,7 @@ of both factors.
 """
 
 import argparse
+import sys
 from unittest import mock
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 import moss_tok
 from moss_tok.codec.inference import Codec, decode_one, encode_one
 from moss_tok.data import sources
+from moss_tok.errors import exit_code
 from moss_tok.evaluation import metrics, sweep
 from moss_tok.nn.compute import PRECISIONS
 
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

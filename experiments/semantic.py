@@ -10,6 +10,7 @@ own audio, audio of another recording of the same length, and no audio.
 """
 
 import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import moss_tok
 from moss_tok.audio import files, manifest
 from moss_tok.audio.manifest import TASKS
 from moss_tok.codec import inference
+from moss_tok.errors import exit_code
 from moss_tok.language import generate
 from moss_tok.language import pretrained as language_models
 
@@ -175,11 +177,8 @@ def main():
     )
     parser.add_argument("--seconds", type=float, default=20, help="gap skips longer recordings")
     args = parser.parse_args()
-    try:
-        {"probe": probe, "gap": gap}[args.study](args)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    {"probe": probe, "gap": gap}[args.study](args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

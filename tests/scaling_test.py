@@ -208,7 +208,11 @@ def test_a_study_may_get_longer_but_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("sizes", 4, ["loss = ", "parameters^-", "The largest, predicted from the others: "]),
+        (
+            "sizes",
+            4,
+            ["before the cooldown |", "parameters^-", "The largest, predicted from the others: "],
+        ),
         ("joint", 4, ["frozen encoder: loss = ", "+0.000 (+0.000 to +0.000)"]),
         ("dropout", 3, ["| quantizer dropout | 1 quantizer | 4 quantizers |", "| 0.5 | 2.000 |"]),
         ("batch", 4, ["| 16 | 20 | 0.0021 |"]),

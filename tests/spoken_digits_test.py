@@ -90,7 +90,9 @@ def test_other_manifests_are_refused(sequences, tmp_path, capsys):
         line = json.dumps({"path": str(sequences / "test" / "00000.flac"), "transcript": "one"})
         (tmp_path / f"{part}.jsonl").write_text(line.replace("00000", "no-number") + "\n")
     assert spoken_digits.main([str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "error: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "train.jsonl: no-number.flac is not DIGIT_SPEAKER_NUMBER.wav" in error
     assert not (tmp_path / "out").exists()
 
 
