@@ -46,6 +46,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1", "ru
 TESTS = [
     "gcp-storage-emulator",
     "markdown-it-py>=3",
+    "num2words>=0.5.13",
     "playwright",
     "pytest>=8",
     "pytest-xdist>=3",

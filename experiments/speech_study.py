@@ -2,15 +2,15 @@
 
     python experiments/speech_study.py words --recogniser=runs/reader --checkpoint=runs/half
     python experiments/speech_study.py voices --recogniser=runs/reader --checkpoint=runs/half
+    python experiments/speech_study.py words --codec=CODEC --checkpoint=RUN --test=out/prompts
 
-Both speak the texts of `--test`, a folder of `spoken_digits.py`, with all models, and read them
-with a recogniser that was trained on codes. The models and the recogniser have the same codec.
-Speech is decoded to audio and encoded again for the recogniser.
+All speak the texts of `--test`, a folder of `spoken_digits.py` or `spoken_prompts.py`, with all
+models. A recogniser of the project reads them, which was trained on codes of the same codec: speech
+is decoded to audio and encoded again for it. Without one, PocketSphinx reads the audio.
 
 `words` prints the word error rate at each number of quantizers, beside that of the same texts
 spoken by people (their codes, decoded). It also counts the texts that gained words, that lost
-words, and that were cut at the longest duration. With `--templates`, the folder `reader` of
-`spoken_digits.py`, `digit_reader.py` reads the words, too.
+words, and that were cut at the longest duration.
 
 `voices` speaks each text without a prompt, with a prompt of the speaker of the recording, and with
 a prompt of another speaker. `voice_similarity.py` compares the voices.
@@ -23,14 +23,13 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digit_reader
 import jiwer
-import librosa
 import numpy as np
+import sphinx_reader
 from codec_copies import NUMBERS, decode_all
 
 import moss_tok
@@ -46,15 +45,13 @@ from moss_tok.speech.sampling import DEFAULT
 
 PEOPLE = "people"
 RECORDINGS = "recordings"  # of people, not through the codec
-TEMPLATES_PER_WORD = 1  # and speaker
 HEADER = """\
-| speech of | quantizers | WER | by templates | more words | fewer words | cut | seconds |
-|---|---|---|---|---|---|---|---|"""
+| speech of | quantizers | WER | more words | fewer words | cut | seconds |
+|---|---|---|---|---|---|---|"""
 PAGE_TEXTS = 24
 _BATCH = 25
 
-# For each text: the words "heard", the "seconds", and whether the model "ended" the speech. With
-# templates, also the words "matched".
+# For each text: the words "heard", the "seconds", and whether the model "ended" the speech.
 Rows = list[dict[str, Any]]
 
 
@@ -63,68 +60,61 @@ class Setup(NamedTuple):
 
     Attributes:
       codec: Of the codes of all speech models.
-      recogniser: Reads codes.
-      templates: Recordings of single words, with their "codes"; empty: not used.
+      read: The words in each of several recordings [S], at the rate of the codec.
       sampling: How models sample.
       tests: Recordings of people, with their "codes" and their audio "wav" [S].
       out: The folder of the results.
     """
 
     codec: Codec
-    recogniser: language.Language
-    templates: list[dict[str, Any]]
+    read: Callable[[Sequence[np.ndarray]], list[str]]
     sampling: speech.Sampling
     tests: list[dict[str, Any]]
     out: Path
 
 
 def prepare(args: argparse.Namespace) -> Setup:
-    """Loads the models, and encodes the recordings."""
-    codec = moss_tok.load(args.recogniser)
-    recogniser = language.load(args.recogniser)
-    tests = with_codes(codec, read_recordings(args.test, args.seconds, args.number))
-    templates = with_codes(codec, read_templates(args.templates)) if args.templates else []
+    """Loads the models, and encodes the recordings.
+
+    Raises:
+      ValueError: There is neither a codec nor a recogniser, or nothing to speak.
+    """
+    if not (args.codec or args.recogniser):
+        raise ValueError("needs --codec or --recogniser")
+    codec = moss_tok.load(args.codec or args.recogniser)
+    tests = read_recordings(args, codec.config.sample_rate)
+    if not tests:
+        raise ValueError(f"{args.test}: has no test recordings of at most {args.seconds} s")
+    codes = encode_all(codec, [row["wav"] for row in tests])
+    tests = [row | {"codes": one} for row, one in zip(tests, codes, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
-    return Setup(codec, recogniser, templates, sampling_of(args), tests, args.out)
+    return Setup(codec, find_reader(args, codec, tests), sampling_of(args), tests, args.out)
 
 
-def with_codes(codec: Codec, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the "codes" of their "wav"."""
-    codes = encode_all(codec, [row["wav"] for row in rows])
-    return [row | {"codes": one} for row, one in zip(rows, codes, strict=True)]
+def find_reader(
+    args: argparse.Namespace, codec: Codec, tests: list[dict[str, Any]]
+) -> Callable[[Sequence[np.ndarray]], list[str]]:
+    """The recogniser of the project, or else PocketSphinx."""
+    if args.recogniser:
+        recogniser = language.load(args.recogniser)
+        options = language.Sampling(max_tokens=40)
+        return lambda wavs: language.transcribe_codes(
+            codec, recogniser, encode_all(codec, wavs), sampling=options
+        )
+    words = [word for row in tests for word in row["transcript"].split()]
+    reader = sphinx_reader.Reader(words if args.only_test_words else ())
+    return lambda wavs: reader.read_all(wavs, codec.config.sample_rate)
 
 
-def read_recordings(folder: Path, seconds: float, number: int) -> list[dict[str, Any]]:
-    """The first recordings of a folder that are at most `seconds` long, with their audio."""
+def read_recordings(args: argparse.Namespace, rate: int) -> list[dict[str, Any]]:
+    """The first test recordings that are short enough, with their audio."""
     recordings: list[dict[str, Any]] = []
-    for _, row in read_json_lines(folder / "manifest.jsonl"):
-        if len(recordings) < number and row["duration_s"] <= seconds:
-            wav = files.read(folder / row["path"], digit_reader.RATE, 1)[0]
+    for _, row in read_json_lines(args.test / "manifest.jsonl"):
+        is_short = row["duration_s"] <= args.seconds
+        if len(recordings) < args.number and is_short and row["split"] == args.split:
+            wav = files.read(args.test / row["path"], rate, 1)[0]
             recordings.append(row | {"wav": wav})
     return recordings
-
-
-def read_templates(folder: Path) -> list[dict[str, Any]]:
-    """The first recordings of each word and speaker."""
-    counts: dict[tuple[str, str], int] = {}
-    templates = []
-    for row in read_recordings(folder, np.inf, 10**6):
-        key = (row["speaker"], row["transcript"])
-        if " " not in row["transcript"] and counts.get(key, 0) < TEMPLATES_PER_WORD:
-            counts[key] = counts.get(key, 0) + 1
-            templates.append(row)
-    return templates
-
-
-def template_reader(setup: Setup, number: int | None) -> digit_reader.Reader:
-    """A reader that is used to the sound of a number of quantizers; None: to recordings."""
-    wavs = [row["wav"] for row in setup.templates]
-    if number is not None:
-        codes = [row["codes"] for row in setup.templates]
-        wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
-    trimmed = [librosa.effects.trim(wav, top_db=30)[0] for wav in wavs]
-    words = [row["transcript"] for row in setup.templates]
-    return digit_reader.Reader.of(list(zip(words, trimmed, strict=True)))
 
 
 def encode_all(codec: Codec, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -145,21 +135,12 @@ def sampling_of(args: argparse.Namespace) -> speech.Sampling:
     return dataclasses.replace(DEFAULT, first=first, others=others)
 
 
-def read_all(
-    setup: Setup, wavs: Sequence[np.ndarray], number: int | None, ended: Sequence[bool] = ()
-) -> Rows:
-    """What is heard in recordings [S] of a number of quantizers."""
-    reader = template_reader(setup, number) if setup.templates else None
-    codes = encode_all(setup.codec, wavs)
-    options = {"sampling": language.Sampling(max_tokens=40)}
-    heard = language.transcribe_codes(setup.codec, setup.recogniser, codes, **options)
+def read_all(setup: Setup, wavs: Sequence[np.ndarray], ended: Sequence[bool] = ()) -> Rows:
+    """What is heard in recordings [S]."""
     rows = []
-    for wav, words, end in zip(wavs, heard, ended or [True] * len(wavs), strict=True):
+    for wav, text, end in zip(wavs, setup.read(wavs), ended or [True] * len(wavs), strict=True):
         seconds = len(wav) / setup.codec.config.sample_rate
-        row = {"heard": " ".join(words.split()), "seconds": seconds, "ended": end}
-        if reader is not None:
-            row["matched"] = reader.read(wav)
-        rows.append(row)
+        rows.append({"heard": " ".join(text.split()), "seconds": seconds, "ended": end})
     return rows
 
 
@@ -179,7 +160,7 @@ def speak(
     codes = [one.codes if one.codes.shape[1] else np.zeros((number, 1), int) for one in spoken]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
     write_audio(setup, name, wavs)
-    return read_all(setup, wavs, number, [one.ended for one in spoken])
+    return read_all(setup, wavs, [one.ended for one in spoken])
 
 
 # --------------------------------------------------------------------------- words
@@ -192,7 +173,7 @@ def words(args: argparse.Namespace) -> None:
     print(f"{len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
     print(HEADER)
     recorded = [row["wav"] for row in setup.tests]
-    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded, None))
+    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded))
     models = {Path(path).name: speech.load(path) for path in args.checkpoint}
     requests = [speech.Request(text) for text in texts]
     rates: dict[str, list[tuple[int, float]]] = {}
@@ -215,8 +196,8 @@ def words(args: argparse.Namespace) -> None:
 def page(setup: Setup, texts: Sequence[str], names: Sequence[str]) -> str:
     """An HTML page to listen to the first texts: a column for each row of the table in `names`."""
     columns = [json.loads((setup.out / f"{name}.json").read_text()) for name in names]
-    lines = ["<!doctype html><meta charset=utf-8><title>Spoken digits</title>"]
-    lines.append("<h1>Spoken digits</h1><p>Below each recording: what the recogniser reads.")
+    lines = ["<!doctype html><meta charset=utf-8><title>Spoken texts</title>"]
+    lines.append("<h1>Spoken texts</h1><p>Below each recording: what the recogniser reads.")
     lines.append("<table cellpadding=6><tr align=left><th>text")
     lines += [f"<th>{name}" for name in names]
     for index, text in enumerate(texts[:PAGE_TEXTS]):
@@ -251,7 +232,7 @@ def people(setup: Setup, number: int, name: str) -> Rows:
     codes = [row["codes"] for row in setup.tests]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
     write_audio(setup, name, wavs)
-    return read_all(setup, wavs, number)
+    return read_all(setup, wavs)
 
 
 def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, compute: Any) -> Rows:
@@ -265,17 +246,14 @@ def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, comput
     return rows
 
 
-def error_rate(texts: Sequence[str], rows: Rows, key: str = "heard") -> float:
+def error_rate(texts: Sequence[str], rows: Rows) -> float:
     """The word error rate."""
-    return jiwer.wer(list(texts), [row[key] for row in rows])
+    return jiwer.wer(list(texts), [row["heard"] for row in rows])
 
 
 def table_cells(texts: Sequence[str], rows: Rows) -> str:
     """The cells of a line: error rates, shares of the texts, and the mean duration."""
     heard = [row["heard"] for row in rows]
-    matched = ""
-    if "matched" in rows[0]:
-        matched = f"{error_rate(texts, rows, 'matched'):.3f}"
     num_heard = np.array([len(words.split()) for words in heard])
     num_written = np.array([len(text.split()) for text in texts])
     more = np.mean(num_heard > num_written)
@@ -283,7 +261,7 @@ def table_cells(texts: Sequence[str], rows: Rows) -> str:
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
     rate = error_rate(texts, rows)
-    return f"{rate:.3f} | {matched} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
+    return f"{rate:.3f} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
 
 
 # --------------------------------------------------------------------------- voices
@@ -349,9 +327,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", action="append", default=[], help="speech model; repeat for several"
     )
-    parser.add_argument("--recogniser", required=True, help="codec with a language model")
+    parser.add_argument("--codec", help="of the speech models; default: the recogniser's")
+    parser.add_argument("--recogniser", help="codec with a language model; default: PocketSphinx")
+    parser.add_argument(
+        "--only-test-words", action="store_true", help="PocketSphinx knows no other words"
+    )
     parser.add_argument("--test", type=Path, default=Path("sequences/test"))
-    parser.add_argument("--templates", type=Path, help="folder of single words for digit_reader.py")
+    parser.add_argument("--split", default="test", help="of the recordings of --test")
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--quantizers", type=int, nargs="+", default=NUMBERS)
     parser.add_argument("--first-temperature", type=float, default=DEFAULT.first.temperature)

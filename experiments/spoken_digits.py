@@ -52,9 +52,9 @@ FOLDERS = ("speech", "reader", "test")
 Clips = dict[str, dict[str, list[np.ndarray]]]
 
 
-def trim(wav: np.ndarray) -> np.ndarray:
+def trim(wav: np.ndarray, rate: int = RATE) -> np.ndarray:
     """A clip [S] without its quiet edges, with 20 ms of them left, at `LEVEL_DB`."""
-    size = RATE // 100
+    size = rate // 100
     blocks = wav[: len(wav) // size * size].reshape(-1, size)
     power = np.square(blocks).mean(axis=1)
     (loud_blocks,) = np.nonzero(power > power.max() * 10 ** (-QUIET_DB / 10))
@@ -100,9 +100,9 @@ def read_clips(digits: Path) -> dict[str, Clips]:
     return clips
 
 
-def silence(random: np.random.Generator, seconds: tuple[float, float]) -> np.ndarray:
+def silence(random: np.random.Generator, seconds: tuple[float, float], rate: int) -> np.ndarray:
     """Silence [S] of a random length."""
-    return np.zeros(int(random.uniform(*seconds) * RATE))
+    return np.zeros(int(random.uniform(*seconds) * rate))
 
 
 def draw_text(random: np.random.Generator, folder: str) -> list[str]:
@@ -116,15 +116,19 @@ def draw_text(random: np.random.Generator, folder: str) -> list[str]:
 
 
 def join(
-    random: np.random.Generator, words: Sequence[str], clips: dict[str, list[np.ndarray]]
+    random: np.random.Generator,
+    words: Sequence[str],
+    clips: dict[str, list[np.ndarray]],
+    rate: int = RATE,
+    pause_seconds: tuple[float, float] = PAUSE_SECONDS,
 ) -> np.ndarray:
-    """Audio [S] of words, from random clips of one speaker."""
-    parts = [silence(random, EDGE_SECONDS)]
+    """Audio [S] of words, from random clips of one speaker, with pauses between the words."""
+    parts = [silence(random, EDGE_SECONDS, rate)]
     for index, word in enumerate(words):
         if index:
-            parts.append(silence(random, PAUSE_SECONDS))
+            parts.append(silence(random, pause_seconds, rate))
         parts.append(clips[word][random.integers(len(clips[word]))])
-    parts.append(silence(random, EDGE_SECONDS))
+    parts.append(silence(random, EDGE_SECONDS, rate))
     return np.concatenate(parts)
 
 

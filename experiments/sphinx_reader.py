@@ -1,0 +1,60 @@
+"""Reads English with PocketSphinx and the model in its package (pip install pocketsphinx)."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import librosa
+import numpy as np
+
+RATE = 16000  # of its model, Hz
+_EDGE_SECONDS = 0.25  # of quiet noise before and after the speech; without it, words are missed
+_NOISE = 1e-4
+
+
+class Reader:
+    """Reads speech.
+
+    Attributes:
+      decoder: Of PocketSphinx.
+    """
+
+    def __init__(self, words: Iterable[str] = ()) -> None:
+        """Reads sequences of these words, or any English text if there are none.
+
+        Raises:
+          ValueError: PocketSphinx is not installed, or does not know a word.
+        """
+        try:
+            import pocketsphinx
+        except ImportError as error:
+            message = "reading speech needs pocketsphinx: pip install pocketsphinx"
+            raise ValueError(message) from error
+        self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
+        words = sorted(set(words))
+        unknown = [word for word in words if self.decoder.lookup_word(word) is None]
+        if unknown:
+            raise ValueError(f"PocketSphinx does not know the words: {' '.join(unknown)}")
+        if words:
+            grammar = f"#JSGF V1.0;\ngrammar words;\npublic <text> = ({' | '.join(words)})+;\n"
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "words.gram")
+                path.write_text(grammar)
+                self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL", jsgf=str(path))
+
+    def read(self, wav: np.ndarray, rate: int) -> str:
+        """The words in audio [S] of a sample rate in Hz."""
+        wav = librosa.resample(np.asarray(wav, np.float32), orig_sr=rate, target_sr=RATE)
+        noise = np.random.default_rng(0)
+        padded = np.pad(wav, int(_EDGE_SECONDS * RATE))
+        padded = padded + _NOISE * noise.standard_normal(len(padded))
+        samples = (np.clip(padded, -1, 1) * 32767).astype(np.int16)
+        self.decoder.start_utt()
+        self.decoder.process_raw(samples.tobytes(), full_utt=True)
+        self.decoder.end_utt()
+        best = self.decoder.hyp()
+        return best.hypstr if best else ""
+
+    def read_all(self, wavs: Sequence[np.ndarray], rate: int) -> list[str]:
+        """The words in each of several recordings [S]."""
+        return [self.read(wav, rate) for wav in wavs]

@@ -1,0 +1,192 @@
+"""Makes recordings of one voice with texts: prompts of a telephone system, and numbers.
+
+    apt-get download asterisk-core-sounds-en
+    dpkg-deb -x asterisk-core-sounds-en_*.deb texts/
+    TEXTS=texts/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz
+    python experiments/spoken_prompts.py data/ $TEXTS OUT/
+
+`data/` is the output of `data.py`; its recordings of asterisk-core-sounds-en-g722 are of one
+speaker (Allison Smith, CC-BY-SA-3.0). OUT has two folders with a manifest.jsonl each:
+
+  prompts  the recordings with a text of words, of at most `--seconds`
+  numbers  numbers below a million, and sequences of digits, joined from recordings of the words:
+           each word was recorded once
+
+Of the prompts, one text in twelve is in the split "test"; of the numbers, all multiples of seven.
+OUT also has tokenizer.json (byte-pair encoding of the training texts).
+"""
+
+import argparse
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from num2words import num2words
+from spoken_digits import join, trim
+from tokenizers import models, pre_tokenizers, trainers
+
+from moss_tok.audio import files
+from moss_tok.cli.commands import Parser
+from moss_tok.errors import exit_code
+from moss_tok.json_files import read_json_lines
+
+SOURCE = "asterisk-core-sounds-en-g722"
+RATE = 16000  # of the recordings, Hz
+PAUSE_SECONDS = (0.01, 0.06)
+HELD_OUT = 12  # one prompt in this many is of the split "test"
+TEST_DIVISOR = 7  # numbers that it divides are of the split "test"
+MAX_DIGITS = 6
+VOCABULARY = 400  # tokens
+
+Rows = list[dict[str, Any]]
+
+
+def normalize(text: str) -> str:
+    """A text as lower-case words: digits are spelled, punctuation is left out."""
+    text = re.sub(r"\d+", lambda digits: f" {spell(digits[0])} ", text.lower())
+    return " ".join(re.sub(r"[^a-z' ]", " ", text).split())
+
+
+def spell(digits: str) -> str:
+    """The words of a number without leading zeros, or else of its digits."""
+    if digits == "0" or not digits.startswith("0"):
+        return " ".join(re.sub(r"[-,]| and\b", " ", num2words(int(digits))).split())
+    return " ".join(num2words(int(digit)) for digit in digits)
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Texts by the name of the recording; those of tones, in brackets, are left out.
+
+    Raises:
+      ValueError: The file is not a list of `NAME: TEXT`.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    texts = {}
+    with opened(path, "rt") as lines:
+        for line in lines:
+            name, colon, text = line.partition(":")
+            if colon and not line.startswith(";") and not re.search(r"[\[\]<>{}]", text):
+                texts[name.strip()] = normalize(text)
+    if not texts:
+        raise ValueError(f"{path}: has no lines NAME: TEXT")
+    return {name: text for name, text in texts.items() if text}
+
+
+def read_recordings(data: Path, texts: dict[str, str]) -> Rows:
+    """Rows of data.py's manifest that have a text, with their "text" and "name"."""
+    manifest = data / "speech.jsonl"
+    rows = []
+    for _, row in read_json_lines(manifest):
+        if row.get("source") == SOURCE:
+            name = row["source_path"].split("/", 5)[-1].removesuffix(".g722")
+            if name in texts and not name.startswith("silence/"):
+                path = str((data / row["path"]).resolve())
+                rows.append(row | {"path": path, "name": name, "transcript": texts[name]})
+    if not rows:
+        raise ValueError(f"{manifest}: has no recordings of {SOURCE} with a text")
+    return rows
+
+
+def manifest_line(path: str, text: str, seconds: float, is_test: bool) -> dict[str, Any]:
+    """A line of a manifest."""
+    return {
+        "path": path,
+        "split": "test" if is_test else "train",
+        "domain": "speech",
+        "duration_s": seconds,
+        "transcript": text,
+        "speaker": "allison",
+    }
+
+
+def prompts(rows: Rows, seconds: float) -> Rows:
+    """The manifest of the prompts; the recordings stay where they are."""
+    order = {text: index for index, text in enumerate(sorted({row["transcript"] for row in rows}))}
+    return [
+        manifest_line(
+            row["path"], row["transcript"], row["duration_s"],
+            order[row["transcript"]] % HELD_OUT == 0,
+        )
+        for row in rows
+        if row["duration_s"] <= seconds
+    ]  # fmt: skip
+
+
+def draw_number(random: np.random.Generator) -> tuple[int, str]:
+    """A number of 1 to `MAX_DIGITS` digits and its words, or the words of its digits."""
+    size = random.integers(1, MAX_DIGITS + 1)
+    digits = "".join(str(digit) for digit in random.integers(10, size=size))
+    if random.random() < 0.5:
+        return int(digits), " ".join(spell(digit) for digit in digits)
+    return int(digits), spell(str(int(digits)))
+
+
+def numbers(rows: Rows, folder: Path, count: int, seconds: float) -> Rows:
+    """Writes recordings of random numbers; returns their manifest."""
+    words = {
+        row["transcript"]: [trim(files.read(Path(row["path"]), RATE, 1)[0], RATE)]
+        for row in rows
+        if row["name"].startswith("digits/")
+    }
+    random = np.random.default_rng(0)
+    lines: Rows = []
+    while len(lines) < count:
+        number, text = draw_number(random)
+        wav = join(random, text.split(), words, RATE, PAUSE_SECONDS)
+        if len(wav) <= seconds * RATE:
+            path = f"{len(lines):05}.flac"
+            files.write(folder / path, wav[None], RATE)
+            is_test = number % TEST_DIVISOR == 0
+            lines.append(manifest_line(path, text, len(wav) / RATE, is_test))
+    return lines
+
+
+def write_tokenizer(path: Path, texts: Iterable[str]) -> None:
+    """Writes a tokenizer (byte-pair encoding) of texts."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    files.write_text(path, tokenizer.to_str(pretty=True))
+
+
+def make(args: argparse.Namespace) -> None:
+    """Makes both folders and the tokenizer."""
+    rows = read_recordings(args.data, read_texts(args.texts))
+    folders = {name: args.output / name for name in ("prompts", "numbers")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    manifests = {
+        "prompts": prompts(rows, args.seconds),
+        "numbers": numbers(rows, folders["numbers"], args.number, args.seconds),
+    }
+    for name, lines in manifests.items():
+        minutes = sum(line["duration_s"] for line in lines) / 60
+        tests = sum(line["split"] == "test" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        files.write_text(folders[name] / "manifest.jsonl", text)
+        print(f"{folders[name]}: {len(lines)} recordings, {minutes:.1f} min, {tests} for tests")
+    train = [line for lines in manifests.values() for line in lines if line["split"] == "train"]
+    write_tokenizer(args.output / "tokenizer.json", [line["transcript"] for line in train])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the recordings; returns 2 after a user error."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path, help="output of data.py")
+    parser.add_argument("texts", type=Path, help="core-sounds-en.txt, also with .gz")
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--number", type=int, default=1200, help="recordings of numbers")
+    parser.add_argument("--seconds", type=float, default=4.0, help="longest recording")
+    args: argparse.Namespace = parser.parse_args(argv)
+    return exit_code(lambda: make(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
