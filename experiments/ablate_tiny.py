@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok.codec import init as codec_init
+from moss_tok.errors import exit_code
 
 FLAGS = Path(__file__).with_name("quickstart.flags")
 RESULT = "result.json"
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from moss_tok.codec.presets import PRESETS, preset
+from moss_tok.errors import exit_code
 
 
 def main() -> None:
@@ -315,4 +316,4 @@ _WORKERS = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

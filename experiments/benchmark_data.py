@@ -8,6 +8,7 @@ them as files and as ArrayRecord shards.
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.presets import preset
 from moss_tok.data import pipeline, prepare, sources
 from moss_tok.data.config import AudioDataConfig
+from moss_tok.errors import exit_code
 
 
 def write_files(folder: Path, num_files: int = 40, seconds: float = 20.0) -> None:
@@ -79,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

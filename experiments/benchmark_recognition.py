@@ -11,6 +11,7 @@ batches that are already on the device, "with data" also reads the batches.
 import argparse
 import dataclasses
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_tok import settings, storage
+from moss_tok.errors import exit_code
 from moss_tok.objectives.config import all_fields, build_objective, configure
 from moss_tok.training.objective import Batch
 from moss_tok.training.state import Recipe, init_state
@@ -139,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

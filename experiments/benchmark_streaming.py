@@ -10,6 +10,7 @@ numbers of frames with `encode` and `decode` of the whole recording.
 """
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmark_codec import random_params
 import moss_tok
 from moss_tok.codec import streaming
 from moss_tok.codec.presets import PRESETS, preset
+from moss_tok.errors import exit_code
 from moss_tok.nn.compute import ComputeConfig
 
 
@@ -122,4 +124,4 @@ def _in_chunks(codec: moss_tok.Codec, wav: Any, codes: Any, edges: Any) -> tuple
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

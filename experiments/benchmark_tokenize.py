@@ -8,6 +8,7 @@ or writing. Weights are random. The price is that of the machine per hour.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from moss_tok.audio import files
 from moss_tok.codec.config import CodecConfig
 from moss_tok.codec.presets import PRESETS, preset
 from moss_tok.data import tokenize
+from moss_tok.errors import exit_code
 from moss_tok.nn.compute import PRECISIONS
 
 
@@ -97,4 +99,4 @@ def _raw_seconds(codec: moss_tok.Codec, shapes: dict[tuple[int, int], int]) -> f
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from moss_tok import settings, sharding
+from moss_tok.errors import exit_code
 from moss_tok.objectives import flops
 from moss_tok.objectives.config import all_fields, build_objective, configure
 from moss_tok.training.state import Recipe, init_state
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

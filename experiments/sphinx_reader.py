@@ -10,6 +10,9 @@ import numpy as np
 RATE = 16000  # of its model, Hz
 _EDGE_SECONDS = 0.25  # of quiet noise before and after the speech; without it, words are missed
 _NOISE = 1e-4
+_WORD_PENALTY = (
+    1e-3  # on the probability of a word; with the default, quiet edges are read as words
+)
 
 
 class Reader:
@@ -40,7 +43,9 @@ class Reader:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "words.gram")
                 path.write_text(grammar)
-                self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL", jsgf=str(path))
+                self.decoder = pocketsphinx.Decoder(
+                    samprate=RATE, loglevel="FATAL", jsgf=str(path), wip=_WORD_PENALTY
+                )
 
     def read(self, wav: np.ndarray, rate: int) -> str:
         """The words in audio [S] of a sample rate in Hz."""

@@ -9,8 +9,8 @@
 speaker (Allison Smith, CC-BY-SA-3.0). OUT has two folders with a manifest.jsonl each:
 
   prompts  the recordings with a text of words, of at most `--seconds`
-  numbers  numbers below a million, and sequences of digits, joined from recordings of the words:
-           each word was recorded once
+  numbers  numbers below 10000, and sequences of one to four digits, joined from recordings of the
+           words: each word was recorded once
 
 Of the prompts, one text in twelve is in the split "test"; of the numbers, all multiples of seven.
 OUT also has tokenizer.json (byte-pair encoding of the training texts).
@@ -41,7 +41,7 @@ RATE = 16000  # of the recordings, Hz
 PAUSE_SECONDS = (0.01, 0.06)
 HELD_OUT = 12  # one prompt in this many is of the split "test"
 TEST_DIVISOR = 7  # numbers that it divides are of the split "test"
-MAX_DIGITS = 6
+MAX_DIGITS = 4
 VOCABULARY = 400  # tokens
 
 Rows = list[dict[str, Any]]
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="output of data.py")
     parser.add_argument("texts", type=Path, help="core-sounds-en.txt, also with .gz")
     parser.add_argument("output", type=Path, metavar="OUT")
-    parser.add_argument("--number", type=int, default=1200, help="recordings of numbers")
+    parser.add_argument("--number", type=int, default=8000, help="recordings of numbers")
     parser.add_argument("--seconds", type=float, default=4.0, help="longest recording")
     args: argparse.Namespace = parser.parse_args(argv)
     return exit_code(lambda: make(args))
