@@ -25,8 +25,10 @@ class Reader:
     def __init__(self, words: Iterable[str] = ()) -> None:
         """Reads sequences of these words, or any English text if there are none.
 
+        Words that are not in its dictionary are never read.
+
         Raises:
-          ValueError: PocketSphinx is not installed, or does not know a word.
+          ValueError: PocketSphinx is not installed.
         """
         try:
             import pocketsphinx
@@ -34,10 +36,7 @@ class Reader:
             message = "reading speech needs pocketsphinx: pip install pocketsphinx"
             raise ValueError(message) from error
         self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
-        words = sorted(set(words))
-        unknown = [word for word in words if self.decoder.lookup_word(word) is None]
-        if unknown:
-            raise ValueError(f"PocketSphinx does not know the words: {' '.join(unknown)}")
+        words = [word for word in sorted(set(words)) if self.decoder.lookup_word(word)]
         if words:
             grammar = f"#JSGF V1.0;\ngrammar words;\npublic <text> = ({' | '.join(words)})+;\n"
             with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import codec_copies
 import fsdd
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import speech_study
+import sphinx_reader
 import spoken_digits
 import voice_similarity
 
@@ -128,6 +130,29 @@ def test_faults_are_counted_in_texts():
     cells = speech_study.table_cells(texts, rows).split(" | ")
     # Errors: one more word, one word less and one wrong word, of six.
     assert [float(cell) for cell in cells if cell] == [0.5, 0.25, 0.25, 0.25, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "needs --codec or --recogniser"), (["--codec=CODEC"], "has no test recordings")],
+)
+def test_a_study_without_a_codec_or_texts_is_refused(
+    options, message, sequences, micro, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(speech_study.moss_tok, "load", lambda _: micro)
+    out = tmp_path / "out"
+    argv = ["words", f"--test={sequences / 'test'}", "--seconds=0.1", f"--out={out}", *options]
+    assert speech_study.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not out.exists()
+
+
+def test_pocketsphinx_is_named_if_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    with pytest.raises(ValueError, match="pip install pocketsphinx"):
+        sphinx_reader.Reader(["one"])
 
 
 def test_voices_are_compared_without_the_recording_itself():
