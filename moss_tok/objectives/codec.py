@@ -43,6 +43,8 @@ class CodecObjective(CodecBasedObjective):
         names = ["reconstruction_loss", "commitment_loss", "codebook_loss"]
         if self.settings.loudness_weight:
             names.append("loudness_loss")
+        if self.settings.spectrum_weight:
+            names.append("spectrum_loss")
         if self.settings.waveform_weight:
             names.append("waveform_loss")
         return (*names, *self.masked_terms)
@@ -95,13 +97,15 @@ class CodecObjective(CodecBasedObjective):
         )
         if s.loudness_weight:
             terms["loudness_loss"] = Term(mel_losses["loudness_loss"], s.loudness_weight)
+        if s.spectrum_weight:
+            terms["spectrum_loss"] = Term(mel_losses["spectrum_loss"], s.spectrum_weight)
         if s.waveform_weight:
             loss = losses.waveform_loss(part["wav"], outputs["wav_hat"], part["length"])
             terms["waveform_loss"] = Term(loss, s.waveform_weight)
         return terms
 
     def mel_losses(self, part: Batch, wav_hat: jax.Array) -> Arrays:
-        """`losses.reconstruction_losses` of the windows of this turn, scaled to all windows."""
+        """Losses of spectra with the windows of this turn, scaled to all windows."""
         s = self.settings
 
         def of_turn(turn, wav_hat):
@@ -110,6 +114,9 @@ class CodecObjective(CodecBasedObjective):
                 part["wav"], wav_hat, part["length"], self.codec.sample_rate, windows,
                 s.mel_floor_db,
             )  # fmt: skip
+            if s.spectrum_weight:
+                loss = losses.spectrum_loss(part["wav"], wav_hat, part["length"], windows)
+                of_windows["spectrum_loss"] = loss
             scale = len(s.mel_windows) / len(windows)
             return {name: scale * loss for name, loss in of_windows.items()}
 

@@ -114,6 +114,11 @@ class CodecSettings:
         "loss weight of the relative L1 distance of compressed mel spectrograms (loudness) of "
         "mel_windows; 0: off",
     )
+    spectrum_weight: float = weight(
+        0.0,
+        "loss weight of the relative distance of complex spectra with compressed magnitudes, with "
+        "windows of mel_windows; 0: off",
+    )
     waveform_weight: float = weight(
         0.0, "loss weight of the relative L1 distance of the waveforms; 0: off"
     )
