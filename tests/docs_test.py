@@ -84,7 +84,7 @@ def folder(tmp_path, monkeypatch):
     """A working folder with the flag files of the project, and codes where pages train on codes."""
     for link in ("experiments", "tpu_scripts"):
         (tmp_path / link).symlink_to(ROOT / link)
-    for codes in ("codes", "codes_all", "v1_codes"):
+    for codes in ("codes", "codes_all", "v1_codes", "prompt_codes", "number_codes"):
         (tmp_path / codes).mkdir()
         (tmp_path / codes / "plan.json").write_text("{}")
     (tmp_path / "codes.jsonl").write_text('{"audio_codes": [[0]], "text": "one"}\n')
