@@ -73,6 +73,8 @@ def user_error(error: Exception, less: str) -> str:
         line = "" if own else f"{name} is not installed: {extras.install_module(name)}"
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from jax
         line = f"{str(error).splitlines()[0]}; {less}"
+    elif isinstance(error, OSError) and error.strerror:  # from the operating system
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         line = str(error) if isinstance(error, (ValueError, OSError)) else ""
     return " ".join(line.split())

@@ -161,7 +161,7 @@ def test_a_read_only_folder_is_noticed_first(recordings, tmp_path, monkeypatch, 
     command = ["encode", str(recordings), str(tmp_path / "out")]
     assert main([*command, "--checkpoint", str(GOLDEN / "v1_tiny")]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: [Errno 30] Read-only file system: '{tmp_path}/out'\n"
+    assert error == f"error: {tmp_path}/out: Read-only file system\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
@@ -170,4 +170,4 @@ def test_printing_onto_a_full_disk():
     with open("/dev/full", "w") as full:
         found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert found.returncode == 2
-    assert found.stderr == "error: [Errno 28] No space left on device\n"
+    assert found.stderr == "error: No space left on device\n"
