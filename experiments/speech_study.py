@@ -85,10 +85,11 @@ def prepare(args: argparse.Namespace) -> Setup:
     tests = read_recordings(args, codec.config.sample_rate)
     if not tests:
         raise ValueError(f"{args.test}: has no test recordings of at most {args.seconds} s")
+    read = find_reader(args, codec, tests)
     codes = encode_all(codec, [row["wav"] for row in tests])
     tests = [row | {"codes": one} for row, one in zip(tests, codes, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
-    return Setup(codec, find_reader(args, codec, tests), sampling_of(args), tests, args.out)
+    return Setup(codec, read, sampling_of(args), tests, args.out)
 
 
 def find_reader(
@@ -107,7 +108,7 @@ def find_reader(
 
 
 def read_recordings(args: argparse.Namespace, rate: int) -> list[dict[str, Any]]:
-    """The first test recordings that are short enough, with their audio."""
+    """The first recordings of the split that are short enough, with their audio."""
     recordings: list[dict[str, Any]] = []
     for _, row in read_json_lines(args.test / "manifest.jsonl"):
         is_short = row["duration_s"] <= args.seconds

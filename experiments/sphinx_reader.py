@@ -10,9 +10,8 @@ import numpy as np
 RATE = 16000  # of its model, Hz
 _EDGE_SECONDS = 0.25  # of quiet noise before and after the speech; without it, words are missed
 _NOISE = 1e-4
-_WORD_PENALTY = (
-    1e-3  # on the probability of a word; with the default, quiet edges are read as words
-)
+# On the probability of a word. With the default, 0.65, the quiet edges are read as words.
+_WORD_PENALTY = 1e-3
 
 
 class Reader:
@@ -28,13 +27,10 @@ class Reader:
         Words that are not in its dictionary are never read.
 
         Raises:
-          ValueError: PocketSphinx is not installed.
+          ModuleNotFoundError: PocketSphinx is not installed.
         """
-        try:
-            import pocketsphinx
-        except ImportError as error:
-            message = "reading speech needs pocketsphinx: pip install pocketsphinx"
-            raise ValueError(message) from error
+        import pocketsphinx
+
         self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
         words = [word for word in sorted(set(words)) if self.decoder.lookup_word(word)]
         if words:

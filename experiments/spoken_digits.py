@@ -22,8 +22,9 @@ import argparse
 import collections
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -44,6 +45,7 @@ DIGIT_SHARES = (0.35, 0.35, 0.3)  # of sequences of 1, 2, ... digits
 TEST_SHARES = (0.0, 0.5, 0.5)
 TEST_DIVISOR = 7  # of the sum of the digits of a test text
 FIRST_NUMBER = 5  # of the clips to learn from
+VOCABULARY = 100  # at most so many tokens
 HELD_OUT = 40  # one recording in this many is of the split "test"
 
 FOLDERS = ("speech", "reader", "test")
@@ -146,26 +148,39 @@ def write(folder: Path, clips: Clips, number: int, seed: int) -> float:
         path = folder / f"{index:05}.flac"
         files.write(path, wav[None], RATE)
         held_out = folder.name == "test" or index // len(speakers) % HELD_OUT == 0
-        total += len(wav) / RATE
-        line = {
-            "path": path.name,
-            "split": "test" if held_out else "train",
-            "domain": "speech",
-            "duration_s": len(wav) / RATE,
-            "transcript": " ".join(words),
-            "speaker": speaker,
-        }
+        seconds = len(wav) / RATE
+        line = manifest_line(path.name, " ".join(words), speaker, seconds, held_out)
         lines.append(json.dumps(line) + "\n")
+        total += seconds
     files.write_text(folder / "manifest.jsonl", "".join(lines))
     return total
 
 
-def write_tokenizer(path: Path) -> None:
-    """Writes a tokenizer (byte-pair encoding) of the words; other words are letters or nothing."""
+def manifest_line(
+    path: str, text: str, speaker: str, seconds: float, is_test: bool
+) -> dict[str, Any]:
+    """A line of a manifest."""
+    return {
+        "path": path,
+        "split": "test" if is_test else "train",
+        "domain": "speech",
+        "duration_s": seconds,
+        "transcript": text,
+        "speaker": speaker,
+    }
+
+
+def write_tokenizer(
+    path: Path,
+    texts: Iterable[str],
+    vocab_size: int,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+) -> None:
+    """Writes a tokenizer (byte-pair encoding) of texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=100, show_progress=False)
-    tokenizer.train_from_iterator([*WORDS, *WORDS], trainer)  # a pair is merged if it occurs twice
+    tokenizer.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     files.write_text(path, tokenizer.to_str(pretty=True))
 
 
@@ -176,7 +191,10 @@ def make(args: argparse.Namespace) -> None:
     for seed, (name, number) in enumerate(zip(FOLDERS, numbers, strict=True)):
         seconds = write(args.output / name, clips[name], number, seed)
         print(f"{args.output / name}: {number} recordings, {seconds / 60:.1f} min")
-    write_tokenizer(args.output / "tokenizer.json")
+    texts = [*WORDS, *WORDS]  # a pair is merged if it occurs twice
+    write_tokenizer(
+        args.output / "tokenizer.json", texts, VOCABULARY, pre_tokenizers.WhitespaceSplit()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

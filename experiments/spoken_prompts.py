@@ -21,15 +21,14 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from num2words import num2words
-from spoken_digits import join, trim
-from tokenizers import models, pre_tokenizers, trainers
+from spoken_digits import join, manifest_line, trim, write_tokenizer
+from tokenizers import pre_tokenizers
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
@@ -37,6 +36,7 @@ from moss_tok.errors import exit_code
 from moss_tok.json_files import read_json_lines
 
 SOURCE = "asterisk-core-sounds-en-g722"
+SPEAKER = "allison"
 RATE = 16000  # of the recordings, Hz
 PAUSE_SECONDS = (0.01, 0.06)
 HELD_OUT = 12  # one prompt in this many is of the split "test"
@@ -93,24 +93,12 @@ def read_recordings(data: Path, texts: dict[str, str]) -> Rows:
     return rows
 
 
-def manifest_line(path: str, text: str, seconds: float, is_test: bool) -> dict[str, Any]:
-    """A line of a manifest."""
-    return {
-        "path": path,
-        "split": "test" if is_test else "train",
-        "domain": "speech",
-        "duration_s": seconds,
-        "transcript": text,
-        "speaker": "allison",
-    }
-
-
 def prompts(rows: Rows, seconds: float) -> Rows:
     """The manifest of the prompts; the recordings stay where they are."""
     order = {text: index for index, text in enumerate(sorted({row["transcript"] for row in rows}))}
     return [
         manifest_line(
-            row["path"], row["transcript"], row["duration_s"],
+            row["path"], row["transcript"], SPEAKER, row["duration_s"],
             order[row["transcript"]] % HELD_OUT == 0,
         )
         for row in rows
@@ -143,17 +131,8 @@ def numbers(rows: Rows, folder: Path, count: int, seconds: float) -> Rows:
             path = f"{len(lines):05}.flac"
             files.write(folder / path, wav[None], RATE)
             is_test = number % TEST_DIVISOR == 0
-            lines.append(manifest_line(path, text, len(wav) / RATE, is_test))
+            lines.append(manifest_line(path, text, SPEAKER, len(wav) / RATE, is_test))
     return lines
-
-
-def write_tokenizer(path: Path, texts: Iterable[str]) -> None:
-    """Writes a tokenizer (byte-pair encoding) of texts."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    files.write_text(path, tokenizer.to_str(pretty=True))
 
 
 def make(args: argparse.Namespace) -> None:
@@ -173,7 +152,8 @@ def make(args: argparse.Namespace) -> None:
         files.write_text(folders[name] / "manifest.jsonl", text)
         print(f"{folders[name]}: {len(lines)} recordings, {minutes:.1f} min, {tests} for tests")
     train = [line for lines in manifests.values() for line in lines if line["split"] == "train"]
-    write_tokenizer(args.output / "tokenizer.json", [line["transcript"] for line in train])
+    texts = [line["transcript"] for line in train]
+    write_tokenizer(args.output / "tokenizer.json", texts, VOCABULARY, pre_tokenizers.Metaspace())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from moss_tok.codec import init as codec_init
 from moss_tok.codec.config import CodecConfig, PatchConfig, QuantizerConfig, TransformerConfig
 from moss_tok.codec.presets import mirror
 from moss_tok.data import prepare
+from moss_tok.json_files import read_json_lines
 from moss_tok.language.config import LanguageConfig
 from moss_tok.objectives import flags as train_flags
 from moss_tok.objectives.config import build_objective, configure
@@ -349,3 +350,8 @@ def slurm_environments():
     common = {"SLURM_JOB_ID": str(port - 61_440), "SLURM_STEP_NODELIST": "127.0.0.1",
               "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
     return [common | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+
+
+def manifest_rows(folder):
+    """The rows of its manifest.jsonl."""
+    return [row for _, row in read_json_lines(folder / "manifest.jsonl")]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 import speech_study
-import sphinx_reader
 import spoken_digits
 import voice_similarity
+from helpers import manifest_rows
 
 from moss_tok.codec.inference import decode_one
 from moss_tok.data.codes import Item
@@ -44,13 +44,8 @@ def sequences(tmp_path_factory):
     return out
 
 
-def rows_of(folder):
-    """The rows of its manifest."""
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
 def test_no_text_of_the_test_is_in_the_speech(sequences):
-    texts = {name: {row["transcript"] for row in rows_of(sequences / name)}
+    texts = {name: {row["transcript"] for row in manifest_rows(sequences / name)}
              for name in ("speech", "reader", "test")}  # fmt: skip
     assert not texts["speech"] & texts["test"]
     words = fsdd.WORDS
@@ -65,7 +60,7 @@ def test_no_text_of_the_test_is_in_the_speech(sequences):
 )
 def test_each_folder_has_clips_of_its_own(sequences, name, numbers):
     words = fsdd.WORDS
-    for row in rows_of(sequences / name)[:20]:
+    for row in manifest_rows(sequences / name)[:20]:
         wav, rate = soundfile.read(sequences / name / row["path"])
         assert row["duration_s"] == len(wav) / rate
         digit = words.index(row["transcript"].split()[0])
@@ -106,7 +101,7 @@ def test_copies_have_the_texts_and_few_quantizers(micro, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(codec_copies, "NUMBERS", (1, 4))
     codec_copies.write_copies(micro, items, tmp_path / "out")
-    for index, row in enumerate(rows_of(tmp_path / "out")):
+    for index, row in enumerate(manifest_rows(tmp_path / "out")):
         assert row["transcript"] == str(index)
         wav, rate = soundfile.read(tmp_path / "out" / row["path"])
         assert row["duration_s"] == len(wav) / rate
@@ -134,25 +129,24 @@ def test_faults_are_counted_in_texts():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "needs --codec or --recogniser"), (["--codec=CODEC"], "has no test recordings")],
+    [
+        ([], "needs --codec or --recogniser"),
+        (["--codec=CODEC", "--seconds=0.1"], "has no test recordings"),
+        (["--codec=CODEC"], "pocketsphinx is not installed: pip install pocketsphinx"),
+    ],
 )
-def test_a_study_without_a_codec_or_texts_is_refused(
+def test_a_study_without_a_codec_texts_or_reader_is_refused(
     options, message, sequences, micro, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(speech_study.moss_tok, "load", lambda _: micro)
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
     out = tmp_path / "out"
-    argv = ["words", f"--test={sequences / 'test'}", "--seconds=0.1", f"--out={out}", *options]
+    argv = ["words", f"--test={sequences / 'test'}", f"--out={out}", *options]
     assert speech_study.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert not out.exists()
-
-
-def test_pocketsphinx_is_named_if_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    with pytest.raises(ValueError, match="pip install pocketsphinx"):
-        sphinx_reader.Reader(["one"])
 
 
 def test_voices_are_compared_without_the_recording_itself():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import spoken_prompts
+from helpers import manifest_rows
 
 from moss_tok.language import text
 
@@ -40,14 +41,9 @@ def made(tmp_path_factory):
     text_lines = "; a comment\n\n" + "".join(f"{name}: {value}\n" for name, value in TEXTS.items())
     with gzip.open(folder / "texts.txt.gz", "wt") as file:
         file.write(text_lines)
-    write_manifest(folder, lines)
+    (folder / "speech.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(folder, "texts.txt.gz") == 0
     return folder
-
-
-def write_manifest(folder, lines):
-    """Writes the manifest of data.py."""
-    (folder / "speech.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run(folder, texts):
@@ -57,23 +53,18 @@ def run(folder, texts):
     )
 
 
-def rows_of(folder):
-    """The rows of its manifest."""
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
 def test_prompts_are_the_short_recordings_with_words(made):
-    texts = [row["transcript"] for row in rows_of(made / "out" / "prompts")]
+    texts = [row["transcript"] for row in manifest_rows(made / "out" / "prompts")]
     assert "please enter five or twelve and don't hang up" in texts
     assert not {"goodbye", "one second of silence"} & set(texts)
     assert len(texts) == len(TEXTS) - 3
-    for row in rows_of(made / "out" / "prompts"):
+    for row in manifest_rows(made / "out" / "prompts"):
         assert soundfile.info(row["path"]).duration == row["duration_s"]
 
 
 def test_numbers_are_joined_from_the_recordings_of_their_words(made):
     folder = made / "out" / "numbers"
-    rows = rows_of(folder)
+    rows = manifest_rows(folder)
     assert len(rows) == 80
     for row in rows:
         info = soundfile.info(folder / row["path"])
@@ -88,7 +79,7 @@ def test_numbers_are_joined_from_the_recordings_of_their_words(made):
 
 def test_texts_of_the_test_are_not_in_training(made):
     for name in ("prompts", "numbers"):
-        rows = rows_of(made / "out" / name)
+        rows = manifest_rows(made / "out" / name)
         texts = {split: {row["transcript"] for row in rows if row["split"] == split}
                  for split in ("train", "test")}  # fmt: skip
         assert texts["train"] and texts["test"]
@@ -97,7 +88,7 @@ def test_texts_of_the_test_are_not_in_training(made):
 
 def test_the_tokenizer_keeps_all_texts(made):
     tokenizer = text.load(made / "out" / "tokenizer.json")
-    for row in rows_of(made / "out" / "numbers"):
+    for row in manifest_rows(made / "out" / "numbers"):
         tokens = tokenizer.encode(row["transcript"])
         assert len(tokens) <= 2 * len(row["transcript"].split())
         assert text.missing_characters(tokenizer, row["transcript"]) == ""

@@ -89,14 +89,14 @@ def test_windows_that_take_turns_are_the_same_loss_on_average():
     weights = {"loudness_weight": 1.0, "spectrum_weight": 1.0}
     flags = PRETRAIN | {"mel_windows": "64,128,256,512"} | weights
     batch = random_batch()
-    wav_hat = random_batch(seed=1)["wav"]
+    wav_hat = jnp.roll(batch["wav"], 24, axis=-1)  # long windows see little of the delay
     whole = jax.jit(make_recipe(flags, SHALLOW).objective.mel_losses)(batch, wav_hat)
     in_turns = make_recipe(flags | {"mel_turns": 2}, SHALLOW)
     losses_of = jax.jit(in_turns.objective.mel_losses)
     of_turns = [losses_of(batch | {"turn": jnp.full(4, turn)}, wav_hat) for turn in range(2)]
     for name, expected in whole.items():
         np.testing.assert_allclose((of_turns[0][name] + of_turns[1][name]) / 2, expected, rtol=1e-5)
-        assert not np.allclose(of_turns[0][name], of_turns[1][name], rtol=1e-4)
+        assert not np.allclose(of_turns[0][name], of_turns[1][name], rtol=1e-2)
     state, metrics = run_steps(in_turns, 2)
     assert int(state.totals.skipped) == 0
     assert metrics["loudness_loss"] > 0

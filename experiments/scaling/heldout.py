@@ -114,6 +114,9 @@ def make_loss(config: TrainConfig) -> Any:
         )  # fmt: skip
         total = settings.reconstruction_weight * spectral["reconstruction_loss"]
         total += settings.loudness_weight * spectral["loudness_loss"]
+        if settings.spectrum_weight:
+            spectrum = losses.spectrum_loss(wav, wav_hat, lengths, settings.mel_windows)
+            total += settings.spectrum_weight * spectrum
         return total + settings.waveform_weight * losses.waveform_loss(wav, wav_hat, lengths)
 
     return loss

@@ -51,9 +51,13 @@ def stft(wav: jax.Array, window_length: int) -> jax.Array:
 
 
 def magnitude(wav: jax.Array, window_length: int) -> jax.Array:
-    """Magnitudes of `stft`; the root is softened by 1e-6, so its gradient is finite at zero."""
-    spectra = stft(wav, window_length)
-    return jnp.sqrt(jnp.square(spectra.real) + jnp.square(spectra.imag) + 1e-12)
+    """Magnitudes of `stft`, softened by 1e-6."""
+    return absolute(stft(wav, window_length), 1e-6)
+
+
+def absolute(x: jax.Array, softening: float) -> jax.Array:
+    """Magnitudes of complex numbers, at least `softening`, so the gradient is finite at zero."""
+    return jnp.sqrt(jnp.square(x.real) + jnp.square(x.imag) + softening**2)
 
 
 _BLOCK_MELS = 320  # filters per block; a block needs only a part of the spectrum

@@ -4,6 +4,7 @@ Losses of spectra, waveforms and codes ignore frames that touch padding. The dis
 signals with padding set to 0.
 """
 
+import functools
 import math
 
 import jax
@@ -13,6 +14,7 @@ from moss_tok.audio import spectral
 from moss_tok.codec.quantizer import Quantized
 
 _BANDS_PER_SAMPLE = 5 / 32  # mel bands per sample of a window, as in the Descript Audio Codec
+_SOFTEST = 1e-4  # magnitudes of complex spectra are softened by it: their power is steep at 0
 _LOUDNESS_POWER = 0.45  # exponent on magnitudes; Zwicker's law has 0.23 on powers
 
 
@@ -40,16 +42,14 @@ def reconstruction_losses(
       in hearing, relative to the reference. The second is not in the paper; loud bands count more
       than in the first, quiet ones less.
     """
-    batch, channels, num_samples = wav.shape
+    batch, _, num_samples = wav.shape
     log_distance = jnp.zeros(batch)
     loudness_distance = jnp.zeros(batch)
     for window_length in windows:
         num_mels = int(_BANDS_PER_SAMPLE * window_length)
-        valid = frame_mask(lengths, num_samples, window_length)
-
-        def over_frames(x, valid=valid):
-            per_frame = x.mean(-1).reshape(batch, channels, -1).mean(1)
-            return masked_mean(per_frame, valid)
+        over_frames = functools.partial(
+            frame_mean, mask=frame_mask(lengths, num_samples, window_length)
+        )
 
         def log_mel(x, window_length=window_length, num_mels=num_mels):
             x = x.reshape(-1, num_samples)
@@ -87,29 +87,23 @@ def spectrum_loss(
       [B], per window the mean distance in the complex plane over the mean compressed magnitude of
       the reference.
     """
-    batch, channels, num_samples = wav.shape
+    batch, _, num_samples = wav.shape
     total = jnp.zeros(batch)
     for window_length in windows:
-        valid = frame_mask(lengths, num_samples, window_length)
-
-        def over_frames(x, valid=valid):
-            per_frame = x.mean(-1).reshape(batch, channels, -1).mean(1)
-            return masked_mean(per_frame, valid)
+        over_frames = functools.partial(
+            frame_mean, mask=frame_mask(lengths, num_samples, window_length)
+        )
 
         def compressed(x, window_length=window_length):
             spectra = spectral.stft(x.reshape(-1, num_samples), window_length)
-            size = absolute(spectra)
+            size = spectral.absolute(spectra, _SOFTEST)
             return spectra * size ** (_LOUDNESS_POWER - 1)
 
         reference = compressed(wav)
-        distance = over_frames(absolute(reference - compressed(wav_hat)))
-        total += distance / (over_frames(absolute(reference)) + 1e-6)
+        difference = spectral.absolute(reference - compressed(wav_hat), _SOFTEST)
+        size = spectral.absolute(reference, _SOFTEST)
+        total += over_frames(difference) / (over_frames(size) + 1e-6)
     return total
-
-
-def absolute(x: jax.Array) -> jax.Array:
-    """Magnitudes of complex numbers; softened, so that the gradient is finite at zero."""
-    return jnp.sqrt(jnp.square(x.real) + jnp.square(x.imag) + 1e-8)
 
 
 def waveform_loss(wav: jax.Array, wav_hat: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -130,6 +124,12 @@ def frame_mask(lengths: jax.Array, num_samples: int, window_length: int) -> jax.
     is_inside = centers + window_length // 2 <= lengths[:, None]
     is_unpadded = lengths[:, None] >= num_samples
     return is_inside | is_unpadded
+
+
+def frame_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over channels, bins and the frames of a mask [B, T]: [B * C, T, F] -> [B]."""
+    batch, num_frames = mask.shape
+    return masked_mean(x.mean(-1).reshape(batch, -1, num_frames).mean(1), mask)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
