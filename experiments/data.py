@@ -6,8 +6,9 @@ Run it on Debian 12, or with its apt sources, after `apt-get update`; packages a
 installed. With --debs it uses the .deb files that are already in a folder. The sha256 sum of every
 package is checked. OUT/audio gets mono FLAC of at most 24 kHz; long recordings are cut into pieces
 of 20 s. OUT/manifest.jsonl has a line per piece with split, domain, source and licence. The files
-speech.jsonl, music.jsonl, sound.jsonl and corpus.jsonl have parts of it, for use as a mixture. PyAV
-(pip install av) decodes raw G.722 and all other formats; dpkg-deb opens the packages.
+speech.jsonl, music.jsonl, sound.jsonl and corpus.jsonl have parts of it, for use as a mixture;
+read_speech.jsonl has the sentences of corpus.jsonl once more. PyAV (pip install av) decodes raw
+G.722 and all other formats; dpkg-deb opens the packages.
 
 About one recording in thirty is held out as the split "test"; all pieces of a recording have the
 same split. --corpus adds the train lines of another manifest, split by the same rule. Its test
@@ -37,6 +38,7 @@ from moss_tok.json_files import read_json_lines
 PIECE_SECONDS = 20.0
 SHORTEST_SECONDS = 0.3
 MAX_RATE = 24000
+SENTENCE_SECONDS = 1.5  # the shortest length of a sentence
 HELD_OUT = 30  # one recording in this many is held out
 AUDIO = (".g722", ".ogg", ".opus", ".wav", ".flac")
 ARCHIVES = (".pk3",)
@@ -261,6 +263,11 @@ def corpus_lines(manifest: Path) -> list[dict]:
     return lines
 
 
+def is_read_speech(line: dict) -> bool:
+    """Whether a line has sentences, not single words, which are shorter."""
+    return line["domain"] == "speech" and line["duration_s"] >= SENTENCE_SECONDS
+
+
 def report(lines: list[dict]) -> None:
     """Prints minutes by source."""
     rows: dict[tuple[str, str], list] = {}
@@ -310,6 +317,8 @@ def main() -> None:
     groups = {"manifest": lines}
     for line in lines:
         groups.setdefault(line["group"], []).append(line)
+    if args.corpus:
+        groups["read_speech"] = [line for line in groups.get("corpus", []) if is_read_speech(line)]
     for name, group in groups.items():
         text = "".join(json.dumps(line) + "\n" for line in group)
         (args.out / f"{name}.jsonl").write_text(text)

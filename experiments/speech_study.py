@@ -15,8 +15,10 @@ words, and that were cut at the longest duration.
 `voices` speaks each text without a prompt, with a prompt of the speaker of the recording, and with
 a prompt of another speaker. `voice_similarity.py` compares the voices.
 
-OUT gets the audio, and a .json file for each row of a table. What it has is not computed again.
-`words` also writes words.png, a plot, and words.html, a page to listen to.
+OUT has the layout of `moss-tok evaluate`: OUT/MODEL/qN/TEST/texts.jsonl for each row of a table,
+the audio beside it, and the word error rate in results.json. So `moss-tok report OUT` writes a page
+to listen to; the command does so at its end. What OUT has is not computed again. `words` also
+writes words.png, a plot.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec, bucket_frames, encode_batch
 from moss_tok.errors import exit_code
+from moss_tok.evaluation import pages
 from moss_tok.json_files import read_json_lines
 from moss_tok.speech import generate
 from moss_tok.speech.sampling import DEFAULT
@@ -48,10 +51,10 @@ RECORDINGS = "recordings"  # of people, not through the codec
 HEADER = """\
 | speech of | quantizers | WER | more words | fewer words | cut | seconds |
 |---|---|---|---|---|---|---|"""
-PAGE_TEXTS = 24
 _BATCH = 25
 
-# For each text: the words "heard", the "seconds", and whether the model "ended" the speech.
+# For each text: the words that were "understood", the "seconds", and whether the model "ended" the
+# speech. With the "name" of the audio and the "text", a line of texts.jsonl.
 Rows = list[dict[str, Any]]
 
 
@@ -62,8 +65,10 @@ class Setup(NamedTuple):
       codec: Of the codes of all speech models.
       read: The words in each of several recordings [S], at the rate of the codec.
       sampling: How models sample.
-      tests: Recordings of people, with their "codes" and their audio "wav" [S].
+      tests: Recordings of people, with their "codes", their audio "wav" [S], and the "name" of
+        their file in the results.
       out: The folder of the results.
+      dataset: Name of the tests in the results.
     """
 
     codec: Codec
@@ -71,6 +76,11 @@ class Setup(NamedTuple):
     sampling: speech.Sampling
     tests: list[dict[str, Any]]
     out: Path
+    dataset: str
+
+    def folder(self, system: str) -> Path:
+        """The audio and the texts of a system, such as "MODEL/q8"."""
+        return self.out / system / self.dataset
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -87,9 +97,11 @@ def prepare(args: argparse.Namespace) -> Setup:
         raise ValueError(f"{args.test}: has no test recordings of at most {args.seconds} s")
     read = find_reader(args, codec, tests)
     codes = encode_all(codec, [row["wav"] for row in tests])
-    tests = [row | {"codes": one} for row, one in zip(tests, codes, strict=True)]
+    for index, row in enumerate(tests):
+        words = row["transcript"].replace(" ", "_")
+        row |= {"codes": codes[index], "name": f"{index:03}_{words[:60]}.flac"}
     args.out.mkdir(parents=True, exist_ok=True)
-    return Setup(codec, read, sampling_of(args), tests, args.out)
+    return Setup(codec, read, sampling_of(args), tests, args.out, args.test.name)
 
 
 def find_reader(
@@ -137,30 +149,34 @@ def sampling_of(args: argparse.Namespace) -> speech.Sampling:
 
 
 def read_all(setup: Setup, wavs: Sequence[np.ndarray], ended: Sequence[bool] = ()) -> Rows:
-    """What is heard in recordings [S]."""
+    """What is understood in recordings [S]."""
     rows = []
     for wav, text, end in zip(wavs, setup.read(wavs), ended or [True] * len(wavs), strict=True):
         seconds = len(wav) / setup.codec.config.sample_rate
-        rows.append({"heard": " ".join(text.split()), "seconds": seconds, "ended": end})
+        rows.append({"understood": " ".join(text.split()), "seconds": seconds, "ended": end})
     return rows
 
 
-def write_audio(setup: Setup, name: str, wavs: Sequence[np.ndarray]) -> None:
-    """Writes recordings [S] into a folder of OUT."""
-    (setup.out / name).mkdir(exist_ok=True)
-    for index, wav in enumerate(wavs):
-        path = setup.out / name / f"{index:03}.wav"
-        files.write(path, wav[None], setup.codec.config.sample_rate)
+def write_audio(setup: Setup, system: str, wavs: Sequence[np.ndarray]) -> None:
+    """Writes recordings [S] of a system, and beside them those of people."""
+    folder = setup.folder(system)
+    for row, wav in zip(setup.tests, wavs, strict=True):
+        for kind, one in (("gt_audios", row["wav"]), ("syn_audios", wav)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            files.write(folder / kind / row["name"], one[None], setup.codec.config.sample_rate)
+    names = [row["name"] for row in setup.tests]
+    manifest = {"dataset": {"name": setup.dataset, "output_names": names}}
+    files.write_text(folder / "manifest.json", json.dumps(manifest))
 
 
 def speak(
-    setup: Setup, model: speech.Speech, requests: Sequence[speech.Request], number: int, name: str
+    setup: Setup, model: speech.Speech, requests: Sequence[speech.Request], number: int, system: str
 ) -> Rows:
     """Speaks texts, writes the audio, and reads it."""
     spoken = generate.generate(model, requests, setup.sampling, num_quantizers=number)
     codes = [one.codes if one.codes.shape[1] else np.zeros((number, 1), int) for one in spoken]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
-    write_audio(setup, name, wavs)
+    write_audio(setup, system, wavs)
     return read_all(setup, wavs, [one.ended for one in spoken])
 
 
@@ -174,39 +190,23 @@ def words(args: argparse.Namespace) -> None:
     print(f"{len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
     print(HEADER)
     recorded = [row["wav"] for row in setup.tests]
-    _row(setup, texts, RECORDINGS, "", lambda _: read_all(setup, recorded))
+    _row(setup, RECORDINGS, None, lambda _: read_all(setup, recorded))
     models = {Path(path).name: speech.load(path) for path in args.checkpoint}
     requests = [speech.Request(text) for text in texts]
     rates: dict[str, list[tuple[int, float]]] = {}
     for number in args.quantizers:
         for who, model in {PEOPLE: None, **models}.items():
 
-            def compute(name: str, model: Any = model, number: int = number) -> Rows:
+            def compute(system: str, model: Any = model, number: int = number) -> Rows:
                 if model is None:
-                    return people(setup, number, name)
-                return speak(setup, model, requests, number, name)
+                    return people(setup, number, system)
+                return speak(setup, model, requests, number, system)
 
             if model is None or number <= model.config.num_quantizers:
-                rows = _row(setup, texts, who, number, compute)
-                rates.setdefault(who, []).append((number, error_rate(texts, rows)))
+                rate = _row(setup, who, number, compute)
+                rates.setdefault(who, []).append((number, rate))
     draw(rates, setup.out / "words.png")
-    names = [f"{who}-{points[-1][0]}" for who, points in rates.items()]
-    files.write_text(setup.out / "words.html", page(setup, texts, names))
-
-
-def page(setup: Setup, texts: Sequence[str], names: Sequence[str]) -> str:
-    """An HTML page to listen to the first texts: a column for each row of the table in `names`."""
-    columns = [json.loads((setup.out / f"{name}.json").read_text()) for name in names]
-    lines = ["<!doctype html><meta charset=utf-8><title>Spoken texts</title>"]
-    lines.append("<h1>Spoken texts</h1><p>Below each recording: what the recogniser reads.")
-    lines.append("<table cellpadding=6><tr align=left><th>text")
-    lines += [f"<th>{name}" for name in names]
-    for index, text in enumerate(texts[:PAGE_TEXTS]):
-        lines.append(f"<tr><td>{text}")
-        for name, rows in zip(names, columns, strict=True):
-            source = f"{name}/{index:03}.wav"
-            lines.append(f'<td><audio controls src="{source}"></audio><br>{rows[index]["heard"]}')
-    return "\n".join([*lines, "</table>"]) + "\n"
+    print(pages.write_evaluation(setup.out))
 
 
 def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -228,41 +228,49 @@ def draw(rates: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def people(setup: Setup, number: int, name: str) -> Rows:
-    """What is heard in recordings of people, decoded from their codes."""
+def people(setup: Setup, number: int, system: str) -> Rows:
+    """What is understood in recordings of people, decoded from their codes."""
     codes = [row["codes"] for row in setup.tests]
     wavs = [wav[0] for wav in decode_all(setup.codec, codes, number)]
-    write_audio(setup, name, wavs)
+    write_audio(setup, system, wavs)
     return read_all(setup, wavs)
 
 
-def _row(setup: Setup, texts: Sequence[str], who: str, number: int | str, compute: Any) -> Rows:
-    """Computes the rows of one line of a table, unless OUT has them, and prints the line."""
-    name = f"{who}-{number}" if number else who
-    path = setup.out / f"{name}.json"
+def _row(setup: Setup, who: str, number: int | None, compute: Callable[[str], Rows]) -> float:
+    """Computes one line of a table, unless OUT has it; prints it, and returns the error rate."""
+    system = f"{who}/q{number}" if number else who
+    path = setup.folder(system) / "texts.jsonl"
     if not path.exists():
-        path.write_text(json.dumps(compute(name)))
-    rows = json.loads(path.read_text())
-    print(f"| {who} | {number} | {table_cells(texts, rows)} |", flush=True)
-    return rows
+        lines = []
+        for test, row in zip(setup.tests, compute(system), strict=True):
+            line = {"name": test["name"], "text": test["transcript"]} | row
+            lines.append(json.dumps(line) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, "".join(lines))
+    rows = [row for _, row in read_json_lines(path)]
+    print(f"| {who} | {number or ''} | {table_cells(rows)} |", flush=True)
+    rate = error_rate(rows)
+    results: dict[str, Any] = {setup.dataset: {"wer": rate}}
+    if number:
+        results["_meta"] = {"bps": round(setup.codec.config.bitrate(number))}
+    files.write_text(setup.out / system / "results.json", json.dumps(results))
+    return rate
 
 
-def error_rate(texts: Sequence[str], rows: Rows) -> float:
+def error_rate(rows: Rows) -> float:
     """The word error rate."""
-    return jiwer.wer(list(texts), [row["heard"] for row in rows])
+    return jiwer.wer([row["text"] for row in rows], [row["understood"] for row in rows])
 
 
-def table_cells(texts: Sequence[str], rows: Rows) -> str:
+def table_cells(rows: Rows) -> str:
     """The cells of a line: error rates, shares of the texts, and the mean duration."""
-    heard = [row["heard"] for row in rows]
-    num_heard = np.array([len(words.split()) for words in heard])
-    num_written = np.array([len(text.split()) for text in texts])
-    more = np.mean(num_heard > num_written)
-    fewer = np.mean(num_heard < num_written)
+    num_understood = np.array([len(row["understood"].split()) for row in rows])
+    num_written = np.array([len(row["text"].split()) for row in rows])
+    more = np.mean(num_understood > num_written)
+    fewer = np.mean(num_understood < num_written)
     cut = np.mean([not row["ended"] for row in rows])
     seconds = np.mean([row["seconds"] for row in rows])
-    rate = error_rate(texts, rows)
-    return f"{rate:.3f} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
+    return f"{error_rate(rows):.3f} | {more:.2f} | {fewer:.2f} | {cut:.2f} | {seconds:.2f}"
 
 
 # --------------------------------------------------------------------------- voices
@@ -272,29 +280,30 @@ def voices(args: argparse.Namespace) -> None:
     """Speaks with and without prompts; prints word error rates and writes OUT/voices.jsonl."""
     setup = prepare(args)
     number = max(args.quantizers)
-    people_wavs = decode_all(setup.codec, [row["codes"] for row in setup.tests], number)
     prompts = find_prompts(setup.tests)
     lines = []
-    write_audio(setup, PEOPLE, [wav[0] for wav in people_wavs])
-    for index, row in enumerate(setup.tests):
-        lines.append({"path": f"{PEOPLE}/{index:03}.wav", "who": PEOPLE, "speaker": row["speaker"]})
-    texts = [row["transcript"] for row in setup.tests]
     print(HEADER)
+    _row(setup, PEOPLE, number, lambda system: people(setup, number, system))
+    for row in setup.tests:
+        path = f"{PEOPLE}/q{number}/{setup.dataset}/syn_audios/{row['name']}"
+        lines.append({"path": path, "who": PEOPLE, "speaker": row["speaker"]})
+    texts = [row["transcript"] for row in setup.tests]
     for checkpoint in args.checkpoint:
         model = speech.load(checkpoint)
         for prompt, chosen in prompts.items():
             who = f"{Path(checkpoint).name}-{prompt}"
             requests = [_request(text, row) for text, row in zip(texts, chosen, strict=True)]
             _row(
-                setup, texts, who, number,
-                lambda name, r=requests, m=model: speak(setup, m, r, number, name),
+                setup, who, number,
+                lambda system, r=requests, m=model: speak(setup, m, r, number, system),
             )  # fmt: skip
-            for index, (own, row) in enumerate(zip(setup.tests, chosen, strict=True)):
+            for own, row in zip(setup.tests, chosen, strict=True):
                 lines.append({
-                    "path": f"{who}-{number}/{index:03}.wav", "who": who, "speaker": own["speaker"],
-                    "prompt": row and row["speaker"],
+                    "path": f"{who}/q{number}/{setup.dataset}/syn_audios/{own['name']}",
+                    "who": who, "speaker": own["speaker"], "prompt": row and row["speaker"],
                 })  # fmt: skip
     files.write_text(setup.out / "voices.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    print(pages.write_evaluation(setup.out))
 
 
 def find_prompts(

@@ -1,6 +1,7 @@
 """The semantic head in training: what it sees, what it teaches, and whole runs with it."""
 
 import dataclasses
+import html
 import json
 import types
 from pathlib import Path
@@ -289,6 +290,10 @@ def test_evaluate_scores_what_is_understood(finished, clips, tmp_path, capsys, m
         texts = (folder / "data" / "texts.jsonl").read_text().splitlines()
         assert [json.loads(t)["text"] for t in texts] == ["a b"]
     assert "wer" in (tmp_path / "out" / "summary.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    said = [line["understood"] for line in map(json.loads, texts) if line["understood"]]
+    assert page.count("<p>a b</p>") == 1 + said.count("a b")  # of the reference
+    assert all(html.escape(words) in page for words in said)
     assert main(["evaluate", *options, f"--output={tmp_path / 'w'}", "--metrics=wer"]) == 0
     language = language_models.load(finished["workdir"])  # one that hears what codes come from
     config = dataclasses.replace(language.config, audio="latents")

@@ -6,6 +6,7 @@ import sys
 
 import codec_copies
 import fsdd
+import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -121,8 +122,10 @@ def test_prompts_have_another_text_and_the_right_speaker():
 def test_faults_are_counted_in_texts():
     texts = ["one two", "three", "four five", "six"]
     heard = ["one two", "three three", "four", "seven"]
-    rows = [{"heard": words, "seconds": 2.0, "ended": words != "four"} for words in heard]
-    cells = speech_study.table_cells(texts, rows).split(" | ")
+    rows = []
+    for said, words in zip(texts, heard, strict=True):
+        rows.append({"text": said, "understood": words, "seconds": 2.0, "ended": words != "four"})
+    cells = speech_study.table_cells(rows).split(" | ")
     # Errors: one more word, one word less and one wrong word, of six.
     assert [float(cell) for cell in cells if cell] == [0.5, 0.25, 0.25, 0.25, 2]
 
@@ -165,3 +168,29 @@ def test_voices_are_compared_without_the_recording_itself():
     np.testing.assert_allclose(means["people"], [0.5, 0, 0.5], atol=1e-6)
     np.testing.assert_allclose(means["model"], [1, 0, 1], atol=1e-6)
     np.testing.assert_allclose(means["free"], [0, 1, 0], atol=1e-6)
+
+
+def test_a_study_writes_a_page_and_continues(sequences, micro, tmp_path, capsys, monkeypatch):
+    texts = [row["transcript"] for row in manifest_rows(sequences / "test")[:3]]
+    calls = []
+
+    def read(wavs):
+        calls.append(len(wavs))
+        return ["nine nine nine", *texts[1:]]
+
+    monkeypatch.setattr(speech_study.moss_tok, "load", lambda _: micro)
+    monkeypatch.setattr(speech_study, "find_reader", lambda *_: read)
+    argv = ["words", "--codec=CODEC", f"--test={sequences / 'test'}", f"--out={tmp_path / 'out'}"]
+    argv += ["--number=3", "--seconds=9", "--quantizers", "1", "4"]
+    assert speech_study.main(argv) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    first = capsys.readouterr().out
+    assert calls == [3, 3, 3]  # the recordings, and these from 1 and 4 quantizers
+    for part in ("people/q4", f"<p>{texts[0]}</p>", "<p>nine nine nine</p>", "syn_audios/000_"):
+        assert part in page
+    results = json.loads((tmp_path / "out" / "people" / "q4" / "results.json").read_text())
+    rate = jiwer.wer(texts, read(texts))
+    assert results == {"test": {"wer": rate}, "_meta": {"bps": micro.config.bitrate(4)}}
+    assert speech_study.main(argv) == 0
+    assert capsys.readouterr().out == first
+    assert len(calls) == 4  # nothing is read again

@@ -24,11 +24,28 @@ _MAX_BITRATES = 4  # per system
 
 
 @dataclasses.dataclass(frozen=True)
+class Version:
+    """A recording to listen to.
+
+    Attributes:
+      name: Heading, such as the system.
+      audio: Its file.
+      picture: File of its spectrogram.
+      text: What is said, or what a recogniser has understood; "" if unknown.
+    """
+
+    name: str
+    audio: Path
+    picture: Path
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
-    """Versions of a recording to listen to: (name, audio file, spectrogram file)."""
+    """Versions of a recording."""
 
     title: str
-    versions: tuple[tuple[str, Path, Path], ...]
+    versions: tuple[Version, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,21 +159,30 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
         chosen = _choose_bitrates(names)
         first = output / chosen[-1] / dataset
         file_names = read_json_object(first / "manifest.json")["dataset"]["output_names"]
+        texts = {name: _read_texts(output / name / dataset / "texts.jsonl") for name in chosen}
         for file_name in _spread(file_names, _MAX_CLIPS):
             sources = {"reference": first / "gt_audios" / file_name}
+            said = {"reference": texts[chosen[-1]].get(file_name, {}).get("text", "")}
             for system in chosen:
                 sources[system] = output / system / dataset / "syn_audios" / file_name
+                said[system] = texts[system].get(file_name, {}).get("understood", "")
             stem = Path(file_name).stem
-            versions = _draw_versions(sources, f"{dataset}_{stem}", folder)
+            versions = _draw_versions(sources, said, f"{dataset}_{stem}", folder)
             clips.append(Clip(f"{dataset}: {stem}", versions))
     return clips
 
 
+def _read_texts(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a texts.jsonl by the name of the recording; {} without the file."""
+    return {row["name"]: row for row in read_log(path) if "name" in row}
+
+
 def _draw_versions(
     sources: Mapping[str, Path],
+    texts: Mapping[str, str],
     name: str,
     folder: Path,
-) -> tuple[tuple[str, Path, Path], ...]:
+) -> tuple[Version, ...]:
     """Draws the spectrograms of a recording's versions that exist, unless they are up to date."""
     versions = []
     for system, audio in sources.items():
@@ -166,7 +192,7 @@ def _draw_versions(
         if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
             wav, sample_rate = files.read_native(audio)
             report.save_spectrogram(picture, wav, sample_rate)
-        versions.append((system, audio, picture))
+        versions.append(Version(system, audio, picture, texts[system]))
     return tuple(versions)
 
 
@@ -280,7 +306,7 @@ def _samples(folder: Path) -> list[Clip]:
             wav, sample_rate = files.read_native(file)
             report.save_spectrogram(picture, wav, sample_rate)
             name = file.stem.partition("_")[2].replace("_", " ")
-            versions.append((name, file, picture))
+            versions.append(Version(name, file, picture))
         clips.append(Clip(domain, tuple(versions)))
     return clips
 
