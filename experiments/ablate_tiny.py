@@ -167,9 +167,12 @@ def main() -> None:
     for name in VARIANTS:
         folder = folder_of(name, args)
         if not (folder / RESULT).exists():
-            with open(folder.with_suffix(".log"), "w") as log:
+            log = folder.with_suffix(".log")
+            with open(log, "w") as output:
                 command = [sys.executable, __file__, *sys.argv[1:], f"--variant={name}"]
-                subprocess.run(command, check=True, stdout=log, stderr=log)
+                result = subprocess.run(command, check=False, stdout=output, stderr=output)
+            if result.returncode:
+                raise ValueError(f"{name}: exit code {result.returncode}, see {log}")
         print(row(name, json.loads((folder / RESULT).read_text())), flush=True)
 
 

@@ -10,6 +10,7 @@ tempo is changed, which keeps the pitch.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moss_tok.audio.manifest import AudioItem
 from moss_tok.data.config import AudioDataConfig
 from moss_tok.data.pipeline import Segment, SegmentShape
 from moss_tok.data.sources import FileSource
+from moss_tok.errors import exit_code
 
 _AUGMENTATIONS = [
     field for field in settings.leaf_fields(AudioDataConfig) if field.name.startswith("augment_")
@@ -30,8 +32,8 @@ _AUGMENTATIONS = [
 _ANY_LEVEL_DB = -1000.0  # a quiet recording must not be replaced by one with another text
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the folder."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the folder; returns 2 after a user error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("manifest")
     parser.add_argument("output", type=Path, help="a new folder")
@@ -46,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = field.metadata["help"].replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=kind, help=text)
     args = parser.parse_args(argv)
-    try:
-        items = manifest.find_items(args.manifest)
-        segments = _segments(items, args)
-        args.output.mkdir(parents=True)
-        rows = list(_rows(items, segments, args))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    return exit_code(lambda: _write(args))
+
+
+def _write(args: argparse.Namespace) -> None:
+    """Writes the copies and their manifest."""
+    items = manifest.find_items(args.manifest)
+    segments = _segments(items, args)
+    args.output.mkdir(parents=True)
+    rows = list(_rows(items, segments, args))
     files.write_text(args.output / "manifest.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings, {len(rows)} rows")
 
@@ -103,4 +107,4 @@ def _copy(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -156,13 +156,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=parse_run, help="MODEL:FLAG=VALUE,...")
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--matmul_size", type=int, default=4096)
-    parser.add_argument("--matmul_dtype", default="float32")
+    parser.add_argument("--matmul_dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--one_by_one",
         action="store_true",
         help="compile a run when the one before it was timed, so that rows are printed earlier",
     )
     args = parser.parse_args()
+    if args.num_steps < 1:
+        raise ValueError(f"--num_steps must be at least 1, got {args.num_steps}")
     device = jax.devices()[0]
     peak = peak_flops(args.matmul_dtype, args.matmul_size)
     print(f"{device.device_kind}: {peak / 1e12:.3g} TFLOP/s in a {args.matmul_dtype} product of "

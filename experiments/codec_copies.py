@@ -19,9 +19,10 @@ import moss_tok
 from moss_tok.audio import files
 from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
+from moss_tok.codec import pretrained
 from moss_tok.codec.inference import Codec, bucket_frames, decode_batch
 from moss_tok.data import read_codes
-from moss_tok.data.codes import Item
+from moss_tok.data.codes import CodeSource, Item
 from moss_tok.errors import exit_code
 
 NUMBERS = (1, 2, 4, 8, 16)  # of quantizers
@@ -40,6 +41,22 @@ def decode_all(codec: Codec, codes: Sequence[np.ndarray], number: int) -> list[n
         for row, wav in zip(rows, decoded, strict=False):
             wavs[row] = wav
     return wavs
+
+
+def check_codes(codec: Codec, codes: CodeSource) -> None:
+    """Raises ValueError unless codes are of this codec, with all quantizers that are decoded."""
+    fingerprint = pretrained.fingerprint(codec)
+    if codes.settings["codec"] != fingerprint:
+        raise ValueError(
+            f"{codes.folder} holds codes of codec {codes.settings['codec']}, --checkpoint is codec "
+            f"{fingerprint}"
+        )
+    needed = min(max(NUMBERS), codec.config.quantizer.num_quantizers)
+    for item in codes:
+        if len(item.codes) < needed:
+            raise ValueError(
+                f"{codes.folder}, {item.id}: has {len(item.codes)} quantizers, needs {needed}"
+            )
 
 
 def write_copies(codec: Codec, items: Sequence[Item], folder: Path) -> None:
@@ -68,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         codec = moss_tok.load(args.checkpoint, component="decoder")
-        items = list(read_codes(args.codes))
+        encoder = moss_tok.load(args.checkpoint, component="encoder")  # that of the fingerprint
+        codes = read_codes(args.codes)
+        check_codes(encoder, codes)
+        items = list(codes)
         write_copies(codec, items, args.output)
         print(f"{args.output / 'manifest.jsonl'}: {len(items)} recordings")
 

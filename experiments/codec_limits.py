@@ -65,7 +65,8 @@ def print_pasts(codec: Codec, wavs: Sequence[np.ndarray]) -> None:
     rate = codec.config.sample_rate
     print(f"| past, s | {' | '.join(METRICS)} |\n|---|---|---|---|")
     for past in PASTS:
-        start = round((SECONDS - 1 - past) * rate)
+        # A multiple of a frame, so that the frames are those of the whole recording.
+        start = round((SECONDS - 1 - past) * codec.config.frame_rate) * codec.config.hop_length
         pairs = []
         for wav in wavs:
             codes = moss_tok.encode(codec, wav[None, :, start:]).codes

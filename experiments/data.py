@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ import av
 import numpy as np
 import soundfile
 
+from moss_tok.errors import exit_code
 from moss_tok.json_files import read_json_lines
 
 PIECE_SECONDS = 20.0
@@ -254,7 +256,10 @@ def convert(package: Package, folder: Path, out: Path) -> list[dict]:
 def corpus_lines(manifest: Path) -> list[dict]:
     """The train lines of another manifest, some of whose recordings become "test"."""
     lines = []
-    for _, line in read_json_lines(manifest):
+    for place, line in read_json_lines(manifest):
+        missing = {"split", "licence", "duration_s", "domain"} - line.keys()
+        if missing:
+            raise ValueError(f"{place}: has no {', '.join(sorted(missing))}")
         if line["split"] == "train":
             recording = line.get("source_path") or line["path"]
             path = str((manifest.parent / line["path"]).resolve())
@@ -298,6 +303,7 @@ def main() -> None:
     chosen = [name for name in args.packages.split(",") if name]
     if unknown := set(chosen) - {package.name for package in PACKAGES}:
         parser.error(f"unknown packages: {', '.join(sorted(unknown))}")
+    added = corpus_lines(args.corpus) if args.corpus else []
     lines = []
     for package in PACKAGES:
         if chosen and package.name not in chosen:
@@ -313,7 +319,7 @@ def main() -> None:
         lines += json.loads(done.read_text())
     lines = [line | {"group": line["domain"]} for line in lines]
     if args.corpus:
-        lines += [line | {"group": "corpus"} for line in corpus_lines(args.corpus)]
+        lines += [line | {"group": "corpus"} for line in added]
     groups = {"manifest": lines}
     for line in lines:
         groups.setdefault(line["group"], []).append(line)
@@ -328,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -214,6 +214,8 @@ def time_limit(process: subprocess.Popen, seconds: float) -> Iterator[threading.
         yield stopped
     finally:
         timer.cancel()
+        if process.poll() is None:  # after Ctrl-C, which its session does not get
+            stop()
 
 
 def _start(command: list[str], part: Part) -> subprocess.Popen:

@@ -46,11 +46,11 @@ def split(data, name):
     return [item for item in manifest.find_items(data) if item.split == name]
 
 
-def interval(values, draw=lambda x: x.mean(-1)):
+def interval(values):
     """95 % bootstrap interval of the mean of [N] values over N recordings."""
     values = np.asarray(values, np.float64)
     random = np.random.default_rng(0)
-    means = draw(values[random.integers(0, len(values), (10000, len(values)))])
+    means = values[random.integers(0, len(values), (10000, len(values)))].mean(-1)
     return np.percentile(means, [2.5, 97.5])
 
 
@@ -94,6 +94,9 @@ def probe(args):
         train = read(codec, split(args.data, "train"))
         test = read(codec, split(args.data, "test"))
         names = sorted({text for _, text, _ in train})
+        for _, text, _ in test:
+            if text not in names:
+                raise ValueError(f"{args.data}: no training recording has the test text {text!r}")
         train_labels = np.array([names.index(text) for _, text, _ in train])
         test_labels = np.array([names.index(text) for _, text, _ in test])
         for number in numbers:

@@ -42,7 +42,7 @@ from moss_tok.cli.commands import Parser
 from moss_tok.codec.inference import Codec, bucket_frames, encode_batch
 from moss_tok.errors import exit_code
 from moss_tok.evaluation import pages
-from moss_tok.json_files import read_json_lines
+from moss_tok.json_files import read_json_lines, read_json_object
 from moss_tok.speech import generate
 from moss_tok.speech.sampling import DEFAULT
 
@@ -52,6 +52,11 @@ HEADER = """\
 | speech of | quantizers | WER | more words | fewer words | cut | seconds |
 |---|---|---|---|---|---|---|"""
 _BATCH = 25
+# The arguments that all results in OUT have in common.
+_SETTINGS = (
+    "study", "codec", "recogniser", "only_test_words", "test", "split", "number", "seconds",
+    "first_temperature", "other_temperature", "repetition_penalty",
+)  # fmt: skip
 
 # For each text: the words that were "understood", the "seconds", and whether the model "ended" the
 # speech. With the "name" of the audio and the "text", a line of texts.jsonl.
@@ -100,8 +105,23 @@ def prepare(args: argparse.Namespace) -> Setup:
     for index, row in enumerate(tests):
         words = row["transcript"].replace(" ", "_")
         row |= {"codes": codes[index], "name": f"{index:03}_{words[:60]}.flac"}
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_settings(args)
     return Setup(codec, read, sampling_of(args), tests, args.out, args.test.name)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Writes the settings into OUT; ValueError if it has results of other ones."""
+    names = [Path(path).name for path in args.checkpoint]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two models of --checkpoint have the same name: {', '.join(names)}")
+    settings = {name: str(value) for name, value in vars(args).items() if name in _SETTINGS}
+    path = args.out / "settings.json"
+    before = read_json_object(path) if path.exists() else settings
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"{args.out} has results of another {', '.join(changed)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, json.dumps(settings) + "\n")
 
 
 def find_reader(
@@ -309,10 +329,18 @@ def voices(args: argparse.Namespace) -> None:
 def find_prompts(
     tests: Sequence[dict[str, Any]],
 ) -> dict[str, list[dict[str, Any] | None]]:
-    """For each kind of prompt, a recording for each test: of another text, or None."""
+    """For each kind of prompt, a recording for each test: of another text, or None.
+
+    Raises:
+      ValueError: There are fewer than two speakers, or one has recordings of one text only.
+    """
     same: list[dict[str, Any] | None] = []
     other: list[dict[str, Any] | None] = []
     speakers = sorted({row["speaker"] for row in tests})
+    texts = {(row["speaker"], row["transcript"]) for row in tests}
+    for speaker in speakers:
+        if len(speakers) < 2 or sum(name == speaker for name, _ in texts) < 2:
+            raise ValueError("voices needs two or more speakers with two or more texts each")
     for index, row in enumerate(tests):
         next_speaker = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
         for chosen, speaker in ((same, row["speaker"]), (other, next_speaker)):

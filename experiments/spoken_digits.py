@@ -93,12 +93,19 @@ def read_clips(digits: Path) -> dict[str, Clips]:
             number = path.stem.rsplit("_", 1)[-1]
             if not number.isdecimal():
                 raise ValueError(f"{manifest}: {path.name} is not DIGIT_SPEAKER_NUMBER.wav")
+            for key in ("speaker", "transcript"):
+                if not row.get(key):
+                    raise ValueError(f"{manifest}: {path.name} has no {key}")
             speakers = clips.setdefault(folder_of(int(number)), collections.defaultdict(dict))
             wav = files.read(manifest.parent / path, RATE, 1)[0]
             speakers[row["speaker"]].setdefault(row["transcript"], []).append(trim(wav))
     for folder in FOLDERS:
         if folder not in clips:
             raise ValueError(f"{digits}: has no recordings for {folder}")
+        for speaker, words in clips[folder].items():
+            missing = ", ".join(word for word in WORDS if word not in words)
+            if missing:
+                raise ValueError(f"{digits}: {speaker} has no recording for {folder} of {missing}")
     return clips
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from num2words import num2words
-from spoken_digits import join, manifest_line, trim, write_tokenizer
+from spoken_digits import EDGE_SECONDS, join, manifest_line, trim, write_tokenizer
 from tokenizers import pre_tokenizers
 
 from moss_tok.audio import files
@@ -79,7 +79,7 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def read_recordings(data: Path, texts: dict[str, str]) -> Rows:
-    """Rows of data.py's manifest that have a text, with their "text" and "name"."""
+    """Rows of data.py's manifest that have a text, with their "transcript" and "name"."""
     manifest = data / "speech.jsonl"
     rows = []
     for _, row in read_json_lines(manifest):
@@ -115,13 +115,21 @@ def draw_number(random: np.random.Generator) -> tuple[int, str]:
     return int(digits), spell(str(int(digits)))
 
 
-def numbers(rows: Rows, folder: Path, count: int, seconds: float) -> Rows:
-    """Writes recordings of random numbers; returns their manifest."""
+def read_words(rows: Rows, seconds: float) -> dict[str, list[np.ndarray]]:
+    """The recording [S] of each word of numbers; ValueError if one lasts longer than `seconds`."""
     words = {
         row["transcript"]: [trim(files.read(Path(row["path"]), RATE, 1)[0], RATE)]
         for row in rows
         if row["name"].startswith("digits/")
     }
+    longest = max(len(clip) for (clip,) in words.values()) / RATE + 2 * EDGE_SECONDS[1]
+    if seconds < longest:
+        raise ValueError(f"--seconds must be at least {longest:.2f}, the longest word")
+    return words
+
+
+def numbers(words: dict[str, list[np.ndarray]], folder: Path, count: int, seconds: float) -> Rows:
+    """Writes recordings of random numbers; returns their manifest."""
     random = np.random.default_rng(0)
     lines: Rows = []
     while len(lines) < count:
@@ -138,12 +146,13 @@ def numbers(rows: Rows, folder: Path, count: int, seconds: float) -> Rows:
 def make(args: argparse.Namespace) -> None:
     """Makes both folders and the tokenizer."""
     rows = read_recordings(args.data, read_texts(args.texts))
+    words = read_words(rows, args.seconds)
     folders = {name: args.output / name for name in ("prompts", "numbers")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     manifests = {
         "prompts": prompts(rows, args.seconds),
-        "numbers": numbers(rows, folders["numbers"], args.number, args.seconds),
+        "numbers": numbers(words, folders["numbers"], args.number, args.seconds),
     }
     for name, lines in manifests.items():
         minutes = sum(line["duration_s"] for line in lines) / 60

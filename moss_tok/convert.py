@@ -40,12 +40,12 @@ def convert(source: str | Path, destination: str | Path, dtype: str = "float32")
     folder = checkpoint.find_checkpoint(source)
     destination = storage.to_local_path(destination)
     checkpoint.check_destination(destination)
-    if speech_pretrained.is_speech(folder):
-        return _convert_speech(folder, destination, dtype)
     training = checkpoint.read_training(folder)
     files = {}
     if training:
         files[checkpoint.TRAINING_NAME] = format_json(training)
+    if speech_pretrained.is_speech(folder):
+        return _convert_speech(folder, destination, dtype, files)
     if tensors.is_official(folder):
         config, params = huggingface.read_official(folder)
         _check_range(params, dtype)
@@ -74,9 +74,13 @@ def _check_range(params: Any, dtype: str) -> None:
         )
 
 
-def _convert_speech(folder: storage.Path, destination: Path, dtype: str) -> str:
+def _convert_speech(
+    folder: storage.Path, destination: Path, dtype: str, files: dict[str, str]
+) -> str:
+    """Converts a speech model, and writes further `files` beside it, text by name."""
     config = speech_pretrained.read_config(folder)
     params = speech_pretrained.read_params(folder, config, unused=True)
+    _check_range(params, dtype)
     tokenizer = folder / speech_pretrained.TOKENIZER
     tokenizer_json = tokenizer.read_text() if tokenizer.is_file() else ""
     if tensors.is_official(folder):
@@ -84,10 +88,12 @@ def _convert_speech(folder: storage.Path, destination: Path, dtype: str) -> str:
         if np.array_equal(params[unused], params["text_embedding"]):
             del params[unused]  # writing fills it in again
         params = jax.tree.map(lambda x: x.astype(_DTYPES[dtype]), params)
-        speech_pretrained.save(destination, config, params, tokenizer_json)
+        speech_pretrained.save(destination, config, params, tokenizer_json, files)
         return "checkpoint"
     with checkpoint.new_directory(destination) as temporary:
         speech_huggingface.write_official(temporary, config, params, dtype)
         if tokenizer_json:
-            (temporary / speech_pretrained.TOKENIZER).write_text(tokenizer_json)
+            files = files | {speech_pretrained.TOKENIZER: tokenizer_json}
+        for name, text in files.items():
+            (temporary / name).write_text(text)
     return "official"

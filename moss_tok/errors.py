@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,8 @@ def user_error(error: Exception, less: str) -> str:
         line = "" if own else f"{name} is not installed: {extras.install_module(name)}"
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from jax
         line = f"{str(error).splitlines()[0]}; {less}"
+    elif isinstance(error, subprocess.CalledProcessError):  # it has said why, if it could
+        line = f"{' '.join(map(str, error.cmd))}: exit code {error.returncode}"
     elif isinstance(error, OSError) and error.strerror:  # from the operating system
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:

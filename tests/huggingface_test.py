@@ -232,6 +232,23 @@ def test_contexts_that_differ_are_exported_in_the_v2_layout(micro, tmp_path):
     assert leaves_equal(again.params, micro.params)
 
 
+@pytest.mark.parametrize("kind", ["stereo", "projection"])
+def test_what_v1_lacks_is_exported_in_the_v2_layout(tmp_path, kind):
+    if kind == "stereo":
+        config = micro_config(num_channels=2, layout="v1")
+    else:
+        stage = TransformerConfig(12, 16, 16, 2, 1, 32, 0.006, output_projection=True)
+        encoder = (*micro_config().encoder[:3], stage)
+        quantizer = QuantizerConfig(16, 6, 16, 4, 16, 3)
+        config = micro_config(encoder=encoder, decoder=mirror(encoder), quantizer=quantizer)
+    params = init_params(config)
+    pretrained.save(tmp_path / "ours", config, params)
+    convert(tmp_path / "ours", tmp_path / "official")
+    again = moss_tok.load(tmp_path / "official")
+    assert again.config.layout == "v2" and again.config.num_channels == config.num_channels
+    assert leaves_equal(again.params, params)
+
+
 def test_square_stages_get_identities_in_the_v2_layout(tmp_path):
     """The official classes of v2 have both projections in every stage."""
     stage = TransformerConfig(12, 16, 16, 2, 1, 32, 0.006, output_projection=False)

@@ -103,6 +103,11 @@ def test_messages_name_the_extra_of_a_missing_module():
     assert not errors.user_error(ModuleNotFoundError("No module", name="moss_tok.gone"), "")
 
 
+def test_a_program_that_failed_is_named():
+    error = subprocess.CalledProcessError(100, ["apt-get", "download", "x"])
+    assert errors.user_error(error, "") == "apt-get download x: exit code 100"
+
+
 def test_version(metadata, capsys):
     assert metadata["version"] == moss_tok.__version__
     with pytest.raises(SystemExit, match="0"):

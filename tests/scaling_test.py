@@ -253,6 +253,8 @@ def test_the_heldout_loss(tmp_path, micro):
     assert list(result["losses"][2]) == [1, 4, 16]
     assert result["losses"][2][4] == result["losses"][2][16]  # the codec has four
     assert all(0 < loss < 100 for loss in result["losses"][2][1])
+    with pytest.raises(ValueError, match="run: no checkpoint of step 3"):
+        heldout.measure_run(workdir, 3)
     with pytest.raises(ValueError, match="no run of train.py"):
         heldout.measure_run(tmp_path, 2)
 

@@ -112,6 +112,42 @@ def test_a_stream_equals_the_whole(speech, micro):
         assert whole.shape[1] == 16 * spoken[seed].shape[1]  # without the beginning
 
 
+def test_a_stream_says_whether_the_model_ended(speech, micro):
+    ends = set()
+    for request in REQUESTS:
+        spoken = speaking.speak(speech, micro, [request], GREEDY)[0]
+        blocks = list(speaking.stream_blocks(speech, micro, request, GREEDY))
+        assert {block.ended for block in blocks[:-1]} <= {None}
+        assert blocks[-1].ended == spoken.ended
+        ends.add(spoken.ended)
+    assert ends == {True, False}
+
+
+def test_continued_speech_has_time_for_the_new_text(speech):
+    beginning = np.zeros((3, 30), int)  # 3 s, more than its text would take
+    request = Request("a hello", beginning=beginning, beginning_text="a")
+    limit = generate._make_prompt(speech, request).max_frames
+    assert limit == sampling.longest_speech(CONFIG, "hello") == 26
+    chat = dataclasses.replace(CONFIG, layout="chat")
+    request = speaking.with_prompt(chat, "hello", beginning, "a")
+    assert (request.text, request.beginning_text) == ("a hello", "a")
+
+
+def test_requests_that_do_not_fit(speech, micro):
+    with pytest.raises(ValueError, match="details have the names instruction, .*, got 'languag'"):
+        layout.check_request(CONFIG, BYTES, Request("a", details={"languag": "en"}))
+    with pytest.raises(ValueError, match="must be the start of the text"):
+        layout.check_request(CONFIG, BYTES, Request("a b", beginning_text="b"))
+    request = Request("a", beginning=np.zeros((2, 4), int))
+    for say in (
+        lambda: speaking.speak(speech, micro, [request]),
+        lambda: list(speaking.stream(speech, micro, request)),
+    ):
+        with pytest.raises(ValueError, match="beginning must have 3 or more quantizers, got 2"):
+            say()
+    assert speaking.speak(speech, micro, [request], num_quantizers=2)
+
+
 def test_the_limit_follows_the_text():
     config = dataclasses.replace(CONFIG, frame_rate=12.5)
     seconds = [
@@ -225,6 +261,16 @@ def test_the_command(folder, tmp_path, capfdbinary):
     assert out[:4] == b"RIFF" and out[44:] == raw
     prompt = ("--prompt=DIR/noise.wav", "--num-quantizers=2")  # without what is said in it
     assert run(folder, "ab", tmp_path / "b.wav", *prompt) == 0
+
+
+def test_the_command_says_if_speech_was_cut(folder, speech, tmp_path, capsys):
+    greedy = ("--temperature=0,0,0",)
+    for number, (words, spoken) in enumerate(
+        zip(TEXTS, generate.generate(speech, REQUESTS, GREEDY), strict=True)
+    ):
+        assert run(folder, words, tmp_path / f"{number}.wav", *greedy) == 0
+        is_cut = "cut at the longest duration" in capsys.readouterr().err
+        assert is_cut == (not spoken.ended)
 
 
 def test_sampling_options_of_channel_groups():

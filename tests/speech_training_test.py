@@ -172,6 +172,43 @@ def test_sequences_in_the_plain_layout(folder):
         assert (frames[:, :first] == CODEBOOK_SIZE).all()
 
 
+def test_metadata_of_users(folder, tmp_path):
+    """A key of the name that references have here, and a split that is not known."""
+    shape = objective_of(folder).shape()
+    items = three_items()
+    items[0].metadata["reference"] = "a.wav"
+    items[1].metadata["split"] = None
+    write_codes(tmp_path / "codes", items, "0123")
+    recordings = speech_batches.read_set(codes.open_source(tmp_path / "codes"), "train", shape)
+    assert len(recordings) == 3 and recordings.reference_sizes.all()
+    request = speech_batches.request_of(recordings.source[0])
+    assert request.reference is None
+
+
+def test_references_of_lines_have_the_limits_of_recordings(folder, tmp_path):
+    shape = objective_of(folder).shape()
+    lines = []
+    for num_frames, words in ((4, ""), (shape.max_frames + 1, ""), (4, "more than eight tokens")):
+        frames = [[1] * NUM_QUANTIZERS]
+        row = {"audio_codes": frames * 3, "text": "one", "ref_audio_codes": frames * num_frames}
+        lines.append(json.dumps(row | {"ref_text": words}) + "\n")
+    (tmp_path / "lines.jsonl").write_text("".join(lines))
+    source = codes.open_source(tmp_path / "lines.jsonl")
+    assert speech_batches.read_set(source, "train", shape).indices.tolist() == [0]
+
+
+def test_the_context_has_room_for_prompts_and_longer_recordings(folder, tmp_path):
+    first = objective_of(folder)
+    room = first.config.max_positions - first.num_positions
+    assert room == first.max_frames + 8 + 2  # a reference, its text, its start and its end
+    pretrained.save(tmp_path / "start", first.config, nn.meta.unbox(first.init(jax.random.key(0))))
+    longer = objective_of(folder, init_from=str(tmp_path / "start"), segment_seconds=0.3)
+    growth = longer.config.max_positions - first.config.max_positions
+    assert growth == 2 * (longer.max_frames - first.max_frames) > 0
+    shorter = objective_of(folder, init_from=str(tmp_path / "start"), segment_seconds=0.05)
+    assert shorter.config.max_positions == first.config.max_positions
+
+
 def test_json_lines(folder):
     shape = objective_of(folder).shape()
     source = codes.open_source(folder / "lines.jsonl")
@@ -335,6 +372,10 @@ def test_three_utterances_are_learned_by_heart(folder, tmp_path):
         ({"segment_seconds": 0.001}, "segment_seconds must be at least 0.002"),
         ({"train_data": "lines.jsonl", "reference_share": 0.5}, "need.* a speaker"),
         ({"speech_quantizers": 5}, "speech_quantizers must be 0..4"),
+        (
+            {"speech_quantizers": 1, "text_weight": 0.0, "first_code_weight": 0.0},
+            "are both 0, and there are no others",
+        ),
         ({"speech_model": "big"}, "speech_model must be one of tiny"),
         ({"codec": ""}, "objective=speech needs codec"),
         ({"init_from": "codec"}, "holds no speech model"),

@@ -151,6 +151,7 @@ def tie(tensors):
 def test_conversion_is_exact_in_both_directions(official, tmp_path, capsys, change):
     change_weights(official, change)
     (official / "tokenizer.json").write_text("{}")
+    (official / "training.json").write_text('{"steps": 7}')
     assert main(["convert", str(official), str(tmp_path / "ours")]) == 0
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
     assert (tmp_path / "ours" / "unused").exists() == (change is not tie)
@@ -172,6 +173,19 @@ def test_conversion_is_exact_in_both_directions(official, tmp_path, capsys, chan
         descriptions.append(capsys.readouterr().out)
     assert descriptions[0] == descriptions[1] == descriptions[2]
     assert "12.5 Hz, 3 codebooks of 7" in descriptions[0]
+    assert json.loads((tmp_path / "again" / "training.json").read_text()) == {"steps": 7}
+    assert "7 steps" in descriptions[0]
+
+
+def test_weights_that_a_type_cannot_hold(official, tmp_path, capsys):
+    def change(tensors):
+        tensors["local_transformer.norm.weight"] *= 1e6
+
+    change_weights(official, change)
+    argv = ["convert", str(official), str(tmp_path / "ours"), "--dtype=float16"]
+    assert main(argv) == 2
+    assert "float16 holds numbers up to 65504" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
 
 
 def test_bad_tensors_are_all_named(official, tmp_path, capsys):

@@ -15,6 +15,7 @@ import spoken_digits
 import voice_similarity
 from helpers import manifest_rows
 
+from moss_tok.codec import pretrained
 from moss_tok.codec.inference import decode_one
 from moss_tok.data.codes import Item
 from moss_tok.language import text
@@ -110,6 +111,21 @@ def test_copies_have_the_texts_and_few_quantizers(micro, tmp_path, monkeypatch):
         np.testing.assert_allclose(wav, np.clip(expected, -1, 1), atol=1e-3)
 
 
+def test_copies_need_all_quantizers_of_the_same_codec(micro):
+    fingerprint = pretrained.fingerprint(micro)
+
+    class Source(list):
+        folder = "codes"
+        settings = {"codec": fingerprint}
+
+    few = Source([Item("a", np.zeros((2, 3), np.int16), 0, {})])
+    with pytest.raises(ValueError, match="codes, a: has 2 quantizers, needs 4"):
+        codec_copies.check_codes(micro, few)
+    few.settings = {"codec": "0123"}
+    with pytest.raises(ValueError, match="codes of codec 0123, --checkpoint is codec"):
+        codec_copies.check_codes(micro, few)
+
+
 def test_prompts_have_another_text_and_the_right_speaker():
     tests = [{"speaker": "ab"[i % 2], "transcript": f"text {i // 4}"} for i in range(12)]
     prompts = speech_study.find_prompts(tests)
@@ -117,6 +133,16 @@ def test_prompts_have_another_text_and_the_right_speaker():
     for row, same, other in zip(tests, prompts["same"], prompts["other"], strict=True):
         assert same["speaker"] == row["speaker"] != other["speaker"]
         assert row["transcript"] not in (same["transcript"], other["transcript"])
+
+
+@pytest.mark.parametrize(("speakers", "texts"), [("aa", "xy"), ("ab", "xy"), ("aab", "xyx")])
+def test_prompts_need_speakers_and_texts(speakers, texts):
+    tests = [
+        {"speaker": speaker, "transcript": said}
+        for speaker, said in zip(speakers, texts, strict=True)
+    ]
+    with pytest.raises(ValueError, match="two or more speakers with two or more texts each"):
+        speech_study.find_prompts(tests)
 
 
 def test_faults_are_counted_in_texts():
@@ -194,3 +220,10 @@ def test_a_study_writes_a_page_and_continues(sequences, micro, tmp_path, capsys,
     assert speech_study.main(argv) == 0
     assert capsys.readouterr().out == first
     assert len(calls) == 4  # nothing is read again
+    for changed, message in (
+        (["--seconds=8"], "has results of another seconds"),
+        (["--checkpoint=a/x", "--checkpoint=b/x"], "have the same name: x, x"),
+    ):
+        assert speech_study.main([*argv, *changed]) == 2
+        assert message in capsys.readouterr().err
+    assert len(calls) == 4

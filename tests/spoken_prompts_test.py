@@ -101,6 +101,14 @@ def test_a_number_is_read_as_a_whole_or_digit_by_digit():
     assert spoken_prompts.spell("007") == "zero zero seven"
 
 
+def test_recordings_that_are_shorter_than_a_word_are_refused(made, tmp_path, capsys):
+    texts = [str(made), str(made / "texts.txt.gz"), str(tmp_path / "out"), "--number=2"]
+    assert spoken_prompts.main([*texts, "--seconds=0.3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --seconds must be at least 0.5") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["", "; nothing\n", "tone: [a tone]\n"])
 def test_a_file_without_texts_is_refused(made, capsys, content):
     (made / "empty.txt").write_text(content)

@@ -136,6 +136,20 @@ def test_array_record_sets(root, tmp_path):
     assert texts == {"text 2", "text 4", "text 6"}
 
 
+def test_records_have_the_split_of_their_shard(root, tmp_path):
+    audio = (root / "in" / "4.wav").read_bytes()
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "test"):
+        path = tmp_path / "shards" / f"{split}-00000-of-00001.array_record"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        writer.write(records.pack(audio, {"id": split}))
+        writer.close()
+    options = ["--checkpoint", str(root / "codec"), "--output", str(tmp_path / "out")]
+    assert main(["tokenize", str(tmp_path / "shards"), *options]) == 0
+    splits = {item.id: item.metadata["split"] for item in read_codes(tmp_path / "out")}
+    assert splits == {"train": "train", "test": "test"}
+
+
 def test_machines_share_the_work(root, whole, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(root, "in", out, "--shard-index", "1", "--num-shards", "2") == 0

@@ -34,7 +34,7 @@ from moss_tok.codec import pretrained
 from moss_tok.codec.presets import mirror, preset
 from moss_tok.objectives import code_use, losses
 from moss_tok.objectives.config import all_fields, build_objective, configure
-from moss_tok.training import microbatches, optimizer
+from moss_tok.training import microbatches, optimizer, writer
 from moss_tok.training import step as steps
 from moss_tok.training.config import OptimizerConfig
 from moss_tok.training.state import Recipe
@@ -174,6 +174,10 @@ def test_updates_that_are_not_finite_are_skipped():
     for number in (1, 2):
         state, metrics = steps.train_step(recipe, state, broken)
         assert int(metrics["skipped_in_row"]) == number
+    assert writer.summarize(recipe, state)["loss"] > 0  # of the two steps before
+    zeros = jax.tree.map(jnp.zeros_like, before.totals)
+    values = writer.summarize(recipe, state.replace(totals=zeros))
+    assert not any(name.endswith(("loss", "_norm")) for name in values)
     kept = ("params", "ema", "opt_state", "extra")
     assert all(leaves_equal(getattr(state, k), getattr(before, k)) for k in kept)
     assert leaves_equal(state.totals.metrics, before.totals.metrics)

@@ -10,6 +10,7 @@ run's data. Recordings are balanced over domains. study.py runs this after train
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moss_tok import checkpoint
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
 from moss_tok.data import sources
+from moss_tok.errors import exit_code
 from moss_tok.evaluation import sweep
 from moss_tok.json_files import read_json_object
 from moss_tok.objectives import flops, losses
@@ -144,6 +146,8 @@ def measure_run(workdir: Path, num_steps: int) -> dict[str, Any]:
     objective = build_objective(config)
     loss = make_loss(config)
     steps = [step for step in checkpoint.saved_steps(workdir) if step <= num_steps]
+    if num_steps not in steps:
+        raise ValueError(f"{workdir}: no checkpoint of step {num_steps}")
     segments = None
     by_step: dict[int, dict[int, list[float]]] = {}
     for step in steps:
@@ -174,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

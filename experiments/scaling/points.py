@@ -174,7 +174,7 @@ def joint(num_steps: int, num_seeds: int) -> list[Point]:
             start = _baseline(size, num_steps, seed)
             points.append(start)
             for trainable in ("all", "decoder"):
-                name = f"continued-{trainable}-{size}-seed{seed}"
+                name = f"continued-{trainable}-{size}-{num_steps}-seed{seed}"
                 points.append(Point(name, size, num_steps, seed, trainable=trainable, start=start))
     return points
 

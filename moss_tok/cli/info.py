@@ -50,9 +50,10 @@ def _describe(name: str | None) -> list[str]:
             return describe_speech_model(speech_configs.published(name))
     folder = checkpoint.find_checkpoint(name)
     if speech_pretrained.is_speech(folder):
-        return describe_speech_model(speech_pretrained.read_config(folder))
-    config = pretrained.load_config(folder)
-    lines = describe(config, pretrained.param_shapes(config))
+        lines = describe_speech_model(speech_pretrained.read_config(folder))
+    else:
+        config = pretrained.load_config(folder)
+        lines = describe(config, pretrained.param_shapes(config))
     lines += describe_training(checkpoint.read_training(folder))
     if name is None:
         lines.append(f"{'note':<13} {assets.NOTE}")

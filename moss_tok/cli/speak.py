@@ -230,8 +230,23 @@ def _stream(
     """Blocks of audio, with a progress bar."""
     from moss_tok.speech import speaking
 
-    blocks = speaking.stream(speech, codec, request, sampling, args.seed, args.num_quantizers)
-    return arguments.progress(blocks, 0.0, 1 / codec.config.frame_rate)
+    blocks = speaking.stream_blocks(
+        speech, codec, request, sampling, args.seed, args.num_quantizers
+    )
+    return arguments.progress(_wavs(blocks), 0.0, 1 / codec.config.frame_rate)
+
+
+def _wavs(blocks: Iterable[Any]) -> Iterator[Any]:
+    """The audio of blocks; says at the end if the speech was cut."""
+    import sys
+
+    ended = None
+    for block in blocks:
+        ended = block.ended
+        if block.wav.shape[1]:
+            yield block.wav
+    if ended is False:
+        print("cut at the longest duration for the text", file=sys.stderr)
 
 
 def _speak_to_file(

@@ -250,13 +250,18 @@ def _read_quantizer(fields: dict[str, Any]) -> QuantizerConfig:
 
 
 def with_expressible_layout(config: CodecConfig) -> CodecConfig:
-    """The codec with layout "v2" if "v1" cannot express it: v1 has one context for all stages.
+    """The codec with layout "v2" if "v1" cannot express it.
 
-    The layout affects the names of tensors and the keys of config.json only, not the computation.
+    v1 has one channel, one context for all stages, and projections only where they change the
+    width. The layout affects the names of tensors and the keys of config.json only, not the
+    computation.
     """
-    if len(_contexts(config)) > 1:
-        return dataclasses.replace(config, layout="v2")
-    return config
+    is_expressible = config.num_channels == 1 and len(_contexts(config)) <= 1
+    for stage in (*config.encoder, *config.decoder):
+        if not isinstance(stage, PatchConfig):
+            is_expressible &= not (stage.input_projection and stage.input_dim == stage.model_dim)
+            is_expressible &= not (stage.output_projection and stage.output_dim == stage.model_dim)
+    return config if is_expressible else dataclasses.replace(config, layout="v2")
 
 
 def write_config(config: CodecConfig, dtype: str) -> str:

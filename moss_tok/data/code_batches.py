@@ -78,7 +78,7 @@ def read_set(source: Source, split: str, shape: CodeShape) -> CodeSet:
     num_texts = 0
     for index, item in enumerate(tqdm.tqdm(source, f"indexing {source.folder}", disable=None)):
         text, _ = manifest.read_text(item.metadata)
-        if item.metadata.get("split", "train") != split or not text:
+        if (item.metadata.get("split") or "train") != split or not text:
             continue
         num_texts += 1
         item_frames = item.codes.shape[1]

@@ -5,7 +5,7 @@ A record is a msgpack map: `id`, `codes` (int16 little-endian, [Q, T] row by row
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ class LineSource:
 
 
 REFERENCE = "reference"  # key of the metadata: codes [Q, T] of another recording of the speaker
+
+
+def reference_of(metadata: Mapping[str, Any]) -> np.ndarray | None:
+    """The codes [Q, T] of REFERENCE; None without them, or if a user's key has this name."""
+    codes = metadata.get(REFERENCE)
+    return codes if isinstance(codes, np.ndarray) else None
 
 
 def _pop_reference(fields: dict[str, Any]) -> np.ndarray | None:

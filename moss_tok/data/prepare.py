@@ -287,6 +287,7 @@ def finish(plan: Plan) -> dict[str, Any]:
         "shards": len(plan.shards) - len(empty_shards),
         "rejected": _count_reasons(rejected),
     }
+    jobs.remove_abandoned(folder)
     files.write_text(folder / "manifest.jsonl", format_json_lines(rows))
     files.write_text(folder / "rejected.jsonl", format_json_lines(rejected))
     files.write_text(folder / "summary.json", format_json(summary))

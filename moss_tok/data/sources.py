@@ -210,7 +210,7 @@ def _records_or_items(
 def _locate_split(name: str, split: str) -> tuple[list[storage.Path], list[AudioItem]]:
     """The shards, or else the items, of one split; see `locate`."""
     shards, items = locate(name)
-    shards = [path for path in shards if _shard_split(path) == split]
+    shards = [path for path in shards if shard_split(path) == split]
     items = [item for item in items if item.split == split]
     return shards, items
 
@@ -246,7 +246,7 @@ def locate(name: str) -> tuple[list[storage.Path], list[AudioItem]]:
     return [], manifest.list_files(top, audio, name)
 
 
-def _shard_split(path: storage.Path) -> str:
+def shard_split(path: storage.Path) -> str:
     """The split of a shard: SPLIT of SPLIT-00000-of-00010.array_record, "train" of other names."""
     match = _SHARD_NAME.fullmatch(path.name)
     return match[1] if match else "train"

@@ -16,7 +16,7 @@ import tqdm
 from moss_tok.audio import manifest
 from moss_tok.data import code_batches
 from moss_tok.data.code_batches import Batch, Member, PackedBatches, Source
-from moss_tok.data.codes import REFERENCE, Item
+from moss_tok.data.codes import Item, reference_of
 from moss_tok.language.text import Tokenizer
 from moss_tok.speech import layout
 from moss_tok.speech.config import SpeechConfig
@@ -112,7 +112,7 @@ def request_of(item: Item, reference: Item | None = None) -> Request:
     if reference is not None:
         reference_text, _ = manifest.read_text(reference.metadata)
         return Request(text, reference.codes, reference_text, details=details)
-    codes = metadata.get(REFERENCE)
+    codes = reference_of(metadata)
     if codes is None:
         return Request(text, details=details)
     return Request(text, codes, str(metadata.get("ref_text", "")), details=details)
@@ -133,7 +133,7 @@ def read_set(source: Source, split: str, shape: SpeechShape) -> SpeechSet:
     num_texts = 0
     for index, item in enumerate(tqdm.tqdm(source, f"indexing {source.folder}", disable=None)):
         text, _ = manifest.read_text(item.metadata)
-        if item.metadata.get("split", "train") != split or not text:
+        if (item.metadata.get("split") or "train") != split or not text:
             continue
         num_texts += 1
         if not _is_short(item, text, shape):
@@ -161,10 +161,18 @@ def read_set(source: Source, split: str, shape: SpeechShape) -> SpeechSet:
 
 
 def _is_short(item: Item, text: str, shape: SpeechShape) -> bool:
-    """Whether a recording has frames, but at most `max_frames`, and at most `max_text_tokens`."""
-    if not 0 < item.codes.shape[1] <= shape.max_frames:
+    """Whether a recording has frames, and it and its reference keep the limits of `shape`."""
+    if not item.codes.shape[1]:
         return False
-    return len(shape.tokenizer.encode(text)) <= shape.max_text_tokens
+    texts = [text]
+    recordings = [item.codes]
+    reference = reference_of(item.metadata)
+    if reference is not None:
+        texts.append(request_of(item).reference_text)
+        recordings.append(reference)
+    num_frames = max(codes.shape[1] for codes in recordings)
+    num_tokens = max(len(shape.tokenizer.encode(each)) for each in texts)
+    return num_frames <= shape.max_frames and num_tokens <= shape.max_text_tokens
 
 
 def _size(item: Item, shape: SpeechShape) -> int:
@@ -175,14 +183,14 @@ def _size(item: Item, shape: SpeechShape) -> int:
 
 def _reference_size(item: Item, text: str, shape: SpeechShape) -> int:
     """See `SpeechSet.reference_sizes`."""
-    if REFERENCE in item.metadata:
+    if reference_of(item.metadata) is not None:
         return 0
     num_frames = item.codes.shape[1]
     return layout.reference_size(shape.config, shape.tokenizer, text, num_frames)
 
 
 def _check_codes(item: Item, source: Source, config: SpeechConfig) -> None:
-    for codes in (item.codes, item.metadata.get(REFERENCE)):
+    for codes in (item.codes, reference_of(item.metadata)):
         if codes is not None and codes.size and codes.max() >= config.codebook_size:
             raise ValueError(
                 f"{source.folder}, {item.id}: has the code {codes.max()}, but the codec has codes "

@@ -111,7 +111,7 @@ def _record(path: storage.Path, number: int) -> AudioItem:
     domain = str(metadata.get("domain", "audio"))
     return AudioItem(
         path=path,
-        split="",
+        split=sources.shard_split(path),
         domain=domain,
         duration_seconds=float(duration),
         record=number,

@@ -254,7 +254,8 @@ class Demo:
                 if closing.done():
                     return
                 sent.append(block)
-                await response.send_bytes(sound.to_mono(block.wav).tobytes())
+                if block.wav.shape[1]:
+                    await response.send_bytes(sound.to_mono(block.wav).tobytes())
         finally:
             closing.cancel()
             blocks.close()

@@ -6,6 +6,7 @@ An interrupted run resumes.
 import glob
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,9 @@ def _batches(tasks: Sequence[_Task], config: CodecConfig) -> Iterator[_Batch]:
     """Batches in few shapes, because compiling takes long: two lengths per octave."""
     buckets: dict[int, list[_Task]] = {}
     for task in tasks:
-        task_frames = config.num_frames(round(task.seconds * config.sample_rate))
+        # Resampling rounds up; the subtraction undoes the rounding of the product.
+        num_samples = math.ceil(task.seconds * config.sample_rate - 1e-6)
+        task_frames = config.num_frames(num_samples)
         num_frames = bucket_frames(max(1, task_frames), per_octave=2)
         buckets.setdefault(num_frames, []).append(task)
     for num_frames, bucket in buckets.items():

@@ -144,9 +144,14 @@ def _check_codec(config: TrainConfig, code_sources: Sequence[Source]) -> None:
     codec = pretrained.load(config.run.init_from, "encoder")  # the component of the fingerprint
     fingerprint = pretrained.fingerprint(codec)
     for source in code_sources:
-        if source.settings.get("codec") != fingerprint:
+        if "codec" not in source.settings:
             raise ValueError(
-                f"{source.folder} holds codes of codec {source.settings.get('codec')}, "
+                f"{source.folder} does not say of which codec its codes are; use an output of "
+                "moss-tok tokenize"
+            )
+        if source.settings["codec"] != fingerprint:
+            raise ValueError(
+                f"{source.folder} holds codes of codec {source.settings['codec']}, "
                 f"init_from {config.run.init_from} is codec {fingerprint}"
             )
 

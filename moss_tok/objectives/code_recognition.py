@@ -127,6 +127,8 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionO
     codec = codec or audio.codec_of_run(config)
     language, tokenizer = text.find_model(settings.text, codec)
     from_codes = isinstance(config.data, CodeDataConfig)
+    if from_codes and settings.text.language_input != "codes":
+        raise ValueError("language_input=latents needs audio, but train_data holds codes")
     objective = CodeRecognitionObjective if from_codes else RecognitionObjective
     return objective(
         settings=settings,

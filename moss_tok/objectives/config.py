@@ -366,13 +366,21 @@ def _check_names(flags: dict[str, Any], objective: str, data: type) -> None:
 
 def _check_trainable(config: TrainConfig) -> None:
     trainable = config.selection.trainable
-    if config.selection.name == "speech":
+    name = config.selection.name
+    if name == "speech":
         if trainable != "all" or config.selection.stage != "pretrain":
             raise ValueError("objective=speech needs trainable=all and stage=pretrain")
         return
     if trainable != "all" and not config.run.init_from:
         raise ValueError(f"trainable={trainable} needs init_from, the codec to start from")
-    if config.selection.name == "recognition":
+    if name == "codec" and config.selection.stage != "pretrain":
+        raise ValueError("objective=codec needs stage=pretrain")
+    excluded = "decoder" if name == "recognition" else "language"
+    if trainable == excluded:
+        raise ValueError(f"objective={name} cannot have trainable={trainable}")
+    if name == "recognition" and not config.run.init_from:
+        raise ValueError("objective=recognition needs init_from, the codec to start from")
+    if name == "recognition":
         if config.selection.stage != "pretrain" or not config.objective.text.language_model:
             raise ValueError("trainable=language needs language_model and stage=pretrain")
     elif trainable == "decoder":

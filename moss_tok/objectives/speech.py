@@ -304,6 +304,9 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> SpeechObject
       ValueError: A model or codec does not exist, or they do not fit.
     """
     model, tokenizer = speech_data.find_model(config, codec)
+    settings = config.objective
+    if model.num_quantizers == 1 and not settings.text_weight + settings.first_code_weight:
+        raise ValueError("text_weight and first_code_weight are both 0, and there are no others")
     return SpeechObjective(
         config.objective,
         model,

@@ -149,7 +149,9 @@ def _start_model(
             f"init_from {source} speaks codes of codec {model.codec}, the flag codec is codec "
             f"{fingerprint}"
         )
-    return dataclasses.replace(model, codec=fingerprint, frame_rate=codec.frame_rate), tokenizer
+    model = dataclasses.replace(model, codec=fingerprint, frame_rate=codec.frame_rate)
+    size = context(model, tokenizer, settings, max_frames(config, codec.frame_rate))
+    return dataclasses.replace(model, max_positions=max(model.max_positions, size)), tokenizer
 
 
 def _new_model(
@@ -166,7 +168,7 @@ def _new_model(
         codec=fingerprint,
         **tokens,
     )
-    size = longest(model, tokenizer, settings, max_frames(config, codec.frame_rate))
+    size = context(model, tokenizer, settings, max_frames(config, codec.frame_rate))
     return dataclasses.replace(model, max_positions=size), tokenizer
 
 
@@ -184,13 +186,31 @@ def max_frames(config: TrainConfig, frame_rate: float) -> int:
 def longest(
     model: SpeechConfig, tokenizer: Tokenizer, settings: SpeechSettings, num_frames: int
 ) -> int:
-    """Positions of the longest sequence that is trained on."""
+    """Positions of the longest sequence of recordings without references of their own."""
     size = len(layout.prompt(model, tokenizer, layout.Request("")).text)
     size += settings.max_text_tokens + num_frames + 1  # the end of speech
     if settings.reference_share:
-        size += layout.reference_size(model, tokenizer, "", num_frames)
-        if model.layout == "plain":  # the chat layout has no text of the reference
-            size += settings.max_text_tokens
+        size += _longest_reference(model, tokenizer, settings, num_frames)
+    return size
+
+
+def context(
+    model: SpeechConfig, tokenizer: Tokenizer, settings: SpeechSettings, num_frames: int
+) -> int:
+    """Positions of the longest sequence with a reference, which JSON lines may have."""
+    size = longest(model, tokenizer, settings, num_frames)
+    if not settings.reference_share:
+        size += _longest_reference(model, tokenizer, settings, num_frames)
+    return size
+
+
+def _longest_reference(
+    model: SpeechConfig, tokenizer: Tokenizer, settings: SpeechSettings, num_frames: int
+) -> int:
+    """Positions that the longest reference adds."""
+    size = layout.reference_size(model, tokenizer, "", num_frames)
+    if model.layout == "plain":  # the chat layout has no text of the reference
+        size += settings.max_text_tokens
     return size
 
 

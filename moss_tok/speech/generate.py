@@ -92,6 +92,20 @@ def frames(
     The blocks together are the codes that `generate` returns for the same seed and item. The errors
     are the same, too, and are raised before the first block.
     """
+    parts = blocks(speech, request, sampling, seed, num_quantizers, item, block_frames)
+    return (part.codes for part in parts if part.codes.shape[1])
+
+
+def blocks(
+    speech: Speech,
+    request: Request,
+    sampling: Sampling = DEFAULT,
+    seed: int = 0,
+    num_quantizers: int | None = None,
+    item: int = 0,
+    block_frames: int = 1,
+) -> Iterator[Spoken]:
+    """As `frames`, but says with each block whether the model has ended; T may be 0 in the last."""
     check_seed(seed)
     num_quantizers = check_num_quantizers(speech.config, num_quantizers)
     if not 1 <= block_frames <= BLOCK_FRAMES:
@@ -103,13 +117,12 @@ def frames(
 
 def _sample_blocks(
     speech: Speech, state: State, sampling: Sampling, num_quantizers: int, block_frames: int
-) -> Iterator[np.ndarray]:
-    """Yields the codes [q, T] of a single sequence until it is done."""
+) -> Iterator[Spoken]:
+    """Yields the blocks of a single sequence until it is done."""
     while not bool(state.done[0]):
         state, codes, counts = sample_frames(speech, state, num_quantizers, block_frames, sampling)
-        num_frames = int(counts[0])
-        if num_frames:
-            yield np.asarray(codes)[0, :num_quantizers, :num_frames]
+        block = np.asarray(codes)[0, :num_quantizers, : int(counts[0])]
+        yield Spoken(block, bool(state.ended[0]))
 
 
 def check_request(speech: Speech, request: Request) -> None:
@@ -154,10 +167,8 @@ def _make_prompt(speech: Speech, request: Request) -> _Prompt:
         raise ValueError(
             f"{parts} {size} positions, the context of this model is {config.max_positions}"
         )
-    max_frames = longest_speech(config, request.text)
-    if request.beginning is not None:
-        max_frames = max(1, max_frames - request.beginning.shape[1])
-    max_frames = min(max_frames, room)
+    new_text = request.text.removeprefix(request.beginning_text)
+    max_frames = min(longest_speech(config, new_text), room)
     prompt_size = bucket_frames(max(size, _MIN_PROMPT), _BUCKETS_PER_OCTAVE)
     cache_size = bucket_frames(max(prompt_size + max_frames, _MIN_CACHE), _BUCKETS_PER_OCTAVE)
     return _Prompt(positions, max_frames, (prompt_size, cache_size))

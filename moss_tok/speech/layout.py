@@ -53,6 +53,7 @@ class Request:
       reference: Codes [q, T] of a recording of the speaker, or None.
       reference_text: What is said in the reference; the chat layout does not use it.
       beginning: Codes [q, T] of speech to continue, or None.
+      beginning_text: What is said in the beginning, the start of `text`.
       details: Values of the chat layout's form, by the names in FORM.
     """
 
@@ -60,6 +61,7 @@ class Request:
     reference: np.ndarray | None = None
     reference_text: str = ""
     beginning: np.ndarray | None = None
+    beginning_text: str = ""
     details: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -113,6 +115,11 @@ def token_fields(tokenizer: Tokenizer) -> dict[str, int | str]:
 
 def check_request(config: SpeechConfig, tokenizer: Tokenizer, request: Request) -> None:
     """Raises ValueError unless a model can say the text of a request, and read all else in it."""
+    for name in request.details:
+        if name not in FORM:
+            raise ValueError(f"details have the names {', '.join(FORM)}, got {name!r}")
+    if not request.text.startswith(request.beginning_text):
+        raise ValueError("the text of the beginning must be the start of the text")
     for name, codes in (("reference", request.reference), ("beginning", request.beginning)):
         if codes is not None:
             _check_codes(config, name, codes)

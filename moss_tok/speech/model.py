@@ -139,7 +139,7 @@ class SpeechModel(nn.Module):
           in_use: bool [B, Q]; the embeddings of other quantizers are not added.
         """
         embedded = self.embed_codes(codes)  # [B, Q, T, D]
-        summed = jnp.einsum("bqtd,bq->btd", embedded, in_use.astype(jnp.float32))
+        summed = jnp.where(in_use[..., None, None], embedded, 0).sum(1)  # not a rounded product
         return (self.text_embedding[text] + summed).astype(self.compute.dtype)
 
     def temporal_states(

@@ -117,7 +117,11 @@ def read_params(folder: storage.Path, config: SpeechConfig, unused: bool = False
 
 
 def save(
-    path: storage.Path, config: SpeechConfig, params: dict[str, Any], tokenizer_json: str = ""
+    path: storage.Path,
+    config: SpeechConfig,
+    params: dict[str, Any],
+    tokenizer_json: str = "",
+    files: dict[str, str] | None = None,
 ) -> None:
     """Writes a speech model as a new checkpoint directory; see `checkpoint.save`.
 
@@ -126,8 +130,9 @@ def save(
       config: The model.
       params: Its parameters, with or without UNUSED of `speech.huggingface`.
       tokenizer_json: The content of its tokenizer.json; "": its tokens are bytes.
+      files: Further text files by name, such as training.json.
     """
-    texts = {_CONFIG: config.to_json()}
+    texts = {_CONFIG: config.to_json()} | (files or {})
     if tokenizer_json:
         texts[TOKENIZER] = tokenizer_json
     trees = {_PARAMS: {name: value for name, value in params.items() if name != UNUSED}}

@@ -35,12 +35,15 @@ class Block(NamedTuple):
     """A part of speech that is being sampled.
 
     Attributes:
-      codes: [q, T], the codes that were sampled.
-      wav: [C, S], the audio that was decoded.
+      codes: [q, T], the codes that were sampled; T is 0 in the last block.
+      wav: [C, S], the audio that was decoded; S may be 0 in the last block.
+      ended: None, but in the last block whether the model ended the speech; if False, it was cut at
+        the longest duration for its text.
     """
 
     codes: np.ndarray
     wav: np.ndarray
+    ended: bool | None = None
 
 
 def check_codec(config: SpeechConfig, codec: Codec) -> None:
@@ -96,7 +99,12 @@ def with_prompt(
         return Request(text, codes, details=details)
     has_spaces = ord(prompt_text[-1]) < FIRST_IDEOGRAPH
     separator = " " if has_spaces else ""
-    return Request(f"{prompt_text}{separator}{text}", beginning=codes, details=details)
+    return Request(
+        f"{prompt_text}{separator}{text}",
+        beginning=codes,
+        beginning_text=prompt_text,
+        details=details,
+    )
 
 
 def speak(
@@ -129,6 +137,9 @@ def speak(
       ValueError: As `generate.generate`, or the model was trained on codes of another codec.
     """
     check_codec(speech.config, codec)
+    num_quantizers = generate.check_num_quantizers(speech.config, num_quantizers)
+    for request in requests:
+        _check_beginning(request, num_quantizers)
     generated = generate.generate(speech, requests, sampling, seed, num_quantizers, first_item)
     spoken = []
     for request, result in zip(requests, generated, strict=True):
@@ -177,7 +188,7 @@ def stream(
     blocks = stream_blocks(
         speech, codec, request, sampling, seed, num_quantizers, item, block_frames
     )
-    return (block.wav for block in blocks)
+    return (block.wav for block in blocks if block.wav.shape[1])
 
 
 def stream_blocks(
@@ -190,10 +201,11 @@ def stream_blocks(
     item: int = 0,
     block_frames: int = 1,
 ) -> Generator[Block, None, None]:
-    """As `stream`, with the codes of each block."""
+    """As `stream`, with the codes of each block; the last one says whether the model ended."""
     check_codec(speech.config, codec)
     num_quantizers = generate.check_num_quantizers(speech.config, num_quantizers)
-    blocks = generate.frames(speech, request, sampling, seed, num_quantizers, item, block_frames)
+    _check_beginning(request, num_quantizers)
+    blocks = generate.blocks(speech, request, sampling, seed, num_quantizers, item, block_frames)
     decoder = DecoderStream(codec, num_quantizers, chunk_frames=[block_frames])
     return _decode_blocks(decoder, request.beginning, blocks, num_quantizers)
 
@@ -201,15 +213,26 @@ def stream_blocks(
 def _decode_blocks(
     decoder: DecoderStream,
     beginning: np.ndarray | None,
-    blocks: Iterator[np.ndarray],
+    blocks: Iterator[generate.Spoken],
     num_quantizers: int,
 ) -> Generator[Block, None, None]:
     """Decodes blocks of codes; they continue a beginning [q, T], whose audio is left out."""
+    ended = False
     with decoder:
         if beginning is not None:
             decoder.push(beginning[:num_quantizers].astype(np.int32))
-        for codes in blocks:
-            yield Block(codes, decoder.push(codes))
+        for block in blocks:
+            ended = block.ended
+            if block.codes.shape[1]:
+                yield Block(block.codes, decoder.push(block.codes))
         wav = decoder.finish()
-        if wav.shape[1]:
-            yield Block(np.zeros((num_quantizers, 0), np.int32), wav)
+    yield Block(np.zeros((num_quantizers, 0), np.int32), wav, ended)
+
+
+def _check_beginning(request: Request, num_quantizers: int) -> None:
+    """Raises ValueError if a beginning has fewer quantizers than are sampled and decoded."""
+    if request.beginning is not None and len(request.beginning) < num_quantizers:
+        raise ValueError(
+            f"the beginning must have {num_quantizers} or more quantizers, got "
+            f"{len(request.beginning)}"
+        )

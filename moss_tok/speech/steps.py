@@ -180,7 +180,8 @@ def sample_frame(
 
     Args:
       speech: The model.
-      state: The sequences so far; those that are done do not change.
+      state: The sequences so far. Those that are done get no more frames, and their `hidden` and
+        `seen` are not valid any more.
       num_quantizers: Quantizers in use.
       sampling: How codes are sampled.
 

@@ -187,7 +187,8 @@ class Run:
         values |= self._rates.since_last(step, self.data.batch_seconds)
         if self.log is not None:
             self.log.write(step, values)
-        self._bar.set_postfix(loss=f"{values['loss']:.2f}")
+        if "loss" in values:  # not if all updates were skipped
+            self._bar.set_postfix(loss=f"{values['loss']:.2f}")
         if not self._terminal:
             progress.say(
                 progress.line(step, self.config.run.num_steps, values, self.recipe.objective)

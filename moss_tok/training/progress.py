@@ -59,7 +59,8 @@ def introduce(config: TrainConfig, objective: Objective, data: TrainingData) -> 
 def line(step: int, num_steps: int, values: dict[str, Any], objective: Objective) -> str:
     """A progress line from the values of a line of metrics.jsonl."""
     minutes = (num_steps - step) / values["steps_per_second"] / 60
-    parts = [f"step {step}/{num_steps} loss {values['loss']:.3f}"]
+    loss = f"loss {values['loss']:.3f}" if "loss" in values else "all updates skipped"
+    parts = [f"step {step}/{num_steps} {loss}"]
     for name, value in values.items():
         if name.endswith("_loss") and "/" not in name:
             parts.append(f"{name.removesuffix('_loss')} {value:.3f}")

@@ -176,7 +176,7 @@ def _add_totals(
     in_domain = jax.nn.one_hot(domain, len(DOMAINS))  # [M, B, domains]
     sums = {}
     for name in totals.domain_terms:
-        sums[name] = jnp.einsum("mb,mbd->d", terms[name], in_domain)
+        sums[name] = jnp.einsum("mb,mbd->d", terms[name], in_domain, precision="highest")
     return totals.replace(
         steps=totals.steps + 1,
         metrics=jax.tree.map(jnp.add, totals.metrics, metrics),

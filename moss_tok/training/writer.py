@@ -24,19 +24,21 @@ EVALUATION = "evaluation.jsonl"
 def summarize(recipe: Recipe, state: TrainState) -> dict[str, Any]:
     """A line of metrics.jsonl: means since the last line, also per domain, and objective values.
 
-    Domains without items and terms that no item had are left out.
+    Domains without items and terms that no item had are left out. If all updates were skipped, all
+    means are left out.
     """
     totals = state.totals
     objective = recipe.objective
-    steps = max(float(totals.steps), 1.0)
+    steps = float(totals.steps)
     values: dict[str, Any] = {}
-    for name, total in totals.metrics.items():
-        values[name] = float(total) / steps
-    for name in objective.masked_terms:
-        share = values.pop(f"{name}_steps")
-        mean = values.pop(name)
-        if share:  # otherwise no item had this term
-            values[name] = mean / share
+    if steps:
+        for name, total in totals.metrics.items():
+            values[name] = float(total) / steps
+        for name in objective.masked_terms:
+            share = values.pop(f"{name}_steps")
+            mean = values.pop(name)
+            if share:  # otherwise no item had this term
+                values[name] = mean / share
     for number, domain in enumerate(DOMAINS):
         items = float(totals.domain_items[number])
         if not items:
