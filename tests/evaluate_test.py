@@ -5,11 +5,12 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from helpers import GOLDEN
+from helpers import GOLDEN, micro_config
 
 import moss_tok
 from moss_tok.cli.main import main
@@ -226,6 +227,16 @@ def test_broken_results(tmp_path, capsys, text, message):
 def test_numbers():
     assert reconstruction.parse_numbers("all", 3) == [1, 2, 3]
     assert reconstruction.parse_numbers("8, 1..3,2", 8) == [1, 2, 3, 8]
+
+
+def test_a_row_holds_a_recording_that_resampling_rounds_up():
+    """At 8 kHz it has a quarter of a sample more than 2048 frames, so 2049 frames."""
+    num_samples = 12 * 16 * 2048 + 3
+    task = reconstruction._Task(num_samples / 96000, Path("a.wav"), "a", [1])
+    config = micro_config()
+    (batch,) = reconstruction._batches([task], config)
+    wav = metrics.resample(np.zeros((1, num_samples), np.float32), 96000, 8000)
+    assert config.num_frames(wav.shape[1]) == 2049 <= batch.num_frames
 
 
 def test_fingerprint(v1_tiny, nano_tiny):

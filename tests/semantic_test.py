@@ -350,7 +350,7 @@ def test_an_asr_run_starts_from_a_codec(finished, tmp_path):
         ({"trainable": "language", "init_from": "x", "language_model": ""}, "needs language_model"),
         ({"trainable": "decoder", "init_from": "x"}, "language_model has no effect"),
         ({"language_input": "wav"}, "language_input must be one of codes, latents"),
-        ({"objective": "recognition"}, "objective=recognition needs init_from"),
+        ({"objective": "recognition", "init_from": ""}, "objective=recognition needs init_from"),
         (
             {"objective": "codec", "trainable": "language", "init_from": "x"},
             "objective=codec cannot have trainable=language",
