@@ -260,7 +260,7 @@ class Demo:
             closing.cancel()
             blocks.close()
         recording = await asyncio.to_thread(sound.join, sent, self._codec.config.sample_rate)
-        await response.send_json(self._keep(recording))
+        await response.send_json(self._keep(recording) | {"ended": sent[-1].ended})
 
 
 class LiveStreams:

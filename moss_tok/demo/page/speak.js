@@ -6,6 +6,7 @@ import { frequencies, rows, Tracks } from "./tracks.js";
 
 const RESERVE_SECONDS = 0.2; // audio that waits, so that small delays are not heard
 const MAX_RESERVE_SECONDS = 3;
+const CUT = "The speech was cut at the longest duration for its text.";
 const PLAYERS = { speech: "speech", "speech-codes": "speech" };
 
 export function setUpSpeak(codec) {
@@ -44,7 +45,8 @@ export function setUpSpeak(codec) {
       session = null;
       button.textContent = "Speak";
       button.classList.remove("on");
-      show("speak-message", error, error ? "bad" : "");
+      const cut = result && !result.ended ? CUT : "";
+      show("speak-message", error || cut, error ? "bad" : "");
       if (result) await put(result, wish.num_quantizers);
     });
     session = mine;
