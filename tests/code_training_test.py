@@ -48,6 +48,8 @@ def folder(tmp_path_factory):
     for out, *options in (("codes",), ("lines", "--format=jsonl", "--num-quantizers=3")):
         arguments = [str(manifest), f"--checkpoint={folder / 'codec'}", f"--output={folder / out}"]
         assert main(["tokenize", *arguments, *options]) == 0
+    line = {"audio_codes": [[1, 2, 3, 4]] * 9, "text": "a"}
+    (folder / "loose.jsonl").write_text(json.dumps(line) + "\n")
     shutil.copytree(folder / "codes", folder / "others")
     plan = json.loads((folder / "codes" / "plan.json").read_text())
     other_plan = plan | {"codec": plan["codec"][::-1]}
@@ -138,6 +140,8 @@ def test_codes_are_transcribed_by_the_command(folder, tmp_path, capsys):
         ({"train_data": "others"}, "holds codes of codec [0-9a-f]+, init_from .* is codec"),
         ({"train_data": "codes,in/manifest.jsonl"}, "train_data mixes codes .* and audio"),
         ({"augment_gain_db": 3.0}, "the objective recognition on codes has no setting augment"),
+        ({"language_input": "latents"}, "language_input=latents needs audio, but train_data holds"),
+        ({"train_data": "loose.jsonl"}, "loose.jsonl does not say of which codec its codes are"),
         ({"max_text_tokens": 1}, "no recording of the split 'train' .* text of at most"),
         ({"segment_seconds": 0.05}, "no recording of the split 'train' of at most segment_seconds"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,11 @@ def test_prepare_goes_on_where_it_stopped(clips, tmp_path, monkeypatch):
             prepare.write_shard(plans[1], shard)
     monkeypatch.undo()
     assert not [p for p in parts.iterdir() if p.name.startswith(".incomplete")]
+    abandoned = parts / f".incomplete-{shards[1].name}@elsewhere@1"  # by a killed process
+    abandoned.touch()
+    os.utime(abandoned, (0, 0))
     assert run_prepare(clips / "manifest.jsonl", parts, "--num-shards", 2, *HERE) == 0
+    assert not abandoned.exists()
     assert (parts / shards[0].name).stat().st_mtime_ns == before
     prepare.finish(plans[0])
     for shard in shards:
