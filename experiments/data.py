@@ -257,7 +257,7 @@ def corpus_lines(manifest: Path) -> list[dict]:
     """The train lines of another manifest, some of whose recordings become "test"."""
     lines = []
     for place, line in read_json_lines(manifest):
-        missing = {"split", "licence", "duration_s", "domain"} - line.keys()
+        missing = {"path", "split", "licence", "duration_s", "domain"} - line.keys()
         if missing:
             raise ValueError(f"{place}: has no {', '.join(sorted(missing))}")
         if line["split"] == "train":

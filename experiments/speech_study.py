@@ -52,6 +52,7 @@ HEADER = """\
 | speech of | quantizers | WER | more words | fewer words | cut | seconds |
 |---|---|---|---|---|---|---|"""
 _BATCH = 25
+_SETTINGS_FILE = "settings.json"
 # The arguments that all results in OUT have in common.
 _SETTINGS = (
     "study", "codec", "recogniser", "only_test_words", "test", "split", "number", "seconds",
@@ -92,10 +93,12 @@ def prepare(args: argparse.Namespace) -> Setup:
     """Loads the models, and encodes the recordings.
 
     Raises:
-      ValueError: There is neither a codec nor a recogniser, or nothing to speak.
+      ValueError: There is neither a codec nor a recogniser, or nothing to speak; or as
+        `check_settings`.
     """
     if not (args.codec or args.recogniser):
         raise ValueError("needs --codec or --recogniser")
+    check_settings(args)
     codec = moss_tok.load(args.codec or args.recogniser)
     tests = read_recordings(args, codec.config.sample_rate)
     if not tests:
@@ -105,23 +108,32 @@ def prepare(args: argparse.Namespace) -> Setup:
     for index, row in enumerate(tests):
         words = row["transcript"].replace(" ", "_")
         row |= {"codes": codes[index], "name": f"{index:03}_{words[:60]}.flac"}
-    check_settings(args)
     return Setup(codec, read, sampling_of(args), tests, args.out, args.test.name)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings that all results in OUT have in common."""
+    return {name: str(value) for name, value in vars(args).items() if name in _SETTINGS}
+
+
 def check_settings(args: argparse.Namespace) -> None:
-    """Writes the settings into OUT; ValueError if it has results of other ones."""
+    """Raises ValueError if OUT has results of other settings, or two models have one name."""
     names = [Path(path).name for path in args.checkpoint]
     if len(set(names)) < len(names):
         raise ValueError(f"two models of --checkpoint have the same name: {', '.join(names)}")
-    settings = {name: str(value) for name, value in vars(args).items() if name in _SETTINGS}
-    path = args.out / "settings.json"
+    settings = settings_of(args)
+    path = args.out / _SETTINGS_FILE
     before = read_json_object(path) if path.exists() else settings
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise ValueError(f"{args.out} has results of another {', '.join(changed)}")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Makes OUT with the settings, when all inputs have been read, and prints the table's head."""
     args.out.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(settings) + "\n")
+    files.write_text(args.out / _SETTINGS_FILE, json.dumps(settings_of(args)) + "\n")
+    print(HEADER)
 
 
 def find_reader(
@@ -208,10 +220,10 @@ def words(args: argparse.Namespace) -> None:
     setup = prepare(args)
     texts = [row["transcript"] for row in setup.tests]
     print(f"{len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
-    print(HEADER)
+    models = {Path(path).name: speech.load(path) for path in args.checkpoint}
+    begin(args)
     recorded = [row["wav"] for row in setup.tests]
     _row(setup, RECORDINGS, None, lambda _: read_all(setup, recorded))
-    models = {Path(path).name: speech.load(path) for path in args.checkpoint}
     requests = [speech.Request(text) for text in texts]
     rates: dict[str, list[tuple[int, float]]] = {}
     for number in args.quantizers:
@@ -301,17 +313,17 @@ def voices(args: argparse.Namespace) -> None:
     setup = prepare(args)
     number = max(args.quantizers)
     prompts = find_prompts(setup.tests)
+    models = {Path(path).name: speech.load(path) for path in args.checkpoint}
+    begin(args)
     lines = []
-    print(HEADER)
     _row(setup, PEOPLE, number, lambda system: people(setup, number, system))
     for row in setup.tests:
         path = f"{PEOPLE}/q{number}/{setup.dataset}/syn_audios/{row['name']}"
         lines.append({"path": path, "who": PEOPLE, "speaker": row["speaker"]})
     texts = [row["transcript"] for row in setup.tests]
-    for checkpoint in args.checkpoint:
-        model = speech.load(checkpoint)
+    for name, model in models.items():
         for prompt, chosen in prompts.items():
-            who = f"{Path(checkpoint).name}-{prompt}"
+            who = f"{name}-{prompt}"
             requests = [_request(text, row) for text, row in zip(texts, chosen, strict=True)]
             _row(
                 setup, who, number,

@@ -37,6 +37,7 @@ def test_waiting_for_data_is_a_share_of_training_time(clock, waited, said):
     assert values["steps_per_second"] == pytest.approx(0.5)
     assert values["audio_seconds_per_second"] == pytest.approx(4)
     assert values["data_wait_share"] == pytest.approx(waited / 10)
+    assert progress.line(9, 69, values, OBJECTIVE).startswith("step 9/69 all updates skipped ")
     text = progress.line(9, 69, {"loss": 1.0} | values, OBJECTIVE)
     assert text.startswith("step 9/69 loss 1.000 4 s of audio per s, 2.0 min left")
     assert text.endswith(said)

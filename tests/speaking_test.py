@@ -93,8 +93,9 @@ def test_batches_and_blocks_change_nothing(speech):
     for item, request in enumerate(REQUESTS):
         alone = generate.generate(speech, [request], seed=5, first_item=item)[0]
         assert same(alone, together[item])
-        blocks = list(generate.frames(speech, request, seed=5, item=item, block_frames=3))
-        np.testing.assert_array_equal(np.concatenate(blocks, axis=1), alone.codes)
+        blocks = list(generate.blocks(speech, request, seed=5, item=item, block_frames=3))
+        codes = np.concatenate([block.codes for block in blocks], axis=1)
+        assert same(Spoken(codes, blocks[-1].ended), alone)
     again = generate.generate(speech, REQUESTS, seed=6)
     assert not all(same(a, b) for a, b in zip(together, again, strict=True))
 

@@ -227,3 +227,7 @@ def test_a_study_writes_a_page_and_continues(sequences, micro, tmp_path, capsys,
         assert speech_study.main([*argv, *changed]) == 2
         assert message in capsys.readouterr().err
     assert len(calls) == 4
+    voices = ["voices", *argv[1:-3], f"--out={tmp_path / 'voices'}"]
+    assert speech_study.main([*voices, "--number=1"]) == 2
+    assert "voices needs two or more speakers" in capsys.readouterr().err
+    assert not (tmp_path / "voices").exists()

@@ -378,9 +378,9 @@ def _check_trainable(config: TrainConfig) -> None:
     excluded = "decoder" if name == "recognition" else "language"
     if trainable == excluded:
         raise ValueError(f"objective={name} cannot have trainable={trainable}")
-    if name == "recognition" and not config.run.init_from:
-        raise ValueError("objective=recognition needs init_from, the codec to start from")
     if name == "recognition":
+        if not config.run.init_from:
+            raise ValueError("objective=recognition needs init_from, the codec to start from")
         if config.selection.stage != "pretrain" or not config.objective.text.language_model:
             raise ValueError("trainable=language needs language_model and stage=pretrain")
     elif trainable == "decoder":

@@ -308,7 +308,7 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> SpeechObject
     if model.num_quantizers == 1 and not settings.text_weight + settings.first_code_weight:
         raise ValueError("text_weight and first_code_weight are both 0, and there are no others")
     return SpeechObjective(
-        config.objective,
+        settings,
         model,
         config.devices.compute,
         speech_data.max_frames(config, model.frame_rate),

@@ -78,24 +78,6 @@ def generate(
     return [spoken[row] for row in range(len(requests))]
 
 
-def frames(
-    speech: Speech,
-    request: Request,
-    sampling: Sampling = DEFAULT,
-    seed: int = 0,
-    num_quantizers: int | None = None,
-    item: int = 0,
-    block_frames: int = 1,
-) -> Iterator[np.ndarray]:
-    """Yields blocks of codes [q, T] while they are sampled, of at most `block_frames` frames.
-
-    The blocks together are the codes that `generate` returns for the same seed and item. The errors
-    are the same, too, and are raised before the first block.
-    """
-    parts = blocks(speech, request, sampling, seed, num_quantizers, item, block_frames)
-    return (part.codes for part in parts if part.codes.shape[1])
-
-
 def blocks(
     speech: Speech,
     request: Request,
@@ -105,7 +87,12 @@ def blocks(
     item: int = 0,
     block_frames: int = 1,
 ) -> Iterator[Spoken]:
-    """As `frames`, but says with each block whether the model has ended; T may be 0 in the last."""
+    """Yields blocks of at most `block_frames` frames while they are sampled.
+
+    The blocks together are the codes that `generate` returns for the same seed and item. Each says
+    whether the model has ended the speech; the last one may have no frames. The errors are those of
+    `generate`, and are raised before the first block.
+    """
     check_seed(seed)
     num_quantizers = check_num_quantizers(speech.config, num_quantizers)
     if not 1 <= block_frames <= BLOCK_FRAMES:
