@@ -35,7 +35,7 @@ import sphinx_reader
 from codec_copies import NUMBERS, decode_all
 
 import moss_tok
-from moss_tok import language, speech
+from moss_tok import checkpoint, language, speech
 from moss_tok.audio import files
 from moss_tok.batching import batch_by_shape
 from moss_tok.cli.commands import Parser
@@ -112,27 +112,46 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """The settings that all results in OUT have in common."""
-    return {name: str(value) for name, value in vars(args).items() if name in _SETTINGS}
+    """What all results in OUT have in common; of the recogniser, its newest checkpoint."""
+    settings = {name: str(value) for name, value in vars(args).items() if name in _SETTINGS}
+    if args.recogniser:
+        settings["recogniser"] = str(checkpoint.find_checkpoint(args.recogniser))
+    return settings
 
 
-def check_settings(args: argparse.Namespace) -> None:
-    """Raises ValueError if OUT has results of other settings, or two models have one name."""
+def models_of(args: argparse.Namespace) -> dict[str, str]:
+    """The checkpoint of each speech model, by "model NAME".
+
+    Raises:
+      ValueError: Two models have the same name.
+    """
     names = [Path(path).name for path in args.checkpoint]
     if len(set(names)) < len(names):
         raise ValueError(f"two models of --checkpoint have the same name: {', '.join(names)}")
-    settings = settings_of(args)
-    path = args.out / _SETTINGS_FILE
-    before = read_json_object(path) if path.exists() else settings
-    changed = [name for name, value in settings.items() if before.get(name) != value]
+    folders = [str(checkpoint.find_checkpoint(path)) for path in args.checkpoint]
+    return {f"model {name}": folder for name, folder in zip(names, folders, strict=True)}
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises ValueError if OUT has results of other settings, or of another model of a name."""
+    before = read_settings(args)
+    now = settings_of(args) | models_of(args)
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
     if changed:
         raise ValueError(f"{args.out} has results of another {', '.join(changed)}")
 
 
+def read_settings(args: argparse.Namespace) -> dict[str, str]:
+    """The settings and the models of the results in OUT, if it has any."""
+    path = args.out / _SETTINGS_FILE
+    return read_json_object(path) if path.exists() else {}
+
+
 def begin(args: argparse.Namespace) -> None:
     """Makes OUT with the settings, when all inputs have been read, and prints the table's head."""
+    settings = read_settings(args) | settings_of(args) | models_of(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    files.write_text(args.out / _SETTINGS_FILE, json.dumps(settings_of(args)) + "\n")
+    files.write_text(args.out / _SETTINGS_FILE, json.dumps(settings) + "\n")
     print(HEADER)
 
 

@@ -1,8 +1,6 @@
 """Reads English with PocketSphinx and the model in its package (pip install pocketsphinx)."""
 
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import librosa
 import numpy as np
@@ -34,13 +32,11 @@ class Reader:
         self.decoder = pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
         words = [word for word in sorted(set(words)) if self.decoder.lookup_word(word)]
         if words:
-            grammar = f"#JSGF V1.0;\ngrammar words;\npublic <text> = ({' | '.join(words)})+;\n"
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "words.gram")
-                path.write_text(grammar)
-                self.decoder = pocketsphinx.Decoder(
-                    samprate=RATE, loglevel="FATAL", jsgf=str(path), wip=_WORD_PENALTY
-                )
+            self.decoder.config["wip"] = _WORD_PENALTY
+            self.decoder.add_jsgf_string(
+                "words", f"#JSGF V1.0;\ngrammar words;\npublic <text> = ({' | '.join(words)})+;\n"
+            )
+            self.decoder.activate_search("words")
 
     def read(self, wav: np.ndarray, rate: int) -> str:
         """The words in audio [S] of a sample rate in Hz."""

@@ -1,8 +1,10 @@
 """The scripts of experiments/speech.md, on a small copy of the Free Spoken Digit Dataset."""
 
+import argparse
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import codec_copies
 import fsdd
@@ -231,3 +233,26 @@ def test_a_study_writes_a_page_and_continues(sequences, micro, tmp_path, capsys,
     assert speech_study.main([*voices, "--number=1"]) == 2
     assert "voices needs two or more speakers" in capsys.readouterr().err
     assert not (tmp_path / "voices").exists()
+
+
+def test_a_study_knows_which_checkpoint_its_results_are_of(tmp_path, monkeypatch):
+    def arguments(*names):
+        args = argparse.Namespace(out=tmp_path / "out", recogniser="reader", seconds=2.0)
+        args.checkpoint = [f"runs/{name}" for name in names]
+        return args
+
+    steps = {"runs/half": "100", "runs/codec": "100", "reader": "100"}
+    monkeypatch.setattr(
+        speech_study.checkpoint, "find_checkpoint", lambda path: Path(path, steps[path])
+    )
+    speech_study.begin(arguments("half"))
+    speech_study.check_settings(arguments("codec"))
+    speech_study.begin(arguments("codec"))
+    speech_study.check_settings(arguments("half", "codec"))
+    steps["runs/half"] = "200"
+    speech_study.check_settings(arguments("codec"))
+    with pytest.raises(ValueError, match="has results of another model half$"):
+        speech_study.check_settings(arguments("half", "codec"))
+    steps["reader"] = "200"
+    with pytest.raises(ValueError, match="has results of another recogniser$"):
+        speech_study.check_settings(arguments("codec"))

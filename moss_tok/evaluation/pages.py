@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -161,13 +161,14 @@ def _clips(output: Path, systems: Sequence[str], folder: Path) -> list[Clip]:
         file_names = read_json_object(first / "manifest.json")["dataset"]["output_names"]
         texts = {name: _read_texts(output / name / dataset / "texts.jsonl") for name in chosen}
         for file_name in _spread(file_names, _MAX_CLIPS):
-            sources = {"reference": first / "gt_audios" / file_name}
-            said = {"reference": texts[chosen[-1]].get(file_name, {}).get("text", "")}
+            said = texts[chosen[-1]].get(file_name, {}).get("text", "")
+            sources = [("reference", first / "gt_audios" / file_name, said)]
             for system in chosen:
-                sources[system] = output / system / dataset / "syn_audios" / file_name
-                said[system] = texts[system].get(file_name, {}).get("understood", "")
+                audio = output / system / dataset / "syn_audios" / file_name
+                understood = texts[system].get(file_name, {}).get("understood", "")
+                sources.append((system, audio, understood))
             stem = Path(file_name).stem
-            versions = _draw_versions(sources, said, f"{dataset}_{stem}", folder)
+            versions = _draw_versions(sources, f"{dataset}_{stem}", folder)
             clips.append(Clip(f"{dataset}: {stem}", versions))
     return clips
 
@@ -178,21 +179,24 @@ def _read_texts(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _draw_versions(
-    sources: Mapping[str, Path],
-    texts: Mapping[str, str],
-    name: str,
-    folder: Path,
+    sources: Sequence[tuple[str, Path, str]], name: str, folder: Path
 ) -> tuple[Version, ...]:
-    """Draws the spectrograms of a recording's versions that exist, unless they are up to date."""
+    """Draws the spectrograms of a recording's versions that exist, unless they are up to date.
+
+    Args:
+      sources: The label, the audio and the text of each version.
+      name: Of the recording.
+      folder: Of the pictures.
+    """
     versions = []
-    for system, audio in sources.items():
+    for label, audio, text in sources:
         if not audio.exists():
             continue
-        picture = folder / f"{_shortened(f'{system}_{name}'.replace('/', '_'))}.png"
+        picture = folder / f"{_shortened(f'{label}_{name}'.replace('/', '_'))}.png"
         if not picture.exists() or picture.stat().st_mtime < audio.stat().st_mtime:
             wav, sample_rate = files.read_native(audio)
             report.save_spectrogram(picture, wav, sample_rate)
-        versions.append(Version(system, audio, picture, texts[system]))
+        versions.append(Version(label, audio, picture, text))
     return tuple(versions)
 
 
