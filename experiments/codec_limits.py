@@ -5,7 +5,8 @@
 Of each recording of the split "test" that lasts at least 7 s, the first 7 s are used. The first
 table has distances of the last of these seconds, if the codec gets only so much of what comes
 before. The second one has distances of all 7 s with the first quantizers and without quantization,
-and the share of the variance of the latents that the quantizers leave.
+and the share of the variance of the latents that the quantizers leave. The third one says how much
+louder or quieter the reconstruction from all quantizers is than the recording, by octave.
 """
 
 import sys
@@ -26,6 +27,7 @@ SECONDS = 7
 PASTS = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0)  # s
 METRICS = ("mel_loss", "stft", "sisdr")
 MAX_RECORDINGS = 30
+OCTAVES = (125, 250, 500, 1000, 2000, 4000, 8000)  # edges, Hz
 
 
 def read_recordings(codec: Codec, data: str) -> list[np.ndarray]:
@@ -100,13 +102,36 @@ def print_bits(codec: Codec, wavs: Sequence[np.ndarray]) -> None:
         print(f"| {name} | {distances} | {np.mean(shares[name]):.3f} |")
 
 
+def octave_levels(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """The level [octaves] of audio [C, S] between two `OCTAVES`, dB."""
+    power = np.square(np.abs(np.fft.rfft(wav))).mean(axis=0)
+    frequencies = np.fft.rfftfreq(wav.shape[1], 1 / sample_rate)
+    sums, _ = np.histogram(frequencies, OCTAVES, weights=power)
+    return 10 * np.log10(np.maximum(sums, 1e-10))
+
+
+def print_levels(codec: Codec, wavs: Sequence[np.ndarray]) -> None:
+    """Prints the third table."""
+    rate = codec.config.sample_rate
+    differences = []
+    for wav in wavs:
+        codes = moss_tok.encode(codec, wav[None]).codes
+        wav_hat = np.asarray(moss_tok.decode(codec, codes).wav)[0, :, : wav.shape[1]]
+        differences.append(octave_levels(wav_hat, rate) - octave_levels(wav, rate))
+    print("| octave, Hz | level, dB |\n|---|---|")
+    for low, high, level in zip(OCTAVES, OCTAVES[1:], np.mean(differences, axis=0), strict=False):
+        print(f"| {low} to {high} | {level:+.1f} |")
+
+
 def print_tables(codec: Codec, data: str) -> None:
-    """Prints both tables."""
+    """Prints the three tables."""
     wavs = read_recordings(codec, data)
     print(f"{len(wavs)} recordings\n")
     print_pasts(codec, wavs)
     print()
     print_bits(codec, wavs)
+    print()
+    print_levels(codec, wavs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
