@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import spoken_digits
 from helpers import (
     CODEC,
     GOLDEN,
@@ -26,6 +27,7 @@ from helpers import (
     text_batch,
     train,
 )
+from tokenizers import pre_tokenizers
 
 import moss_tok
 from moss_tok import sharding
@@ -36,10 +38,11 @@ from moss_tok.data.pipeline import SegmentShape
 from moss_tok.language import generate, text
 from moss_tok.language import pretrained as language_models
 from moss_tok.objectives import text as text_term
-from moss_tok.objectives.config import configure
+from moss_tok.objectives.config import TextSettings, configure
 from moss_tok.training import optimizer, writer
 from moss_tok.training import state as states
 from moss_tok.training import step as steps
+from moss_tok.training.config import RunConfig
 
 RECOGNITION = {
     name: SEMANTIC[name]
@@ -341,6 +344,34 @@ def test_an_asr_run_starts_from_a_codec(finished, tmp_path):
     )
     codec, language = moss_tok.load(config["workdir"]), language_models.load(config["workdir"])
     assert optax.tree.norm(language.params) > 0 and codec.config == SHALLOW
+
+
+def test_a_run_without_a_tokenizer_takes_that_of_init_from(tmp_path):
+    spoken_digits.write_tokenizer(
+        tmp_path / "words.json", ["one two", "one two"], 20, pre_tokenizers.WhitespaceSplit()
+    )
+    settings = TextSettings(language_model="tiny", tokenizer=str(tmp_path / "words.json"))
+    language, words = text_term.find_model(None, settings, SHALLOW)
+    start = tmp_path / "start"
+    (start / "params").mkdir(parents=True)
+    for name, content in language_models.files(language, words).items():
+        (start / name).write_text(content)
+    (start / "config.json").write_text(SHALLOW.to_json())
+    run = RunConfig(workdir=str(tmp_path / "new"), init_from=str(start))
+    found = text_term.find_model(run, TextSettings(language_model="tiny"), SHALLOW)
+    assert found[0] == language
+    assert found[1].json == words.json
+    # Bytes on demand; then the language model of init_from is not used, and a line says so.
+    bytes_settings = TextSettings(language_model="tiny", tokenizer="bytes")
+    other, tokenizer = text_term.find_model(run, bytes_settings, SHALLOW)
+    assert tokenizer.json == text.ByteTokenizer().json
+    lines = []
+    head = text_term.start_params(
+        bytes_settings, other, tokenizer, str(start), None, say=lines.append
+    )
+    assert head == (None, False)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"the language model of {start} is not used: it has another ")
 
 
 @pytest.mark.parametrize(

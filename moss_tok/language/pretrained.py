@@ -87,22 +87,24 @@ def find(
     tokenizer: str,
     latents_dim: int,
     audio: str,
+    earlier: Tokenizer | None = None,
 ) -> tuple[LanguageConfig, Tokenizer]:
     """Returns the config and the tokenizer of a new language model.
 
     Args:
       model: A preset, or a directory with Qwen2.5 weights.
       tokenizer: A tokenizer.json, a folder with one, or "bytes"; "": the tokenizer of the directory
-        `model`, or bytes for a preset.
+        `model`, or for a preset `earlier`.
       latents_dim: Width of the codec's latents.
       audio: "codes" or "latents", see `LanguageConfig`.
+      earlier: The tokenizer of a model that the run continues or starts from; default: bytes.
 
     Raises:
       ValueError: There is no such model, or the tokenizer does not fit it.
     """
     folder = storage.to_path(model)
     if model in configs.PRESETS:
-        loaded = text.load(tokenizer)
+        loaded = text.load(tokenizer) if tokenizer or earlier is None else earlier
         config = configs.preset(model, latents_dim, loaded.vocab_size, loaded.end_id, audio)
         return config, loaded
     if not qwen.is_qwen(folder):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moss_tok.codec.config import CodecConfig
-from moss_tok.objectives import audio, losses
+from moss_tok.objectives import losses
 from moss_tok.objectives.codec import CodecObjective, arguments
 from moss_tok.objectives.config import AdversarialSettings
 from moss_tok.objectives.discriminators import Discriminators, make_discriminators
@@ -213,13 +213,13 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> AdversarialO
 
     Args:
       config: The run.
-      codec: The codec to train; default: that of the workdir or of the settings.
+      codec: The codec to train, if no checkpoint is to be read; default: that of the workdir or of
+        the settings.
 
     Raises:
       ValueError: A model does not exist or does not fit.
     """
     settings = config.objective
-    codec = codec or audio.codec_of_run(config)
     return AdversarialObjective(
         **arguments(config, settings.codec, codec), settings=settings.codec, adversarial=settings
     )

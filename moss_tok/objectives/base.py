@@ -196,7 +196,12 @@ class CodecBasedObjective(Objective):
         parts += sorted(start_extra)
         if self.language is not None:
             head, from_init = text.start_params(
-                self.settings.text, self.language, self.tokenizer, init_from, params[text.FOLDER]
+                self.settings.text,
+                self.language,
+                self.tokenizer,
+                init_from,
+                params[text.FOLDER],
+                say,
             )
             if head is not None:
                 start_params[text.FOLDER] = head

@@ -118,14 +118,16 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> RecognitionO
 
     Args:
       config: The run.
-      codec: The codec to read; default: that of the workdir or of the settings.
+      codec: The codec to read, if no checkpoint is to be read; default: that of the workdir or of
+        the settings.
 
     Raises:
       ValueError: A model does not exist or does not fit.
     """
     settings = config.objective
+    run = config.run if codec is None else None
     codec = codec or audio.codec_of_run(config)
-    language, tokenizer = text.find_model(settings.text, codec)
+    language, tokenizer = text.find_model(run, settings.text, codec)
     from_codes = isinstance(config.data, CodeDataConfig)
     if from_codes and settings.text.language_input != "codes":
         raise ValueError("language_input=latents needs audio, but train_data holds codes")

@@ -196,18 +196,22 @@ def build(config: TrainConfig, codec: CodecConfig | None = None) -> CodecObjecti
 
     Args:
       config: The run.
-      codec: The codec to train; default: that of the workdir or of the settings.
+      codec: The codec to train, if no checkpoint is to be read; default: that of the workdir or of
+        the settings.
 
     Raises:
       ValueError: A model does not exist or does not fit.
     """
-    codec = codec or audio.codec_of_run(config)
     return CodecObjective(**arguments(config, config.objective, codec), settings=config.objective)
 
 
-def arguments(config: TrainConfig, settings: CodecSettings, codec: CodecConfig) -> dict[str, Any]:
-    """Arguments of `CodecObjective`, other than its settings."""
-    language, tokenizer = text.find_model(settings.text, codec)
+def arguments(
+    config: TrainConfig, settings: CodecSettings, codec: CodecConfig | None
+) -> dict[str, Any]:
+    """Arguments of `CodecObjective`, other than its settings; see `build`."""
+    run = config.run if codec is None else None
+    codec = codec or audio.codec_of_run(config)
+    language, tokenizer = text.find_model(run, settings.text, codec)
     return {
         "codec": codec,
         "compute": config.devices.compute,

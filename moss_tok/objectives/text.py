@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moss_tok import checkpoint, sharding
+from moss_tok import checkpoint, sharding, storage
 from moss_tok.codec.config import CodecConfig
 from moss_tok.data import sources
 from moss_tok.language import pretrained as language_models
@@ -16,6 +16,7 @@ from moss_tok.language.text import Tokenizer
 from moss_tok.nn.compute import ComputeConfig
 from moss_tok.objectives.config import TextSettings
 from moss_tok.training import checkpoints
+from moss_tok.training.config import RunConfig
 from moss_tok.training.objective import Batch, Say, Term
 
 TERM = "semantic_loss"
@@ -87,10 +88,14 @@ def term(settings: TextSettings, value: jax.Array) -> Term:
 
 
 def find_model(
+    run: RunConfig | None,
     settings: TextSettings,
     codec: CodecConfig,
 ) -> tuple[LanguageConfig, Tokenizer] | tuple[None, None]:
     """The language model of a run and its tokenizer; (None, None) without one.
+
+    A new model (a preset) without the setting `tokenizer` has the tokenizer of the language model
+    in the workdir, or else in `init_from`. If `run` is None, no checkpoint is read.
 
     Raises:
       ValueError: The model does not exist, or the tokenizer does not fit.
@@ -101,8 +106,20 @@ def find_model(
     reads_codes = settings.language_input == "codes"
     latents_dim = quantizer.output_dim if reads_codes else quantizer.input_dim
     return language_models.find(
-        settings.language_model, settings.tokenizer, latents_dim, settings.language_input
+        settings.language_model,
+        settings.tokenizer,
+        latents_dim,
+        settings.language_input,
+        _earlier_tokenizer(run) if run else None,
     )
+
+
+def _earlier_tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The tokenizer of the language model in the workdir, or else in `init_from`."""
+    saved = checkpoint.read_newest(storage.to_path(run.workdir), language_models.load_config)
+    if saved is None and run.init_from:
+        saved = language_models.load_config(checkpoint.find_checkpoint(run.init_from))
+    return saved and saved[1]
 
 
 def start_params(
@@ -111,10 +128,12 @@ def start_params(
     tokenizer: Tokenizer,
     init_from: str,
     shapes: Any,
+    say: Say,
 ) -> tuple[Any | None, bool]:
     """Initial weights of the language model, or None; and whether they are from `init_from`.
 
-    If `init_from` has the same language model, its weights have priority over published ones.
+    If `init_from` has the same language model, its weights have priority over published ones. If it
+    has another one, a line says that it is not used.
     """
     if init_from:
         folder = checkpoint.find_checkpoint(init_from)
@@ -123,6 +142,8 @@ def start_params(
             saved_config, saved_tokenizer = saved
             if saved_config == config and saved_tokenizer.json == tokenizer.json:
                 return checkpoints.load_folder(init_from, FOLDER, shapes), True
+            difference = "size or input" if saved_config != config else "tokenizer"
+            say(f"the language model of {init_from} is not used: it has another {difference}")
     params = language_models.start(settings.language_model, config)
     if params is None:
         return None, False
