@@ -12,8 +12,8 @@ G.722 and all other formats; dpkg-deb opens the packages.
 
 About one recording in thirty is held out as the split "test"; all pieces of a recording have the
 same split. --corpus adds the train lines of another manifest, split by the same rule. Its test
-lines are never added: choose recipes by the "test" split that is made here, and report results on
-that of the corpus.
+lines are never added, nor are other cuts of the same readings: choose recipes by the "test" split
+that is made here, and report results on that of the corpus.
 
 The licences are from each package's /usr/share/doc/PACKAGE/copyright, read in November 2026. All
 permit modification and redistribution, also commercial; CC BY-SA and GPL require the same licence.
@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -253,18 +254,35 @@ def convert(package: Package, folder: Path, out: Path) -> list[dict]:
     return lines
 
 
+def reading_of(line: dict) -> str:
+    """What a line of another manifest was cut from: its file name without the number of the cut."""
+    stem = Path(line.get("source_path") or line["path"]).stem
+    return re.sub(r"-\d+$", "", stem)
+
+
 def corpus_lines(manifest: Path) -> list[dict]:
-    """The train lines of another manifest, some of whose recordings become "test"."""
-    lines = []
+    """The train lines of another manifest, some of whose recordings become "test".
+
+    Lines that were cut from the same reading as a test line are left out.
+    """
+    rows = []
     for place, line in read_json_lines(manifest):
         missing = {"path", "split", "licence", "duration_s", "domain"} - line.keys()
         if missing:
             raise ValueError(f"{place}: has no {', '.join(sorted(missing))}")
-        if line["split"] == "train":
+        rows.append(line)
+    tested = {reading_of(line) for line in rows if line["split"] == "test"}
+    train = [line for line in rows if line["split"] == "train"]
+    lines = []
+    for line in train:
+        if reading_of(line) not in tested:
             recording = line.get("source_path") or line["path"]
             path = str((manifest.parent / line["path"]).resolve())
             lines.append(line | {"path": path, "split": split_of(str(recording)),
                                  "source": line.get("subset", manifest.parent.name)})  # fmt: skip
+    if len(lines) < len(train):
+        print(f"{manifest}: {len(train) - len(lines)} train lines are left out; they were cut from "
+              "readings of which the test has another cut", flush=True)  # fmt: skip
     return lines
 
 

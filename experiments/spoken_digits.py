@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from fsdd import PARTS, WORDS
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
@@ -80,8 +80,8 @@ def is_test_text(words: Sequence[str]) -> bool:
     return len(words) > 1 and sum(map(WORDS.index, words)) % TEST_DIVISOR == 0
 
 
-def read_clips(digits: Path) -> dict[str, Clips]:
-    """The clips of each of the three folders.
+def read_clips(digits: Path, rate: int = RATE) -> dict[str, Clips]:
+    """The clips of each of the three folders, at a sample rate in Hz.
 
     Raises:
       ValueError: A manifest is not one of `fsdd.py`, or has no clips for one of the folders.
@@ -97,8 +97,8 @@ def read_clips(digits: Path) -> dict[str, Clips]:
                 if not row.get(key):
                     raise ValueError(f"{manifest}: {path.name} has no {key}")
             speakers = clips.setdefault(folder_of(int(number)), collections.defaultdict(dict))
-            wav = files.read(manifest.parent / path, RATE, 1)[0]
-            speakers[row["speaker"]].setdefault(row["transcript"], []).append(trim(wav))
+            wav = files.read(manifest.parent / path, rate, 1)[0]
+            speakers[row["speaker"]].setdefault(row["transcript"], []).append(trim(wav, rate))
     for folder in FOLDERS:
         if folder not in clips:
             raise ValueError(f"{digits}: has no recordings for {folder}")
@@ -182,10 +182,16 @@ def write_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     pre_tokenizer: pre_tokenizers.PreTokenizer,
+    decoder: decoders.Decoder | None = None,
 ) -> None:
-    """Writes a tokenizer (byte-pair encoding) of texts."""
+    """Writes a tokenizer (byte-pair encoding) of texts.
+
+    Without a decoder, decoded tokens have spaces between them.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        tokenizer.decoder = decoder
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     files.write_text(path, tokenizer.to_str(pretty=True))

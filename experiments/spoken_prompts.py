@@ -10,7 +10,8 @@ speaker (Allison Smith, CC-BY-SA-3.0). OUT has two folders with a manifest.jsonl
 
   prompts  the recordings with a text of words, of at most `--seconds`
   numbers  numbers below 10000, and sequences of one to four digits, joined from recordings of the
-           words: each word was recorded once
+           words: each word was recorded once, so recordings to learn from are up to 6 % faster or
+           slower, with the pitch that this gives
 
 Of the prompts, one text in twelve is in the split "test"; of the numbers, all multiples of seven.
 OUT also has tokenizer.json (byte-pair encoding of the training texts).
@@ -25,10 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import librosa
 import numpy as np
 from num2words import num2words
 from spoken_digits import EDGE_SECONDS, join, manifest_line, trim, write_tokenizer
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 
 from moss_tok.audio import files
 from moss_tok.cli.commands import Parser
@@ -42,6 +44,7 @@ PAUSE_SECONDS = (0.01, 0.06)
 HELD_OUT = 12  # one prompt in this many is of the split "test"
 TEST_DIVISOR = 7  # numbers that it divides are of the split "test"
 MAX_DIGITS = 4
+FASTEST = 1.06  # of the recorded speed; the slowest is its reciprocal
 VOCABULARY = 400  # tokens
 
 Rows = list[dict[str, Any]]
@@ -128,17 +131,25 @@ def read_words(rows: Rows, seconds: float) -> dict[str, list[np.ndarray]]:
     return words
 
 
+def vary_speed(random: np.random.Generator, wav: np.ndarray, fastest: float) -> np.ndarray:
+    """A recording [S] with a random speed between 1 / `fastest` and `fastest`."""
+    speed = fastest ** random.uniform(-1, 1)
+    return librosa.resample(wav, orig_sr=RATE * speed, target_sr=RATE)
+
+
 def numbers(words: dict[str, list[np.ndarray]], folder: Path, count: int, seconds: float) -> Rows:
     """Writes recordings of random numbers; returns their manifest."""
     random = np.random.default_rng(0)
     lines: Rows = []
     while len(lines) < count:
         number, text = draw_number(random)
+        is_test = number % TEST_DIVISOR == 0
         wav = join(random, text.split(), words, RATE, PAUSE_SECONDS)
+        if not is_test:
+            wav = vary_speed(random, wav, FASTEST)
         if len(wav) <= seconds * RATE:
             path = f"{len(lines):05}.flac"
             files.write(folder / path, wav[None], RATE)
-            is_test = number % TEST_DIVISOR == 0
             lines.append(manifest_line(path, text, SPEAKER, len(wav) / RATE, is_test))
     return lines
 
@@ -162,7 +173,10 @@ def make(args: argparse.Namespace) -> None:
         print(f"{folders[name]}: {len(lines)} recordings, {minutes:.1f} min, {tests} for tests")
     train = [line for lines in manifests.values() for line in lines if line["split"] == "train"]
     texts = [line["transcript"] for line in train]
-    write_tokenizer(args.output / "tokenizer.json", texts, VOCABULARY, pre_tokenizers.Metaspace())
+    write_tokenizer(
+        args.output / "tokenizer.json", texts, VOCABULARY,
+        pre_tokenizers.Metaspace(), decoders.Metaspace(),
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

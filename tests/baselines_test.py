@@ -41,7 +41,7 @@ def test_tools(tools, rng):
     assert (tools / "c2enc.log").read_text().startswith("3200 ")
 
 
-def test_in_an_evaluation(tools, monkeypatch, rng):
+def test_in_an_evaluation(tools, monkeypatch, rng, capsys):
     """Baselines get results, curves and players like our codec."""
     monkeypatch.chdir(tools)
     os.mkdir("others")
@@ -62,6 +62,10 @@ def test_in_an_evaluation(tools, monkeypatch, rng):
     text = (tools / "out" / "report.html").read_text()
     for part in ("opus/6kbps", "theirs", "theirs/1.5kbps", "v1_tiny/rvq8"):
         assert f"<b>{part}</b>" in text
+    # The same folder with other audio is another codec.
+    soundfile.write("others/a.flac", 0.2 * rng.standard_normal(8000), 24000)
+    assert main(["evaluate", *options]) == 2
+    assert "theirs/set: holds results of another codec or data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

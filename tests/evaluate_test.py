@@ -16,7 +16,7 @@ import moss_tok
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
 from moss_tok.evaluation import datasets, metrics, reconstruction, report, scoring
-from moss_tok.evaluation.results import write_results, write_summary
+from moss_tok.evaluation.results import describe_failures, write_results, write_summary
 
 CODEC = str(GOLDEN / "v1_tiny")
 ALL = ["--output", "out", "--name", "tiny", "--num-workers", "1", "--num-quantizers", "2,8"]
@@ -312,3 +312,12 @@ def test_a_system_has_one_color(tmp_path, monkeypatch):
     colors = {(line.get_label(), line.get_color()) for line in lines}
     assert len(lines) == 3 and len(colors) == 2
     assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["a", "b"]
+
+
+def test_recordings_without_a_metric_are_counted():
+    scores = {
+        "a.flac": {"stoi": 0.5, "pesq-wb": 2.0, "_errors": {}},
+        "b.flac": {"stoi": 0.5, "_errors": {"pesq-wb": "no speech"}},
+    }
+    lines = describe_failures(Path("out/codec/rvq4/speech"), scores, ["stoi", "pesq-wb"])
+    assert lines == ["rvq4, speech: pesq-wb is left out for 1 of 2 recordings; b.flac: no speech"]

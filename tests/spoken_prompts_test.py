@@ -91,6 +91,7 @@ def test_the_tokenizer_keeps_all_texts(made):
     for row in manifest_rows(made / "out" / "numbers"):
         tokens = tokenizer.encode(row["transcript"])
         assert len(tokens) <= 2 * len(row["transcript"].split())
+        assert tokenizer.decode(tokens) == row["transcript"]
         assert text.missing_characters(tokenizer, row["transcript"]) == ""
 
 

@@ -198,6 +198,8 @@ def _rate(
     rated = folder / dataset.name
     with arguments.counter(len(dataset.items), f"{dataset.name}, {folder.name} scored") as count:
         rows = scoring.score(rated, dataset, metric_names, num_workers, count)
+    for line in results.describe_failures(rated, rows, metric_names):
+        print(line)
     return results.write_results(rated, dataset, rows, metric_names, bps)
 
 

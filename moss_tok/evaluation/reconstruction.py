@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,6 +193,8 @@ def reconstruct_by(
         "channels": num_channels,
         "bps": baseline.bps,
     }
+    if baseline.files is not None:
+        model["sha256"] = _digest(baseline.files, dataset)
     rate_folder = folder / dataset.name
     _begin(rate_folder, _describe(dataset, model, None))
     for audio, name, _ in dataset.items:
@@ -203,6 +205,15 @@ def reconstruct_by(
             wav_hat = np.pad(wav_hat, ((0, 0), (0, padding)))
             _write_pair(rate_folder, name, wav, wav_hat, sample_rate)
         yield name
+
+
+def _digest(reconstructions: Mapping[str, Sequence[Path]], dataset: Dataset) -> str:
+    """The sha256 sum of the reconstructions of all recordings, in the order of the data set."""
+    digest = hashlib.sha256()
+    for audio, _, _ in dataset.items:
+        (path,) = reconstructions[audio.stem]
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _begin(rate_folder: Path, description: dict[str, Any]) -> None:

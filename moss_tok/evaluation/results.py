@@ -103,6 +103,25 @@ def _list_errors(scores: Scores, metric_name: str) -> list[str]:
     return errors
 
 
+def describe_failures(folder: Path, scores: Scores, metric_names: Sequence[str]) -> list[str]:
+    """A line for each metric that is not defined for some of the files.
+
+    Args:
+      folder: OUTPUT/MODEL/rvqN/DATASET.
+      scores: Scores of its files.
+      metric_names: Metrics that were computed.
+    """
+    lines = []
+    for name in metric_names:
+        errors = _list_errors(scores, name)
+        if errors:
+            lines.append(
+                f"{folder.parent.name}, {folder.name}: {name} is left out for {len(errors)} of "
+                f"{len(scores)} recordings; {errors[0]}"
+            )
+    return lines
+
+
 def _first_error(scores: Scores, metric_name: str) -> str:
     for row in scores.values():
         if metric_name in row["_errors"]:
