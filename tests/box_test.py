@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -101,12 +102,18 @@ def test_compare(box, capsys):
              "spectrograms.png"}  # fmt: skip
     assert {path.name for path in Path("compared").iterdir()} == names
     assert soundfile.info("compared/4_quantizers.wav").frames == RATE
+    shutil.copy("in.wav", "compared/8_quantizers.wav")  # as of a codec with more quantizers
     assert main(["compare", "in.wav", "compared"]) == 0  # again
+    assert {path.name for path in Path("compared").iterdir()} == names
     for argv, message in (
         (["gone.wav", "x"], "gone.wav: no such file"),
         (["in.wav", "in.wav"], "in.wav: not a folder"),
         (["in.wav", "gone/x"], "no such folder: gone"),
         (["in.wav", "."], ". is not empty, and has no earlier comparison to replace"),
+        (
+            ["compared/original.wav", "compared"],
+            "compared/original.wav is in compared, whose files would be replaced",
+        ),
     ):
         assert main(["compare", *argv]) == 2
         assert capsys.readouterr().err == f"error: {message}\n"

@@ -116,6 +116,29 @@ def test_prepare_rejects_with_reasons(tmp_path, capsys):
     assert summary["records"] == 3 and sum(summary["rejected"].values()) == 3
 
 
+def test_prepare_keeps_metadata_that_looks_like_its_own(tmp_path):
+    folder = make_clips(tmp_path, [1.0] * 3)
+    rows = [{"path": f"{index}.flac"} for index in range(3)]
+    rows[0]["rejected"] = "by the publisher"
+    rows[1]["id"] = None
+    rows[2]["id"] = 7
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_prepare(folder / "manifest.jsonl", tmp_path / "out", *HERE) == 0
+    written = manifest_rows(tmp_path / "out")
+    assert sorted(row["id"] for row in written) == ["0", "1", "7"]
+    assert [row["rejected"] for row in written if "rejected" in row] == ["by the publisher"]
+    assert not (tmp_path / "out" / "rejected.jsonl").read_text()
+
+
+def test_a_twentieth_of_the_recordings_without_a_split_is_held_out(tmp_path):
+    rows = [{"path": f"{index}.flac", "split": "train", "duration_s": 1} for index in range(400)]
+    rows += [{"path": f"new/{index}.flac", "duration_s": 1} for index in range(40)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = manifest.find_items(tmp_path / "manifest.jsonl")
+    held_out = [item.path.parent.name for item in items if item.split == "test"]
+    assert held_out == ["new", "new"]
+
+
 def test_prepare_cuts_and_resamples(tmp_path):
     wav = 0.1 * np.random.default_rng(0).standard_normal((2 * RATE, 2))
     soundfile.write(tmp_path / "a.wav", wav, RATE, subtype="PCM_24")

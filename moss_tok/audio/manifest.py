@@ -154,11 +154,11 @@ def domain_index(domain: str) -> int:
     return DOMAINS.index(domain)
 
 
-def _held_out(paths: list[str]) -> set[str]:
+def _held_out(paths: set[str]) -> set[str]:
     """A fixed twentieth of `paths`, at least one if there are two or more."""
     if len(paths) < 2:
         return set()
-    ranked = sorted(paths, key=_hash_name)
+    ranked = sorted(sorted(paths), key=_hash_name)
     num_held_out = max(1, len(ranked) // _TEST_SHARE)
     return set(ranked[:num_held_out])
 
@@ -168,7 +168,7 @@ def _hash_name(path: str) -> int:
 
 
 def _items(root: storage.Path, rows: list[dict]) -> list[AudioItem]:
-    held_out = _held_out([row["path"] for row in rows])
+    held_out = _held_out({row["path"] for row in rows if not row.get("split")})
     return [_item(root, row, held_out) for row in show_reading(rows)]
 
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from moss_tok.evaluation import sweep
 
     output = Path(args.output)
-    _check_output(output)
+    _check_output(output, Path(args.input))
     seconds = files.duration_seconds(args.input)
     codec = moss_tok.load(args.checkpoint)
     config = codec.config
@@ -53,14 +53,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"listen: {output}/*.wav, see {output}/{_PICTURE}")
 
 
-def _check_output(output: Path) -> None:
-    """Raises ValueError unless the folder is new, empty or of an earlier comparison."""
+def _check_output(output: Path, source: Path) -> None:
+    """Raises ValueError unless the folder is new, empty or of an earlier comparison of a file."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: not a folder")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"no such folder: {output.parent}")
     if output.exists() and any(output.iterdir()) and not (output / _PICTURE).exists():
         raise ValueError(f"{output} is not empty, and has no earlier comparison to replace")
+    if source.resolve().parent == output.resolve():
+        raise ValueError(f"{source} is in {output}, whose files would be replaced")
 
 
 def _table(config: Any, wav: Any, reconstructions: dict[int, Any]) -> list[str]:
@@ -88,6 +90,8 @@ def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any])
         audio[f"{name.replace(' ', '_')}.wav"] = wav_hat
         pictures[f"{name}, {config.bitrate(number):.0f} bit/s"] = wav_hat
     output.mkdir(exist_ok=True)
+    for earlier in output.glob("*_quantizer*.wav"):
+        earlier.unlink()
     report.save_spectrograms(output / _PICTURE, pictures, config.sample_rate)
     for name, samples in audio.items():
         files.write(output / name, samples, config.sample_rate)

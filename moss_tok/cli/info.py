@@ -137,8 +137,8 @@ def describe_training(training: dict[str, Any]) -> list[str]:
     lines = [f"trained       {training.get('steps')} steps, seed {training.get('seed')}"]
     if machine := training.get("machine"):
         lines.append(
-            f"  machine     {machine['num_devices']} x {machine['device']}, "
-            f"{machine['num_cores']} cores, {machine['processor']}"
+            f"  machine     {machine.get('num_devices')} x {machine.get('device')}, "
+            f"{machine.get('num_cores')} cores, {machine.get('processor')}"
         )
     for source in training.get("train_data", []):
         lines.append(f"  data        {_describe_source(source)}")

@@ -118,7 +118,8 @@ def prepare_file(item: AudioItem, settings: Settings) -> list[Record]:
 
 def record_name(item: AudioItem) -> str:
     """The id of a recording's record; ids of parts begin with it."""
-    return str(item.metadata.get("id", storage.printable(item.path.stem)))
+    name = item.metadata.get("id")
+    return storage.printable(item.path.stem) if name is None else str(name)
 
 
 def _record(audio: bytes, name: str, seconds: float, metadata: dict[str, Any]) -> Record:
@@ -273,10 +274,10 @@ def finish(plan: Plan) -> dict[str, Any]:
     rejected = []
     for shard in plan.shards:
         for _, row in read_json_lines(plan.part_path(shard)):
-            if "rejected" in row:
-                rejected.append(row)
-            else:
+            if "id" in row:
                 rows.append(row)
+            else:
+                rejected.append(row)
     empty_shards = []
     for shard in plan.shards:
         if (folder / shard.name).stat().st_size == 0:

@@ -196,10 +196,11 @@ class Demo:
         await response.prepare(request)
         earlier = self._live_page
         self._live_page = response
-        with contextlib.suppress(OSError):  # a page that was closed meanwhile
+        with contextlib.suppress(OSError):  # the earlier page was closed meanwhile
             if earlier is not None and not earlier.closed:
                 await earlier.send_json({"error": "Live audio was started on another page."})
                 await earlier.close()
+        with contextlib.suppress(OSError):  # this page was closed meanwhile
             async with self._streaming:
                 try:
                     await self._stream(response, int(request.query.get("quantizers", 0)))

@@ -75,7 +75,7 @@ def _summarize_manifest(lines: list[str]) -> dict[str, Any]:
         if not line.strip():
             continue
         row = parse_json_object(line)
-        if row.get("split", "train") == "train":
+        if (row.get("split") or "train") == "train":
             num_recordings += 1
             licence = row.get("licence") or row.get("license") or "not stated"
             minutes[str(licence)] += (row.get("duration_s") or 0) / 60

@@ -67,11 +67,14 @@ export function setUpRecording(button, message, codec, load) {
 
   async function start() {
     blocks = [];
+    button.disabled = true; // a second click would open a second microphone
     try {
       microphone = await openMicrophone(codec.sample_rate, 2048);
     } catch (error) {
       show(message, error.message, "bad");
       return;
+    } finally {
+      button.disabled = false;
     }
     button.classList.add("on");
     microphone.node.port.onmessage = ({ data }) => {
