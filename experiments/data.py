@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -260,10 +261,11 @@ def reading_of(line: dict) -> str:
     return re.sub(r"-\d+$", "", stem)
 
 
-def corpus_lines(manifest: Path) -> list[dict]:
+def corpus_lines(manifest: Path, out: Path) -> list[dict]:
     """The train lines of another manifest, some of whose recordings become "test".
 
-    Lines that were cut from the same reading as a test line are left out.
+    Lines that were cut from the same reading as a test line are left out. Paths become relative to
+    the folder `out`: the digest of a list is then the same wherever the two folders are.
     """
     rows = []
     for place, line in read_json_lines(manifest):
@@ -277,7 +279,7 @@ def corpus_lines(manifest: Path) -> list[dict]:
     for line in train:
         if reading_of(line) not in tested:
             recording = line.get("source_path") or line["path"]
-            path = str((manifest.parent / line["path"]).resolve())
+            path = os.path.relpath(manifest.parent.resolve() / line["path"], out.resolve())
             lines.append(line | {"path": path, "split": split_of(str(recording)),
                                  "source": line.get("subset", manifest.parent.name)})  # fmt: skip
     if len(lines) < len(train):
@@ -321,7 +323,7 @@ def main() -> None:
     chosen = [name for name in args.packages.split(",") if name]
     if unknown := set(chosen) - {package.name for package in PACKAGES}:
         parser.error(f"unknown packages: {', '.join(sorted(unknown))}")
-    added = corpus_lines(args.corpus) if args.corpus else []
+    added = corpus_lines(args.corpus, args.out) if args.corpus else []
     lines = []
     for package in PACKAGES:
         if chosen and package.name not in chosen:

@@ -6,6 +6,7 @@ import numbers
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from moss_tok import extras
@@ -74,6 +75,10 @@ def user_error(error: Exception, less: str) -> str:
         line = "" if own else f"{name} is not installed: {extras.install_module(name)}"
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from jax
         line = f"{str(error).splitlines()[0]}; {less}"
+    elif isinstance(error, MemoryError):
+        line = f"not enough memory{f' ({error})' if str(error) else ''}; {less}"
+    elif isinstance(error, BrokenExecutor):
+        line = f"a worker process was killed, probably for lack of memory; {less}, or fewer workers"
     elif isinstance(error, subprocess.CalledProcessError):  # it has said why, if it could
         line = f"{' '.join(map(str, error.cmd))}: exit code {error.returncode}"
     elif isinstance(error, OSError) and error.strerror:  # from the operating system

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,16 +76,28 @@ FAKE_DEVICES = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-s
 
 
 def open_page(browser, address, viewport=WIDE, **options):
-    """The page, the addresses that it asks for, and the errors of its scripts."""
-    page = browser.new_context(viewport=viewport, bypass_csp=True, **options).new_page()
+    """The page, the addresses that it asks for, and the errors that its console shows."""
+    page = browser.new_context(viewport=viewport, **options).new_page()
     page.set_default_timeout(120_000)
     asked = []
     errors = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "console",
+        lambda entry: "Content Security Policy" in entry.text and errors.append(entry.text),
+    )
     page.goto(address)
     page.wait_for_selector("body[data-ready]")
     return page, asked, errors
+
+
+def wait_until(page, expression, seconds=60):
+    """Waits until a JavaScript expression is true; wait_for_function breaks the page's policy."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)
 
 
 def screenshot(page, name):

@@ -25,6 +25,7 @@ from demo_helpers import (
     open_page,
     screenshot,
     serve,
+    wait_until,
     wav_bytes,
 )
 
@@ -216,9 +217,7 @@ def test_a_text_on_the_page(address, viewport, tmp_path):
         assert page.inner_text("#speak-message") == "the text is empty"
         page.set_input_files("#choose-voice", tmp_path / "zeros.wav")
         message = "zeros.wav: the recording is silent (-120 dB)"
-        page.wait_for_function(
-            f"document.getElementById('speak-message').textContent == '{message}'"
-        )
+        wait_until(page, f"document.getElementById('speak-message').textContent == '{message}'")
         page.set_input_files("#choose-voice", tmp_path / "noise.wav")
         page.wait_for_selector("#voice-text")
         assert page.inner_text("#voice-name") == "noise.wav, 0.2 s"
@@ -233,10 +232,10 @@ def test_a_text_on_the_page(address, viewport, tmp_path):
         assert page.inner_text("#speak-message") == cut
         assert float(page.inner_text("#speak-speed")) > 0
         for track in ("speech", "speech-codes"):
-            page.wait_for_function(f"document.querySelector('#{track} img').naturalWidth > 1")
+            wait_until(page, f"document.querySelector('#{track} img').naturalWidth > 1")
         screenshot(page, f"speak-{viewport['width']}")
         page.click("#speech .view")
-        page.wait_for_function("document.querySelector('#speech audio').currentTime > 0")
+        wait_until(page, "document.querySelector('#speech audio').currentTime > 0")
         page.click("#remove-voice")
         assert not page.is_visible("#voice")
         assert no_sideways_scrolling(page)
@@ -249,9 +248,7 @@ def test_recording_a_voice_on_the_page(address):
     with chromium(*FAKE_DEVICES) as browser:
         page, _, errors = open_page(browser, f"{address}#speak", permissions=["microphone"])
         page.click("#record-voice")
-        page.wait_for_function(
-            "document.getElementById('record-voice').textContent.includes('2 s')"
-        )
+        wait_until(page, "document.getElementById('record-voice').textContent.includes('2 s')")
         page.click("#record-voice")
         page.wait_for_selector("#voice-text")
         assert page.inner_text("#voice-name").startswith("recording.wav, ")

@@ -10,7 +10,7 @@ from helpers import RATE
 
 pytest.importorskip("aiohttp", reason="the extra `demo` is not installed")
 
-from aiohttp import WSMsgType
+from aiohttp import WSMsgType, web
 from demo_helpers import (
     FAKE_DEVICES,
     NARROW,
@@ -21,6 +21,7 @@ from demo_helpers import (
     noise,
     open_page,
     serve,
+    wait_until,
     wav_bytes,
 )
 
@@ -128,6 +129,26 @@ def test_live_audio_is_the_reconstruction(micro):
     np.testing.assert_allclose(live, expected[: live.size], atol=1e-4)
 
 
+def test_an_earlier_page_that_was_closed_does_not_end_the_next(micro, monkeypatch):
+    send = web.WebSocketResponse.send_json
+
+    async def fail_on_errors(response, fields):
+        if "error" in fields:
+            raise ConnectionResetError("Cannot write to closing transport")
+        await send(response, fields)
+
+    monkeypatch.setattr(web.WebSocketResponse, "send_json", fail_on_errors)
+
+    async def check(client):
+        async with client.ws_connect("/live?quantizers=2") as earlier:
+            await earlier.receive_json()
+            async with client.ws_connect("/live?quantizers=2") as live:
+                await earlier.close()
+                return await live.receive_json()
+
+    assert serve(micro, check) == {"ready": True}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, micro):
     folder = tmp_path_factory.mktemp("demo") / "tiny"
@@ -173,7 +194,7 @@ def test_a_file_on_the_page(browser, address, tmp_path, viewport):
     for track in ("original", "reconstruction", "codes"):
         assert page.evaluate(f"document.querySelector('#{track} img').naturalWidth") > 10
     page.click("#reconstruction .view")
-    page.wait_for_function("document.querySelector('#reconstruction audio').currentTime > 0")
+    wait_until(page, "document.querySelector('#reconstruction audio').currentTime > 0")
     assert page.inner_text("#file-message", timeout=1000) == "" or not page.is_visible(
         "#file-message"
     )
@@ -191,7 +212,7 @@ def test_live_on_the_page(browser, address, viewport):
         browser, f"{address}#live", viewport, permissions=["microphone"]
     )
     page.click("#start")
-    page.wait_for_function("document.getElementById('latency').textContent.endsWith('ms')")
+    wait_until(page, "document.getElementById('latency').textContent.endsWith('ms')")
     page.wait_for_timeout(1000)
     assert float(page.inner_text("#encode").removesuffix(" ms")) > 0
     assert float(page.inner_text("#latency").removesuffix(" ms")) > 2  # a frame
@@ -205,10 +226,45 @@ def test_live_on_the_page(browser, address, viewport):
 def test_recording_on_the_page(browser, address):
     page, _, errors = open_page(browser, address, permissions=["microphone"])
     page.click("#record")
-    page.wait_for_function("document.getElementById('record').textContent.includes('2 s')")
+    wait_until(page, "document.getElementById('record').textContent.includes('2 s')")
     page.click("#record")
     page.wait_for_selector("#result[data-shown='4']")
     assert page.inner_text("#file-name") == "recording.wav"
+    assert not errors
+
+
+def test_a_double_click_opens_one_microphone(browser, address):
+    page, _, errors = open_page(browser, address, permissions=["microphone"])
+    page.evaluate("""() => {
+        const { mediaDevices } = navigator;
+        const open = mediaDevices.getUserMedia.bind(mediaDevices);
+        window.numOpened = 0;
+        mediaDevices.getUserMedia = (wanted) => { window.numOpened++; return open(wanted); };
+    }""")
+    page.dblclick("#record")
+    wait_until(page, "document.getElementById('record').textContent.includes('1 s')")
+    assert page.evaluate("window.numOpened") == 1
+    page.click("#record")
+    page.wait_for_selector("#result[data-shown='4']")
+    assert not errors
+
+
+def test_positions_that_the_slider_passes_are_not_computed(browser, address, tmp_path):
+    (tmp_path / "noise.wav").write_bytes(wav_bytes(noise(1.5)))
+    page, asked, errors = open_page(browser, address)
+    page.set_input_files("#choose", tmp_path / "noise.wav")
+    page.wait_for_selector("#result[data-shown='4']")
+    asked.clear()
+    page.evaluate("""() => {
+        const slider = document.getElementById("quantizers");
+        for (const position of [1, 2, 3, 2]) {
+            slider.value = position;
+            slider.dispatchEvent(new Event("input"));
+        }
+    }""")
+    page.wait_for_selector("#result[data-shown='2']")
+    numbers = {url.rsplit("/", 1)[-1] for url in asked if url.startswith("http")}
+    assert numbers == {"1", "1.wav", "1.png", "1.codes.png", "2", "2.wav", "2.png", "2.codes.png"}
     assert not errors
 
 

@@ -75,11 +75,24 @@ def test_what_is_defined_for_short_and_silent_clips():
     assert values["sisdr"] == 0 and values["spectral_convergence"] > 1e12
 
 
-def test_long_audio_is_resampled_in_parts(rng, monkeypatch):
+def test_long_audio_is_computed_in_parts(rng, monkeypatch):
     wav = rng.standard_normal((2, 5000)).astype(np.float32)
-    expected = metrics.resample(wav, 44100, 16000)
-    monkeypatch.setattr(metrics, "_BLOCKS_AT_ONCE", 3)
-    np.testing.assert_allclose(metrics.resample(wav, 44100, 16000), expected, atol=1e-6)
+    resampled = metrics.resample(wav, 44100, 16000)
+    distances = metrics.mel_loss(*wav), metrics.stft(*wav)
+    monkeypatch.setattr(metrics, "_SAMPLES_AT_ONCE", 3)
+    monkeypatch.setattr(metrics, "_WINDOWS_AT_ONCE", 2)
+    np.testing.assert_allclose(metrics.resample(wav, 44100, 16000), resampled, atol=1e-6)
+    parts = metrics.mel_loss(*wav), metrics.stft(*wav)
+    np.testing.assert_allclose(parts, distances, rtol=1e-9)
+
+
+def test_resampling_from_a_rate_without_a_common_divisor():
+    """Its kernels have a row for each of 16000 positions, but no more taps than at other rates."""
+    sine = np.sin(2 * np.pi * 440 * np.arange(44099) / 44099)[None]
+    expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    resampled = metrics.resample(sine, 44099, 16000)[0]
+    np.testing.assert_allclose(resampled[100:-100], expected[100:-100], atol=1e-3)
+    assert metrics._sinc_kernels(44099, 16000).nbytes < 6e6
 
 
 def test_shaped_noise_keeps_the_spectrum():

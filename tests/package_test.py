@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import jax
@@ -106,6 +107,13 @@ def test_messages_name_the_extra_of_a_missing_module():
 def test_a_program_that_failed_is_named():
     error = subprocess.CalledProcessError(100, ["apt-get", "download", "x"])
     assert errors.user_error(error, "") == "apt-get download x: exit code 100"
+
+
+def test_a_lack_of_memory_is_named():
+    line = errors.user_error(MemoryError("Unable to allocate 5 GiB"), "use less")
+    assert line == "not enough memory (Unable to allocate 5 GiB); use less"
+    line = errors.user_error(BrokenExecutor("A process ended"), "use less")
+    assert line.endswith("killed, probably for lack of memory; use less, or fewer workers")
 
 
 def test_version(metadata, capsys):

@@ -32,6 +32,7 @@ from moss_tok.demo import sound, speech
 
 _PAGE = Path(__file__).parent / "page"
 _MAX_RECORDINGS = 8  # in memory
+_MAX_RESULTS = 16  # reconstructions in memory
 _MAX_BYTES = 2**28  # of an uploaded file
 _CHUNK_FRAMES = (1, 4)  # of the live streams; 4 to catch up
 _HEADERS = {
@@ -71,7 +72,9 @@ class Demo:
         self._name = name
         self._note = note
         self._recordings: collections.OrderedDict[str, sound.Recording] = collections.OrderedDict()
-        self._results: dict[tuple[str, int], np.ndarray] = {}
+        self._results: collections.OrderedDict[tuple[str, int], np.ndarray] = (
+            collections.OrderedDict()
+        )
         self._computing = asyncio.Lock()
         self._live_page: web.WebSocketResponse | None = None  # the latest
         self._streaming = asyncio.Lock()
@@ -121,8 +124,7 @@ class Demo:
         key = secrets.token_hex(8)
         self._recordings[key] = recording
         while len(self._recordings) > _MAX_RECORDINGS:
-            old, _ = self._recordings.popitem(last=False)
-            self._results = {k: v for k, v in self._results.items() if k[0] != old}
+            self._recordings.popitem(last=False)
         return {
             "id": key,
             "seconds": recording.wav.shape[1] / self._codec.config.sample_rate,
@@ -167,7 +169,7 @@ class Demo:
         return self._recordings[key]
 
     async def _wav(self, request: web.Request) -> np.ndarray:
-        """The original (N = 0) or a reconstruction, which is computed once."""
+        """The original (N = 0) or a reconstruction; the latest ones are kept."""
         recording, number = self._requested(request)
         if number == 0:
             return recording.wav
@@ -177,6 +179,8 @@ class Demo:
                 function = sound.reconstruct
                 wav_hat = await asyncio.to_thread(function, self._codec, recording, number)
                 self._results[key] = wav_hat
+                while len(self._results) > _MAX_RESULTS:
+                    self._results.popitem(last=False)
             return self._results[key]
 
     async def _compute(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -6,7 +6,7 @@ Source: OpenMOSS/MOSS-Audio-Tokenizer-Eval (moss_eval.metrics.core); tests/golde
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from moss_tok import extras
 
 _RATE = 16000  # Hz
 _PACKAGES = {"pesq-nb": "pesq", "pesq-wb": "pesq", "sdr": "mir_eval"}  # in the extra `eval`
-_BLOCKS_AT_ONCE = 4096  # blocks that the resampler computes at once; this bounds its memory
+_SAMPLES_AT_ONCE = 2**16  # that the resampler computes; this bounds its memory
+_WINDOWS_AT_ONCE = 4096  # whose spectra are computed; this bounds their memory
 _MEL_WINDOWS = ((2048, 150), (512, 80))  # window length in samples, number of mel bands
 
 
@@ -106,16 +107,18 @@ def _finite(value: float) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _sinc_kernels(rate_in: int, rate_out: int) -> tuple[np.ndarray, int]:
-    """A Hann-windowed sinc per output phase [rate_out, taps]; the number of taps before time 0."""
+def _sinc_kernels(rate_in: int, rate_out: int) -> np.ndarray:
+    """A Hann-windowed sinc [rate_out, 2 * width + 1] for each position between two input samples.
+
+    Kernel k is for an output sample that is k / rate_out of an input sample after its middle tap.
+    """
     cutoff = min(rate_in, rate_out) * 0.99
     width = math.ceil(6 * rate_in / cutoff)
-    taps = np.arange(-width, width + rate_in) / rate_in
-    phases = -np.arange(rate_out)[:, None] / rate_out
-    t = np.clip((taps + phases) * cutoff, -6, 6)
+    taps = np.arange(-width, width + 1)
+    positions = np.arange(rate_out)[:, None] / rate_out
+    t = np.clip((taps - positions) * cutoff / rate_in, -6, 6)
     window = np.cos(t * np.pi / 12) ** 2
-    kernels = np.sinc(t) * window * cutoff / rate_in
-    return kernels, width
+    return np.sinc(t) * window * cutoff / rate_in
 
 
 def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -128,33 +131,41 @@ def resample(wav: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     divisor = math.gcd(rate_in, rate_out)
     rate_in //= divisor
     rate_out //= divisor
-    kernels, width = _sinc_kernels(rate_in, rate_out)
+    kernels = _sinc_kernels(rate_in, rate_out)
+    width = kernels.shape[1] // 2
     size = -(-wav.shape[-1] * rate_out // rate_in)  # rounded up
-    wav = np.pad(wav.astype(np.float64), ((0, 0), (width, width + rate_in)))
-    windows = np.lib.stride_tricks.sliding_window_view(wav, kernels.shape[1], axis=-1)
-    windows = windows[:, ::rate_in]  # [C, blocks, taps], a view; einsum copies a part at a time
-    parts = []
-    for start in range(0, windows.shape[1], _BLOCKS_AT_ONCE):
-        part = windows[:, start : start + _BLOCKS_AT_ONCE]
-        resampled = np.einsum("cbt,pt->cbp", part, kernels, optimize=True)
-        parts.append(resampled.reshape(wav.shape[0], -1).astype(np.float32))
-    return np.concatenate(parts, axis=1)[:, :size]
+    padded = np.pad(wav.astype(np.float64), ((0, 0), (width, width)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1], axis=-1)  # a view
+    resampled = np.empty((wav.shape[0], size), np.float32)
+    for start in range(0, size, _SAMPLES_AT_ONCE):
+        times = np.arange(start, min(start + _SAMPLES_AT_ONCE, size), dtype=np.int64) * rate_in
+        middle_taps, positions = np.divmod(times, rate_out)
+        for channel in range(wav.shape[0]):
+            parts = np.einsum("st,st->s", windows[channel, middle_taps], kernels[positions])
+            resampled[channel, start : start + times.size] = parts
+    return resampled
 
 
-def _spectrum(wav: np.ndarray, window_length: int) -> np.ndarray:
-    """Magnitudes [F, T] of centred windows: square roots of periodic Hann windows.
+def _spectra(
+    reference: np.ndarray, synthesis: np.ndarray, window_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the magnitudes [F, T] of both signals, some windows at a time to bound the memory.
 
-    The signal is reflected at its ends.
+    Windows are centred, square roots of periodic Hann windows; the signals are reflected at their
+    ends.
     """
     hop = window_length // 4
     half = window_length // 2
     window = np.sqrt(np.hanning(window_length + 1)[:-1])
-    if wav.size <= half:
-        raise ValueError(f"needs more than {half} samples at 16 kHz, got {wav.size}")
-    wav = np.pad(wav.astype(np.float64), half, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(wav, window_length)[::hop]
-    spectrum = np.fft.rfft(frames * window)
-    return np.abs(spectrum).T
+    if reference.size <= half:
+        raise ValueError(f"needs more than {half} samples at 16 kHz, got {reference.size}")
+    frames = []
+    for wav in (reference, synthesis):
+        wav = np.pad(wav.astype(np.float64), half, mode="reflect")
+        frames.append(np.lib.stride_tricks.sliding_window_view(wav, window_length)[::hop])
+    for start in range(0, len(frames[0]), _WINDOWS_AT_ONCE):
+        spectra = [np.fft.rfft(x[start : start + _WINDOWS_AT_ONCE] * window) for x in frames]
+        yield np.abs(spectra[0]).T, np.abs(spectra[1]).T
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,12 +175,18 @@ def _mel_matrix(window_length: int, num_mels: int) -> np.ndarray:
     return librosa.filters.mel(sr=_RATE, n_fft=window_length, n_mels=num_mels, fmax=_RATE / 2)
 
 
-def _l1(a: np.ndarray, b: np.ndarray) -> float:
-    return np.abs(a - b).mean()
-
-
 def _log_power(magnitudes: np.ndarray) -> np.ndarray:
     return np.log10(np.maximum(magnitudes, 1e-5) ** 2)
+
+
+def _distance(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean absolute difference of magnitudes plus that of their log10 power, over all pairs."""
+    total = 0.0
+    size = 0
+    for a, b in pairs:
+        total += np.abs(_log_power(a) - _log_power(b)).sum() + np.abs(a - b).sum()
+        size += a.size
+    return total / size
 
 
 def mel_loss(reference: np.ndarray, synthesis: np.ndarray) -> float:
@@ -177,20 +194,14 @@ def mel_loss(reference: np.ndarray, synthesis: np.ndarray) -> float:
     total = 0.0
     for window_length, num_mels in _MEL_WINDOWS:
         matrix = _mel_matrix(window_length, num_mels)
-        mels = matrix @ _spectrum(reference, window_length)
-        mels_hat = matrix @ _spectrum(synthesis, window_length)
-        total += _l1(_log_power(mels), _log_power(mels_hat)) + _l1(mels, mels_hat)
+        spectra = _spectra(reference, synthesis, window_length)
+        total += _distance((matrix @ a, matrix @ b) for a, b in spectra)
     return total
 
 
 def stft(reference: np.ndarray, synthesis: np.ndarray) -> float:
     """Distance of 16 kHz mono signals as in `mel_loss`, on STFT magnitudes without mel bands."""
-    total = 0.0
-    for window_length, _ in _MEL_WINDOWS:
-        spectrum = _spectrum(reference, window_length)
-        spectrum_hat = _spectrum(synthesis, window_length)
-        total += _l1(_log_power(spectrum), _log_power(spectrum_hat)) + _l1(spectrum, spectrum_hat)
-    return total
+    return sum(_distance(_spectra(reference, synthesis, window)) for window, _ in _MEL_WINDOWS)
 
 
 def stoi(reference: np.ndarray, synthesis: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,8 +92,16 @@ def _describe_machine() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "num_cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": _processor(),
     }
+
+
+def _processor() -> str:
+    """The name of the processor where Linux tells it, otherwise its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _describe_start(init_from: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ export function setUpFile(codec) {
   const slider = $("quantizers");
   slider.max = codec.num_quantizers;
   slider.value = codec.num_quantizers;
-  let wanted = 0; // counts requests: only the latest is shown
+  let updating = null; // the promise of `showLatest` while it runs
+  let isOutdated = false; // the recording or the slider has changed since it began
   const tracks = new Tracks($("result"), PLAYERS);
   for (const track of ["original", "reconstruction"]) tracks.ticks(track, frequencies(codec));
   tracks.ticks("codes", rows(codec.num_quantizers));
@@ -32,38 +33,48 @@ export function setUpFile(codec) {
   }
 
   // Sets audio and spectrogram of a track to those with some quantizers; 0: the original.
-  async function put(track, number, isWanted = () => true) {
-    const base = `/recordings/${tracks.recording.id}/${number}`;
+  async function put(track, number) {
+    const { recording } = tracks;
+    const base = `/recordings/${recording.id}/${number}`;
     const [audio, picture] = await Promise.all([request(`${base}.wav`), request(`${base}.png`)]);
-    if (!isWanted()) return;
+    if (recording !== tracks.recording) return; // another one was loaded meanwhile
     tracks.putAudio(track, audio);
     tracks.putPicture(track, picture);
   }
 
-  async function update() {
-    const number = Number(slider.value);
-    $("bitrate").textContent = bitrateText(codec, number);
-    if (!tracks.recording) return;
-    const mine = ++wanted;
-    const isWanted = () => mine === wanted;
-    const base = `/recordings/${tracks.recording.id}/${number}`;
+  // Shows the slider's position. Positions that it passes meanwhile are not computed.
+  function update() {
+    $("bitrate").textContent = bitrateText(codec, Number(slider.value));
+    if (!tracks.recording) return Promise.resolve();
+    isOutdated = true;
+    updating ??= showLatest().finally(() => { updating = null; });
+    return updating;
+  }
+
+  async function showLatest() {
     $("reconstruction").classList.add("waiting");
     try {
-      const [codes] = await Promise.all([
-        request(`${base}.codes.png`),
-        put("reconstruction", number, isWanted),
-      ]);
-      const { distances } = await request(base);
-      if (!isWanted()) return;
-      tracks.putPicture("codes", codes);
-      $("distances").textContent = Object.entries(distances)
-        .map(([name, value]) => `${name.replace("_loss", "")} ${value.toFixed(2)}`).join(" · ");
-    } finally {
-      if (isWanted()) {
-        $("reconstruction").classList.remove("waiting");
-        $("result").dataset.shown = number; // for tests
+      while (isOutdated) {
+        isOutdated = false;
+        await showPosition(Number(slider.value)).catch((error) => { if (!isOutdated) throw error; });
       }
+    } finally {
+      $("reconstruction").classList.remove("waiting");
     }
+  }
+
+  async function showPosition(number) {
+    const { recording } = tracks;
+    const base = `/recordings/${recording.id}/${number}`;
+    const [codes] = await Promise.all([
+      request(`${base}.codes.png`), put("reconstruction", number),
+    ]);
+    const { distances } = await request(base);
+    if (recording !== tracks.recording) return;
+    tracks.putPicture("codes", codes);
+    $("distances").textContent = Object.entries(distances)
+      .map(([name, value]) => `${name.replace("_loss", "")} ${value.toFixed(2)}`).join(" · ");
+    $("result").dataset.shown = number; // for tests
   }
 
   slider.oninput = () => update().catch((error) => show("file-message", error.message, "bad"));
