@@ -1,5 +1,6 @@
 """The codec that comes with the package, and the record of what produced a checkpoint."""
 
+import errno
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from moss_tok import assets, checkpoint
 from moss_tok.cli.main import main
 from moss_tok.codec import pretrained
 from moss_tok.convert import convert
+from moss_tok.evaluation import report
 from moss_tok.objectives.config import configure
 from moss_tok.training import provenance
 
@@ -90,7 +92,7 @@ def test_commands_without_a_checkpoint(box, capsys):
         assert line in out.splitlines()
 
 
-def test_compare(box, capsys):
+def test_compare(box, capsys, monkeypatch):
     assert main(["compare", "in.wav", "compared"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "in.wav: 1.0 s; 500 frames per second"
@@ -105,6 +107,19 @@ def test_compare(box, capsys):
     shutil.copy("in.wav", "compared/8_quantizers.wav")  # as of a codec with more quantizers
     assert main(["compare", "in.wav", "compared"]) == 0  # again
     assert {path.name for path in Path("compared").iterdir()} == names
+    Path("compared/my_quantizer_notes.wav").touch()
+    earlier = {path: path.read_bytes() for path in Path("compared").iterdir()}
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "save_spectrograms", fail)
+        assert main(["compare", "in.wav", "compared"]) == 2
+        assert main(["compare", "in.wav", "new"]) == 2
+    assert {path: path.read_bytes() for path in Path("compared").iterdir()} == earlier
+    assert not Path("new").exists()
+    assert capsys.readouterr().err == 2 * "error: No space left on device\n"
     for argv, message in (
         (["gone.wav", "x"], "gone.wav: no such file"),
         (["in.wav", "in.wav"], "in.wav: not a folder"),

@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from helpers import GOLDEN
 
 import moss_tok
 from moss_tok import checkpoint
+from moss_tok.audio import files, writing
 from moss_tok.cli.main import COMMANDS, build_parser, main
 from moss_tok.codec import inference
 
@@ -164,3 +167,50 @@ def test_folders(coded_folder, capsys):
     Path("empty").mkdir()
     assert main(["encode", "empty", "more", "--checkpoint", CODEC]) == 2
     assert "empty: no files (.wav, .flac" in capsys.readouterr().err
+
+
+def test_decoding_into_the_folder_does_not_replace_the_recordings(coded_folder, capsys):
+    Path("songs").mkdir()
+    shutil.copy("in.wav", "songs/a.wav")
+    before = Path("songs/a.wav").read_bytes()
+    assert main(["encode", "songs", "songs", "--checkpoint", CODEC]) == 0
+    assert main(["decode", "songs", "songs", "--checkpoint", CODEC]) == 2
+    message = "songs/a.wav: exists, maybe the original; decode into another folder"
+    assert message in capsys.readouterr().err
+    assert Path("songs/a.wav").read_bytes() == before
+    assert main(["decode", "songs", "decoded", "--checkpoint", CODEC]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_no_partial_file(coded_folder, monkeypatch, number):
+    def write(path, blocks, *args):
+        def write_half(file):
+            file.write(b"half")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+        writing.write_atomically(path, write_half)
+
+    monkeypatch.setattr(files, "write_blocks", write)
+    with pytest.raises(SystemExit) as ended:
+        main(["stream", "--input", "in.wav", "--output", "out.wav", "--checkpoint", CODEC])
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert not list(Path().glob(".incomplete*")) and not Path("out.wav").exists()
+
+
+def test_a_full_standard_output_is_one_line(coded_folder):
+    command = [sys.executable, "-m", "moss_tok", "info", "tiny"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=environment, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("training", [{"train_data": [{}]}, {"machine": "x"}, {"init_from": "x"}])
+def test_a_training_json_of_something_else(coded_folder, capsys, training):
+    shutil.copytree(CODEC, "other")
+    Path("other/training.json").write_text(json.dumps(training))
+    assert main(["info", "other"]) == 2
+    assert "other/training.json: not as train.py writes it" in capsys.readouterr().err

@@ -214,7 +214,11 @@ def test_another_data_set_of_the_name(evaluated, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[]", "expected a JSON object"), ('{"a": 5}', "a must be a JSON object, got 5"),
-     ('{"a": {"stoi": "x"}}', "stoi of a must be a number, got 'x'")],
+     ('{"a": {"stoi": "x"}}', "stoi of a must be a number, got 'x'"),
+     ('{"a": {"stoi": true}}', "stoi of a must be a number, got True"),
+     ('{"bps": "x"}', "bps must be a number, got 'x'"),
+     ('{"a": {"_domains": null}}', "_domains of a must be a JSON object, got None"),
+     ('{"a": {"_domains": {"b": 5}}}', "a, b must be a JSON object, got 5")],
 )  # fmt: skip
 def test_broken_results(tmp_path, capsys, text, message):
     (tmp_path / "rvq1").mkdir()
@@ -222,6 +226,13 @@ def test_broken_results(tmp_path, capsys, text, message):
     assert main(["report", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_broken_entropy(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"a": {"stoi": 0.5}}')
+    (tmp_path / "entropy.json").write_text('{"a": 3}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "entropy.json: a must be a list of numbers, got 3" in capsys.readouterr().err
 
 
 def test_numbers():
@@ -273,7 +284,8 @@ def test_page_of_a_run(tmp_path, capsys, rng):
     rows = [{"step": 50, "loss": 2.5, "audio_seconds_per_second": 51.0}]
     (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + '\n{"step": 1')
     table = {"speech": {"silence": {"mel_loss": 9.0}, "1 quantizer": {"mel_loss": 2.0}}}
-    (folder / "evaluation.jsonl").write_text(json.dumps({"step": 50, "table": table}) + "\n")
+    lines = [json.dumps({"step": 50, "table": good}) for good in (table, [], {"speech": 3})]
+    (folder / "evaluation.jsonl").write_text("\n".join(lines))
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.split("\n")[-2] == str(folder / "report.html")
     assert len(sources(folder / "report.html")) == 7  # the curves are drawn

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_prepare_as_a_beam_pipeline(clips, tmp_path, capsys):
         (["gone", "OUT"], "gone: no such folder or manifest"),
         (["IN", "FULL"], "exists and is not empty"),
         (["IN", "OUT", "--sample-rate", "5"], "sample_rate must be 1000..384000 Hz, got 5"),
-        (["IN", "OUT", "--shard-hours", "0"], "shard_hours must be positive, got 0"),
+        (["IN", "OUT", "--shard-hours", "0"], "shard_hours must be at least 1e-06, got 0"),
         (["IN", "OUT", "--min-seconds", "99"], "min_seconds must be 0..max_seconds 60"),
         (["IN", "OUT", "--num-workers", "0"], "num_workers must be at least 1, got 0"),
         (["IN", "OUT", "--beam-flags=--project=x"], "--beam-flags needs --runner"),
@@ -215,3 +216,27 @@ def test_broken_records_are_named(tmp_path):
         records.unpack(b"\xc1", "x[3]")
     with pytest.raises(ValueError, match="no record"):
         records.unpack(records.pack("text", {}), "x")
+
+
+def test_a_damaged_shard_is_written_again(clips, tmp_path):
+    out = tmp_path / "out"
+    assert run_prepare(clips / "manifest.jsonl", out, *HERE) == 0
+    shards = sorted(out.glob("*.array_record"))
+    before = [shard.read_bytes() for shard in shards]
+    for content in (b"", before[0][:-100]):
+        shards[0].write_bytes(content)
+        assert run_prepare(clips / "manifest.jsonl", out, *HERE) == 0
+        assert sorted(out.glob("*.array_record")) == shards
+        assert len(records.Shards(shards[:1])) > 0
+        assert shards[0].stat().st_size == len(before[0])
+
+
+def test_a_worker_that_was_killed_is_named(clips, tmp_path, monkeypatch):
+    class Killed(prepare.ProcessPoolExecutor):
+        def submit(self, function, *args):
+            return super().submit(os._exit, 1)
+
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Killed)
+    plan = prepare.make_plan(clips / "manifest.jsonl", tmp_path / "out", prepare.Settings())
+    with pytest.raises(BrokenExecutor):
+        prepare.run_local(plan, 2)

@@ -21,7 +21,7 @@ import moss_tok
 from moss_tok import sharding
 from moss_tok.cli.main import main
 from moss_tok.codec import inference, pretrained
-from moss_tok.data import batches, jobs, read_codes, records, tokenize
+from moss_tok.data import batches, codes, jobs, read_codes, records, tokenize
 
 SIZES = (900, 4000, 4100, 4200, 8000, 15, 7000, 30000, 4300, 1)
 
@@ -312,6 +312,33 @@ def test_killed_and_gone_on_with(root, whole, tmp_path):
     for name, modified in done.items():
         assert name not in parts or (out / name).stat().st_mtime_ns == modified
     assert list(out.rglob(".incomplete-*")) == [new]  # somebody may be at work on another host
+
+
+def test_a_damaged_shard_is_written_again(root, whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    shard = min(copy.glob("codes-*"))
+    content = shard.read_bytes()
+    for damaged in (b"", content[:-100]):
+        shard.write_bytes(damaged)
+        if damaged:
+            with pytest.raises(ValueError, match="no ArrayRecord files"):
+                codes.read_codes(copy)
+        assert run(root, "in", copy) == 0
+        assert contents(copy) == contents(whole)
+    part = min((copy / "parts").iterdir())
+    part.write_text("{}\n")
+    capsys.readouterr()
+    assert run(root, "in", copy) == 2
+    assert f"{part}: is damaged; delete it" in capsys.readouterr().err
+    part.unlink()
+    assert run(root, "in", copy) == 0
+
+
+def test_the_plan_of_something_else(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="plan.json: has no codec, so no output of moss-tok"):
+        codes.read_codes(tmp_path)
 
 
 def test_another_codec_or_setting_does_not_go_on(root, whole, tmp_path, capsys):

@@ -79,7 +79,7 @@ class _Target:
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         """Writes; 0 if that fails."""
@@ -96,14 +96,14 @@ class _Target:
     def _try(self, function: Callable[..., int], *args: Any) -> int:
         try:
             return function(*args)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C, too
             self.error = self.error or error
             return 0
 
 
 @contextlib.contextmanager
 def _named_failures(path: Path, target: _Target) -> Iterator[None]:
-    """Raises failures of libsndfile as ValueError, and those of `target` as OSError."""
+    """Raises failures of libsndfile as ValueError, and those of `target` as they are."""
     try:
         yield
     except (soundfile.SoundFileError, AssertionError) as error:  # the latter after a partial write

@@ -11,6 +11,7 @@ from typing import Any
 
 # Errors of one file after which no other file could be written either.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DECODED = ".wav"  # suffix of decoded audio
 
 
 def add_codec(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -93,7 +94,10 @@ def each_file(
         path, or a full or read-only disk.
       OSError: The output folder cannot be written.
     """
+    from moss_tok import storage
+
     *input_suffixes, output_suffix = suffixes
+    storage.to_local_path(output)
     if not Path(source).is_dir():
         if Path(source).is_file():
             check_not_overwritten(source, output)
@@ -106,10 +110,15 @@ def each_file(
 
 
 def _check_outside(source: str, output: str) -> None:
+    if _is_inside(source, output):
+        raise ValueError(f"{output}: the output must not be the input folder or inside it")
+
+
+def _is_inside(source: str | Path, output: str | Path) -> bool:
+    """Whether the output folder is the input folder or inside it."""
     folder = Path(source).resolve()
     target = Path(output).resolve()
-    if folder == target or folder in target.parents:
-        raise ValueError(f"{output}: the output must not be the input folder or inside it")
+    return folder == target or folder in target.parents
 
 
 def _each_of_folder(
@@ -121,6 +130,8 @@ def _each_of_folder(
     *input_suffixes, output_suffix = suffixes
     paths = folders.select(source, storage.files_under(source), input_suffixes)
     sources = _match_outputs(paths, source, output, output_suffix)
+    if output_suffix == _DECODED:
+        _check_no_recordings(source, output, sources)
     output.mkdir(parents=True, exist_ok=True)
     storage.check_writable(output)
     failures: list[str] = []
@@ -152,6 +163,18 @@ def _match_outputs(
             raise ValueError(f"{path} and {sources[target]} would both become {target}")
         sources[target] = path
     return sources
+
+
+def _check_no_recordings(source: Path, output: Path, targets: Iterable[Path]) -> None:
+    """Raises ValueError if decoding into the folder of the codes would replace a file.
+
+    It may be the recording that was encoded.
+    """
+    if not _is_inside(source, output):
+        return
+    for target in targets:
+        if target.exists():
+            raise ValueError(f"{target}: exists, maybe the original; decode into another folder")
 
 
 def _no_room(error: BaseException | None) -> str:

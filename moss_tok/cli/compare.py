@@ -4,6 +4,8 @@ The lower bitrates are decoded from the first quantizers of the same codes.
 """
 
 import argparse
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ EXAMPLE = "moss-tok compare speech.flac compared"
 
 _MAX_SECONDS = 30.0
 _PICTURE = "spectrograms.png"
+_RECONSTRUCTION = re.compile(r"\d+_quantizers?\.wav")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +82,7 @@ def _table(config: Any, wav: Any, reconstructions: dict[int, Any]) -> list[str]:
 
 
 def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any]) -> None:
-    """Writes the picture, which marks the folder as a comparison, and then the audio files."""
+    """Replaces the files of an earlier comparison once all new ones are complete."""
     from moss_tok.audio import files
     from moss_tok.evaluation import report, sweep
 
@@ -89,9 +92,19 @@ def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any])
         name = sweep.system_name(number)
         audio[f"{name.replace(' ', '_')}.wav"] = wav_hat
         pictures[f"{name}, {config.bitrate(number):.0f} bit/s"] = wav_hat
+    is_new = not output.exists()
     output.mkdir(exist_ok=True)
-    for earlier in output.glob("*_quantizer*.wav"):
-        earlier.unlink()
-    report.save_spectrograms(output / _PICTURE, pictures, config.sample_rate)
-    for name, samples in audio.items():
-        files.write(output / name, samples, config.sample_rate)
+    try:
+        with tempfile.TemporaryDirectory(prefix=files.INCOMPLETE, dir=output) as folder:
+            report.save_spectrograms(Path(folder, _PICTURE), pictures, config.sample_rate)
+            for name, samples in audio.items():
+                files.write(Path(folder, name), samples, config.sample_rate)
+            for path in output.iterdir():
+                if _RECONSTRUCTION.fullmatch(path.name):
+                    path.unlink()
+            for path in Path(folder).iterdir():
+                path.rename(output / path.name)
+    except BaseException:
+        if is_new:
+            output.rmdir()
+        raise

@@ -54,7 +54,7 @@ def _describe(name: str | None) -> list[str]:
     else:
         config = pretrained.load_config(folder)
         lines = describe(config, pretrained.param_shapes(config))
-    lines += describe_training(checkpoint.read_training(folder))
+    lines += _describe_training_of(folder)
     if name is None:
         lines.append(f"{'note':<13} {assets.NOTE}")
     return lines
@@ -128,6 +128,17 @@ def _describe_module(module: Any, window: int | None, rate: float) -> str:
         f"{module.num_layers} layers, {module.num_heads} heads, mlp {module.mlp_dim}, "
         f"{rate:g} Hz, window {window} frames ({window / rate:g} s)"
     )
+
+
+def _describe_training_of(folder: Any) -> list[str]:
+    from moss_tok import checkpoint
+
+    training = checkpoint.read_training(folder)
+    try:
+        return describe_training(training)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        path = folder / checkpoint.TRAINING_NAME
+        raise ValueError(f"{path}: not as train.py writes it ({error!r})") from error
 
 
 def describe_training(training: dict[str, Any]) -> list[str]:

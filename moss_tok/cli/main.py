@@ -1,9 +1,12 @@
 """Entry point of `moss-tok`: runs a command, and prints user errors as one line."""
 
 import argparse
+import contextlib
 import io
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moss_tok.audio import notes
 from moss_tok.cli import arguments, commands
@@ -26,10 +29,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flush()
         return code
 
+    with _removing_partial_files():
+        try:
+            code = exit_code(run, "take shorter audio or fewer files at a time")
+        except KeyboardInterrupt:
+            return 130
+    if code:
+        with contextlib.suppress(OSError):  # the error has been printed
+            _flush()
+    return code
+
+
+@contextlib.contextmanager
+def _removing_partial_files() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes partial files."""
+
+    def stop(number: int, frame: Any) -> None:
+        del frame
+        sys.exit(128 + number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
     try:
-        return exit_code(run, "take shorter audio or fewer files at a time")
-    except KeyboardInterrupt:
-        return 130
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parse_command(argv: Sequence[str]) -> str:

@@ -81,6 +81,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("standard input is closed")
     if sys.stdout is None:
         raise ValueError("standard output is closed")
+    for name in ("input", "output"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{name} must be a file, got ''")
     if args.output and not args.input:
         raise ValueError("--output needs --input")
     if args.input and args.decode:

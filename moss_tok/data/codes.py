@@ -12,7 +12,6 @@ from typing import Any
 import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from grain.sources import ArrayRecordDataSource
 
 from moss_tok import storage, summary
 from moss_tok.data import records
@@ -181,6 +180,9 @@ class CodeSource:
         if not plan.is_file():
             raise ValueError(f"{folder}: no {PLAN}, so no output of moss-tok tokenize")
         self.settings = read_json_object(plan)
+        missing = {"codec", "format", "num_quantizers"} - self.settings.keys()
+        if missing:
+            raise ValueError(f"{plan}: has no {min(missing)}, so no output of moss-tok tokenize")
         paths = sorted(self.folder.glob("codes-*-of-*"))
         if not paths:
             raise ValueError(f"{folder}: 0 of its shards are there")
@@ -196,8 +198,8 @@ class CodeSource:
                     self._lines.append((f"{path}:{number}", line))
         else:
             # An empty file is a shard without records.
-            filled = [str(path) for path in paths if path.stat().st_size]
-            self._source = ArrayRecordDataSource(filled) if filled else []
+            filled = [path for path in paths if path.stat().st_size]
+            self._source = records.open_shards(filled) if filled else []
 
     def __repr__(self) -> str:
         return f"CodeSource({str(self.folder)!r}, {summary.count(len(self), 'item')})"

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -18,9 +19,11 @@ from typing import Any
 
 from moss_tok import storage
 from moss_tok.audio import files
-from moss_tok.json_files import format_json, read_json_object
+from moss_tok.json_files import format_json, parse_json_object, read_json_object
 
+SHARD_BYTES = "shard_bytes"  # a key of the first line of a part: the size of its shard
 _PARTS = "parts"
+_MIN_SHARD_HOURS = 1e-6
 _MAX_AGE_SECONDS = 3600  # a process of another host has ended if its file is older than this
 
 
@@ -58,8 +61,25 @@ class Plan:
         return self.folder / _PARTS / f"{shard.name}{self.suffix}"
 
     def is_done(self, shard: Shard) -> bool:
-        """Whether a shard and its part exist."""
-        return (self.folder / shard.name).exists() and self.part_path(shard).exists()
+        """Whether a shard and its part exist, and the shard has the size that its part says."""
+        path = self.folder / shard.name
+        part = self.part_path(shard)
+        if not path.exists() or not part.exists():
+            return False
+        with part.open() as file:
+            first_line = file.readline()
+        try:
+            fields = parse_json_object(first_line)
+        except ValueError:  # damaged
+            return False
+        num_bytes = path.stat().st_size
+        return fields.get(SHARD_BYTES, num_bytes) == num_bytes  # earlier versions have no size
+
+
+def check_shard_hours(hours: float) -> None:
+    """Raises ValueError unless the length of shards is positive, finite and not absurdly short."""
+    if not _MIN_SHARD_HOURS <= hours < math.inf:
+        raise ValueError(f"shard_hours must be at least {_MIN_SHARD_HOURS}, got {hours}")
 
 
 def check_folder(folder: str | Path, plan_name: str) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class Settings:
             raise ValueError(f"sample_rate must be 1000..384000 Hz, got {self.sample_rate}")
         if not 0 <= self.num_shards <= 99999:
             raise ValueError(f"num_shards must be 1..99999, got {self.num_shards}")
-        for name in ("shard_hours", "max_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        jobs.check_shard_hours(self.shard_hours)
+        if not 0 < self.max_seconds < math.inf:
+            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise ValueError(
                 f"min_seconds must be 0..max_seconds {self.max_seconds:g}, got {self.min_seconds}"
@@ -186,8 +187,8 @@ def _hash_name(item: AudioItem) -> bytes:
 def write_shard(plan: Plan, shard: Shard, progress: Callable[[], Any] = lambda: None) -> None:
     """Writes one shard and its listing, unless both exist.
 
-    The listing has a line per record (as in the manifest) and per rejected file. The shard is
-    renamed last, so it is complete if it exists.
+    The listing has a line with the size of the shard, then one per record (as in the manifest) and
+    per rejected file. The shard is renamed last, so it is complete if it exists.
     """
     if plan.is_done(shard):
         for _ in shard.items:
@@ -196,10 +197,11 @@ def write_shard(plan: Plan, shard: Shard, progress: Callable[[], Any] = lambda: 
     listing = plan.part_path(shard)
     with jobs.new_file(plan.folder / shard.name) as temporary:
         rows = _write_records(temporary, shard, plan.settings, progress)
-        listing.parent.mkdir(exist_ok=True)
-        files.write_text(listing, format_json_lines(rows))
         if not any("record" in row for row in rows):
             temporary.write_bytes(b"")  # an ArrayRecord file without records cannot be opened
+        size = {jobs.SHARD_BYTES: temporary.stat().st_size}
+        listing.parent.mkdir(exist_ok=True)
+        files.write_text(listing, format_json_lines([size, *rows]))
 
 
 def _write_records(
@@ -272,15 +274,15 @@ def finish(plan: Plan) -> dict[str, Any]:
     folder = plan.folder
     rows = []
     rejected = []
+    empty_shards = []
     for shard in plan.shards:
+        num_earlier = len(rows)
         for _, row in read_json_lines(plan.part_path(shard)):
             if "id" in row:
                 rows.append(row)
-            else:
+            elif "rejected" in row:
                 rejected.append(row)
-    empty_shards = []
-    for shard in plan.shards:
-        if (folder / shard.name).stat().st_size == 0:
+        if len(rows) == num_earlier:
             empty_shards.append(shard)
     summary = {
         "hours": _hours_by_domain(rows),
@@ -322,21 +324,24 @@ def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda
     context = multiprocessing.get_context("spawn")
     num_done = context.Value("q", 0)
     num_reported = 0
-    with context.Pool(num_workers, _start_worker, (num_done,)) as pool:
+    # Not multiprocessing.Pool, which waits for ever for a worker that was killed.
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (num_done,)) as pool:
         worker_plan = _without_shards(plan)
-        results = [pool.apply_async(_work, (worker_plan, shard)) for shard in plan.shards]
-        while True:
-            # Before the counter is read, so that the last recordings are reported, too.
-            is_finished = all(result.ready() for result in results)
-            count = num_done.value
-            for _ in range(count - num_reported):
-                progress()
-            num_reported = count
-            if is_finished:
-                break
-            results[-1].wait(0.1)
-        for result in results:
-            result.get()  # raises the error of a worker
+        pending = {pool.submit(_work, worker_plan, shard) for shard in plan.shards}
+        try:
+            while pending:
+                done, pending = wait(pending, 0.1, FIRST_EXCEPTION)
+                count = num_done.value
+                for _ in range(count - num_reported):
+                    progress()
+                num_reported = count
+                for future in done:
+                    future.result()  # raises the error of a worker
+        except BaseException:  # KeyboardInterrupt, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _without_shards(plan: Plan) -> Plan:

@@ -67,13 +67,7 @@ class Shards:
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        copies = local_copies(self.paths)
-        try:
-            self._source = ArrayRecordDataSource(list(map(str, copies)))
-        except (RuntimeError, ValueError) as error:
-            hints = filter(None, map(storage.pointer_hint, copies))
-            reason = next(hints, error)
-            raise ValueError(f"{self.paths[0]} ...: no ArrayRecord files ({reason})") from error
+        self._source = open_shards(local_copies(self.paths))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -90,6 +84,16 @@ class Shards:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{self.name(index)}: broken record ({error})") from error
         return unpack(record, self.name(index))
+
+
+def open_shards(paths: Sequence[Path]) -> ArrayRecordDataSource:
+    """Random access to the bytes of the records. Raises ValueError if a shard is broken."""
+    try:
+        return ArrayRecordDataSource(list(map(str, paths)))
+    except (RuntimeError, ValueError) as error:
+        hints = filter(None, map(storage.pointer_hint, paths))
+        reason = str(next(hints, error)) or "truncated or of another kind"
+        raise ValueError(f"{paths[0]} ...: no ArrayRecord files ({reason})") from error
 
 
 @functools.lru_cache(maxsize=256)

@@ -61,9 +61,10 @@ class Settings:
 
     def __post_init__(self):
         check_choice("format", self.format, tuple(WRITERS))
-        for name in ("shard_hours", "batch_seconds", "num_workers"):
+        for name in ("batch_seconds", "num_workers"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        jobs.check_shard_hours(self.shard_hours)
 
 
 def find_items(source: str) -> list[tuple[str, AudioItem]]:
@@ -181,8 +182,9 @@ def make_plan(codec: Codec, items: Items, folder: str | Path, settings: Settings
         "hop_length": codec.config.hop_length,
         "codebook_size": codec.config.quantizer.codebook_size,
     }
+    shards = _divide(by_length, settings)
     jobs.begin(folder, PLAN, fields, "codes of another run")
-    return Plan(folder, settings, _divide(by_length, settings), _PART)
+    return Plan(folder, settings, shards, _PART)
 
 
 def _divide(by_length: Items, settings: Settings) -> tuple[Shard, ...]:
@@ -298,7 +300,9 @@ def _write_shard(plan: Plan, shard: Shard, encoded: CodesById, errors: Errors) -
     ids += [row["id"] for row in failures]
     with jobs.new_file(plan.folder / shard.name) as path:
         WRITERS[plan.settings.format](path, rows)
+        num_bytes = path.stat().st_size
     part = {
+        jobs.SHARD_BYTES: num_bytes,
         "num_items": len(rows),
         "num_frames": num_frames,
         "ids": jobs.digest(ids),
@@ -342,6 +346,9 @@ def finish(plan: Plan) -> dict[str, Any] | None:
 
 def _check_part(plan: Plan, shard: Shard, part: dict[str, Any]) -> None:
     """Raises ValueError unless a shard has exactly the recordings of the plan."""
+    if not {"num_items", "num_frames", "ids", "failures"} <= part.keys():
+        path = plan.part_path(shard)
+        raise ValueError(f"{path}: is damaged; delete it, then its shard is written again")
     failed_ids = [row["id"] for row in part["failures"]]
     not_encoded = set(failed_ids)
     encoded_ids = [item_id for item_id, _ in shard.items if item_id not in not_encoded]

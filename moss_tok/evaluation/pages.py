@@ -265,7 +265,7 @@ def write_run(workdir: Path) -> Path:
 
 def _evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     """A table per domain of the last evaluation."""
-    complete = [row for row in rows if {"step", "table"} <= row.keys()]
+    complete = [row for row in rows if "step" in row and _is_table(row.get("table"))]
     if not complete:
         return []
     last = complete[-1]
@@ -282,6 +282,15 @@ def _evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[l
     return tables
 
 
+def _is_table(value: Any) -> bool:
+    """Whether a value is domain -> system -> metric -> number."""
+    try:
+        means = [m for systems in value.values() for m in systems.values()]
+        return all(isinstance(number, (int, float)) for m in means for number in m.values())
+    except AttributeError:  # one of them is no object
+        return False
+
+
 def _progress_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Notes about the last logged step."""
     if not rows:
@@ -289,9 +298,9 @@ def _progress_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     last = rows[-1]
     loss = last.get("loss")
     loss_note = f"loss {loss:.4g}." if is_number(loss) else "no finite loss."
-    notes = [f"Step {last['step']}, {loss_note}"]
+    notes = [f"Step {last.get('step')}, {loss_note}"]
     speed = last.get("audio_seconds_per_second")
-    if speed is not None:
+    if is_number(speed):
         notes.append(f"Speed at the end: {speed:.3g} s of audio per second.")
     return notes
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moss_tok import storage
 from moss_tok.audio import files
 from moss_tok.codec import codes
 from moss_tok.codec.config import CodecConfig
@@ -34,7 +35,7 @@ _MAX_BATCH_SIZE = 64
 
 def check_output(output: str) -> None:
     """Raises ValueError unless `output` is new, or empty, or a folder with results."""
-    path = Path(output)
+    path = storage.to_local_path(output)
     if not output or (path.exists() and not path.is_dir()):
         raise ValueError(f"output must be a folder, got {output!r}")
     has_results = any(path.glob("*/*/manifest.json")) or any(path.glob("*/*/*/manifest.json"))

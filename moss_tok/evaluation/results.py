@@ -11,6 +11,7 @@ import numpy as np
 
 from moss_tok.audio import files
 from moss_tok.codec.inference import Codec
+from moss_tok.errors import is_number
 from moss_tok.evaluation import metrics, reconstruction
 from moss_tok.evaluation.datasets import Dataset
 from moss_tok.evaluation.scoring import Scores
@@ -134,14 +135,29 @@ def _read_means(path: Path) -> dict[str, dict[str, Any]]:
     results = read_json_object(path) if path.exists() else {}
     for name, entry in results.items():
         if name == "bps":  # older versions of the official toolkit put the rate here
+            _check_number(path, name, entry)
             continue
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {name} must be a JSON object, got {entry!r}")
-        for metric_name in (*COLUMNS, "bps"):
-            value = entry.get(metric_name, 0)
-            if not isinstance(value, (int, float)):
-                raise ValueError(f"{path}: {metric_name} of {name} must be a number, got {value!r}")
+        _check_means(path, name, entry)
+        domains = entry.get("_domains", {})
+        if not isinstance(domains, dict):
+            raise ValueError(f"{path}: _domains of {name} must be a JSON object, got {domains!r}")
+        for domain, means in domains.items():
+            _check_means(path, f"{name}, {domain}", means)
     return results
+
+
+def _check_means(path: Path, name: str, means: Any) -> None:
+    """Raises ValueError unless the means over a data set are numbers by name of the metric."""
+    if not isinstance(means, dict):
+        raise ValueError(f"{path}: {name} must be a JSON object, got {means!r}")
+    for metric_name in (*COLUMNS, "bps"):
+        if metric_name in means:
+            _check_number(path, f"{metric_name} of {name}", means[metric_name])
+
+
+def _check_number(path: Path, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{path}: {name} must be a number, got {value!r}")
 
 
 def write_means(folder: Path, dataset: Dataset, means: dict[str, float]) -> None:
@@ -183,6 +199,8 @@ def read_entropy(output: Path) -> Iterator[tuple[str, list[float]]]:
     for path in sorted(output.rglob("entropy.json")):
         codec = path.parent.relative_to(output)
         for name, bits in read_json_object(path).items():
+            if not isinstance(bits, list) or not all(map(is_number, bits)):
+                raise ValueError(f"{path}: {name} must be a list of numbers, got {bits!r}")
             yield f"Bits used of a code, {codec} on {name}", bits
 
 
