@@ -124,6 +124,9 @@ HEADER += b'"num_quantizers": 2}\n'
             "in.wav: the output must not be",
         ),
         (b"", ["--input", "in.wav", "--decode"], "--input encodes and decodes"),
+        (b"", ["--input", "in.wav", "--pcm", "f32"], "--pcm is for standard input and output"),
+        (b"", ["--input", "in.wav", "--output", ""], "output must be a file, got ''"),
+        (b"", ["--input", ""], "input must be a file, got ''"),
     ],
 )
 def test_bad_streams(coded_folder, monkeypatch, capfdbinary, data, options, message):

@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pcm",
-        default="s16",
         choices=tuple(_PCM),
         help="PCM samples: 16-bit integers or 32-bit floats, little-endian, channels interleaved, "
         "at the codec's sample rate (default: s16)",
@@ -53,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     import moss_tok
 
     _check(args)
+    pcm = args.pcm or "s16"
     if not args.input:
         with contextlib.suppress(OSError, ValueError):  # in tests standard input is no file
             # A non-blocking read that finds no data yet looks like the end of the input.
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
         if args.input:
             _round_trip(codec, args.num_quantizers, frames, args.input, args.output)
         elif args.decode:
-            _decode(codec, args.num_quantizers, frames, args.pcm)
+            _decode(codec, args.num_quantizers, frames, pcm)
         else:
-            _encode(codec, args.num_quantizers, frames, args.pcm)
+            _encode(codec, args.num_quantizers, frames, pcm)
     except BrokenPipeError:  # the reader has gone, as after `| head`
         arguments.discard_output()
 
@@ -88,6 +88,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--output needs --input")
     if args.input and args.decode:
         raise ValueError("--input encodes and decodes: it cannot be combined with --decode")
+    if args.input and args.pcm:
+        raise ValueError("--pcm is for standard input and output, not for --input")
     if not 0 < args.chunk_ms <= 60000:
         raise ValueError(f"chunk-ms must be above 0 and at most 60000, got {args.chunk_ms:g}")
     if args.output:
