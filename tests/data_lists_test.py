@@ -3,7 +3,11 @@
 import json
 
 import data
+import numpy as np
 import pytest
+import soundfile
+import unseen
+from helpers import write_wav
 
 
 def write(path, rows):
@@ -45,3 +49,26 @@ def test_a_list_is_the_same_wherever_the_folders_are(tmp_path):
         lists.append(data.corpus_lines(corpus / "manifest.jsonl", tmp_path / name / "data"))
     assert lists[0] == lists[1]
     assert lists[0][0]["path"] == "../corpus/speech/a.flac"
+
+
+def test_recordings_of_another_source(tmp_path):
+    folder = tmp_path / "source"
+    for name, seconds in (("long", 25.0), ("short", 0.5), ("left_out", 2.0), ("sentence", 2.0)):
+        write_wav(folder / "speech" / f"{name}.wav", seconds)
+    soundfile.write(folder / "speech" / "silence.wav", np.zeros(32000), 16000)
+    (folder / "speech" / "broken.wav").write_bytes(b"RIFFnothing")
+    choice = unseen.Choice("a/source", "speech/*.wav", "speech", cuts=2, skip=("left_out",))
+    lines = unseen.write(choice, folder, tmp_path / "out")
+    durations = {line["path"]: line["duration_s"] for line in lines}
+    assert durations == {
+        "audio/a-source/speech_long-0.flac": 10.0,
+        "audio/a-source/speech_long-1.flac": 10.0,
+        "audio/a-source/speech_sentence-0.flac": 2.0,
+    }
+    assert all((tmp_path / "out" / path).is_file() for path in durations)
+
+
+def test_cuts_are_spread_over_a_recording():
+    wav = np.arange(250)
+    first, second = unseen.cut(wav, 10, 2)
+    assert (first[0], second[0], first.size, second.size) == (50, 100, 100, 100)
