@@ -14,6 +14,9 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
+_AUDIO = re.compile(r'<a href="([^"]+\.opus)">[^<]*</a>')
+_OPTIONS = 'controls controlslist="nodownload noplaybackrate" preload="none"'
+_PLAYER = rf'<audio {_OPTIONS} src="\1"></audio>'
 # Targets of [text](target), ![text](target), without those of other sites.
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)")
 
@@ -47,6 +50,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + posixpath.relpath(_to_site(target), folder or ".")
 
     return _LINK.sub(adapted, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns links to audio into players."""
+    del page, config, files
+    return _AUDIO.sub(_PLAYER, html)
 
 
 def _join(source: str, target: str) -> str:

@@ -18,6 +18,7 @@ import soundfile
 from helpers import RATE, ROOT, init_params, micro_config
 from markdown_it import MarkdownIt
 
+import moss_tok
 from moss_tok import assets
 from moss_tok.cli import main as cli
 from moss_tok.codec import pretrained
@@ -317,6 +318,17 @@ def test_the_reference_is_current():
 def test_pictures_are_small():
     for picture in (ROOT / "docs" / "pictures").iterdir():
         assert picture.stat().st_size < 300_000
+
+
+def test_the_listening_page_is_of_the_codec_in_the_package():
+    text = (ROOT / "docs" / "listening.md").read_text()
+    fingerprint = pretrained.fingerprint(moss_tok.load())
+    assert f"fingerprint {fingerprint}" in text, "run python docs/listening.py"
+    audio = {path.name: path for path in (ROOT / "docs" / "listening").iterdir()}
+    assert set(re.findall(r"\(listening/([^)]*)\)", text)) == audio.keys()
+    assert sum(path.stat().st_size for path in audio.values()) < 600_000
+    for path in audio.values():
+        assert 1 < soundfile.info(path).duration < 5
 
 
 # ------------------------------------------------------------------------- slow
