@@ -192,10 +192,14 @@ def test_a_command_that_is_ended_leaves_no_partial_file(coded_folder, monkeypatc
         writing.write_atomically(path, write_half)
 
     monkeypatch.setattr(files, "write_blocks", write)
-    with pytest.raises(SystemExit) as ended:
-        main(["stream", "--input", "in.wav", "--output", "out.wav", "--checkpoint", CODEC])
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["stream", "--input", "in.wav", "--output", "out.wav", "--checkpoint", CODEC])
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
-    assert signal.getsignal(number) == signal.SIG_DFL
     assert not list(Path().glob(".incomplete*")) and not Path("out.wav").exists()
 
 

@@ -242,7 +242,7 @@ def test_a_double_click_opens_one_microphone(browser, address):
         mediaDevices.getUserMedia = (wanted) => { window.numOpened++; return open(wanted); };
     }""")
     page.dblclick("#record")
-    wait_until(page, "document.getElementById('record').textContent.includes('1 s')")
+    wait_until(page, "document.getElementById('record').textContent.includes('2 s')")
     assert page.evaluate("window.numOpened") == 1
     page.click("#record")
     page.wait_for_selector("#result[data-shown='4']")

@@ -337,7 +337,7 @@ def test_a_damaged_shard_is_written_again(root, whole, tmp_path, capsys):
 
 def test_the_plan_of_something_else(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match="plan.json: has no codec, so no output of moss-tok"):
+    with pytest.raises(ValueError, match="plan.json: has no format, so no output of moss-tok"):
         codes.read_codes(tmp_path)
 
 
