@@ -149,7 +149,7 @@ def _check_codec(config: TrainConfig, code_sources: Sequence[Source]) -> None:
                 f"{source.folder} does not say of which codec its codes are; use an output of "
                 "moss-tok tokenize"
             )
-        if source.settings.get("codec") != fingerprint:
+        if source.settings["codec"] != fingerprint:
             raise ValueError(
                 f"{source.folder} holds codes of codec {source.settings['codec']}, "
                 f"init_from {config.run.init_from} is codec {fingerprint}"
