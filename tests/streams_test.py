@@ -84,6 +84,32 @@ def test_a_truncated_mp3_is_refused_where_its_header_says_so():
             function(AudioBytes(data[: len(data) * 2 // 3], "a"))
 
 
+def test_an_mp3_without_a_whole_frame_is_named():
+    with pytest.raises(ValueError, match=r"a.mp3: not audio \(no whole frame; accepted: "):
+        files.read_native(AudioBytes(mp3(sound(1))[:60], "a.mp3"))
+
+
+def test_damaged_frames_of_an_mp3_are_said(capsys):
+    data = mp3(sound(3))
+    middle = len(data) // 2
+    assert len(files.read_native(AudioBytes(data, "whole.mp3"))[0][0]) == 3 * RATE
+    assert not capsys.readouterr().err
+    damaged = data[:middle] + bytes(900) + data[middle + 900 :]
+    wav, _ = files.read_native(AudioBytes(damaged, "damaged.mp3"))
+    assert 2 * RATE < wav.shape[1] < 3 * RATE
+    err = capsys.readouterr().err
+    assert "damaged.mp3: damaged, " in err and "frames of MPEG audio are left out" in err
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_damaged_pages_of_an_ogg_are_refused(subtype):
+    """Decoders leave such pages out without a word."""
+    data = bytearray(encoded(sound(3), RATE, "OGG", subtype=subtype))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(ValueError, match="a.ogg: truncated or corrupt, pages damaged: 1"):
+        files.read_native(AudioBytes(bytes(data), "a.ogg"))
+
+
 def test_mpeg_in_wav():
     data = mp3(sound(2.0))
     np.testing.assert_allclose(agree(wav_with(0x55, data)), agree(data), atol=1e-6)

@@ -177,6 +177,11 @@ class Link:
         is_cut = self.start + self.announced_bytes > end
         return max(0, num_missing) if is_cut else 0
 
+    def damaged_frames(self) -> int:
+        """Frames that the Xing header announces and that are not there, if data interrupts them."""
+        is_interrupted = len(self.extents) > 1
+        return max(0, self.announced_frames - self.num_frames) if is_interrupted else 0
+
 
 def parse_header(header: bytes) -> Format | None:
     """The format in the four bytes of a frame header; None if they are not a header."""

@@ -1,6 +1,7 @@
 """Pages of Ogg files: their codecs, and the links of a chain."""
 
 import dataclasses
+import zlib
 from typing import BinaryIO
 
 _MARK = b"OggS"
@@ -8,6 +9,7 @@ _NO_GRANULE = 2**64 - 1
 _BEGINS = 2  # flags of a page
 _ENDS = 4
 _CHUNK_BYTES = 1 << 16
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # bits of each byte
 CODECS = {
     b"\x01vorbis": "vorbis",
     b"OpusHead": "opus",
@@ -30,6 +32,7 @@ class Link:
       ended: Whether a page is marked as the last.
       granule: The last position, in samples.
       rate: Hz of these samples; 0 for codecs that libsndfile does not know.
+      num_damaged: Number of pages with a wrong checksum, which all decoders leave out.
     """
 
     start: int
@@ -39,6 +42,7 @@ class Link:
     ended: bool = False
     granule: int = 0
     rate: int = 0
+    num_damaged: int = 0
 
 
 def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
@@ -56,6 +60,8 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         size = body + sum(head[27:body])
         if place + size > end:
             break
+        file.seek(place)
+        is_damaged = not _has_checksum(file.read(size))
         begins_stream = bool(head[5] & _BEGINS)
         if begins_stream:
             if not is_after_first_page:
@@ -66,8 +72,21 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         is_after_first_page = begins_stream
         if links:
             _add_page(links[-1], head, place + size)
+            links[-1].num_damaged += is_damaged
         place += size
     return links
+
+
+def _has_checksum(page: bytes) -> bool:
+    """Whether a page has the checksum in its header.
+
+    It is the CRC-32 of zlib with the bits of each byte and of the result in the opposite order, and
+    without the two inversions.
+    """
+    blank = page[:22] + bytes(4) + page[26:]
+    inverted = zlib.crc32(blank.translate(_REVERSED), 2**32 - 1)
+    checksum = (inverted ^ (2**32 - 1)).to_bytes(4, "big").translate(_REVERSED)
+    return checksum == page[22:26]
 
 
 def _codec(packet: bytes) -> str:

@@ -167,8 +167,10 @@ def _open_plainly(opened: _Input) -> Decoder:
     try:
         return LibsndfileDecoder(opened.name, opened.file, quiet=True)
     except UnsupportedError as error:
+        # What libsndfile says of MPEG without a whole frame is wrong: "File does not exist ...".
+        reason = "no whole frame" if "does not exist" in str(error) else error
         raise ValueError(
-            f"{opened.name}: not audio ({error}; accepted: {kinds.ACCEPTED})"
+            f"{opened.name}: not audio ({reason}; accepted: {kinds.ACCEPTED})"
         ) from error
 
 
@@ -270,10 +272,14 @@ def _open_ogg(opened: _Input, start: int) -> Decoder:
     links = _scanned(ogg.find_links, opened, start, opened.size)
     if not links:
         raise ValueError(f"{opened.name}: truncated or corrupt (no whole page of Ogg)")
+    num_damaged = sum(link.num_damaged for link in links)
+    if num_damaged:
+        raise ValueError(f"{opened.name}: truncated or corrupt, pages damaged: {num_damaged}")
+    makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
+    decoder = _join(opened.name, makers)
     if not links[-1].ended:
         notes.say_once(f"{opened.name}: has no last page, may be cut; read to where it ends")
-    makers = [functools.partial(_ogg_link, opened, link, len(links)) for link in links]
-    return _join(opened.name, makers)
+    return decoder
 
 
 def _ogg_link(opened: _Input, link: ogg.Link, num_links: int) -> Decoder:
@@ -306,6 +312,9 @@ def _open_mpeg(opened: _Input, start: int, end: int, is_plain: bool) -> Decoder 
     missing = links[-1].missing_frames(end)
     if missing:
         raise ValueError(f"{opened.name}: truncated, {missing} frames missing")
+    num_damaged = sum(link.damaged_frames() for link in links)
+    if num_damaged:
+        notes.say_once(f"{opened.name}: damaged, {num_damaged} frames of MPEG audio are left out")
     is_plain = is_plain and len(links) == 1 and links[0].start == start
     makers = [functools.partial(_mpeg_link, opened, link, is_plain) for link in links]
     return _join(opened.name, makers)
