@@ -6,7 +6,6 @@ The recordings are test recordings of the starter set. It needs opusenc and opus
 when the codec in the package changes.
 """
 
-import json
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ import moss_tok
 from moss_tok.audio import files
 from moss_tok.codec import pretrained
 from moss_tok.evaluation import baselines, sweep
+from moss_tok.json_files import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "experiments" / "starter"
@@ -78,10 +78,8 @@ def main() -> None:
     """Writes the audio and the page."""
     codec = moss_tok.load()
     config = codec.config
-    manifest = {}
-    for line in (STARTER / "manifest.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        manifest[Path(row["path"]).stem] = row
+    rows = [row for _, row in read_json_lines(STARTER / "manifest.jsonl")]
+    manifest = {Path(row["path"]).stem: row for row in rows}
     shutil.rmtree(AUDIO, ignore_errors=True)
     AUDIO.mkdir()
     heads = ["original", *(f"{config.bitrate(n):.0f} bit/s" for n in NUMBERS), "Opus, 6000 bit/s"]

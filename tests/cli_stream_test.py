@@ -142,3 +142,11 @@ def test_closed_standard_input(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     assert main(["stream", "--checkpoint", "none"]) == 2
     assert capsys.readouterr().err == "error: standard input is closed\n"
+
+
+@pytest.mark.parametrize("argv", [["stream"], ["speak", "hello", "-", "--checkpoint", "gone"]])
+def test_closed_standard_output(monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: standard output is closed\n"

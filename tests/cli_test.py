@@ -203,6 +203,43 @@ def test_a_command_that_is_ended_leaves_no_partial_file(coded_folder, monkeypatc
     assert not list(Path().glob(".incomplete*")) and not Path("out.wav").exists()
 
 
+def test_an_interruption_inside_of_libsndfile_is_raised(tmp_path):
+    """Raised in a callback from C, it would only be printed."""
+
+    class InterruptionError(BaseException):
+        """As KeyboardInterrupt, which would end the tests."""
+
+    class Interrupted:
+        def write(self, data):
+            raise InterruptionError
+
+    target = writing._Target(Interrupted())
+    assert target.write(b"x") == 0
+    with (
+        pytest.raises(InterruptionError),
+        writing._named_failures(tmp_path / "a.wav", target),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["encode", "songs", "gs://b/x", "--checkpoint", CODEC],
+        ["decode", "songs", "gs://b/x", "--checkpoint", CODEC],
+        ["evaluate", "--dataset", "songs.jsonl", "--output", "gs://b/x", "--checkpoint", CODEC],
+    ],
+)
+def test_outputs_in_buckets_are_refused(coded_folder, capsys, argv):
+    Path("songs").mkdir()
+    shutil.copy("in.wav", "songs/a.wav")
+    shutil.copy("in.npz", "songs/a.npz")
+    Path("songs.jsonl").write_text('{"path": "songs/a.wav"}\n')
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: gs://b/x: must be on this machine\n"
+    assert not Path("gs:").exists()
+
+
 def test_a_full_standard_output_is_one_line(coded_folder):
     command = [sys.executable, "-m", "moss_tok", "info", "tiny"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}

@@ -301,6 +301,16 @@ def test_page_of_a_run(tmp_path, capsys, rng):
     assert order == sorted(order)
 
 
+def test_a_log_with_a_speed_that_is_no_number(tmp_path):
+    (tmp_path / "train_config.json").write_text('{"stage": "pretrain"}')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.5, "audio_seconds_per_second": "fast"}\n'
+    )
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "loss 2.5" in text and "Speed at the end" not in text
+
+
 def test_pages_of_nothing(tmp_path, capsys):
     assert main(["report", str(tmp_path / "no")]) == 2
     assert main(["report", str(tmp_path)]) == 2

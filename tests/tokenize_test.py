@@ -335,6 +335,20 @@ def test_a_damaged_shard_is_written_again(root, whole, tmp_path, capsys):
     assert run(root, "in", copy) == 0
 
 
+def test_lines_of_something_else(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format": "jsonl"}')
+    (tmp_path / "codes-00000-of-00001.jsonl").write_text('{"id": "a", "audio_codes": [[1]]}\n')
+    source = codes.read_codes(tmp_path)
+    with pytest.raises(ValueError, match="00001.jsonl:1: has no num_samples"):
+        source[0]
+
+
+def test_shards_must_not_be_absurdly_short(root, tmp_path, capsys):
+    assert run(root, "in", tmp_path / "out", "--shard-hours", "1e-320") == 2
+    assert "shard_hours must be at least 1e-06, got 1e-320" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_plan_of_something_else(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="plan.json: has no format, so no output of moss-tok"):

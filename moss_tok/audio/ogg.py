@@ -60,8 +60,7 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         size = body + sum(head[27:body])
         if place + size > end:
             break
-        file.seek(place)
-        is_damaged = not _has_checksum(file.read(size))
+        page = head[:size] + file.read(max(0, size - len(head)))
         begins_stream = bool(head[5] & _BEGINS)
         if begins_stream:
             if not is_after_first_page:
@@ -72,7 +71,7 @@ def find_links(file: BinaryIO, start: int, end: int) -> list[Link]:
         is_after_first_page = begins_stream
         if links:
             _add_page(links[-1], head, place + size)
-            links[-1].num_damaged += is_damaged
+            links[-1].num_damaged += not _has_checksum(page)
         place += size
     return links
 

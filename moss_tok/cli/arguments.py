@@ -198,6 +198,12 @@ def named_error(error: Exception, path: Path) -> str:
     return text if str(path) in text else f"{path}: {text}"
 
 
+def check_standard_output() -> None:
+    """Raises ValueError if standard output is closed, as after `>&-`."""
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
+
+
 def discard_output() -> None:
     """Discards all further standard output, buffered text included."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

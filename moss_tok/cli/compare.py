@@ -4,6 +4,7 @@ The lower bitrates are decoded from the first quantizers of the same codes.
 """
 
 import argparse
+import contextlib
 import re
 import tempfile
 from pathlib import Path
@@ -106,5 +107,6 @@ def _write(output: Path, config: Any, wav: Any, reconstructions: dict[int, Any])
                 path.rename(output / path.name)
     except BaseException:
         if is_new:
-            output.rmdir()
+            with contextlib.suppress(OSError):  # not empty: a file could not be moved
+                output.rmdir()
         raise

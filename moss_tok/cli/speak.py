@@ -134,12 +134,10 @@ def _parse_numbers(
 
 
 def _check_output(args: argparse.Namespace, is_list: bool) -> None:
-    import sys
-
     from moss_tok.audio import files
 
-    if args.output == _STDOUT and sys.stdout is None:  # as after `>&-`
-        raise ValueError("standard output is closed")
+    if args.output == _STDOUT:
+        arguments.check_standard_output()
     if is_list and (args.output == _STDOUT or Path(args.output).is_file()):
         raise ValueError(f"{args.output}: the output of a file of texts must be a folder")
     if args.pcm and args.output != _STDOUT:

@@ -79,8 +79,7 @@ def _check(args: argparse.Namespace) -> None:
 
     if not args.input and sys.stdin is None:  # as after `<&-`
         raise ValueError("standard input is closed")
-    if sys.stdout is None:
-        raise ValueError("standard output is closed")
+    arguments.check_standard_output()
     for name in ("input", "output"):
         if getattr(args, name) == "":
             raise ValueError(f"{name} must be a file, got ''")

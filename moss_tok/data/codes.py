@@ -214,6 +214,9 @@ class CodeSource:
         if self._lines is not None:
             place, line = self._lines[index]
             fields = parse_json_line(line, place)
+            missing = {"id", "audio_codes", "num_samples"} - fields.keys()
+            if missing:
+                raise ValueError(f"{place}: has no {min(missing)}")
             codes = np.array(fields.pop("audio_codes"), np.int16).T
             return Item(fields.pop("id"), codes, fields.pop("num_samples"), fields)
         fields = msgpack.unpackb(self._source[index])

@@ -330,6 +330,7 @@ def run_local(plan: Plan, num_workers: int, progress: Callable[[], Any] = lambda
         pending = {pool.submit(_work, worker_plan, shard) for shard in plan.shards}
         try:
             while pending:
+                # Before the counter is read, so that the last recordings are reported, too.
                 done, pending = wait(pending, 0.1, FIRST_EXCEPTION)
                 count = num_done.value
                 for _ in range(count - num_reported):

@@ -67,7 +67,7 @@ class Shards:
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        self._source = open_shards(local_copies(self.paths))
+        self._source = open_shards(self.paths)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -86,12 +86,13 @@ class Shards:
         return unpack(record, self.name(index))
 
 
-def open_shards(paths: Sequence[Path]) -> ArrayRecordDataSource:
+def open_shards(paths: Sequence[storage.Path]) -> ArrayRecordDataSource:
     """Random access to the bytes of the records. Raises ValueError if a shard is broken."""
+    copies = local_copies(paths)
     try:
-        return ArrayRecordDataSource(list(map(str, paths)))
+        return ArrayRecordDataSource(list(map(str, copies)))
     except (RuntimeError, ValueError) as error:
-        hints = filter(None, map(storage.pointer_hint, paths))
+        hints = filter(None, map(storage.pointer_hint, copies))
         reason = str(next(hints, error)) or "truncated or of another kind"
         raise ValueError(f"{paths[0]} ...: no ArrayRecord files ({reason})") from error
 

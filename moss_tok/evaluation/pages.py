@@ -285,10 +285,11 @@ def _evaluation_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[l
 def _is_table(value: Any) -> bool:
     """Whether a value is domain -> system -> metric -> number."""
     try:
-        means = [m for systems in value.values() for m in systems.values()]
-        return all(isinstance(number, (int, float)) for m in means for number in m.values())
+        means = [row for systems in value.values() for row in systems.values()]
+        numbers = [number for row in means for number in row.values()]
     except AttributeError:  # one of them is no object
         return False
+    return all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _progress_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
